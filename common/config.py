@@ -1,0 +1,167 @@
+"""Options of every command: frozen dataclasses, read as defaults < `--config FILE` < flags.
+
+The file is YAML or JSON and has the schema of the dataclass: an unknown key is an error, never ignored.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+Options = TypeVar("Options")
+
+
+def parse_options(cls: type[Options], argv: Sequence[str] | None = None, description: str = "") -> Options:
+    """Build `cls` from the command line; `argv` defaults to `sys.argv[1:]`.
+
+    Nested dataclasses become `--group.field`. `--local_rank`, which the deepspeed launcher inserts, is dropped:
+    processes read their rank from the environment.
+    Raises ValueError or FileNotFoundError for a bad file; an unknown flag exits with code 2 (tyro).
+    """
+    import tyro
+
+    args = _drop_local_rank(list(sys.argv[1:] if argv is None else argv))
+    path, args = _take_config_flag(args)
+    values = read_mapping(path) if path else {}
+    default = from_mapping(cls, values, where=str(path)) if path else None
+    kwargs = {} if default is None else {"default": default}
+    config = (tyro.conf.FlagConversionOff,)
+    return tyro.cli(cls, args=args, description=description, config=config, **kwargs)
+
+
+def _drop_local_rank(args: list[str]) -> list[str]:
+    kept, skip = [], False
+    for arg in args:
+        if skip:
+            skip = False
+        elif arg in ("--local_rank", "--local-rank"):
+            skip = True
+        elif not arg.startswith(("--local_rank=", "--local-rank=")):
+            kept.append(arg)
+    return kept
+
+
+def _take_config_flag(args: list[str]) -> tuple[Path | None, list[str]]:
+    for i, arg in enumerate(args):
+        if arg == "--config":
+            if i + 1 == len(args):
+                raise ValueError("--config needs a file: --config configs/goods_128/vqgan.yaml")
+            return Path(args[i + 1]), args[:i] + args[i + 2 :]
+        if arg.startswith("--config="):
+            return Path(arg.removeprefix("--config=")), args[:i] + args[i + 1 :]
+    return None, args
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML or JSON file. Raises ValueError naming the file when it holds anything else."""
+    import yaml
+
+    if not path.is_file():
+        raise FileNotFoundError(f"no config file {path}")
+    text = path.read_text(encoding="utf-8")
+    try:
+        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is not valid {path.suffix[1:]}: {str(error).splitlines()[0]}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a mapping of option names to values, not {type(values).__name__}")
+    return values
+
+
+def from_mapping(cls: type[Options], values: dict[str, Any], where: str = "config") -> Options:
+    """A dataclass from nested mappings, recursively; unknown keys raise ValueError with the known ones."""
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise ValueError(f"{where}: unknown option {', '.join(unknown)} (known: {', '.join(sorted(fields))})")
+    kwargs = {}
+    for name, value in values.items():
+        kind = hints[name]
+        if dataclasses.is_dataclass(kind):
+            if not isinstance(value, dict):
+                raise ValueError(f"{where}: {name} must be a mapping, not {value!r}")
+            kwargs[name] = from_mapping(kind, value, where=f"{where}: {name}")
+        else:
+            kwargs[name] = _coerce(kind, value, f"{where}: {name}")
+    return cls(**kwargs)
+
+
+def _coerce(kind: Any, value: Any, where: str) -> Any:
+    """JSON and YAML know no tuples or paths, and YAML reads `1e-4` as a string: convert, and refuse other types."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        if value not in args:
+            raise ValueError(f"{where} must be one of {', '.join(map(str, args))}, not {value!r}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"{where} must be a list, not {value!r}")
+        kinds = [args[0]] * len(value) if len(args) == 2 and args[1] is Ellipsis else args
+        if len(kinds) != len(value):
+            raise ValueError(f"{where} must have {len(kinds)} entries, not {len(value)}")
+        return tuple(_coerce(k, v, where) for k, v in zip(kinds, value, strict=True))
+    if args and type(None) in args:  # Optional
+        inner = [a for a in args if a is not type(None)]
+        return None if value is None else _coerce(inner[0], value, where)
+    if kind is Path:
+        return Path(value)
+    try:
+        if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+            return float(value)
+        if kind is int and isinstance(value, str):
+            return int(value)
+    except ValueError as error:
+        raise ValueError(f"{where} must be a number, not {value!r}") from error
+    if isinstance(kind, type) and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
+        raise ValueError(f"{where} must be {kind.__name__}, not {value!r}")
+    return value
+
+
+def to_mapping(config: Any) -> dict[str, Any]:
+    """A dataclass as JSON-ready nested dictionaries; `from_mapping` reads them back."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(v) for v in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def command(main: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a command's `main(argv=None)`: what a user did wrong ends in one sentence and exit code 2.
+
+    ValueError and OSError are such mistakes by our convention (STYLE: errors); anything else is our bug and keeps its
+    traceback. `TRACEBACK=1` shows it for the former too.
+    """
+
+    @functools.wraps(main)
+    def wrapper(argv: Sequence[str] | None = None) -> Any:
+        try:
+            return main(argv)
+        except (ValueError, OSError, ModuleNotFoundError) as error:
+            if os.environ.get("TRACEBACK") == "1":
+                raise
+            print(f"error: {_one_sentence(error)}", file=sys.stderr, flush=True)
+            raise SystemExit(2) from error
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr, flush=True)
+            raise SystemExit(130) from None
+
+    return wrapper
+
+
+def _one_sentence(error: BaseException) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        return f"the package {error.name} is not installed: pip install -r requirements.txt"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
