@@ -1,0 +1,252 @@
+"""Processes, devices, precision, and the step object that hides how gradients meet.
+
+A task calls `micro_batches`, `backward` and `step`; whether that is one process, DDP or DeepSpeed ZeRO is decided
+here, so no script asks. Every engine keeps float32 master weights and gives its state in one common layout, so a run
+may go on under another engine or another number of processes.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+EngineName = Literal["auto", "plain", "ddp", "deepspeed"]
+Precision = Literal["auto", "bf16", "fp32"]
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+    launcher: Literal["none", "torchrun", "deepspeed"]
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def mean(self, values: dict[str, float]) -> dict[str, float]:
+        """The mean over processes of each value; the keys must agree."""
+        if self.size == 1 or not values:
+            return values
+        names = sorted(values)
+        stacked = torch.tensor([values[n] for n in names], dtype=torch.float64, device=self._reduce_device)
+        dist.all_reduce(stacked)
+        return dict(zip(names, (stacked / self.size).tolist(), strict=True))
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Sum `tensor` over processes in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    @property
+    def _reduce_device(self) -> torch.device:
+        return self.device if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+def start_world(device: str = "auto") -> World:
+    """Read the launcher's environment and join the process group when there is more than one process.
+
+    Raises ValueError for a device that this machine lacks.
+    """
+    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    launcher = "none"
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        launcher = "torchrun"
+    elif "CROSS_SIZE" in os.environ or "LOCAL_SIZE" in os.environ:  # what the deepspeed launcher sets
+        launcher = "deepspeed"
+    chosen = pick_device(device, local_rank)
+    if size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", rank=rank, world_size=size)
+    return World(rank, size, local_rank, chosen, launcher)
+
+
+def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
+    """`auto` takes the process's GPU if there is one. Raises ValueError for an unusable name."""
+    if name == "auto":
+        name = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r} was asked for, but this machine has no usable GPU: use --device cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def stop_world() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def autocast(device: torch.device, precision: Precision = "auto") -> contextlib.AbstractContextManager:
+    """bf16 autocast where the machine computes it natively (AMX or AVX512-BF16 CPUs, Ampere and later), else fp32."""
+    if precision == "auto":
+        precision = "bf16" if has_native_bf16(device) else "fp32"
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)
+
+
+def has_native_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How `global_batch_size` divides over processes and accumulation."""
+
+    global_batch_size: int
+    micro_batch_size: int
+    world_size: int
+
+    def __post_init__(self) -> None:
+        if self.global_batch_size < 1:
+            raise ValueError(f"global_batch_size must be at least 1, not {self.global_batch_size}")
+        if self.global_batch_size % self.world_size:
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} does not divide over {self.world_size} processes: "
+                f"use a multiple of {self.world_size}"
+            )
+        if self.rank_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"{self.rank_batch_size} samples a process do not divide into micro-batches of "
+                f"{self.micro_batch_size}: choose micro_batch_size among the divisors of {self.rank_batch_size}"
+            )
+
+    @property
+    def rank_batch_size(self) -> int:
+        return self.global_batch_size // self.world_size
+
+    @property
+    def accumulation(self) -> int:
+        return self.rank_batch_size // self.micro_batch_size
+
+
+def batch_plan(global_batch_size: int, world_size: int, micro_batch_size: int | None = None) -> BatchPlan:
+    """`micro_batch_size` None: the whole share of a process at once."""
+    return BatchPlan(global_batch_size, micro_batch_size or max(1, global_batch_size // world_size), world_size)
+
+
+def split_batch(batch: dict[str, Any], parts: int) -> Iterator[dict[str, Any]]:
+    """Equal slices along the first axis of every tensor or list in `batch`."""
+    size = len(next(iter(batch.values())))
+    each = size // parts
+    for start in range(0, size, each):
+        yield {name: value[start : start + each] for name, value in batch.items()}
+
+
+class PlainEngine:
+    """One model and its optimizer on one process, or on many through DDP (gradients averaged)."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, world: World, grad_clip: float) -> None:
+        self.raw_model = model
+        self.optimizer = optimizer
+        self.grad_clip = grad_clip
+        self.accumulation = 1
+        self.model: nn.Module = model
+        if world.size > 1:
+            ids = [world.device.index] if world.device.type == "cuda" else None
+            self.model = nn.parallel.DistributedDataParallel(model, device_ids=ids)
+
+    def micro_batches(self, batch: dict[str, Any], accumulation: int = 1) -> Iterator[dict[str, Any]]:
+        """Slices of the process's batch; gradients meet at the last one only."""
+        self.accumulation = accumulation
+        for i, micro in enumerate(split_batch(batch, accumulation)):
+            if isinstance(self.model, nn.parallel.DistributedDataParallel):
+                self.model.require_backward_grad_sync = i == accumulation - 1
+            yield micro
+
+    def backward(self, loss: Tensor) -> None:
+        """`loss`: the mean over one micro-batch."""
+        (loss / self.accumulation).backward()
+
+    def step(self) -> float:
+        """Clip, update, clear; returns the gradient norm before clipping. A non-finite one leaves the weights alone."""
+        parameters = [p for g in self.optimizer.param_groups for p in g["params"]]
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.grad_clip or float("inf")))
+        if norm == norm and norm != float("inf"):
+            self.optimizer.step()
+        self.zero_grad()
+        return norm
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Full float32 weights under their plain names. All processes must call it."""
+        return {name: tensor.detach() for name, tensor in self.raw_model.state_dict().items()}
+
+    def state(self) -> dict[str, Any]:
+        """Optimizer moments by parameter name: the layout that every engine writes and reads."""
+        names = {p: n for n, p in self.raw_model.named_parameters()}
+        moments = {}
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                moments[names[parameter]] = dict(self.optimizer.state[parameter])
+        return {"moments": moments}
+
+    def load_state(self, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Weights and moments as `weights` and `state` gave them."""
+        self.raw_model.load_state_dict(weights)
+        for name, parameter in self.raw_model.named_parameters():
+            if name in state["moments"]:
+                moments = {k: v.clone() if isinstance(v, Tensor) else v for k, v in state["moments"][name].items()}
+                for key, value in moments.items():
+                    if isinstance(value, Tensor) and value.shape == parameter.shape:
+                        moments[key] = value.to(parameter.device)
+                self.optimizer.state[parameter] = moments
+
+
+@dataclass(frozen=True)
+class DeepSpeedConfig:
+    """How DeepSpeed trains, when it does."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """ZeRO stage: 1 shards the optimizer, 2 the gradients too, 3 the weights too."""
+    cpu_offload: bool = False
+    """Keep the optimizer's state in host memory (on a GPU)."""
+
+
+def make_engine(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    world: World,
+    plan: BatchPlan,
+    grad_clip: float = 1.0,
+    name: EngineName = "auto",
+    deepspeed: DeepSpeedConfig | None = None,
+) -> Any:
+    """The engine for this launcher: DeepSpeed under `deepspeed`, DDP under `torchrun`, else plain."""
+    if name == "auto":
+        name = "deepspeed" if world.launcher == "deepspeed" else "plain"
+    if name == "plain" or name == "ddp":
+        return PlainEngine(model, optimizer, world, grad_clip)
+    if name == "deepspeed":
+        from common.deepspeed_engine import DeepSpeedEngine
+
+        return DeepSpeedEngine(model, optimizer, world, plan, grad_clip, deepspeed or DeepSpeedConfig())
+    raise ValueError(f"unknown engine {name!r}")

@@ -1,0 +1,48 @@
+"""Pictures and tensors: the one place that knows [-1, 1], and the grids people look at."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """RGB picture -> float32 (3, S, S) in [-1, 1]."""
+    array = np.asarray(image.convert("RGB"), dtype=np.float32)
+    return torch.from_numpy(array / 127.5 - 1.0).permute(2, 0, 1).contiguous()
+
+
+def to_image(tensor: Tensor) -> Image.Image:
+    """(3, H, W) in [-1, 1] -> RGB picture: the exact inverse of `to_tensor`; values outside are clamped."""
+    levels = ((tensor.detach().float().clamp(-1, 1) + 1.0) * 127.5).round().to(torch.uint8)
+    return Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())
+
+
+def resize_square(image: Image.Image, size: int) -> Image.Image:
+    """Centre crop to a square, then resize to `size` pixels (Lanczos)."""
+    image = image.convert("RGB")
+    side = min(image.size)
+    if image.width != image.height:
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        image = image.crop((left, top, left + side, top + side))
+    return image if side == size else image.resize((size, size), Image.Resampling.LANCZOS)
+
+
+def make_grid(images: Sequence[Image.Image], columns: int | None = None, gap: int = 2) -> Image.Image:
+    """Pictures of one size on white, row by row; `columns` None: as square as it gets."""
+    if not images:
+        raise ValueError("a grid needs at least one picture")
+    columns = columns or int(np.ceil(np.sqrt(len(images))))
+    rows = -(-len(images) // columns)
+    width, height = images[0].size
+    canvas = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
+    for i, image in enumerate(images):
+        canvas.paste(image, ((i % columns) * (width + gap), (i // columns) * (height + gap)))
+    return canvas
+
+
+def stack_rows(rows: Sequence[Sequence[Image.Image]], gap: int = 2) -> Image.Image:
+    """One grid of equally long rows (originals above reconstructions, a prompt a row)."""
+    return make_grid([image for row in rows for image in row], columns=len(rows[0]), gap=gap)
