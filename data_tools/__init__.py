@@ -1,0 +1,4 @@
+"""From any catalogue to clean shards: readers, download, clean, dedup, split, shard, stats, loader, submit.
+
+Knows nothing of models: tokenizers and rankers come in as callables.
+"""
