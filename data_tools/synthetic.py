@@ -1,0 +1,378 @@
+"""The embedded default: product-like pictures drawn by us, with Chinese captions, as image shards.
+
+    python -m data_tools.synthetic data/synthetic_64
+    python -m data_tools.synthetic data/synthetic_128 --image-size 128 --num-train 20000
+
+Ten kinds of goods in ten colours, plain, striped or dotted, on white, grey or wooden ground, with proportions, size,
+place, tilt, light and outline drawn at random, so that no two pictures are the same. Sample `index` of `seed` is a pure
+function of the two; validation samples have indices from VAL_START on. Nothing is downloaded; the pictures are CC0.
+"""
+
+import functools
+import hashlib
+import io
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+from PIL import Image
+
+from common.config import command, parse_options
+from common.files import ensure_writable_directory, read_json, write_json
+from data_tools.records import Record
+from data_tools.shards import DATASET_FILE, ShardWriter
+from data_tools.synthetic_render import Color, Ground, Look, Pattern, render
+from data_tools.synthetic_shapes import SHAPES
+
+VAL_START = 1_000_000_000
+SAMPLES_PER_SHARD = 1000
+RECIPE_FILE = "synthetic.json"
+WEBP_QUALITY = 92
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Words for one kind of goods; its shape stands in SHAPES under the same name."""
+
+    nouns: tuple[str, ...]
+    """The first is the usual one."""
+    counter: str
+    """Numeral and measure word."""
+
+
+KINDS: dict[str, Kind] = {
+    "tshirt": Kind(("T恤", "T恤衫"), "一件"),
+    "dress": Kind(("连衣裙", "裙子"), "一件"),
+    "trousers": Kind(("长裤", "裤子"), "一条"),
+    "shoe": Kind(("鞋子", "鞋", "运动鞋"), "一只"),
+    "bag": Kind(("包", "手提包", "包包"), "一个"),
+    "cup": Kind(("杯子", "马克杯", "水杯"), "一个"),
+    "lamp": Kind(("台灯", "灯"), "一盏"),
+    "chair": Kind(("椅子",), "一把"),
+    "bottle": Kind(("瓶子", "水瓶"), "一个"),
+    "hat": Kind(("帽子", "礼帽"), "一顶"),
+}
+COLORS: dict[str, str] = {
+    "red": "红",
+    "orange": "橙",
+    "yellow": "黄",
+    "green": "绿",
+    "blue": "蓝",
+    "purple": "紫",
+    "pink": "粉",
+    "brown": "棕",
+    "black": "黑",
+    "white": "白",
+}
+COLOR_RGB: dict[str, Color] = {
+    "red": (212, 38, 40),
+    "orange": (247, 134, 30),
+    "yellow": (250, 212, 48),
+    "green": (44, 150, 72),
+    "blue": (36, 92, 205),
+    "purple": (124, 60, 172),
+    "pink": (248, 154, 190),
+    "brown": (118, 70, 40),
+    "black": (44, 44, 49),
+    "white": (245, 245, 243),
+}
+PATTERNS: dict[str, tuple[str, ...]] = {"plain": ("纯色",), "striped": ("条纹",), "dotted": ("圆点", "波点")}
+GROUNDS: dict[str, tuple[str, ...]] = {
+    "white": ("白色背景", "白底"),
+    "grey": ("灰色背景", "灰底"),
+    "wood": ("木纹背景", "木板"),
+}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture and what it shows; the fields are keys of KINDS, COLORS, PATTERNS and GROUNDS."""
+
+    image: Image.Image
+    caption: str
+    kind: str
+    color: str
+    pattern: str
+    ground: str
+
+
+@dataclass(frozen=True)
+class SyntheticOptions:
+    dst: tyro.conf.Positional[Path] = Path("data/synthetic_64")
+    """Folder of the shards."""
+    num_train: int = 8000
+    """Pictures to train on."""
+    num_val: int = 500
+    """Pictures held out."""
+    image_size: int = 64
+    """Side in pixels."""
+    seed: int = 0
+    """Another seed draws other pictures."""
+    num_workers: int = 0
+    """Processes that draw; 0 uses every core."""
+
+    def __post_init__(self) -> None:
+        if self.num_train < 1 or self.num_val < 0:
+            raise ValueError(
+                f"num_train must be at least 1 and num_val at least 0, not {self.num_train} and {self.num_val}"
+            )
+        if self.num_train > VAL_START:
+            raise ValueError(f"num_train must be at most {VAL_START}, not {self.num_train}")
+        if not 16 <= self.image_size <= 1024:
+            raise ValueError(f"image_size must be 16 to 1024 pixels, not {self.image_size}")
+        if self.seed < 0 or self.num_workers < 0:
+            raise ValueError(
+                f"seed and num_workers must be 0 or more, not {self.seed} and {self.num_workers}"
+            )
+
+
+# --- one sample ---------------------------------------------------------------------------------------------------
+
+
+def draw_sample(seed: int, index: int, image_size: int = 64) -> Sample:
+    """Sample `index` of `seed`: the same picture whatever else was drawn before, and at any size the same scene."""
+    rng = np.random.default_rng((seed, index))
+    kind, color = _pick(rng, KINDS), _pick(rng, COLORS)
+    pattern = _pick(rng, PATTERNS, (0.6, 0.2, 0.2))
+    ground = _pick(rng, GROUNDS, (0.4, 0.3, 0.3))
+    caption = write_caption(rng, kind, color, pattern, ground)
+    return Sample(
+        draw_goods(rng, kind, color, pattern, ground, image_size), caption, kind, color, pattern, ground
+    )
+
+
+def draw_goods(
+    rng: np.random.Generator, kind: str, color: str, pattern: str, ground: str, image_size: int = 64
+) -> Image.Image:
+    """A picture of the named goods; everything not named is drawn from `rng`. Raises ValueError for unknown names."""
+    for name, table in ((kind, KINDS), (color, COLORS), (pattern, PATTERNS), (ground, GROUNDS)):
+        if name not in table:
+            raise ValueError(f"{name!r} is none of {', '.join(table)}")
+    goods = SHAPES[kind](rng)
+    return render(goods, _look(rng, color, pattern, ground, goods.standing), image_size)
+
+
+def _look(rng: np.random.Generator, color: str, pattern: Pattern, ground: Ground, standing: bool) -> Look:
+    jitter = rng.uniform(0.93, 1.05) if color != "white" else rng.uniform(0.97, 1.02)
+    shade = np.asarray(COLOR_RGB[color]) * jitter + rng.uniform(-6, 6, 3) * (0.3 if color == "white" else 1.0)
+    trims = ((222, 220, 214), (70, 70, 76), (150, 152, 158))[
+        : 2 if ground == "grey" else 3
+    ]  # seen on the ground
+    return Look(
+        color=tuple(np.clip(shade, 0, 255).tolist()),
+        accent=(150, 154, 164) if color == "white" else (244, 243, 238),
+        trim=trims[rng.integers(len(trims))],
+        pattern=pattern,
+        ground=ground,
+        size=rng.uniform(0.68, 0.88),
+        center=tuple(rng.uniform(-1, 1, 2).tolist()),
+        tilt=rng.normal() * (2.5 if standing else 6.0),
+        stretch=rng.uniform(0.92, 1.09),
+        flip=bool(rng.random() < 0.5),
+        outline=rng.uniform(0.6, 1.2) if color == "white" or rng.random() < 0.6 else 0.0,
+        light=rng.uniform(40, 140),
+        depth=rng.uniform(0.7, 1.0),
+        pattern_period=rng.uniform(0.34, 0.5),
+        pattern_angle=float(rng.choice([0, 0, 90, 45, -45])) + rng.uniform(-4, 4),
+        ground_tone=rng.uniform(-1, 1),
+        ground_phase=rng.uniform(0, 10),
+        ground_angle=rng.uniform(0, 360),
+    )
+
+
+def _pick(rng: np.random.Generator, table: dict[str, Any], weights: tuple[float, ...] | None = None) -> str:
+    return str(rng.choice(list(table), p=weights))
+
+
+# --- words --------------------------------------------------------------------------------------------------------
+
+# {n} numeral and measure word, {c} colour, {p} pattern or nothing, {k} noun, {g} ground. The first is what people type
+# first, so it is the most frequent one.
+_TEMPLATES = (
+    ("{n}{c}色的{p}{k}", 0.34),
+    ("{c}色{p}{k}", 0.16),
+    ("{n}{c}色{p}{k}", 0.16),
+    ("{c}色的{p}{k}", 0.08),
+    ("{c}{p}{k}", 0.04),
+    ("{k}，{c}色{p}", 0.04),
+    ("{g}上的{n}{c}色{p}{k}", 0.07),
+    ("{g}上{n}{c}色的{p}{k}", 0.05),
+    ("{n}{c}色的{p}{k}，{g}", 0.06),
+)
+
+
+def write_caption(rng: np.random.Generator, kind: str, color: str, pattern: str, ground: str) -> str:
+    """A Chinese caption that tells kind and colour, and often the pattern and the ground; all it says is true."""
+    template = str(rng.choice([t for t, _ in _TEMPLATES], p=[w for _, w in _TEMPLATES]))
+    nouns = KINDS[kind].nouns
+    noun = nouns[0] if rng.random() < 0.8 else nouns[rng.integers(len(nouns))]
+    words = PATTERNS[pattern]
+    tell = rng.random() < (0.08 if pattern == "plain" else 0.8)
+    pattern_word = words[rng.integers(len(words))] if tell else ""
+    ground_word = GROUNDS[ground][rng.integers(len(GROUNDS[ground]))]
+    return template.format(n=KINDS[kind].counter, c=COLORS[color], p=pattern_word, k=noun, g=ground_word)
+
+
+def prompt(kind: str, color: str) -> str:
+    """The plainest caption of a kind in a colour: what the demo is asked to draw."""
+    return f"{KINDS[kind].counter}{COLORS[color]}色的{KINDS[kind].nouns[0]}"
+
+
+# --- shards -------------------------------------------------------------------------------------------------------
+
+
+def make_record(index: int, seed: int, image_size: int) -> Record:
+    """Sample `index` of `seed` as WebP bytes with its caption and attributes."""
+    sample = draw_sample(seed, index, image_size)
+    buffer = io.BytesIO()
+    sample.image.save(buffer, "WEBP", quality=WEBP_QUALITY, method=2)
+    meta = {
+        "source": "synthetic",
+        "license": "CC0-1.0",
+        "label": sample.kind,
+        "label_zh": KINDS[sample.kind].nouns[0],
+        "kind": sample.kind,
+        "color": sample.color,
+        "color_zh": COLORS[sample.color] + "色",
+        "pattern": sample.pattern,
+        "ground": sample.ground,
+    }
+    return Record(f"{index:010d}", buffer.getvalue(), "webp", (sample.caption,), meta, f"synthetic:{index}")
+
+
+def ensure_synthetic(
+    dst: Path,
+    image_size: int = 64,
+    num_train: int = 8000,
+    num_val: int = 500,
+    seed: int = 0,
+    num_workers: int = 0,
+) -> Path:
+    """Make the shards in `dst` where they are missing, saying so, and return `dst`.
+
+    Whole shards of an interrupted run are kept. Raises ValueError where `dst` holds anything else, or synthetic
+    pictures of another recipe.
+    """
+    options = SyntheticOptions(Path(dst), num_train, num_val, image_size, seed, num_workers)
+    recipe = _recipe(options)
+    _check_destination(options.dst, recipe)
+    dataset, expected = options.dst / DATASET_FILE, _expected_shards(options)
+    whole = {name: n for name, n in expected.items() if (options.dst / name).is_file()}
+    if whole == expected and dataset.is_file() and read_json(dataset)["shards"] == expected:
+        print(f"synthetic pictures: {sum(expected.values())} in {options.dst}, reused", flush=True)
+        return options.dst
+    print(
+        f"synthetic pictures: drawing {num_train} + {num_val} of {image_size} px into {options.dst}",
+        flush=True,
+    )
+    ensure_writable_directory(options.dst)
+    write_json(options.dst / RECIPE_FILE, recipe)
+    _draw_missing(options, whole)
+    return options.dst
+
+
+def _recipe(options: SyntheticOptions) -> dict[str, Any]:
+    names = ("num_train", "num_val", "image_size", "seed")
+    return {**{n: getattr(options, n) for n in names}, "drawing": drawing_fingerprint()}
+
+
+@functools.cache
+def drawing_fingerprint() -> str:
+    """Changes when the drawing code, or Pillow's, draws other pictures or writes other captions."""
+    digest = hashlib.sha256()
+    for index in range(16):
+        sample = draw_sample(0, index, 32)
+        digest.update(sample.image.tobytes() + sample.caption.encode())
+    return digest.hexdigest()[:16]
+
+
+def _check_destination(dst: Path, recipe: dict[str, Any]) -> None:
+    if not dst.exists():
+        return
+    if not dst.is_dir():
+        raise ValueError(f"{dst} is a file: name a folder for the synthetic pictures")
+    file = dst / RECIPE_FILE
+    if not file.is_file():
+        if any(dst.glob("*.tar")):
+            raise ValueError(f"{dst} holds other shards: name another folder for the synthetic pictures")
+        return
+    found = read_json(file)
+    differing = [f"{k} {found.get(k)} instead of {v}" for k, v in recipe.items() if found.get(k) != v]
+    if differing:
+        raise ValueError(
+            f"{dst} holds synthetic pictures with {', '.join(differing)}: delete it or name another folder"
+        )
+
+
+def _splits(options: SyntheticOptions) -> list[tuple[str, int, int]]:
+    return [("train", 0, options.num_train), ("val", VAL_START, options.num_val)]
+
+
+def _expected_shards(options: SyntheticOptions) -> dict[str, int]:
+    counts = {}
+    for split, _, total in _splits(options):
+        for i, start in enumerate(range(0, total, SAMPLES_PER_SHARD)):
+            counts[f"{split}-{i:05d}.tar"] = min(SAMPLES_PER_SHARD, total - start)
+    return counts
+
+
+def _draw_missing(options: SyntheticOptions, whole: dict[str, int]) -> None:
+    from tqdm import tqdm
+
+    total = options.num_train + options.num_val
+    workers = options.num_workers or _num_cores()
+    draw = functools.partial(make_record, seed=options.seed, image_size=options.image_size)
+    with (
+        tqdm(total=total, desc="drawing", unit="picture") as bar,
+        multiprocessing.Pool(workers, _set_up_worker, (os.getpid(),)) as pool,
+    ):
+        for split, first, count in _splits(options):
+            kept = _leading(whole, split)
+            done = sum(kept.values())
+            bar.update(done)
+            with ShardWriter(options.dst, split, SAMPLES_PER_SHARD, shards=kept) as writer:
+                for record in pool.imap(draw, range(first + done, first + count), chunksize=32):
+                    writer.write(record)
+                    bar.update()
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _set_up_worker(parent: int) -> None:
+    """Ctrl-C is the parent's to handle; a worker whose parent was killed ends too instead of waiting for ever."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _leading(whole: dict[str, int], split: str) -> dict[str, int]:
+    """The unbroken run of shards from number 0 on: the writer continues behind it."""
+    kept: dict[str, int] = {}
+    while (name := f"{split}-{len(kept):05d}.tar") in whole:
+        kept[name] = whole[name]
+    return kept
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    """Draw the synthetic data set."""
+    options = parse_options(SyntheticOptions, argv, description=__doc__.split("\n\n", 1)[0])
+    ensure_synthetic(**vars(options))
+
+
+if __name__ == "__main__":
+    main()
