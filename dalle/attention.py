@@ -1,0 +1,147 @@
+"""Self-attention of the generator: QK-norm, rotary positions in two axes, grouped queries, a static KV cache.
+
+Rotary: Su et al. 2021 (RoFormer); for pictures each pair of channels turns with the row or with the column, in turn,
+as in Qwen2-VL's M-RoPE (Wang et al. 2024, section 2.1). QK-norm: Dehghani et al. 2023 (ViT-22B, section 2).
+Grouped queries: Ainslie et al. 2023.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from dalle import sequence
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis (Zhang and Sennrich 2019)."""
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+def rotary_table(positions: Tensor, head_dim: int, theta: float) -> Tensor:
+    """Angles of every input: (P, 2) positions -> (2, P, K) float32, cosines and signed sines.
+
+    Channel pairs are (i, i + K/2); pair i turns with the row where i is even, with the column where it is odd.
+    """
+    pairs = torch.arange(head_dim // 2)
+    frequency = theta ** (-(pairs // 2) / (head_dim / 4))  # (K/2,) from 1 down to about 1 / theta
+    axis = pairs % 2
+    angles = positions[:, axis].float() * frequency  # (P, K/2)
+    cosine, sine = angles.cos(), angles.sin()
+    return torch.stack([torch.cat([cosine, cosine], -1), torch.cat([-sine, sine], -1)])
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """x: (B, L, H, K); table: (2, L, K) in x's dtype. -> (B, L, H, K)"""
+    cosine, sine = table[:, :, None]  # (L, 1, K) each
+    return torch.addcmul(x * cosine, x.roll(x.shape[-1] // 2, -1), sine)
+
+
+@dataclass
+class KVCache:
+    """Keys and values of every layer, allocated once for the whole sequence.
+
+    Index t < T holds text, T holds BOI, T + 1 + k holds image token k.
+    """
+
+    entries: Tensor  # (num_layers, 2, B, H_kv, L, K)
+    bias: Tensor  # (B, 1, 1, L): 0, or -inf for padding
+    text_len: int
+
+    @property
+    def batch_size(self) -> int:
+        return self.entries.shape[2]
+
+    @property
+    def length(self) -> int:
+        return self.entries.shape[4]
+
+    def bias_at(self, index: int | Tensor) -> Tensor:
+        """What the query at `index` adds to its scores. An int looks at the filled part alone; a 0-d tensor at all of
+        the cache with the rest hidden, which keeps shapes constant for compiled or captured steps."""
+        if isinstance(index, int):
+            return self.bias[..., : index + 1]
+        later = torch.arange(self.length, device=index.device) > index
+        return self.bias.masked_fill(later, float("-inf"))
+
+    def update(self, layer: int, k: Tensor, v: Tensor, index: int | Tensor) -> tuple[Tensor, Tensor]:
+        """Store (B, H_kv, n, K) keys and values from `index` on (n = 1 for a tensor); returns those to look at."""
+        keys, values = self.entries[layer, 0], self.entries[layer, 1]
+        if isinstance(index, int):
+            end = index + k.shape[2]
+            keys[:, :, index:end], values[:, :, index:end] = k, v
+            return keys[:, :, :end], values[:, :, :end]
+        keys.index_copy_(2, index.view(1), k.to(keys.dtype))
+        values.index_copy_(2, index.view(1), v.to(values.dtype))
+        return keys, values
+
+
+class Attention(nn.Module):
+    """Causal self-attention; `num_kv_heads` < `num_heads` shares keys and values among groups of queries."""
+
+    def __init__(self, dim: int, num_heads: int, num_kv_heads: int, head_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.dropout = dropout
+        self.qkv = nn.Linear(dim, (num_heads + 2 * num_kv_heads) * head_dim, bias=False)
+        self.q_norm, self.k_norm = RMSNorm(head_dim), RMSNorm(head_dim)
+        self.out = nn.Linear(num_heads * head_dim, dim, bias=False)
+
+    def forward(self, x: Tensor, table: Tensor, bias: Tensor | None) -> Tensor:
+        """x: (B, L, D); table: (2, L, K); bias: (B, 1, L, L) or None for plain causality. -> (B, L, D)"""
+        q, k, v = self._project(x, table)
+        return self.out(self._attend(q, k, v, bias, is_causal=bias is None))
+
+    def prefill(self, x: Tensor, table: Tensor, bias: Tensor | None, cache: KVCache, layer: int) -> Tensor:
+        """The same, and the keys and values go into the empty cache."""
+        q, k, v = self._project(x, table)
+        cache.update(layer, k, v, 0)
+        return self.out(self._attend(q, k, v, bias, is_causal=bias is None))
+
+    def decode(
+        self, x: Tensor, table: Tensor, bias: Tensor, cache: KVCache, layer: int, index: int | Tensor
+    ) -> Tensor:
+        """One input a row: x (B, 1, D); table (2, 1, K); bias from `cache.bias_at`. -> (B, 1, D)"""
+        q, k, v = self._project(x, table)
+        keys, values = cache.update(layer, k, v, index)
+        # the queries of a group stand side by side as rows of one product: the cache is read once and never repeated
+        q = rearrange(q, "b (g r) 1 k -> b g r k", g=self.num_kv_heads).to(keys.dtype)
+        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=bias.to(keys.dtype))
+        return self.out(rearrange(y, "b g r k -> b 1 (g r k)"))
+
+    def _project(self, x: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, L, D) -> queries (B, H, L, K), keys and values (B, H_kv, L, K)"""
+        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # (B, L, H + 2 H_kv, K)
+        q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=2)
+        table = table.to(v.dtype)
+        q, k = rotate(self.q_norm(q), table), rotate(self.k_norm(k), table)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool) -> Tensor:
+        if self.num_kv_heads != self.num_heads:
+            repeats = self.num_heads // self.num_kv_heads
+            k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+        dropout = self.dropout if self.training else 0.0
+        bias = None if bias is None else bias.to(q.dtype)
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        y = F.scaled_dot_product_attention(q, k, v, bias, dropout, is_causal)
+        return rearrange(y, "b h l k -> b l (h k)")
+
+
+def new_cache(
+    num_layers: int, num_kv_heads: int, head_dim: int, visible: Tensor, num_image: int, dtype: torch.dtype
+) -> KVCache:
+    """visible: (B, T) bool text positions; num_image: image tokens N. Holds T + N inputs."""
+    batch_size, text_len = visible.shape
+    shape = (num_layers, 2, batch_size, num_kv_heads, text_len + num_image, head_dim)
+    entries = torch.zeros(shape, dtype=dtype, device=visible.device)
+    return KVCache(entries, sequence.key_bias(visible, num_image, dtype), text_len)

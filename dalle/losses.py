@@ -1,0 +1,90 @@
+"""Cross-entropy over text and image tokens, computed once a logit in float32.
+
+The weighted mean of the two follows DALL-E (Ramesh et al. 2021, section 2.2: text 1/8, image 7/8); the z-loss keeps
+log-partitions near zero (Chowdhery et al. 2022, PaLM, section 5).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dalle.model import DalleOutput
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What is minimised."""
+
+    text_weight: float = 1.0
+    """Weight of the text loss; 0 trains no text head."""
+    image_weight: float = 7.0
+    """Weight of the image loss; the two are divided by their sum."""
+    label_smoothing: float = 0.0
+    """Share of an image target spread evenly over the codebook."""
+    z_loss: float = 0.0
+    """Weight of the squared log-partition of the image logits; 1e-4 is usual."""
+
+    def __post_init__(self) -> None:
+        if self.text_weight < 0 or self.image_weight <= 0:
+            raise ValueError(
+                f"text_weight must be at least 0 and image_weight above 0, not {self.text_weight} and "
+                f"{self.image_weight}"
+            )
+        if not 0 <= self.label_smoothing < 1 or self.z_loss < 0:
+            raise ValueError("label_smoothing must lie in [0, 1) and z_loss must not be negative")
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Scalars with a gradient, and what is logged."""
+
+    total: Tensor
+    text: Tensor
+    image: Tensor  # plain cross-entropy in nats a token, whatever the smoothing
+
+    def metrics(self) -> dict[str, float]:
+        """Plain numbers; bits an image token."""
+        image = float(self.image.detach())
+        return {
+            "loss": float(self.total.detach()),
+            "text_loss": float(self.text.detach()),
+            "image_loss": image,
+            "image_bits": image / math.log(2),
+        }
+
+
+def dalle_loss(output: DalleOutput, image_ids: Tensor, text_targets: Tensor, config: LossConfig) -> Losses:
+    """image_ids: (B, N) long; text_targets: (M,) long, from `sequence.text_targets`.
+
+    The text loss is the mean over the M tokens, 0 when there are none (a batch of null captions).
+    """
+    image, objective = image_cross_entropy(output.image, image_ids, config)
+    text = output.image.new_zeros((), dtype=torch.float32)
+    if output.text is not None:
+        # sum / count instead of mean: no text at all must give 0 with a gradient, not NaN
+        summed = F.cross_entropy(output.text.float(), text_targets, reduction="sum")
+        text = summed / max(1, text_targets.numel())
+    total = config.text_weight * text + config.image_weight * objective
+    return Losses(total / (config.text_weight + config.image_weight), text, image)
+
+
+def image_cross_entropy(logits: Tensor, image_ids: Tensor, config: LossConfig) -> tuple[Tensor, Tensor]:
+    """(B, N, V), (B, N) -> plain cross-entropy for the log, and the objective with smoothing and z-loss."""
+    logits, targets = logits.flatten(0, 1).float(), image_ids.flatten()  # (B N, V)
+    plain = F.cross_entropy(logits, targets)
+    objective = plain
+    if config.label_smoothing:
+        smooth = F.cross_entropy(logits, targets, label_smoothing=config.label_smoothing)
+        plain, objective = plain.detach(), smooth
+    if config.z_loss:
+        objective = objective + config.z_loss * logits.logsumexp(-1).square().mean()
+    return plain, objective
+
+
+def position_losses(logits: Tensor, image_ids: Tensor) -> Tensor:
+    """Summed cross-entropy of each image position over the batch: (B, N, V), (B, N) -> (N,) float32"""
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), image_ids.flatten(), reduction="none")
+    return losses.view(image_ids.shape).sum(0)
