@@ -52,6 +52,12 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def from_main_(self, tensor: Tensor) -> Tensor:
+        """Rank 0's `tensor` on every process, in place."""
+        if self.size > 1:
+            dist.broadcast(tensor, src=0)
+        return tensor
+
     @property
     def _reduce_device(self) -> torch.device:
         return self.device if dist.get_backend() == "nccl" else torch.device("cpu")

@@ -19,7 +19,7 @@ from PIL import Image
 from common import checkpoint
 from common.distributed import World
 from common.files import ensure_writable_directory, write_json
-from common.log import MetricLog, clock, say
+from common.log import MetricLog, Window, clock, say, short
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class LoopConfig:
     """Where a run lives, how long it is, how often it looks up."""
 
     run_dir: Path = Path("runs/run")
-    """Directory of checkpoints, metrics.jsonl, TensorBoard files and sample grids."""
+    """Directory of checkpoints, metrics.jsonl, TensorBoard files and sample grids; all nodes must share it."""
     num_steps: int = 1000
     """Optimizer steps of the whole run: the horizon of the schedule."""
     global_batch_size: int = 32
@@ -43,7 +43,7 @@ class LoopConfig:
     save_every: int = 500
     """Steps between checkpoints; 0: only at the end."""
     keep_last: int = 2
-    """Checkpoints kept; 0 keeps all."""
+    """Checkpoints kept, and the one of the best evaluation; 0 keeps all."""
     patience: int = 0
     """Stop after this many evaluations without a better validation loss; 0 never stops early."""
     seed: int = 0
@@ -56,29 +56,42 @@ class LoopConfig:
     """Go on from the newest checkpoint in run_dir; False refuses a run_dir that has one."""
 
     def __post_init__(self) -> None:
-        if self.num_steps < 1:
-            raise ValueError(f"num_steps must be at least 1, not {self.num_steps}")
-        for name in ("log_every", "eval_every", "sample_every", "save_every", "keep_last", "patience"):
-            if getattr(self, name) < 0 or (name == "log_every" and self.log_every == 0):
-                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        for name in ("num_steps", "global_batch_size", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("eval_every", "sample_every", "save_every", "keep_last", "patience"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
 
 
 class Task(Protocol):
-    """What a script hands to `fit`."""
+    """What a script hands to `fit`. All processes call every method but `save`, in the same order."""
 
     validation_metric: str  # the key of evaluate() that early stopping watches; lower is better
 
-    def train_step(self, batch: dict[str, Any], step: int) -> dict[str, float]: ...
+    def train_step(self, batch: dict[str, Any], step: int) -> dict[str, float]:
+        """One optimizer step; means over this process's samples. Processes agree on the keys."""
 
-    def evaluate(self, step: int) -> dict[str, float]: ...
+    def evaluate(self, step: int) -> dict[str, float]:
+        """`fit` averages the values over processes; unequal shares go through `world.mean(values, weight)` here."""
 
-    def sample(self, step: int) -> dict[str, Image.Image]: ...
+    def sample(self, step: int) -> dict[str, Image.Image]:
+        """Pictures by name; those of the main process are kept."""
 
-    def save(self, directory: Path, step: int) -> None: ...
+    def state(self) -> dict[str, Any]:
+        """All that going on needs, as tensors, numbers, strings, lists and dictionaries.
 
-    def state(self) -> dict[str, Any]: ...
+        Every process calls it, since ZeRO gathers there; only what the main process returns is used.
+        """
 
-    def load_state(self, state: dict[str, Any]) -> None: ...
+    def save(self, directory: Path, step: int, state: dict[str, Any]) -> None:
+        """Write config.json, model.safetensors and companions into `directory`; the main process alone calls it.
+
+        `state` is what `state()` returned a moment ago: weights come from there, never from a collective here.
+        """
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """What `state()` gave, on any number of processes under any engine."""
 
 
 class NonFiniteLoss(ValueError):
@@ -86,10 +99,14 @@ class NonFiniteLoss(ValueError):
 
 
 class _StopFlag:
-    """Ctrl-C and SIGTERM let the current step end; a second Ctrl-C ends at once."""
+    """Ctrl-C and SIGTERM let the current step end; a second Ctrl-C ends at once.
 
-    def __init__(self) -> None:
-        self.raised = False
+    Under a launcher one Ctrl-C arrives several times (from the terminal, from the launcher, as SIGINT and SIGTERM), and
+    the launcher itself kills what does not end within its grace time: there the first signal is the only one.
+    """
+
+    def __init__(self, launched: bool) -> None:
+        self.raised, self.launched = False, launched
         self.previous = {}
         for number in (signal.SIGINT, signal.SIGTERM):
             try:
@@ -98,7 +115,7 @@ class _StopFlag:
                 return
 
     def _handle(self, number: int, frame: Any) -> None:
-        if self.raised:
+        if self.raised and not self.launched and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.raised = True
 
@@ -117,168 +134,200 @@ def fit(
     """Train `task` to `config.num_steps`; `batches(samples_seen)` yields this process's share of each global batch.
 
     `options`: JSON-ready options of the whole run, kept in train_config.json. Returns the last evaluation.
-    Raises NonFiniteLoss naming the batch.
+    Raises NonFiniteLoss naming the batch, KeyboardInterrupt after a checkpoint when a signal asked to stop.
     """
     ensure_writable_directory(config.run_dir)
-    start_step, best = _resume(task, config, world)
-    if start_step >= config.num_steps:
-        say(f"{config.run_dir} is already trained to step {start_step}")
-    log = None
-    if world.is_main:
-        write_json(config.run_dir / "options.json", options)
-        log = MetricLog(config.run_dir, start_step, config.tensorboard, config.wandb_project, options)
-    run = _Run(task, config, world, options, log, best)
+    run = _Run(task, config, world, options)
+    run.resume()
+    if run.step >= config.num_steps:
+        run.say(f"{config.run_dir} is already trained to step {run.step}")
+        return {}
+    run.stop = _StopFlag(launched=world.launcher != "none")
     try:
-        return run.train(batches, start_step)
+        if world.is_main:
+            write_json(config.run_dir / "options.json", options)
+            run.log = MetricLog(config.run_dir, run.step, config.tensorboard, config.wandb_project, options)
+        return run.train(batches)
     finally:
         run.stop.restore()
-        if log:
-            log.close()
-
-
-def _resume(task: Task, config: LoopConfig, world: World) -> tuple[int, dict[str, float]]:
-    found = checkpoint.step_directories(config.run_dir)
-    if not found:
-        return 0, {}
-    if not config.resume:
-        raise ValueError(f"{config.run_dir} already holds a run: choose another --loop.run-dir, or resume it")
-    state = checkpoint.read_training_state(found[-1])
-    task.load_state(state["task"])
-    if world.is_main and int(state["step"]) < config.num_steps:
-        say(f"going on from {found[-1]}")
-    return int(state["step"]), dict(state["best"])
+        if run.log:
+            run.log.close()
 
 
 class _Run:
     """The moving parts of one `fit`."""
 
-    def __init__(self, task, config: LoopConfig, world: World, options, log: MetricLog | None, best) -> None:
-        self.task, self.config, self.world, self.options, self.log = task, config, world, options, log
-        self.best: dict[str, float] = best
+    def __init__(self, task: Task, config: LoopConfig, world: World, options: dict[str, Any]) -> None:
+        self.task, self.config, self.world, self.options = task, config, world, options
+        self.stop: _StopFlag | None = None
+        self.log: MetricLog | None = None
+        self.step = self.samples = 0
+        self.best: dict[str, float] = {}
         self.last_eval: dict[str, float] = {}
+        self.window = Window()
         self.saved_step = -1
-        self.stop = _StopFlag()
-        self.window: list[dict[str, float]] = []
-        self.seconds = {"data": 0.0, "step": 0.0}
-        self.window_start = time.perf_counter()
+        self._restart_clock()
 
-    def train(self, batches: Callable[[int], Iterable[dict[str, Any]]], start_step: int) -> dict[str, float]:
-        config = self.config
-        step = start_step
-        iterator = iter(batches(start_step * config.global_batch_size)) if step < config.num_steps else iter(())
-        self.window_start = time.perf_counter()
-        while step < config.num_steps:
+    def say(self, text: str) -> None:
+        if self.world.is_main:
+            say(text)
+
+    def _restart_clock(self) -> None:
+        self.window_start, self.steps_timed = time.perf_counter(), 0
+        self.data_seconds = self.step_seconds = 0.0
+
+    def resume(self) -> None:
+        """Take up the newest checkpoint, if there is one."""
+        if self.world.is_main:
+            checkpoint.clean(self.config.run_dir)
+        self.world.barrier()
+        found = checkpoint.step_directories(self.config.run_dir)
+        newest = int(found[-1].name.removeprefix("step_")) if found else 0
+        if self.world.mean({"newest": float(newest)})["newest"] != newest:
+            raise ValueError(
+                f"the processes do not see the same checkpoints in {self.config.run_dir}: put --loop.run-dir on a file "
+                "system that all nodes share"
+            )
+        if not found:
+            return
+        if not self.config.resume:
+            raise ValueError(f"{self.config.run_dir} already holds a run: choose another --loop.run-dir, or resume it")
+        state = checkpoint.read_training_state(found[-1])
+        self.step, self.samples, self.best = int(state["step"]), int(state["samples"]), dict(state["best"])
+        self.saved_step = self.step
+        if self.step >= self.config.num_steps:
+            return
+        self.window = Window(state["window"])
+        self.task.load_state(state["task"])
+        self.say(f"going on from {found[-1]}")
+
+    def train(self, batches: Callable[[int], Iterable[dict[str, Any]]]) -> dict[str, float]:
+        config, start_step = self.config, self.step
+        iterator = iter(batches(self.samples))
+        self._restart_clock()
+        while self.step < config.num_steps and not self._out_of_patience():
             fetched = time.perf_counter()
-            batch = next(iterator)
+            batch = next(iterator, None)
+            if batch is None:
+                raise ValueError(f"the data ended after step {self.step} of {config.num_steps}: batches must not end")
             started = time.perf_counter()
-            torch.manual_seed((config.seed * 1_000_003 + step) * 131 + self.world.rank)
-            metrics = self.task.train_step(batch, step)
-            self._check_finite(metrics, batch, step)
-            self.seconds["data"] += started - fetched
-            self.seconds["step"] += time.perf_counter() - started
-            self.window.append(metrics)
-            step += 1
-            self._periodic(step, start_step)
-            if self._stopped() and step < config.num_steps:
-                self._save(step)
-                if self.world.is_main:
-                    say(f"stopped at step {step}: run the same command again to go on")
+            torch.manual_seed((config.seed * 1_000_003 + self.step) * 131 + self.world.rank)
+            metrics = self.task.train_step(batch, self.step)
+            stop = self._agree(metrics, batch)
+            self.data_seconds += started - fetched
+            self.step_seconds += time.perf_counter() - started
+            self.window.add(metrics)
+            self.step += 1
+            self.steps_timed += 1
+            self.samples += config.global_batch_size
+            self._periodic(first=self.step == start_step + 1)
+            if stop and self.step < config.num_steps:
+                self._save()
+                self.say(f"stopped at step {self.step}, saved: run the same command again to go on")
                 raise KeyboardInterrupt
-            if config.patience and self.best.get("misses", 0) >= config.patience:
-                if self.world.is_main:
-                    say(f"no better {self.task.validation_metric} in {config.patience} evaluations: stopping early")
-                break
-        if start_step < config.num_steps:
-            self._finish(step)
+        self._finish()
         return self.last_eval
 
-    def _periodic(self, step: int, start_step: int) -> None:
-        config = self.config
-        if step % config.log_every == 0 or step == start_step + 1:
-            self._log(step, start_step)
+    def _periodic(self, first: bool) -> None:
+        config, step = self.config, self.step
+        if step % config.log_every == 0 or step in (1, config.num_steps):
+            self._log()
+        elif first:
+            self._print_line(self.world.mean(self.window.means()))
         if step == config.num_steps:
             return
         if config.eval_every and step % config.eval_every == 0:
-            self._evaluate(step)
+            self._evaluate()
         if config.sample_every and step % config.sample_every == 0:
-            self._sample(step)
+            self._sample()
         if config.save_every and step % config.save_every == 0:
-            self._save(step)
+            self._save()
 
-    def _finish(self, step: int) -> None:
-        self._evaluate(step)
-        self._sample(step)
-        if self.saved_step != step:
-            self._save(step)
+    def _finish(self) -> None:
+        self._evaluate()
+        self._sample()
+        self._save()
 
-    def _stopped(self) -> bool:
-        """Every process must take the same turn, so the flag is shared once a step."""
-        if self.world.size == 1:
-            return self.stop.raised
-        flag = torch.tensor([float(self.stop.raised)], device=self.world._reduce_device)
-        return bool(self.world.sum_(flag).item() > 0)
+    def _out_of_patience(self) -> bool:
+        out = 0 < self.config.patience <= self.best.get("misses", 0)
+        if out:
+            self.say(f"no better {self.task.validation_metric} in {self.config.patience} evaluations: stopping early")
+        return out
 
-    def _check_finite(self, metrics: dict[str, float], batch: dict[str, Any], step: int) -> None:
-        bad = [name for name, value in metrics.items() if not math.isfinite(value)]
-        if bad:
+    def _agree(self, metrics: dict[str, float], batch: dict[str, Any]) -> bool:
+        """Whether any process was asked to stop; all raise when one has met a number that is not finite."""
+        bad = sorted(name for name, value in metrics.items() if not math.isfinite(value))
+        anywhere = self.world.any({"stop": self.stop.raised, "bad": bool(bad)})
+        if anywhere["bad"]:
             keys = ", ".join(map(str, batch.get("key", [])[:8]))
+            what = f"{', '.join(bad)} (samples {keys} ...)" if bad else "a value on another process"
             raise NonFiniteLoss(
-                f"{', '.join(bad)} is not finite at step {step} (samples {keys} ...): the last checkpoint in "
-                f"{self.config.run_dir} is whole; lower the learning rate or look at these samples"
+                f"{what} is not finite at step {self.step}: the last checkpoint in {self.config.run_dir} is whole; "
+                "lower the learning rate or look at these samples"
             )
+        return anywhere["stop"]
 
-    def _log(self, step: int, start_step: int) -> None:
-        metrics = {n: sum(m[n] for m in self.window) / len(self.window) for n in self.window[-1]}
-        metrics = self.world.mean(metrics)
-        elapsed = time.perf_counter() - self.window_start
-        rate = len(self.window) * self.config.global_batch_size / elapsed
-        total = sum(self.seconds.values()) or 1.0
-        metrics |= {"samples_per_second": rate, "data_share": self.seconds["data"] / total}
-        eta = (self.config.num_steps - step) * elapsed / len(self.window)
-        if self.world.is_main and self.log:
-            self.log.write(step, "train", metrics)
-            shown = " | ".join(f"{n} {_short(v)}" for n, v in metrics.items() if n != "samples_per_second")
-            say(f"step {step}/{self.config.num_steps} | {shown} | {rate:.1f} samples/s | eta {clock(eta)}")
+    def _log(self) -> None:
+        metrics = self.world.mean(self.window.means())
+        rate = self._print_line(metrics)
+        if self.log:
+            share = self.data_seconds / max(1e-9, self.data_seconds + self.step_seconds)
+            self.log.write(self.step, "train", metrics | {"samples_per_second": rate, "data_share": share})
         self.window.clear()
-        self.seconds = {"data": 0.0, "step": 0.0}
-        self.window_start = time.perf_counter()
+        self._restart_clock()
 
-    def _evaluate(self, step: int) -> None:
+    def _print_line(self, metrics: dict[str, float]) -> float:
+        """Returns samples a second since the last line or the start."""
+        elapsed = time.perf_counter() - self.window_start
+        rate = self.steps_timed * self.config.global_batch_size / elapsed
+        eta = (self.config.num_steps - self.step) * elapsed / self.steps_timed
+        share = self.data_seconds / max(1e-9, self.data_seconds + self.step_seconds)
+        shown = " | ".join(f"{n} {short(v)}" for n, v in metrics.items())
+        line = f"step {self.step}/{self.config.num_steps} | {shown} | data {share:.1%} | {rate:.1f} samples/s"
+        self.say(f"{line} | eta {clock(eta)}")
+        return rate
+
+    def _evaluate(self) -> None:
         started = time.perf_counter()
-        self.last_eval = self.world.mean(self.task.evaluate(step))
+        self.last_eval = self.world.mean(self.task.evaluate(self.step))
         value = self.last_eval.get(self.task.validation_metric)
-        if value is not None:
+        if value is not None and self.best.get("last") != self.step:
             if value < self.best.get("value", math.inf):
-                self.best = {"value": value, "step": step, "misses": 0}
+                self.best = {"value": value, "step": self.step, "misses": 0, "last": self.step}
             else:
-                self.best["misses"] = self.best.get("misses", 0) + 1
-        if self.world.is_main and self.log and self.last_eval:
-            self.log.write(step, "val", self.last_eval)
-            say(f"step {step} | validation | " + " | ".join(f"{n} {_short(v)}" for n, v in self.last_eval.items()))
+                self.best = self.best | {"misses": self.best.get("misses", 0) + 1, "last": self.step}
+        if self.log and self.last_eval:
+            self.log.write(self.step, "val", self.last_eval)
+        if self.last_eval:
+            shown = " | ".join(f"{n} {short(v)}" for n, v in self.last_eval.items())
+            self.say(f"step {self.step} | validation | {shown}")
         self.window_start += time.perf_counter() - started
 
-    def _sample(self, step: int) -> None:
+    def _sample(self) -> None:
         started = time.perf_counter()
-        pictures = self.task.sample(step)
-        if self.world.is_main and self.log:
+        pictures = self.task.sample(self.step)
+        if self.log:
             for name, image in pictures.items():
-                say(f"step {step} | wrote {self.log.picture(step, name, image, self.config.run_dir)}")
+                self.say(f"step {self.step} | wrote {self.log.picture(self.step, name, image)}")
         self.world.barrier()
         self.window_start += time.perf_counter() - started
 
-    def _save(self, step: int) -> None:
+    def _save(self) -> None:
+        if self.saved_step == self.step:
+            return
         started = time.perf_counter()
-        state = {"step": step, "best": self.best, "task": self.task.state()}
+        window = self.window.mean_over(self.world)
+        state = {"step": self.step, "samples": self.samples, "best": self.best, "window": window}
+        state["task"] = self.task.state()
         if self.world.is_main:
-            with checkpoint.new_step_directory(self.config.run_dir, step) as directory:
-                self.task.save(directory, step)
+            run_dir = self.config.run_dir
+            checkpoint.ensure_space(run_dir, state)
+            with checkpoint.new_step_directory(run_dir, self.step) as directory:
+                self.task.save(directory, self.step, state["task"])
                 write_json(directory / "train_config.json", self.options)
                 checkpoint.write_training_state(directory, state)
-            checkpoint.prune(self.config.run_dir, self.config.keep_last)
-        self.saved_step = step
+            best = checkpoint.step_directory(run_dir, int(self.best.get("step", 0)))
+            checkpoint.prune(run_dir, self.config.keep_last, keep=(best,))
+        self.saved_step = self.step
         self.world.barrier()
         self.window_start += time.perf_counter() - started
-
-
-def _short(value: float) -> str:
-    return f"{value:.2e}" if value and abs(value) < 1e-2 else f"{value:.4g}"

@@ -1,0 +1,150 @@
+"""The `fast` encoder and decoder: a Haar patch in, depth at low resolution, a Haar patch out.
+
+Most of the work of the taming VQGAN (Esser et al. 2021, arXiv:2012.09841, section 3.1) is convolution at full
+resolution. Two levels of an orthonormal Haar transform turn (3, S, S) into (48, S/4, S/4) without loss, as in
+Cosmos-Tokenizer (arXiv:2501.03575); residual blocks work from there down to the latent grid. The last convolution is
+followed by the exact inverse transform, so neighbouring pixels of a patch come from orthogonal bands.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class FastConfig:
+    """Sizes of the fast architecture."""
+
+    haar_levels: int = 2
+    """Levels of the Haar transform before the first and after the last convolution (each halves the side)."""
+    channels: tuple[int, ...] = (128, 256)
+    """Width at each resolution, fine to coarse; the first stands at side S / 2**haar_levels."""
+    encoder_blocks: tuple[int, ...] = (1, 2)
+    """Residual blocks at each resolution of the encoder."""
+    decoder_blocks: tuple[int, ...] = (3, 3)
+    """Residual blocks at each resolution of the decoder, fine to coarse."""
+    attention: bool = True
+    """One self-attention block at the latent grid of each half."""
+
+    def __post_init__(self) -> None:
+        if self.haar_levels < 0:
+            raise ValueError(f"haar_levels must not be negative, not {self.haar_levels}")
+        if not len(self.channels) == len(self.encoder_blocks) == len(self.decoder_blocks):
+            raise ValueError("channels, encoder_blocks and decoder_blocks must have one entry a resolution")
+        if any(c % 32 for c in self.channels):
+            raise ValueError(f"channels must be multiples of 32, not {self.channels}")
+
+    @property
+    def downsample_factor(self) -> int:
+        return 2 ** (self.haar_levels + len(self.channels) - 1)
+
+
+def haar(x: Tensor) -> Tensor:
+    """One level of the 2-D orthonormal Haar transform: (B, C, H, W) -> (B, 4C, H/2, W/2), bands LL, LH, HL, HH."""
+    a, b = x[..., 0::2, 0::2], x[..., 0::2, 1::2]
+    c, d = x[..., 1::2, 0::2], x[..., 1::2, 1::2]
+    return torch.cat([a + b + c + d, a - b + c - d, a + b - c - d, a - b - c + d], dim=1) * 0.5
+
+
+def inverse_haar(y: Tensor) -> Tensor:
+    """(B, 4C, h, w) -> (B, C, 2h, 2w): the exact inverse of `haar`."""
+    ll, lh, hl, hh = y.chunk(4, dim=1)
+    a, b = ll + lh + hl + hh, ll - lh + hl - hh
+    c, d = ll + lh - hl - hh, ll - lh - hl + hh
+    x = torch.stack([a, b, c, d], dim=2) * 0.5  # (B, C, 4, h, w)
+    return F.pixel_shuffle(x.flatten(1, 2), 2)  # (B, C, 2h, 2w)
+
+
+class ResBlock(nn.Module):
+    """x + conv(silu(conv(silu(norm x)))): one norm a block, since at these widths norms cost as much as kernels."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(32, channels, eps=1e-6)
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(F.silu(self.conv1(F.silu(self.norm(x)))))
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over the grid with heads of width 64, residual."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.num_heads = channels // 64 or 1
+        self.norm = nn.GroupNorm(32, channels, eps=1e-6)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = nn.Conv2d(channels, channels, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)  # (B, hw, 3C)
+        q, k, v = (t.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for t in qkv.chunk(3, dim=2))
+        out = F.scaled_dot_product_attention(q, k, v)  # (B, H, hw, K)
+        out = out.transpose(1, 2).reshape(batch, height, width, channels).permute(0, 3, 1, 2)
+        return x + self.out(out)
+
+
+class Encoder(nn.Module):
+    """(B, 3, S, S) in [-1, 1] -> (B, latent_dim, h, w)."""
+
+    def __init__(self, config: FastConfig, latent_dim: int) -> None:
+        super().__init__()
+        self.haar_levels = config.haar_levels
+        widths = config.channels
+        self.conv_in = nn.Conv2d(3 * 4**config.haar_levels, widths[0], 3, padding=1)
+        layers: list[nn.Module] = []
+        for level, (width, blocks) in enumerate(zip(widths, config.encoder_blocks, strict=True)):
+            if level:
+                layers.append(nn.Conv2d(widths[level - 1], width, 4, stride=2, padding=1))
+            layers += [ResBlock(width) for _ in range(blocks)]
+        if config.attention:
+            layers.append(AttentionBlock(widths[-1]))
+        self.body = nn.Sequential(*layers)
+        self.norm_out = nn.GroupNorm(32, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], latent_dim, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = images
+        for _ in range(self.haar_levels):
+            x = haar(x)
+        x = self.body(self.conv_in(x))  # (B, C, h, w)
+        return self.conv_out(F.silu(self.norm_out(x)))  # (B, latent_dim, h, w)
+
+
+class Decoder(nn.Module):
+    """(B, latent_dim, h, w) -> (B, 3, S, S), unclamped."""
+
+    def __init__(self, config: FastConfig, latent_dim: int) -> None:
+        super().__init__()
+        self.haar_levels = config.haar_levels
+        widths = config.channels
+        self.conv_in = nn.Conv2d(latent_dim, widths[-1], 3, padding=1)
+        layers: list[nn.Module] = [AttentionBlock(widths[-1])] if config.attention else []
+        for level in reversed(range(len(widths))):
+            layers += [ResBlock(widths[level]) for _ in range(config.decoder_blocks[level])]
+            if level:
+                layers += [nn.Conv2d(widths[level], 4 * widths[level - 1], 3, padding=1), nn.PixelShuffle(2)]
+        self.body = nn.Sequential(*layers)
+        self.norm_out = nn.GroupNorm(32, widths[0], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[0], 3 * 4**config.haar_levels, 3, padding=1)
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """The weight whose gradients balance the adversary (taming, equation 7)."""
+        return self.conv_out.weight
+
+    def forward(self, latents: Tensor) -> Tensor:
+        x = self.body(self.conv_in(latents))  # (B, C0, S/4, S/4)
+        x = self.conv_out(F.silu(self.norm_out(x)))  # (B, 48, S/4, S/4)
+        for _ in range(self.haar_levels):
+            x = inverse_haar(x)
+        return x  # (B, 3, S, S)

@@ -1,0 +1,130 @@
+"""ImageTokenizer: pictures <-> grids of codes. One config, one checkpoint directory, nothing hard-coded.
+
+Encoder and decoder come by `architecture`, the bottleneck by `quantizer`; image side, grid, sequence length and
+vocabulary are derived from the config.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from common import checkpoint
+from common.config import from_mapping, to_mapping
+from vq.autoencoder import Decoder, Encoder, FastConfig
+from vq.quantizer import Quantized, VectorQuantizer
+
+KIND = "image_tokenizer"
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """The image tokenizer's sizes."""
+
+    image_size: int = 128
+    """Side of the training pictures in pixels; other sides that are multiples of the factor work too."""
+    architecture: Literal["fast"] = "fast"
+    """Encoder and decoder."""
+    fast: FastConfig = field(default_factory=FastConfig)
+    """Sizes of the fast architecture."""
+    quantizer: Literal["vq"] = "vq"
+    """Kind of bottleneck."""
+    codebook_size: int = 1024
+    """Number of codes."""
+    codebook_dim: int = 8
+    """Width of a code."""
+    commit_weight: float = 0.25
+    """Weight of the commitment term of the quantizer's loss."""
+    l2_normalize: bool = True
+    """Compare unit vectors, so that usage stays high."""
+
+    def __post_init__(self) -> None:
+        if self.codebook_size < 2 or self.codebook_dim < 1:
+            raise ValueError(f"codebook_size {self.codebook_size} and codebook_dim {self.codebook_dim} are too small")
+        if self.image_size < self.downsample_factor or self.image_size % self.downsample_factor:
+            raise ValueError(
+                f"image_size must be a multiple of the downsample factor {self.downsample_factor}, not {self.image_size}"
+            )
+
+    @property
+    def downsample_factor(self) -> int:
+        return self.fast.downsample_factor
+
+    @property
+    def grid_size(self) -> int:
+        return self.image_size // self.downsample_factor
+
+
+class ImageTokenizer(nn.Module):
+    """Encoder, quantizer, decoder."""
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.sha256 = ""  # of the weights file; set by from_pretrained
+        self.encoder = Encoder(config.fast, config.codebook_dim)
+        self.decoder = Decoder(config.fast, config.codebook_dim)
+        self.quantizer = VectorQuantizer(
+            config.codebook_size, config.codebook_dim, config.commit_weight, config.l2_normalize
+        )
+
+    @property
+    def codebook_size(self) -> int:
+        return self.config.codebook_size
+
+    @property
+    def downsample_factor(self) -> int:
+        return self.config.downsample_factor
+
+    @property
+    def image_size(self) -> int:
+        return self.config.image_size
+
+    @property
+    def grid_size(self) -> int:
+        """Side of the code grid of a training picture; N = grid_size ** 2."""
+        return self.config.grid_size
+
+    def encode(self, images: Tensor) -> Quantized:
+        """(B, 3, H, W) in [-1, 1] -> Quantized with a grid of (H/f, W/f). Raises ValueError for other sides."""
+        factor = self.downsample_factor
+        if images.shape[-1] % factor or images.shape[-2] % factor:
+            raise ValueError(f"picture sides must be multiples of {factor}, not {tuple(images.shape[-2:])}")
+        return self.quantizer(self.encoder(images))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(B, D, h, w) -> (B, 3, H, W), unclamped."""
+        return self.decoder(latents)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Quantized]:
+        """(B, 3, S, S) in [-1, 1] -> reconstruction of that shape, and the codes."""
+        quantized = self.encode(images)
+        return self.decode(quantized.latents), quantized
+
+    @torch.no_grad()
+    def encode_ids(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> (B, N) long, raster order."""
+        return self.encode(images).ids.flatten(1)
+
+    @torch.no_grad()
+    def decode_ids(self, ids: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """(B, N) long, raster order -> (B, 3, H, W) float32 in [-1, 1]; `grid` (h, w) None: the training grid."""
+        height, width = grid or (self.grid_size, self.grid_size)
+        latents = self.quantizer.lookup(ids.view(-1, height, width))
+        return self.decode(latents).float().clamp(-1, 1)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, device: torch.device | str = "cpu") -> "ImageTokenizer":
+        """From a checkpoint directory, a run directory or a hub id; in eval mode."""
+        directory = checkpoint.resolve(name)
+        config = checkpoint.read_config(directory, KIND)
+        model = cls(from_mapping(TokenizerConfig, config["model"], where=f"{directory}/config.json"))
+        checkpoint.load_weights(model, directory)
+        model.sha256 = config["sha256"]
+        return model.to(device=device, memory_format=torch.channels_last).eval()
+
+    def write(self, directory: Path, step: int, weights: dict[str, Tensor] | None = None) -> None:
+        """config.json and model.safetensors into an existing directory; `weights` None: the model's own."""
+        checkpoint.write_model(directory, KIND, to_mapping(self.config), weights or self.state_dict(), step)
