@@ -35,6 +35,7 @@ HINTS: dict[str, str] = {
     "truncated_file": "the file ends early; copy or download it again",
     "truncated_image": "the picture ends early; download it again",
     "undecodable": "the picture is damaged; download it again",
+    "unknown_header": "no column names a picture or a url; name them url,caption or image_path,caption in the first line",
     "unreadable_file": "the file or a part of it cannot be read; copy or download it again",
     "unsafe_name": "the name leaves the archive or is no plain file; such members are never read",
     "unsupported_mode": "the pixel format has no defined range (floating point, 32-bit); convert it first",
@@ -85,7 +86,13 @@ class Problem:
 def problem(where: str, key: str, reason: str, what: str = "") -> Problem:
     """A Problem whose detail is `what` followed by the hint of the reason; an unlisted reason is our bug."""
     hint = HINTS[reason]
-    return Problem(where, key, reason, f"{what}; {hint}" if what else hint)
+    detail = f"{what}; {hint}" if what else hint
+    return Problem(encodable(where), encodable(key[:300]), reason, encodable(detail))
+
+
+def encodable(text: str) -> str:
+    """The text with half surrogates, which UTF-8 cannot hold, replaced by question marks."""
+    return text.encode(errors="replace").decode()
 
 
 def validate_key(key: str) -> str:

@@ -107,8 +107,8 @@ class ShardWriter:
         return self.dst / f".{self._name}.tmp"
 
     def _open(self) -> tarfile.TarFile:
-        file = self._temporary.open("wb")  # noqa: SIM115 - closed with the shard
-        self._tar = tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT, encoding="utf-8")
+        file = self._temporary.open("wb")
+        self._tar = tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT, encoding="utf-8")  # noqa: SIM115
         return self._tar
 
     def _finish_shard(self) -> Path:

@@ -1,0 +1,158 @@
+"""Pictures in one file, texts in another, joined by id in any order: the index of texts that makes it one pass.
+
+21 bytes a text row stay in memory (hash of the id, place in the file, line, seen or not); neither the pictures nor
+the texts do. A text is read again from its place when its picture comes, so two ids of one hash cannot be confused.
+"""
+
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from data_tools.readers.base import (
+    Item,
+    Line,
+    Meter,
+    ReaderOptions,
+    decode_base64,
+    decode_text,
+    hash64,
+    iter_lines,
+    make_record,
+)
+from data_tools.records import Problem, problem
+
+# Parses one line of the texts to (ids of its pictures, caption), or says why not.
+TextParser = Callable[[Line, str], tuple[list[str], str] | Problem]
+
+MAX_CAPTIONS = (
+    1000  # of one picture; the texts beyond are reported as left without one, so reading stays linear
+)
+
+
+class TextIndex:
+    """Where in the file of texts the captions of a picture are, and which texts no picture came for."""
+
+    def __init__(self, path: Path, parse: TextParser, options: ReaderOptions):
+        self.path, self._parse, self._options = path, parse, options
+        self._hashes = self._offsets = self._lines = np.zeros(0, np.uint64)
+        self._seen = np.zeros(0, bool)
+        self._file = path.open("rb")
+
+    def build(self, meter: Meter) -> Iterator[Problem]:
+        """Read the file once; yields the rows that are lost."""
+        hashes, offsets, lines = array("Q"), array("Q"), array("Q")
+        for line in iter_lines(self.path, self._options.max_row_bytes, meter):
+            parsed = self._parse(line, f"{self.path.name}:{line.number}")
+            if isinstance(parsed, Problem):
+                yield parsed
+                continue
+            for identifier in parsed[0]:
+                hashes.append(hash64(identifier))
+                offsets.append(line.offset)
+                lines.append(line.number)
+        unsorted = np.frombuffer(hashes, np.uint64) if hashes else np.zeros(0, np.uint64)
+        order = np.argsort(unsorted, kind="stable")
+        self._hashes = unsorted[order]
+        self._offsets = np.array(offsets, np.uint64)[order]
+        self._lines = np.array(lines, np.uint32)[order]
+        self._seen = np.zeros(len(order), bool)
+
+    def captions(self, identifier: str) -> list[str]:
+        """The texts with this id, in the order of the file; they count as seen from now on."""
+        value = np.uint64(hash64(identifier))
+        first, last = np.searchsorted(self._hashes, value), np.searchsorted(self._hashes, value, side="right")
+        found = []
+        for row in range(first, min(last, first + MAX_CAPTIONS)):
+            ids, caption = self._read(row)
+            if identifier in ids:
+                self._seen[row] = True
+                found.append(caption)
+        return found
+
+    def _read(self, row: int) -> tuple[list[str], str]:
+        self._file.seek(int(self._offsets[row]))
+        data = self._file.readline().rstrip(b"\r\n")
+        parsed = self._parse(Line(int(self._lines[row]), int(self._offsets[row]), data), "")
+        if isinstance(parsed, Problem):
+            raise ValueError(f"{self.path} changed while it was read: start again when it is complete")
+        return parsed
+
+    def without_picture(self) -> Iterator[Problem]:
+        """The texts no picture came for, in the order of the file."""
+        rows = np.flatnonzero(~self._seen)
+        for row in rows[np.argsort(self._offsets[rows], kind="stable")]:
+            for identifier in self._ids_of_hash(row):
+                yield problem(f"{self.path.name}:{self._lines[row]}", identifier, "no_image")
+
+    def _ids_of_hash(self, row: int) -> list[str]:
+        return [i for i in self._read(row)[0] if hash64(i) == int(self._hashes[row])][:1]
+
+    def close(self) -> None:
+        """Close the file of texts."""
+        self._file.close()
+
+
+class Picture(NamedTuple):
+    """A row of the file of pictures before its texts are known."""
+
+    identifier: str
+    where: str
+    image: bytes | Problem
+    meta: dict[str, Any]
+
+
+def join(
+    index: TextIndex, pictures: Iterable[Picture], options: ReaderOptions, meter: Meter
+) -> Iterator[Item]:
+    """Rows of the file of texts that are lost, then one item a picture, then the texts left without a picture."""
+    yield from index.build(meter)
+    for picture in pictures:
+        captions = index.captions(picture.identifier) if picture.identifier else []
+        if isinstance(picture.image, Problem):
+            yield picture.image
+        elif not captions and options.captions == "required":
+            what = f"id {picture.identifier[:80]!r} is not in {index.path.name}"
+            yield problem(picture.where, picture.identifier, "no_caption", what)
+        else:
+            yield make_record(
+                picture.identifier, picture.image, captions, picture.meta, picture.where, options
+            )
+    yield from index.without_picture()
+
+
+def read_base64_rows(
+    path: Path, options: ReaderOptions, meter: Meter, meta: dict[str, Any]
+) -> Iterator[Picture]:
+    """`id<TAB>base64` of each line; the meta of a picture is a copy of `meta`."""
+    for line in iter_lines(path, options.max_row_bytes, meter):
+        where = f"{path.name}:{line.number}"
+        if line.data is None:
+            yield Picture("", where, problem(where, "", "row_too_large"), {})
+            continue
+        fields = line.data.split(b"\t")
+        identifier = decode_text(fields[0].strip(), options.encoding, where)
+        if isinstance(identifier, Problem):
+            yield Picture("", where, identifier, {})
+        else:
+            yield Picture(identifier, where, _picture_bytes(fields, identifier, where), dict(meta))
+
+
+def _picture_bytes(fields: list[bytes], identifier: str, where: str) -> bytes | Problem:
+    if len(fields) != 2:
+        return problem(where, identifier, "bad_column_count", f"{len(fields)} columns instead of 2")
+    if not identifier:
+        return problem(where, "", "missing_id")
+    return base64_image(fields[1], where, identifier)
+
+
+def base64_image(field: bytes, where: str, key: str) -> bytes | Problem:
+    """The picture in a base64 field, or why there is none."""
+    if not field.strip():
+        return problem(where, key, "empty_image")
+    try:
+        return decode_base64(field) or problem(where, key, "empty_image")
+    except ValueError as error:
+        return problem(where, key, "bad_base64", str(error))
