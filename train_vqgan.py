@@ -172,7 +172,7 @@ class TokenizerTask:
             rows += [[to_image(x) for x in part[start : start + 8]] for part in (images, reconstruction)]
         return {"reconstructions": stack_rows([r for r in rows if len(r) == len(rows[0])])}
 
-    def save(self, directory: Path, step: int) -> None:
+    def save(self, directory: Path, step: int, state: dict[str, Any]) -> None:
         self._saved_model().write(directory, step)
         self.model.train()
 

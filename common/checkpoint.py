@@ -11,28 +11,44 @@ state is read with `weights_only=True`: nothing is unpickled.
 """
 
 import contextlib
+import errno
 import os
+import pickle
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
 
-from common.files import atomic_directory, read_json, sha256_file, write_json
+from common.files import atomic_directory, read_json, sha256_file, size_of, write_json
 
 FORMAT = 1
 
 
 def save_weights(path: Path, weights: dict[str, Tensor]) -> None:
+    """Raises OSError when the file cannot be written."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    save_file({n: t.detach().to("cpu").contiguous().clone() for n, t in weights.items()}, str(path))
+    try:
+        save_file({n: t.detach().to("cpu").contiguous().clone() for n, t in weights.items()}, str(path))
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def write_model(
-    directory: Path, kind: str, model_config: dict[str, Any], weights: dict[str, Tensor], step: int, **extra: Any
+    directory: Path,
+    kind: str,
+    model_config: dict[str, Any],
+    weights: dict[str, Tensor],
+    step: int,
+    **extra: Any,
 ) -> None:
     """`config.json` and `model.safetensors` into an existing directory."""
     save_weights(directory / "model.safetensors", weights)
@@ -51,7 +67,7 @@ def write_model(
 @contextlib.contextmanager
 def new_step_directory(run_dir: Path, step: int) -> Iterator[Path]:
     """Fill the yielded directory; it becomes `run_dir/step_XXXXXXXX` and `latest` points to it."""
-    final = run_dir / f"step_{step:08d}"
+    final = step_directory(run_dir, step)
     with atomic_directory(final) as temporary:
         yield temporary
     point_latest(run_dir, final.name)
@@ -64,16 +80,56 @@ def point_latest(run_dir: Path, name: str) -> None:
     os.replace(temporary, link)
 
 
+def step_directory(run_dir: Path, step: int) -> Path:
+    return run_dir / f"step_{step:08d}"
+
+
 def step_directories(run_dir: Path) -> list[Path]:
     """Whole checkpoints of a run, oldest first."""
     return sorted(d for d in run_dir.glob("step_*") if (d / "config.json").is_file())
 
 
 def prune(run_dir: Path, keep_last: int, keep: tuple[Path, ...] = ()) -> None:
-    """Delete all but the newest `keep_last` checkpoints; 0 keeps all."""
+    """Delete all but the newest `keep_last` checkpoints and those in `keep`; 0 keeps all."""
     for directory in step_directories(run_dir)[:-keep_last] if keep_last else []:
         if directory not in keep:
-            shutil.rmtree(directory)
+            doomed = directory.with_name(
+                f".{directory.name}.tmp"
+            )  # killed half-way, it is no checkpoint any more
+            os.replace(directory, doomed)
+            shutil.rmtree(doomed)
+
+
+def clean(run_dir: Path) -> None:
+    """Remove what a killed process left half-written or half-deleted."""
+    for leftover in (*run_dir.glob(".step_*.tmp"), *run_dir.glob(".step_*.old")):
+        shutil.rmtree(leftover)
+    for leftover in (*run_dir.glob(".latest.*"), *run_dir.glob(".*.tmp")):
+        leftover.unlink()
+
+
+def ensure_space(run_dir: Path, state: dict[str, Any]) -> None:
+    """Raises OSError naming the space needed when a checkpoint with this training state cannot fit."""
+    previous = step_directories(run_dir)
+    needed = max(tensor_bytes(state), size_of(previous[-1]) if previous else 0)
+    free = shutil.disk_usage(run_dir).free
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC,
+            f"a checkpoint in {run_dir} needs {needed / 2**20:.0f} MiB and {free / 2**20:.0f} MiB are free: the "
+            "previous one is whole; free some space and run the same command again",
+        )
+
+
+def tensor_bytes(value: Any) -> int:
+    """Bytes of all tensors in nested dictionaries and lists."""
+    if isinstance(value, Tensor):
+        return value.nbytes
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return 0
+    return sum(tensor_bytes(v) for v in value)
 
 
 def newest_run(kind: str, runs: Path = Path("runs")) -> Path | None:
@@ -151,8 +207,12 @@ def load_weights(model: nn.Module, directory: Path) -> None:
     weights, expected = read_weights(directory), model.state_dict()
     missing, extra = sorted(set(expected) - set(weights)), sorted(set(weights) - set(expected))
     if missing or extra:
-        parts = [f"lacks {_some(missing)}"] * bool(missing) + [f"has the unknown {_some(extra)}"] * bool(extra)
-        raise ValueError(f"{directory}/model.safetensors does not fit its config.json: it {' and '.join(parts)}")
+        parts = [f"lacks {_some(missing)}"] * bool(missing) + [f"has the unknown {_some(extra)}"] * bool(
+            extra
+        )
+        raise ValueError(
+            f"{directory}/model.safetensors does not fit its config.json: it {' and '.join(parts)}"
+        )
     for name, tensor in weights.items():
         if tensor.shape != expected[name].shape:
             raise ValueError(
@@ -166,15 +226,46 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
+class _Written:
+    """A file that remembers why a write failed: torch.save turns that into a RuntimeError without the reason."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.error = file, None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
 def write_training_state(directory: Path, state: dict[str, Any]) -> None:
+    """Raises OSError when the file cannot be written."""
     path = directory / "training_state"
     path.mkdir()
-    torch.save(state, path / "state.pt")
+    with (path / "state.pt").open("wb", buffering=0) as file:
+        written = _Written(file)
+        try:
+            torch.save(state, written)
+        except RuntimeError as error:
+            raise written.error or error from error
 
 
 def read_training_state(directory: Path) -> dict[str, Any]:
-    """Raises FileNotFoundError when the checkpoint was released without it."""
+    """Tensors are mapped from the file, so that many processes of a node share its pages.
+
+    Raises FileNotFoundError when the checkpoint was released without it, ValueError when it is damaged.
+    """
     path = directory / "training_state" / "state.pt"
     if not path.is_file():
         raise FileNotFoundError(f"{directory} holds no training_state: it can be used, but not trained on")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise ValueError(
+            f"{path} is damaged: delete {directory} to go on from the checkpoint before it"
+        ) from error

@@ -6,6 +6,7 @@ may go on under another engine or another number of processes.
 """
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,14 +38,25 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-    def mean(self, values: dict[str, float]) -> dict[str, float]:
-        """The mean over processes of each value; the keys must agree."""
+    def mean(self, values: dict[str, float], weight: float = 1.0) -> dict[str, float]:
+        """The mean over processes of each value; the keys must agree. `weight`: this process's share, as its samples."""
         if self.size == 1 or not values:
             return values
         names = sorted(values)
-        stacked = torch.tensor([values[n] for n in names], dtype=torch.float64, device=self._reduce_device)
+        weighted = [values[n] * weight if weight else 0.0 for n in names]
+        stacked = torch.tensor([*weighted, weight], dtype=torch.float64, device=self._reduce_device)
         dist.all_reduce(stacked)
-        return dict(zip(names, (stacked / self.size).tolist(), strict=True))
+        means = dict(zip(names, (stacked[:-1] / stacked[-1]).tolist(), strict=True))
+        return {n: means[n] for n in values}
+
+    def any(self, flags: dict[str, bool]) -> dict[str, bool]:
+        """Whether a flag is up on any process; the keys must agree."""
+        if self.size == 1:
+            return flags
+        names = sorted(flags)
+        raised = torch.tensor([float(flags[n]) for n in names], device=self._reduce_device)
+        dist.all_reduce(raised)
+        return {n: bool(r) for n, r in zip(names, raised.tolist(), strict=True)}
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum `tensor` over processes in place."""
@@ -90,7 +102,9 @@ def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
     except RuntimeError as error:
         raise ValueError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:N") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name!r} was asked for, but this machine has no usable GPU: use --device cpu")
+        raise ValueError(
+            f"device {name!r} was asked for, but this machine has no usable GPU: use --device cpu"
+        )
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
@@ -150,7 +164,9 @@ class BatchPlan:
 
 def batch_plan(global_batch_size: int, world_size: int, micro_batch_size: int | None = None) -> BatchPlan:
     """`micro_batch_size` None: the whole share of a process at once."""
-    return BatchPlan(global_batch_size, micro_batch_size or max(1, global_batch_size // world_size), world_size)
+    return BatchPlan(
+        global_batch_size, micro_batch_size or max(1, global_batch_size // world_size), world_size
+    )
 
 
 def split_batch(batch: dict[str, Any], parts: int) -> Iterator[dict[str, Any]]:
@@ -164,7 +180,9 @@ def split_batch(batch: dict[str, Any], parts: int) -> Iterator[dict[str, Any]]:
 class PlainEngine:
     """One model and its optimizer on one process, or on many through DDP (gradients averaged)."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, world: World, grad_clip: float) -> None:
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, world: World, grad_clip: float
+    ) -> None:
         self.raw_model = model
         self.optimizer = optimizer
         self.grad_clip = grad_clip
@@ -190,7 +208,7 @@ class PlainEngine:
         """Clip, update, clear; returns the gradient norm before clipping. A non-finite one leaves the weights alone."""
         parameters = [p for g in self.optimizer.param_groups for p in g["params"]]
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.grad_clip or float("inf")))
-        if norm == norm and norm != float("inf"):
+        if math.isfinite(norm):
             self.optimizer.step()
         self.zero_grad()
         return norm
@@ -220,7 +238,9 @@ class PlainEngine:
         self.raw_model.load_state_dict(weights)
         for name, parameter in self.raw_model.named_parameters():
             if name in state["moments"]:
-                moments = {k: v.clone() if isinstance(v, Tensor) else v for k, v in state["moments"][name].items()}
+                moments = {
+                    k: v.clone() if isinstance(v, Tensor) else v for k, v in state["moments"][name].items()
+                }
                 for key, value in moments.items():
                     if isinstance(value, Tensor) and value.shape == parameter.shape:
                         moments[key] = value.to(parameter.device)

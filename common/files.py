@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
@@ -25,31 +27,42 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """The same for a directory; an existing one at `path` is replaced. A full disk names the space that was there."""
+    """The same for a directory; an existing one at `path` is set aside first, then removed.
+
+    Raises OSError naming the space that was written and that is free when the disk is full.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary, aside = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
+    if aside.exists() and not path.exists():  # killed between the two renames below
+        os.replace(aside, path)
+    for leftover in (temporary, aside):
+        shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                _fsync(file)
+        for part in (*temporary.rglob("*"), temporary):
+            _fsync(part)
         if path.exists():
-            shutil.rmtree(path)
+            os.replace(path, aside)
         os.replace(temporary, path)
+        _fsync(path.parent)
+        shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in DISK_FULL:
             raise
-        size = sum(f.stat().st_size for f in temporary.rglob("*") if f.is_file())
-        free = shutil.disk_usage(path.parent).free
         raise OSError(
             errno.ENOSPC,
-            f"disk full while writing {path}: {size / 2**20:.0f} MiB were written and {free / 2**20:.0f} MiB are "
-            "free; the previous checkpoint is whole; free some space and run the same command again",
+            f"disk full while writing {path}: {size_of(temporary) / 2**20:.0f} MiB of it were written and "
+            f"{shutil.disk_usage(path.parent).free / 2**20:.0f} MiB are free; what was there before is whole; free "
+            "some space and run the same command again",
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def size_of(directory: Path) -> int:
+    """Bytes of all files under `directory`."""
+    return sum(f.stat().st_size for f in directory.rglob("*") if f.is_file())
 
 
 def _fsync(path: Path) -> None:

@@ -1,10 +1,14 @@
 """What a run says: one line an event on rank 0, metrics.jsonl always, TensorBoard, W&B if asked."""
 
 import json
+import uuid
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+
+from common.distributed import World
+from common.files import atomic_path
 
 
 def say(text: str) -> None:
@@ -17,6 +21,37 @@ def clock(seconds: float) -> str:
     return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
 
+def short(value: float) -> str:
+    """Four digits: 3.142, 2.90e-04"""
+    return f"{value:.2e}" if value and abs(value) < 1e-2 else f"{value:.4g}"
+
+
+class Window:
+    """Means of the training metrics since the last line; a key may be absent from some steps.
+
+    It is part of a checkpoint, so that a resumed run logs the very lines of the uninterrupted one.
+    """
+
+    def __init__(self, sums: dict[str, tuple[float, int]] | None = None) -> None:
+        self.sums = {name: (float(total), int(count)) for name, (total, count) in (sums or {}).items()}
+
+    def add(self, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            total, count = self.sums.get(name, (0.0, 0))
+            self.sums[name] = (total + float(value), count + 1)
+
+    def means(self) -> dict[str, float]:
+        return {name: total / count for name, (total, count) in self.sums.items()}
+
+    def mean_over(self, world: World) -> dict[str, tuple[float, int]]:
+        """The sums averaged over processes: with them any number of processes goes on."""
+        totals = world.mean({name: total for name, (total, _) in self.sums.items()})
+        return {name: (totals[name], count) for name, (_, count) in self.sums.items()}
+
+    def clear(self) -> None:
+        self.sums = {}
+
+
 class MetricLog:
     """Appends one JSON object a call to `run_dir/metrics.jsonl` and mirrors scalars to TensorBoard and W&B."""
 
@@ -24,7 +59,7 @@ class MetricLog:
         self, run_dir: Path, start_step: int, tensorboard: bool, wandb_project: str, options: dict[str, Any]
     ) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
-        self.path = run_dir / "metrics.jsonl"
+        self.run_dir, self.path = run_dir, run_dir / "metrics.jsonl"
         drop_from_step(self.path, start_step)
         self.file = self.path.open("a", encoding="utf-8")
         self.writer, self.wandb = None, None
@@ -35,11 +70,17 @@ class MetricLog:
         if wandb_project:
             import wandb
 
-            self.wandb = wandb.init(project=wandb_project, name=run_dir.name, config=options, resume="allow")
+            self.wandb = wandb.init(
+                project=wandb_project,
+                name=run_dir.name,
+                id=_wandb_id(run_dir),
+                config=options,
+                resume="allow",
+            )
 
     def write(self, step: int, kind: str, values: dict[str, float]) -> None:
         """`kind`: train, val or event."""
-        row = {"step": step, "kind": kind, **{k: v for k, v in values.items()}}
+        row = {"step": step, "kind": kind, **values}
         self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
         self.file.flush()
         numbers = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, (int, float))}
@@ -49,8 +90,8 @@ class MetricLog:
         if self.wandb:
             self.wandb.log(numbers, step=step)
 
-    def picture(self, step: int, name: str, image: Image.Image, run_dir: Path) -> Path:
-        path = run_dir / "samples" / f"{name}_{step:08d}.png"
+    def picture(self, step: int, name: str, image: Image.Image) -> Path:
+        path = self.run_dir / "samples" / f"{name}_{step:08d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path)
         return path
@@ -68,11 +109,20 @@ def drop_from_step(path: Path, start_step: int) -> None:
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
         if row["step"] <= start_step:
             kept.append(line)
-    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    with atomic_path(path) as temporary:
+        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+
+def _wandb_id(run_dir: Path) -> str:
+    """One for the life of the run directory, so that a resumed run goes on in the same chart."""
+    path = run_dir / "wandb_id"
+    if not path.is_file():
+        path.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+    return path.read_text(encoding="utf-8")

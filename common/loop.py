@@ -121,7 +121,7 @@ class _StopFlag:
 
     def restore(self) -> None:
         for number, handler in self.previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 def fit(
@@ -139,7 +139,7 @@ def fit(
     ensure_writable_directory(config.run_dir)
     run = _Run(task, config, world, options)
     run.resume()
-    if run.step >= config.num_steps:
+    if run.step >= config.num_steps or run.out_of_patience():
         run.say(f"{config.run_dir} is already trained to step {run.step}")
         return {}
     run.stop = _StopFlag(launched=world.launcher != "none")
@@ -165,7 +165,7 @@ class _Run:
         self.best: dict[str, float] = {}
         self.last_eval: dict[str, float] = {}
         self.window = Window()
-        self.saved_step = -1
+        self.saved_step = self.evaluated_step = self.sampled_step = -1
         self._restart_clock()
 
     def say(self, text: str) -> None:
@@ -191,11 +191,13 @@ class _Run:
         if not found:
             return
         if not self.config.resume:
-            raise ValueError(f"{self.config.run_dir} already holds a run: choose another --loop.run-dir, or resume it")
+            raise ValueError(
+                f"{self.config.run_dir} already holds a run: choose another --loop.run-dir, or resume it"
+            )
         state = checkpoint.read_training_state(found[-1])
         self.step, self.samples, self.best = int(state["step"]), int(state["samples"]), dict(state["best"])
         self.saved_step = self.step
-        if self.step >= self.config.num_steps:
+        if self.step >= self.config.num_steps or self.out_of_patience():
             return
         self.window = Window(state["window"])
         self.task.load_state(state["task"])
@@ -205,11 +207,13 @@ class _Run:
         config, start_step = self.config, self.step
         iterator = iter(batches(self.samples))
         self._restart_clock()
-        while self.step < config.num_steps and not self._out_of_patience():
+        while self.step < config.num_steps and not self.out_of_patience():
             fetched = time.perf_counter()
             batch = next(iterator, None)
             if batch is None:
-                raise ValueError(f"the data ended after step {self.step} of {config.num_steps}: batches must not end")
+                raise ValueError(
+                    f"the data ended after step {self.step} of {config.num_steps}: batches must not end"
+                )
             started = time.perf_counter()
             torch.manual_seed((config.seed * 1_000_003 + self.step) * 131 + self.world.rank)
             metrics = self.task.train_step(batch, self.step)
@@ -225,7 +229,13 @@ class _Run:
                 self._save()
                 self.say(f"stopped at step {self.step}, saved: run the same command again to go on")
                 raise KeyboardInterrupt
-        self._finish()
+        if self.step < config.num_steps:
+            self.say(
+                f"no better {self.task.validation_metric} in {config.patience} evaluations: stopping early"
+            )
+        self._evaluate()
+        self._sample()
+        self._save()
         return self.last_eval
 
     def _periodic(self, first: bool) -> None:
@@ -243,16 +253,8 @@ class _Run:
         if config.save_every and step % config.save_every == 0:
             self._save()
 
-    def _finish(self) -> None:
-        self._evaluate()
-        self._sample()
-        self._save()
-
-    def _out_of_patience(self) -> bool:
-        out = 0 < self.config.patience <= self.best.get("misses", 0)
-        if out:
-            self.say(f"no better {self.task.validation_metric} in {self.config.patience} evaluations: stopping early")
-        return out
+    def out_of_patience(self) -> bool:
+        return 0 < self.config.patience <= self.best.get("misses", 0)
 
     def _agree(self, metrics: dict[str, float], batch: dict[str, Any]) -> bool:
         """Whether any process was asked to stop; all raise when one has met a number that is not finite."""
@@ -288,27 +290,32 @@ class _Run:
         return rate
 
     def _evaluate(self) -> None:
+        if self.evaluated_step == self.step:
+            return
         started = time.perf_counter()
         self.last_eval = self.world.mean(self.task.evaluate(self.step))
         value = self.last_eval.get(self.task.validation_metric)
-        if value is not None and self.best.get("last") != self.step:
-            if value < self.best.get("value", math.inf):
-                self.best = {"value": value, "step": self.step, "misses": 0, "last": self.step}
-            else:
-                self.best = self.best | {"misses": self.best.get("misses", 0) + 1, "last": self.step}
+        if value is not None and value < self.best.get("value", math.inf):
+            self.best = {"value": value, "step": self.step, "misses": 0}
+        elif value is not None:
+            self.best = self.best | {"misses": self.best.get("misses", 0) + 1}
         if self.log and self.last_eval:
             self.log.write(self.step, "val", self.last_eval)
         if self.last_eval:
             shown = " | ".join(f"{n} {short(v)}" for n, v in self.last_eval.items())
             self.say(f"step {self.step} | validation | {shown}")
+        self.evaluated_step = self.step
         self.window_start += time.perf_counter() - started
 
     def _sample(self) -> None:
+        if self.sampled_step == self.step:
+            return
         started = time.perf_counter()
         pictures = self.task.sample(self.step)
         if self.log:
             for name, image in pictures.items():
                 self.say(f"step {self.step} | wrote {self.log.picture(self.step, name, image)}")
+        self.sampled_step = self.step
         self.world.barrier()
         self.window_start += time.perf_counter() - started
 

@@ -63,7 +63,11 @@ def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
             (decay if parameter.ndim >= 2 and parameter not in embeddings else plain).append(parameter)
     groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=config.lr, betas=(config.beta1, config.beta2), eps=1e-8, fused=True
+        [g for g in groups if g["params"]],
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=1e-8,
+        fused=True,
     )
 
 
