@@ -1,0 +1,29 @@
+"""Shared by all tests: two threads, so that figures do not hang on the machine, and where the real material lies."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared"
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture
+def goods() -> Path:
+    """Folder of real product shards; skips where it is missing."""
+    path = SHARED / "data" / "goods"
+    if not path.is_dir():
+        pytest.skip(f"no real pictures at {path}")
+    return path
+
+
+@pytest.fixture
+def roberta() -> Path:
+    """Folder of the Chinese RoBERTa vocabulary; skips where it is missing."""
+    path = SHARED / "models" / "chinese-roberta-wwm-ext"
+    if not path.is_dir():
+        pytest.skip(f"no tokenizer vocabulary at {path}")
+    return path

@@ -1,0 +1,249 @@
+"""Image shards -> token shards: every picture is encoded once, not once an epoch.
+
+    python -m vq.encode_shards runs/goods_128_vqgan ../shared/data/goods data/goods_128_tokens --views 6
+
+Each input shard becomes one output shard of the same name with `{key}.ids.npy` (A, N), the caption and the metadata.
+View 0 is the plain centre crop; the others are augmented, drawn from the key. `tokenizer.json` beside the shards
+holds the tokenizer's sha256: shards of two tokenizers never mix. Whole shards are kept when the command runs again.
+"""
+
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor
+from tqdm import tqdm
+
+from common.config import command, parse_options
+from common.distributed import Precision, World, autocast, start_world, stop_world
+from common.files import ensure_writable_directory, read_json, write_json
+from common.image import make_grid, resize_square, stack_rows, to_image, to_tensor
+from common.log import say
+from data_tools.crops import CropFlip
+from data_tools.index import ShardIndex, find_shards
+from data_tools.loader import IMAGE_SUFFIXES, CorruptSample, open_image
+from data_tools.records import Record
+from data_tools.shards import ShardWriter, add_to_dataset
+from vq.losses import psnr
+from vq.model import ImageTokenizer
+
+TOKENIZER_FILE = "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Encode image shards to token shards."""
+
+    checkpoint: Annotated[str, tyro.conf.Positional]
+    """Image tokenizer: a checkpoint or run directory."""
+    source: Annotated[Path, tyro.conf.Positional]
+    """Folder of image shards (train-*.tar, val-*.tar)."""
+    target: Annotated[Path, tyro.conf.Positional]
+    """Folder for the token shards."""
+    views: int = 4
+    """Encoded views a training picture: the plain one and views - 1 augmented ones. Validation pictures have one."""
+    augment: CropFlip = field(default_factory=CropFlip)
+    batch_size: int = 64
+    """Pictures of one forward pass."""
+    check: int = 16
+    """Pictures decoded back at the end into roundtrip.png; 0: none."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    precision: Precision = "auto"
+    """auto takes bf16 autocast where the machine has it."""
+
+    def __post_init__(self) -> None:
+        for name, low in (("views", 1), ("batch_size", 1), ("check", 0)):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} must be at least {low}, not {getattr(self, name)}")
+
+
+def require_tokenizer(folder: Path, sha256: str) -> dict[str, Any]:
+    """`tokenizer.json` of token shards. Raises ValueError when they were made by another tokenizer."""
+    path = folder / TOKENIZER_FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no {TOKENIZER_FILE}: make token shards with vq.encode_shards"
+        )
+    made_by = read_json(path)
+    if made_by.get("sha256") != sha256:
+        raise ValueError(
+            f"the token shards in {folder} were made by the tokenizer {str(made_by.get('sha256'))[:12]}, not by "
+            f"{sha256[:12]}: encode the pictures again with `python -m vq.encode_shards` into another folder"
+        )
+    return made_by
+
+
+def encode_shards(tokenizer: ImageTokenizer, options: Options, world: World) -> dict[str, int]:
+    """Encode every shard of `options.source` that is not done yet; shards are dealt over processes.
+
+    Returns {"pictures", "skipped", "shards_kept"} of this process. Raises ValueError for a target of another tokenizer.
+    """
+    target = ensure_writable_directory(options.target)
+    made_by = {"sha256": tokenizer.sha256, "grid_size": tokenizer.grid_size}
+    made_by |= {"codebook_size": tokenizer.codebook_size, "views": options.views}
+    if (target / TOKENIZER_FILE).is_file():
+        found = require_tokenizer(target, tokenizer.sha256)
+        if found.get("views") != options.views:
+            raise ValueError(
+                f"{target} holds shards of {found.get('views')} views a picture, not {options.views}"
+            )
+    elif world.is_main:
+        write_json(target / TOKENIZER_FILE, made_by)
+    jobs = [(split, path) for split in ("train", "val") for path in _shards(options.source, split)]
+    if not any(split == "train" for split, _ in jobs):
+        raise FileNotFoundError(
+            f"no train-*.tar in {options.source}: make shards with `python -m data_tools.shard`"
+        )
+    mine = jobs[world.rank :: world.size]
+    counts = {"pictures": 0, "skipped": 0, "shards_kept": 0}
+    for split, path in mine:
+        done = target / path.name
+        if done.is_file():
+            counts["shards_kept"] += 1
+            continue
+        _encode_one(tokenizer, options, world, split, path, counts)
+    world.barrier()
+    if world.is_main:
+        for split in ("train", "val"):
+            paths = sorted(target.glob(f"{split}-*.tar"))
+            add_to_dataset(target, split, {p.name: len(ShardIndex.open(p, "").samples) for p in paths})
+    return counts
+
+
+def _shards(source: Path, split: str) -> list[Path]:
+    try:
+        return find_shards(source, split)
+    except FileNotFoundError:
+        if not source.is_dir():
+            raise
+        return []
+
+
+def _encode_one(
+    tokenizer: ImageTokenizer, options: Options, world: World, split: str, path: Path, counts: dict[str, int]
+) -> None:
+    """One input shard -> one output shard under the same name, by way of a folder that is renamed from."""
+    index = ShardIndex.open(path, "").require(*IMAGE_SUFFIXES)
+    views = options.views if split == "train" else 1
+    work = options.target / f".work-{path.stem}"
+    for stale in work.glob("*"):
+        stale.unlink()
+    with ShardWriter(work, split, samples_per_shard=len(index)) as writer:
+        bar = tqdm(total=len(index), desc=path.name, unit="pictures", disable=not world.is_main)
+        for samples, pictures in _picture_batches(index, options, tokenizer.image_size, views, counts):
+            ids = _encode(tokenizer, pictures.flatten(0, 1), world, options.precision).unflatten(
+                0, (-1, views)
+            )
+            for i, row in zip(samples, ids, strict=True):
+                writer.write(_record(index, i, row, tokenizer.codebook_size))
+            counts["pictures"] += len(samples)
+            bar.update(len(samples))
+        bar.close()
+    (work / f"{split}-00000.tar").rename(options.target / path.name)
+    for leftover in work.glob("*"):
+        leftover.unlink()
+    work.rmdir()
+
+
+def _picture_batches(
+    index: ShardIndex, options: Options, image_size: int, views: int, counts: dict[str, int]
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Sample numbers (b,) and their views (b, A, 3, S, S); corrupt pictures are counted and left out."""
+    samples, rows = [], []
+    each = max(1, options.batch_size // views)
+    for i in range(len(index)):
+        members = index.read(i, IMAGE_SUFFIXES)
+        try:
+            image = open_image(next(iter(members.values())))
+        except CorruptSample as error:
+            counts["skipped"] += 1
+            say(f"skipped a corrupt sample ({counts['skipped']} so far): {index.samples[i].key}: {error}")
+            continue
+        samples.append(i)
+        rows.append(
+            torch.stack(list(_views(image, index.samples[i].key, options.augment, image_size, views)))
+        )
+        if len(rows) == each:
+            yield samples, torch.stack(rows)
+            samples, rows = [], []
+    if rows:
+        yield samples, torch.stack(rows)
+
+
+def _views(image, key: str, augment: CropFlip, image_size: int, views: int) -> Iterator[Tensor]:
+    """The centre crop, then crops drawn from (key, view): the same whenever the picture is encoded."""
+    yield to_tensor(resize_square(image, image_size))
+    seed = list(key.encode())
+    for view in range(1, views):
+        yield to_tensor(resize_square(augment(image, np.random.default_rng([view, *seed])), image_size))
+
+
+@torch.no_grad()
+def _encode(tokenizer: ImageTokenizer, images: Tensor, world: World, precision: Precision) -> Tensor:
+    images = images.to(world.device, memory_format=torch.channels_last)
+    with autocast(world.device, precision):
+        return tokenizer.encode_ids(images).cpu()
+
+
+def _record(index: ShardIndex, i: int, ids: Tensor, codebook_size: int) -> Record:
+    members = index.read(i, ("txt", "json"))
+    buffer = io.BytesIO()
+    np.save(
+        buffer, ids.numpy().astype(np.uint16 if codebook_size <= 65536 else np.uint32), allow_pickle=False
+    )
+    captions = tuple(members.get("txt", b"").decode("utf-8", errors="replace").splitlines())
+    meta = json.loads(members["json"]) if "json" in members else {}
+    return Record(index.samples[i].key, b"", "", captions, meta, extra={"ids.npy": buffer.getvalue()})
+
+
+@torch.no_grad()
+def roundtrip(tokenizer: ImageTokenizer, options: Options, world: World) -> float:
+    """Decode a few stored codes, write them under their originals as roundtrip.png; returns the mean PSNR in dB."""
+    source = ShardIndex.open(options.source, "train").require(*IMAGE_SUFFIXES)
+    tokens = ShardIndex.open(options.target, "train").require("ids.npy")
+    places = {s.key: i for i, s in enumerate(source.samples)}
+    originals, ids = [], []
+    for i in np.linspace(0, len(tokens) - 1, min(options.check, len(tokens))).astype(int):
+        members = source.read(places[tokens.samples[i].key], IMAGE_SUFFIXES)
+        originals.append(
+            to_tensor(resize_square(open_image(next(iter(members.values()))), tokenizer.image_size))
+        )
+        views = np.load(io.BytesIO(tokens.read(i)["ids.npy"]), allow_pickle=False)
+        ids.append(torch.from_numpy(views[0].astype(np.int64)))
+    with autocast(world.device, options.precision):
+        decoded = tokenizer.decode_ids(torch.stack(ids).to(world.device)).cpu()
+    images = torch.stack(originals)
+    rows = [make_grid([to_image(x) for x in part], columns=len(part)) for part in (images, decoded)]
+    stack_rows([[row] for row in rows]).save(options.target / "roundtrip.png")
+    return float(psnr(decoded, images).mean())
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> dict[str, int]:
+    options = parse_options(Options, argv, description=__doc__)
+    world = start_world(options.device)
+    try:
+        tokenizer = ImageTokenizer.from_pretrained(options.checkpoint, world.device)
+        counts = encode_shards(tokenizer, options, world)
+        if world.is_main:
+            kept = f", {counts['shards_kept']} shards were there already" if counts["shards_kept"] else ""
+            say(f"encoded {counts['pictures']} pictures, skipped {counts['skipped']} corrupt ones{kept}")
+            if options.check:
+                figure = roundtrip(tokenizer, options, world)
+                say(
+                    f"stored codes decode back at {figure:.2f} dB: look at {options.target / 'roundtrip.png'}"
+                )
+        return counts
+    finally:
+        stop_world()
+
+
+if __name__ == "__main__":
+    main()
