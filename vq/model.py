@@ -4,6 +4,8 @@ Encoder and decoder come by `architecture`, the bottleneck by `quantizer`; image
 vocabulary are derived from the config.
 """
 
+import functools
+import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -42,7 +44,9 @@ class TokenizerConfig:
 
     def __post_init__(self) -> None:
         if self.codebook_size < 2 or self.codebook_dim < 1:
-            raise ValueError(f"codebook_size {self.codebook_size} and codebook_dim {self.codebook_dim} are too small")
+            raise ValueError(
+                f"codebook_size {self.codebook_size} and codebook_dim {self.codebook_dim} are too small"
+            )
         if self.image_size < self.downsample_factor or self.image_size % self.downsample_factor:
             raise ValueError(
                 f"image_size must be a multiple of the downsample factor {self.downsample_factor}, not {self.image_size}"
@@ -73,6 +77,15 @@ class ImageTokenizer(nn.Module):
     @property
     def codebook_size(self) -> int:
         return self.config.codebook_size
+
+    @functools.cached_property
+    def codes_sha256(self) -> str:
+        """Identity of the picture -> codes map: hex digest of the encoder's and the quantizer's weights.
+
+        Tokenizers that differ in their decoder alone share it, so codes of one are valid for the other: after
+        fine-tuning with frozen codes, token shards and generators go on being used. Read once, for finished weights.
+        """
+        return _weights_sha256({n: t for n, t in self.state_dict().items() if not n.startswith("decoder.")})
 
     @property
     def downsample_factor(self) -> int:
@@ -128,3 +141,11 @@ class ImageTokenizer(nn.Module):
     def write(self, directory: Path, step: int, weights: dict[str, Tensor] | None = None) -> None:
         """config.json and model.safetensors into an existing directory; `weights` None: the model's own."""
         checkpoint.write_model(directory, KIND, to_mapping(self.config), weights or self.state_dict(), step)
+
+
+def _weights_sha256(weights: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
