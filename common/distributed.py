@@ -220,6 +220,11 @@ class PlainEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
 
+    @contextlib.contextmanager
+    def full_weights(self) -> Iterator[nn.Module]:
+        """`raw_model` with all its weights, to sample from or to average. All processes must enter."""
+        yield self.raw_model
+
     def weights(self) -> dict[str, Tensor]:
         """Full float32 weights under their plain names. All processes must call it."""
         return {name: tensor.detach() for name, tensor in self.raw_model.state_dict().items()}

@@ -56,17 +56,19 @@ class Losses:
         }
 
 
-def dalle_loss(output: DalleOutput, image_ids: Tensor, text_targets: Tensor, config: LossConfig) -> Losses:
+def dalle_loss(
+    output: DalleOutput, image_ids: Tensor, text_targets: Tensor, num_targets: float, config: LossConfig
+) -> Losses:
     """image_ids: (B, N) long; text_targets: (M,) long, from `sequence.text_targets`.
 
-    The text loss is the mean over the M tokens, 0 when there are none (a batch of null captions).
+    num_targets: what the summed text loss is divided by. M gives the mean over this batch; the mean of M over all
+    micro-batches and processes gives the mean over the global batch, however it is split.
     """
     image, objective = image_cross_entropy(output.image, image_ids, config)
     text = output.image.new_zeros((), dtype=torch.float32)
     if output.text is not None:
-        # sum / count instead of mean: no text at all must give 0 with a gradient, not NaN
-        summed = F.cross_entropy(output.text.float(), text_targets, reduction="sum")
-        text = summed / max(1, text_targets.numel())
+        # a sum: a batch of null captions alone must give 0 with a gradient, not NaN
+        text = F.cross_entropy(output.text.float(), text_targets, reduction="sum") / max(1.0, num_targets)
     total = config.text_weight * text + config.image_weight * objective
     return Losses(total / (config.text_weight + config.image_weight), text, image)
 

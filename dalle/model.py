@@ -20,6 +20,13 @@ from dalle import sequence
 from dalle.attention import Attention, KVCache, RMSNorm, new_cache, rotary_table
 
 KIND = "generator"
+TRAINING_ONLY = (
+    "dropout",
+    "attention_dropout",
+    "token_dropout",
+    "stochastic_depth",
+    "gradient_checkpointing",
+)
 SizeName = Literal["3m", "8m", "14m", "26m", "50m", "110m", "340m", "760m", "1.4b", "3b"]
 
 
@@ -291,10 +298,8 @@ class Dalle(nn.Module):
         """
         index = position + cache.text_len + 1
         row = position + self.config.max_text_len + 1
-        if isinstance(row, int):
-            table = self.rotary[:, row : row + 1]  # (2, 1, K)
-        else:
-            table = self.rotary.index_select(1, row.view(1))
+        constant_shape = isinstance(position, Tensor)
+        table = self.rotary.index_select(1, row.view(1)) if constant_shape else self.rotary[:, row : row + 1]
         x = self.image_embed(image_ids)[:, None]  # (B, 1, D)
         bias = cache.bias_at(index)
         for layer, block in enumerate(self.blocks):

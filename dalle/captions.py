@@ -1,0 +1,32 @@
+"""What training does to captions: some are hidden, so that the model also learns to draw without text.
+
+Ho and Salimans 2022 (classifier-free guidance), algorithm 1. The choice is a pure function of (seed, step, key), so it
+does not depend on how many processes share a batch.
+"""
+
+import zlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def drop_captions(
+    text_ids: Tensor, keys: Sequence[str], pad_id: int, share: float, salt: tuple[int, int]
+) -> Tensor:
+    """Replace about `share` of the rows by null captions: (B, T) long -> (B, T) long.
+
+    salt: (seed, step).
+    """
+    if share == 0:
+        return text_ids
+    hidden = torch.tensor([_uniform(f"{salt[0]}/{salt[1]}/{key}") < share for key in keys])
+    return text_ids.masked_fill(hidden[:, None], pad_id)
+
+
+def _uniform(name: str) -> float:
+    """[0, 1) from the CRC of the name, scrambled: CRCs of names that differ in one digit lie on a lattice."""
+    x = zlib.crc32(name.encode())
+    x = (x ^ (x >> 16)) * 0x45D9F3B & 0xFFFFFFFF  # multiply-xorshift finalizer of murmur3's family
+    x = (x ^ (x >> 16)) * 0x45D9F3B & 0xFFFFFFFF
+    return (x ^ (x >> 16)) / 2**32

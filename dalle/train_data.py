@@ -1,0 +1,155 @@
+"""What a training of the generator starts from: shards and the two tokenizers.
+
+Both tokenizers are copied into the run directory at the first start, so that a run never changes its language when a
+newer image tokenizer appears or the folder of the text tokenizer moves.
+"""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common import checkpoint
+from common.distributed import World
+from common.files import atomic_directory, ensure_writable_directory
+from common.log import say
+from dalle.text_tokenizer import TextTokenizer
+from data_tools.crops import CropFlip
+from data_tools.index import ShardIndex
+from data_tools.loader import (
+    IMAGE_SUFFIXES,
+    DecodeImage,
+    DecodeTokens,
+    eval_batches,
+    pick_caption,
+    train_batches,
+)
+from data_tools.synthetic import ensure_synthetic
+from vq.encode_shards import Options as EncodeOptions
+from vq.encode_shards import encode_shards, require_tokenizer
+from vq.model import KIND as TOKENIZER_KIND
+from vq.model import ImageTokenizer
+
+SYNTHETIC = Path("data/synthetic")
+
+
+@dataclass(frozen=True)
+class TrainData:
+    """Shards, of tokens or of pictures, and the tokenizers that read them."""
+
+    train: ShardIndex
+    val: ShardIndex
+    has_tokens: bool
+    image_tokenizer: ImageTokenizer
+    image_tokenizer_dir: Path
+    text_tokenizer: TextTokenizer
+
+    @classmethod
+    def prepare(
+        cls, run_dir: Path, data: str, image_tokenizer: str, text_tokenizer: str, world: World
+    ) -> "TrainData":
+        """Open what is named, find or make what is not. All processes must call it.
+
+        Raises FileNotFoundError or ValueError in one sentence, also when the run was started with another tokenizer.
+        """
+        ensure_writable_directory(run_dir)
+        goes_on = bool(checkpoint.step_directories(run_dir))
+        image_dir, text_dir = run_dir / "image_tokenizer", run_dir / "text_tokenizer"
+        if world.is_main and not (goes_on and image_dir.is_dir()):
+            copy_image_tokenizer(find_image_tokenizer(image_tokenizer), image_dir)
+        world.barrier()
+        tokenizer = ImageTokenizer.from_pretrained(image_dir, world.device)
+        if goes_on and image_tokenizer:
+            _require_same(run_dir, tokenizer.sha256, image_tokenizer)
+        train, val, has_tokens = open_shards(data or synthetic_tokens(tokenizer, world), tokenizer)
+        if world.is_main and not (goes_on and text_dir.is_dir()):
+            with atomic_directory(text_dir) as temporary:
+                find_text_tokenizer(text_tokenizer, train).save(temporary)
+        world.barrier()
+        return cls(train, val, has_tokens, tokenizer, image_dir, TextTokenizer.from_pretrained(text_dir))
+
+    def train_batches(
+        self, augment: CropFlip, batch_size: int, world: World, seed: int, start_sample: int, num_workers: int
+    ) -> Iterator[dict[str, Any]]:
+        """This process's share of every global batch: image_ids (B, N), or image (B, 3, S, S), text, key."""
+        decode = DecodeTokens() if self.has_tokens else DecodeImage(self.image_tokenizer.image_size, augment)
+        return train_batches(self.train, decode, batch_size, world, seed, start_sample, num_workers)
+
+    def val_batches(self, batch_size: int, limit: int) -> Iterator[dict[str, Any]]:
+        """The first `limit` validation samples in order: plain crops, first captions."""
+        if self.has_tokens:
+            return eval_batches(self.val, DecodeTokens(first_view=True), batch_size, limit)
+        decode = DecodeImage(self.image_tokenizer.image_size, first_caption=True)
+        return eval_batches(self.val, decode, batch_size, limit)
+
+    def first_texts(self, count: int) -> tuple[str, ...]:
+        """The first different captions of the validation shards."""
+        return tuple(dict.fromkeys(captions(self.val, 1000)))[:count]
+
+
+def find_image_tokenizer(name: str) -> Path:
+    """`name`, or the newest one in runs/. Raises FileNotFoundError naming the command that makes one."""
+    directory = checkpoint.resolve(name) if name else checkpoint.newest_run(TOKENIZER_KIND)
+    if directory is None:
+        raise FileNotFoundError(
+            "no image tokenizer in runs/ yet: train one with `python train_vqgan.py`, or name one with "
+            "--image-tokenizer DIR"
+        )
+    say(f"image tokenizer: {directory}")
+    return directory
+
+
+def copy_image_tokenizer(source: Path, target: Path) -> None:
+    checkpoint.read_config(source, TOKENIZER_KIND)
+    with atomic_directory(target) as temporary:
+        for name in ("config.json", "model.safetensors"):
+            shutil.copyfile(source / name, temporary / name)
+
+
+def _require_same(run_dir: Path, sha256: str, name: str) -> None:
+    asked = checkpoint.read_config(checkpoint.resolve(name), TOKENIZER_KIND)["sha256"]
+    if asked != sha256:
+        raise ValueError(
+            f"{run_dir} was started with the image tokenizer {sha256[:12]}, but {name} is {asked[:12]}: choose "
+            "another --loop.run-dir"
+        )
+
+
+def synthetic_tokens(tokenizer: ImageTokenizer, world: World) -> str:
+    """The embedded default as token shards of `tokenizer`, made where it is missing."""
+    target = Path(f"data/synthetic_tokens_{tokenizer.sha256[:8]}")
+    if world.is_main:
+        say(
+            "no --data given: training on the embedded default, product-like pictures drawn by data_tools.synthetic"
+        )
+        ensure_synthetic(SYNTHETIC, image_size=tokenizer.image_size)
+    world.barrier()
+    encode_shards(tokenizer, EncodeOptions("", SYNTHETIC, target, views=2), world)
+    return str(target)
+
+
+def open_shards(data: str, tokenizer: ImageTokenizer) -> tuple[ShardIndex, ShardIndex, bool]:
+    """Training and validation samples, and whether they are tokens. Raises ValueError for another tokenizer's."""
+    train, val = ShardIndex.open(data, "train"), ShardIndex.open(data, "val")
+    has_tokens = any("ids.npy" in sample.members for sample in train.samples)
+    if has_tokens:
+        require_tokenizer(train.paths[0].parent, tokenizer.sha256)
+    suffixes = ("ids.npy",) if has_tokens else IMAGE_SUFFIXES
+    return train.require(*suffixes), val.require(*suffixes), has_tokens
+
+
+def find_text_tokenizer(name: str, train: ShardIndex) -> TextTokenizer:
+    """The one that is named, or one of the characters in the training captions."""
+    if name:
+        return TextTokenizer.from_pretrained(name)
+    say("no --text-tokenizer given: learning one from the characters of the captions")
+    texts = captions(train, len(train))
+    return TextTokenizer.train(texts, vocab_size=8000, model_type="char", character_coverage=1.0)
+
+
+def captions(index: ShardIndex, limit: int) -> list[str]:
+    """First captions of up to `limit` samples."""
+    return [
+        pick_caption(index.read(i, ("txt",)).get("txt", b""), None) for i in range(min(len(index), limit))
+    ]

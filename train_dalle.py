@@ -1,0 +1,347 @@
+"""Stage 2: train the generator on captions and image tokens.
+
+    python train_dalle.py                                          # the embedded default, minutes on a CPU
+    python train_dalle.py --config configs/goods_128/dalle.yaml
+    torchrun --nproc_per_node 2 train_dalle.py --config configs/goods_128/dalle.yaml
+    deepspeed train_dalle.py --config configs/goods_128/dalle.yaml --deepspeed.zero-stage 2
+
+The data are token shards (`python -m vq.encode_shards`), or image shards that are encoded on the fly. The same command
+started again goes on from the newest checkpoint in the run directory.
+"""
+
+import math
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from common.checkpoint import write_model
+from common.config import command, parse_options, to_mapping
+from common.distributed import (
+    BatchPlan,
+    DeepSpeedConfig,
+    EngineName,
+    Precision,
+    World,
+    autocast,
+    batch_plan,
+    make_engine,
+    start_world,
+    stop_world,
+)
+from common.files import write_json
+from common.image import make_grid
+from common.log import say
+from common.loop import LoopConfig, fit
+from common.optim import Ema, OptimConfig, adamw, learning_rate
+from dalle import sequence
+from dalle.captions import drop_captions
+from dalle.losses import LossConfig, dalle_loss, position_losses
+from dalle.model import KIND, TRAINING_ONLY, Dalle, ModelOptions
+from dalle.pipeline import TextToImage
+from dalle.plan import measure_peak_flops, train_flops
+from dalle.sampling import SamplingOptions
+from dalle.train_data import TrainData, captions
+from data_tools.crops import CropFlip
+
+
+@dataclass(frozen=True)
+class Options:
+    """Stage 2: captions and image tokens -> generator."""
+
+    data: str = ""
+    """Folder of token shards or of image shards; empty: the embedded default, encoded into data/."""
+    image_tokenizer: str = ""
+    """Stage 1 checkpoint or run directory; empty: that of the run, or the newest one in runs/."""
+    text_tokenizer: str = ""
+    """Folder or hub id of a tokenizer, or a SentencePiece model; empty: characters learned from the captions."""
+    max_text_len: int = 32
+    """Text tokens, begin and end marks included; longer captions are cut and counted."""
+    caption_dropout: float = 0.1
+    """Share of captions hidden in training, which teaches the model to draw without text, for guidance."""
+    ema_decay: float = 0.999
+    """Decay of the moving average of weights that is saved; 0: none."""
+    model: ModelOptions = field(default_factory=ModelOptions)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-3, beta2=0.95))
+    loop: LoopConfig = field(default_factory=lambda: LoopConfig(run_dir=Path("runs/dalle")))
+    augment: CropFlip = field(default_factory=CropFlip)
+    """Augmentation of image shards; token shards carry their views."""
+    val_samples: int = 1000
+    """Validation samples an evaluation looks at."""
+    sample_texts: tuple[str, ...] = ()
+    """Captions of the sample grids, one a row; empty: the first four of the validation shards."""
+    sample_images: int = 4
+    """Pictures a caption in the sample grids; 0: no grids."""
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    """How the sample grids are drawn."""
+    engine: EngineName = "auto"
+    """auto: DeepSpeed under its launcher, DDP under torchrun, else plain."""
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    compile: bool = False
+    """Compile the model with torch.compile; needs a C++ compiler on a CPU."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    precision: Precision = "auto"
+    """auto takes bf16 autocast where the machine has it."""
+    num_workers: int = 1
+    """Processes that read shards; 0 reads in the training process."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.caption_dropout < 1:
+            raise ValueError(f"caption_dropout must lie in [0, 1), not {self.caption_dropout}")
+        if self.max_text_len < 3:
+            raise ValueError(f"max_text_len must be at least 3, not {self.max_text_len}")
+        if self.val_samples < 1 or self.sample_images < 0:
+            raise ValueError(
+                f"val_samples must be at least 1 and sample_images at least 0, not {self.val_samples} "
+                f"and {self.sample_images}"
+            )
+
+
+class GeneratorTask:
+    """Forward, losses and optimizer order of one step."""
+
+    validation_metric = "image_loss"
+
+    def __init__(self, options: Options, world: World, plan: BatchPlan, data: TrainData) -> None:
+        torch.manual_seed(options.loop.seed)
+        self.options, self.world, self.plan, self.data = options, world, plan, data
+        self.text_tokenizer, self.pad_id = data.text_tokenizer, data.text_tokenizer.pad_id
+        self.image_tokenizer = data.image_tokenizer.to(world.device)
+        self.config = options.model.config(
+            data.text_tokenizer.vocab_size,
+            self.pad_id,
+            options.max_text_len,
+            data.image_tokenizer.codebook_size,
+            data.image_tokenizer.grid_size,
+            text_head=options.loss.text_weight > 0,
+        )
+        model = Dalle(self.config).to(world.device)
+        self.ema = Ema(model, options.ema_decay) if options.ema_decay else None
+        self.finished = Dalle(self.config).to(world.device).eval()  # what evaluation and sample grids look at
+        if options.compile:
+            model.compile(dynamic=False)
+        self.engine = make_engine(
+            model,
+            adamw(model, options.optim),
+            world,
+            plan,
+            options.optim.grad_clip,
+            options.engine,
+            options.deepspeed,
+        )
+        self.peak_flops = measure_peak_flops(world.device, options.precision)
+        self.curve_bits: Tensor | None = None
+        self.num_truncated = 0
+
+    def train_step(self, batch: dict[str, Any], step: int) -> dict[str, float]:
+        options, started = self.options, time.perf_counter()
+        lr = learning_rate(options.optim, step, options.loop.num_steps)
+        self.engine.set_lr(lr)
+        text_ids = self._encode_texts(batch["text"])  # (B, T)
+        salt = (options.loop.seed, step)
+        text_ids = drop_captions(text_ids, batch["key"], self.pad_id, options.caption_dropout, salt)
+        num_targets = self._targets_per_micro_batch(text_ids)
+        micro_batches = {"text_ids": text_ids, "image_ids": self._image_ids(batch)}
+        totals: dict[str, float] = {}
+        for micro in self.engine.micro_batches(micro_batches, self.plan.accumulation):
+            text_ids, image_ids = self._to_device(micro["text_ids"]), micro["image_ids"].to(self.world.device)
+            with autocast(self.world.device, options.precision):
+                output = self.engine.model(text_ids, image_ids)
+            targets = sequence.text_targets(text_ids, self.pad_id)
+            losses = dalle_loss(output, image_ids, targets, num_targets, options.loss)
+            self.engine.backward(losses.total)
+            for name, value in losses.metrics().items():
+                totals[name] = totals.get(name, 0.0) + value / self.plan.accumulation
+        totals["grad_norm"] = self.engine.step()
+        if self.ema:
+            with self.engine.full_weights() as model:
+                self.ema.update(model)
+        return totals | {"lr": lr} | self._speed(text_ids.shape[1], time.perf_counter() - started)
+
+    def _encode_texts(self, texts: Sequence[str]) -> Tensor:
+        """(B, max_text_len) long on the CPU; captions that are too long are cut and counted."""
+        encoded = self.text_tokenizer.encode(texts, self.options.max_text_len)
+        self.num_truncated += encoded.num_truncated
+        return encoded.ids
+
+    def _to_device(self, text_ids: Tensor) -> Tensor:
+        """Without common padding, except where shapes must stay."""
+        text_ids = text_ids if self.options.compile else sequence.trim(text_ids, self.pad_id)
+        return text_ids.to(self.world.device)
+
+    @torch.no_grad()
+    def _image_ids(self, batch: dict[str, Any]) -> Tensor:
+        """(B, N) long: as they came, or encoded now."""
+        if self.data.has_tokens:
+            return batch["image_ids"]
+        images = batch["image"].to(self.world.device, memory_format=torch.channels_last)
+        with autocast(self.world.device, self.options.precision):
+            return self.image_tokenizer.encode_ids(images)
+
+    def _targets_per_micro_batch(self, text_ids: Tensor) -> float:
+        """The mean over all processes, so that any split of the global batch gives the same text loss."""
+        count = float(sequence.text_target_mask(text_ids, self.pad_id).sum())
+        return self.world.mean({"count": count})["count"] / self.plan.accumulation
+
+    def _speed(self, text_len: int, seconds: float) -> dict[str, float]:
+        samples = self.plan.rank_batch_size
+        flops = samples * train_flops(self.config, text_len)
+        tokens = samples * (text_len + self.config.num_image_tokens)
+        return {"tokens_per_second": tokens / seconds, "mfu": flops / seconds / self.peak_flops}
+
+    def _finish_weights(self) -> None:
+        """Bring `finished` up to date. All processes must call it: under ZeRO the weights are gathered."""
+        if self.ema:
+            self.finished.load_state_dict(self.ema.shadow)
+            return
+        with self.engine.full_weights() as model:
+            self.finished.load_state_dict(model.state_dict())
+
+    @torch.no_grad()
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Over the validation samples, dealt over processes, with the weights that are saved."""
+        self._finish_weights()
+        sums = torch.zeros(
+            4, dtype=torch.float64
+        )  # text loss, text targets, image loss without text, samples
+        curve = torch.zeros(self.config.num_image_tokens, dtype=torch.float64)
+        batches = self.data.val_batches(self.plan.micro_batch_size, self.options.val_samples)
+        for number, batch in enumerate(batches):
+            if number % self.world.size != self.world.rank:
+                continue
+            encoded = self.text_tokenizer.encode_batch(batch["text"], self.options.max_text_len)
+            text_ids, image_ids = self._to_device(encoded), self._image_ids(batch).to(self.world.device)
+            null_ids = sequence.null_captions(len(text_ids), 1, self.pad_id, self.world.device)
+            with autocast(self.world.device, self.options.precision):
+                output = self.finished(text_ids, image_ids)
+                without_text = self.finished(null_ids, image_ids)
+            targets = sequence.text_targets(text_ids, self.pad_id)
+            text_loss = dalle_loss(output, image_ids, targets, 1.0, LossConfig()).text
+            null_loss = position_losses(without_text.image, image_ids).sum()
+            curve += position_losses(output.image, image_ids).double().cpu()
+            sums += torch.tensor([float(text_loss), len(targets), float(null_loss), len(text_ids)])
+        everything = self.world.sum_(torch.cat([sums, curve]).to(self.world.device)).cpu()
+        return self._figures(*everything[:4].tolist(), everything[4:], step)
+
+    def _figures(
+        self,
+        text_loss: float,
+        num_targets: float,
+        null_loss: float,
+        num_samples: float,
+        curve: Tensor,
+        step: int,
+    ) -> dict[str, float]:
+        """Bits are a token's; `text_gain_bits`: how much less the picture costs when its caption is known."""
+        self.curve_bits = bits = curve / num_samples / math.log(2)  # (N,)
+        if self.world.is_main:
+            path = self.options.loop.run_dir / "position_loss" / f"step_{step:08d}.json"
+            write_json(path, {"step": step, "bits": [round(b, 4) for b in bits.tolist()]})
+        image_bits = float(bits.mean())
+        null_bits = null_loss / num_samples / len(bits) / math.log(2)
+        figures = {"image_loss": image_bits * math.log(2), "image_bits": image_bits}
+        figures["text_gain_bits"] = null_bits - image_bits
+        if self.config.text_head:
+            figures["text_loss"] = text_loss / max(1.0, num_targets)
+        return figures | {f"image_bits_quarter_{i}": float(q.mean()) for i, q in enumerate(bits.chunk(4), 1)}
+
+    def sample(self, step: int) -> dict[str, Image.Image]:
+        """A row of pictures a caption, drawn as generate.py draws them, and the bits of every image position."""
+        options = self.options
+        self._finish_weights()
+        if not self.world.is_main:
+            return {}
+        pictures = {} if self.curve_bits is None else {"position_bits": heat_map(self.curve_bits)}
+        if options.sample_images:
+            texts = options.sample_texts or self.data.first_texts(4)
+            pipeline = TextToImage(self.finished, self.image_tokenizer, self.text_tokenizer)
+            drawn = pipeline.generate(texts, options.sample_images, options.loop.seed, options.sampling)
+            pictures["samples"] = make_grid([p.image for p in drawn], columns=options.sample_images)
+        return pictures
+
+    def state(self) -> dict[str, Any]:
+        state = {
+            "config": to_mapping(self.config),
+            "weights": self.engine.weights(),
+            "engine": self.engine.state(),
+        }
+        return state | ({"ema": self.ema.state()} if self.ema else {})
+
+    def save(self, directory: Path, step: int, state: dict[str, Any]) -> None:
+        weights = self.ema.shadow if self.ema else state["weights"]
+        tokenizer = {"image_tokenizer_sha256": self.image_tokenizer.sha256}
+        write_model(directory, KIND, state["config"], weights, step, **tokenizer)
+        self.text_tokenizer.save(directory)
+        shutil.copytree(self.data.image_tokenizer_dir, directory / "image_tokenizer")
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Raises ValueError when the run directory holds another model, or one without moving average."""
+        before, now, run_dir = state["config"], to_mapping(self.config), self.options.loop.run_dir
+        changed = [n for n in now if now[n] != before.get(n) and n not in TRAINING_ONLY]
+        if changed:
+            raise ValueError(
+                f"{run_dir} holds a model with {changed[0]} {before.get(changed[0])}, not {now[changed[0]]}: choose "
+                "another --loop.run-dir, or the options that it was started with"
+            )
+        if self.ema and "ema" not in state:
+            raise ValueError(f"{run_dir} was trained without a moving average: set --ema-decay 0 to go on")
+        self.engine.load_state(state["weights"], state["engine"])
+        if self.ema:
+            self.ema.load_state(state["ema"])
+
+
+def heat_map(curve: Tensor, side: int = 256) -> Image.Image:
+    """(N,) bits of the image positions -> a grey picture of the grid: black 0, white the largest."""
+    grid = curve.view(math.isqrt(len(curve)), -1)
+    levels = (grid / grid.max() * 255).round().to(torch.uint8)
+    return Image.fromarray(levels.numpy()).resize((side, side), Image.Resampling.NEAREST)
+
+
+def describe(task: GeneratorTask) -> str:
+    """One line on what is about to be trained."""
+    data, config = task.data, task.config
+    encoded = data.text_tokenizer.encode(captions(data.train, 10_000), config.max_text_len)
+    count = sum(p.numel() for p in task.finished.parameters())
+    return (
+        f"{len(data.train)} samples, {count / 1e6:.1f}M parameters, {config.num_image_tokens} image tokens of "
+        f"{config.codebook_size} codes, text vocabulary {config.text_vocab_size} ({encoded.unknown_share:.2%} of the "
+        f"pieces unknown, {encoded.num_truncated} captions too long and cut)"
+    )
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    """Train; returns the last evaluation."""
+    options = parse_options(Options, argv, description=__doc__)
+    loop, world = options.loop, start_world(options.device)
+    try:
+        plan = batch_plan(loop.global_batch_size, world.size, loop.micro_batch_size)
+        data = TrainData.prepare(
+            loop.run_dir, options.data, options.image_tokenizer, options.text_tokenizer, world
+        )
+        task = GeneratorTask(options, world, plan, data)
+        if world.is_main:
+            for problem in data.train.problems + data.val.problems:
+                say(f"note: {problem}")
+            say(describe(task))
+
+        def batches(start_sample: int) -> Iterator[dict[str, Any]]:
+            return data.train_batches(
+                options.augment, plan.global_batch_size, world, loop.seed, start_sample, options.num_workers
+            )
+
+        return fit(task, batches, loop, world, to_mapping(options))
+    finally:
+        stop_world()
+
+
+if __name__ == "__main__":
+    main()
