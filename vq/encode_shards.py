@@ -4,7 +4,7 @@
 
 Each input shard becomes one output shard of the same name with `{key}.ids.npy` (A, N), the caption and the metadata.
 View 0 is the plain centre crop; the others are augmented, drawn from the key. `tokenizer.json` beside the shards
-holds the tokenizer's sha256: shards of two tokenizers never mix. Whole shards are kept when the command runs again.
+holds the identity of its codes: shards of two tokenizers never mix. Whole shards are kept when the command runs again.
 """
 
 import io
@@ -86,10 +86,10 @@ def encode_shards(tokenizer: ImageTokenizer, options: Options, world: World) -> 
     Returns {"pictures", "skipped", "shards_kept"} of this process. Raises ValueError for a target of another tokenizer.
     """
     target = ensure_writable_directory(options.target)
-    made_by = {"sha256": tokenizer.sha256, "grid_size": tokenizer.grid_size}
+    made_by = {"sha256": tokenizer.codes_sha256, "grid_size": tokenizer.grid_size}
     made_by |= {"codebook_size": tokenizer.codebook_size, "views": options.views}
     if (target / TOKENIZER_FILE).is_file():
-        found = require_tokenizer(target, tokenizer.sha256)
+        found = require_tokenizer(target, tokenizer.codes_sha256)
         if found.get("views") != options.views:
             raise ValueError(
                 f"{target} holds shards of {found.get('views')} views a picture, not {options.views}"
