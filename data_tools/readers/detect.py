@@ -106,7 +106,7 @@ def _detect(path: Path, options: ReaderOptions) -> tuple[str, tuple[Part, ...]]:
     for name, find in finders.items():
         if options.format in ("auto", name) and (parts := find(path)):
             return name, tuple(
-                sorted(parts, key=lambda part: (list(SPLITS.values()) + [part.split]).index(part.split))
+                sorted(parts, key=lambda part: [*SPLITS.values(), part.split].index(part.split))
             )
     known = (
         f"it is not {options.format}" if options.format != "auto" else f"known formats: {', '.join(READERS)}"

@@ -41,7 +41,7 @@ def _read_tar(path: Path, options: ReaderOptions) -> Iterator[tuple[Item, int]]:
         key = stem
         if suffix in members or len(members) >= MAX_MEMBERS:
             yield (
-                problem(f"{path.name}:{name}", key, "duplicate_key", "the sample has this member already"),
+                problem(f"{path.name}/{name}", key, "duplicate_key", "the sample has this member already"),
                 offset,
             )
         else:
@@ -105,7 +105,7 @@ def _member(
 
 
 def _sample(path: Path, key: str, members: dict[str, bytes], options: ReaderOptions) -> Item:
-    where = f"{path.name}:{key}"
+    where = f"{path.name}/{key}"
     meta = _meta(members.pop("json", None), where, key)
     if isinstance(meta, Problem):
         return meta

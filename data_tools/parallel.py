@@ -1,0 +1,89 @@
+"""Work spread over processes, results in order, memory bounded; a decoder that crashes costs one record."""
+
+import multiprocessing
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait
+from typing import Any
+
+Work = Callable[[Sequence[Any]], list[Any]]
+AHEAD = 3  # batches a worker that are read ahead: enough to keep it busy, few enough to hold in memory
+
+
+def cpu_count() -> int:
+    """Processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def ordered_map(
+    work: Work,
+    batches: Iterable[tuple[Any, Sequence[Any]]],
+    workers: int,
+    crashed: Callable[[Any], Any],
+) -> Iterator[tuple[Any, list[Any]]]:
+    """(tag, work(batch)) for each (tag, batch), in order; an empty batch costs nothing.
+
+    `workers` 0 works in this process. Where a worker process dies, the batch is tried again one element at a time and
+    the element that kills its process becomes `crashed(element)`.
+    """
+    if workers == 0:
+        for tag, batch in batches:
+            yield tag, work(batch) if batch else []
+        return
+    pending: deque[tuple[Any, Sequence[Any], Future | None]] = deque()
+    source, pool = iter(batches), _pool(workers)
+    try:
+        exhausted = False
+        while pending or not exhausted:
+            while not exhausted and len(pending) < AHEAD * workers:
+                tag, batch = next(source, (None, None))
+                exhausted = batch is None
+                if not exhausted:
+                    pending.append((tag, batch, pool.submit(work, batch) if batch else None))
+            if not pending:
+                break
+            tag, batch, future = pending.popleft()
+            try:
+                result = future.result() if future else []
+            except BrokenProcessPool:
+                result = _one_by_one(work, batch, crashed)
+                pool.shutdown(wait=False)
+                pool = _pool(workers)
+                pending = deque((t, b, pool.submit(work, b) if b else None) for t, b, _ in pending)
+            yield tag, result
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _one_by_one(work: Work, batch: Sequence[Any], crashed: Callable[[Any], Any]) -> list[Any]:
+    results = []
+    pool = _pool(1)
+    for element in batch:
+        try:
+            results += pool.submit(work, [element]).result()
+        except BrokenProcessPool:
+            results.append(crashed(element))
+            pool.shutdown(wait=False)
+            pool = _pool(1)
+    pool.shutdown()
+    return results
+
+
+def _pool(workers: int) -> ProcessPoolExecutor:
+    # spawn: a fork of a process with threads may deadlock
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_end_with_parent)
+
+
+def _end_with_parent() -> None:
+    """Workers of a killed parent would wait for work for ever: end with it."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
