@@ -14,7 +14,16 @@ from PIL import Image, ImageOps
 
 from data_tools.records import HINTS
 
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+# Suffix by content to the one Pillow plugin that may read it.
+PLUGINS = {
+    "jpg": "JPEG",
+    "png": "PNG",
+    "webp": "WEBP",
+    "gif": "GIF",
+    "bmp": "BMP",
+    "tiff": "TIFF",
+    "avif": "AVIF",
+}
 SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
 ResizeMode = Literal["keep", "square", "pad", "longest"]
 ImageFormat = Literal["webp", "jpg", "png"]
@@ -107,10 +116,11 @@ def decode(data: bytes, limits: ImageLimits | None = None, near: int = 0) -> Ima
         raise BadImage("empty_image")
     if len(data) > limits.max_image_bytes:
         raise BadImage("image_too_large", f"{len(data)} bytes")
-    if not sniff(data):
+    suffix = sniff(data)
+    if not suffix:
         raise BadImage("not_an_image", f"the first bytes are {data[:8]!r}")
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=(PLUGINS[suffix],)) as image:
             _check_shape(image.size, limits)
             if near:
                 image.draft(None, (near, near))
