@@ -1,0 +1,146 @@
+"""What every ranker shares: the contract, batches, and picture features cached by content.
+
+A two-tower ranker is `TwoTowerRanker` around an object of the `Towers` protocol, which knows one family of weights.
+"""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Ranker(Protocol):
+    """The contract of rerank.py and of evaluation."""
+
+    name: str
+    calibration: Any  # rankers.calibration.Calibration, or None where there is none
+
+    def score(self, text: str, images: Sequence[Image.Image]) -> Tensor:
+        """Float tensor (N,), higher is better."""
+        ...
+
+
+class Towers(Protocol):
+    """One family of image and text encoders into a common space."""
+
+    name: str
+
+    def preprocess(self, images: Sequence[Image.Image]) -> Any:
+        """RGB pictures -> what `encode_images` takes."""
+        ...
+
+    def encode_images(self, pixels: Any) -> Tensor:
+        """(N, D), of any length."""
+        ...
+
+    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+        """(T, D), of any length."""
+        ...
+
+
+class FeatureCache:
+    """The features of the `capacity` pictures used last, by content."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.rows: OrderedDict[bytes, Tensor] = OrderedDict()
+        self.hits = self.misses = 0
+
+    def get(self, key: bytes) -> Tensor | None:
+        row = self.rows.get(key)
+        if row is None:
+            self.misses += 1
+            return None
+        self.hits += 1
+        self.rows.move_to_end(key)
+        return row
+
+    def put(self, key: bytes, row: Tensor) -> None:
+        self.rows[key] = row
+        if len(self.rows) > self.capacity:
+            self.rows.popitem(last=False)
+
+
+class TwoTowerRanker:
+    """Cosine of a text and pictures, from the towers' features."""
+
+    def __init__(
+        self,
+        towers: Towers,
+        calibration: Any = None,
+        batch_size: int = 64,
+        cache_size: int = 65536,
+    ) -> None:
+        """`batch_size`: pictures (or texts) of one forward pass; `cache_size`: picture features kept in memory."""
+        self.towers, self.calibration, self.batch_size = towers, calibration, batch_size
+        self.cache = FeatureCache(cache_size)
+
+    @property
+    def name(self) -> str:
+        return self.towers.name
+
+    def score(self, text: str, images: Sequence[Image.Image]) -> Tensor:
+        """Cosines (N,) in [-1, 1], float32 on the CPU. Raises ValueError without pictures or without text."""
+        return self.score_matrix([text], images)[0]
+
+    def score_matrix(self, texts: Sequence[str], images: Sequence[Image.Image]) -> Tensor:
+        """Cosines (T, N) of every text with every picture."""
+        return self.text_features(texts) @ self.image_features(images).T
+
+    @torch.inference_mode()
+    def image_features(self, images: Sequence[Image.Image]) -> Tensor:
+        """Unit vectors (N, D), float32 on the CPU; a picture seen before is not computed again."""
+        if not len(images):
+            raise ValueError("no pictures to score")
+        keys = [content_hash(image) for image in images]
+        rows = {key: self.cache.get(key) for key in dict.fromkeys(keys)}
+        todo = [key for key, row in rows.items() if row is None]
+        place = {key: i for i, key in enumerate(keys)}
+        for start in range(0, len(todo), self.batch_size):
+            part = todo[start : start + self.batch_size]
+            pixels = self.towers.preprocess([as_rgb(images[place[key]]) for key in part])
+            features = unit(self.towers.encode_images(pixels))
+            for key, row in zip(part, features, strict=True):
+                rows[key] = row
+                self.cache.put(key, row)
+        return torch.stack([rows[key] for key in keys])
+
+    @torch.inference_mode()
+    def text_features(self, texts: Sequence[str]) -> Tensor:
+        """Unit vectors (T, D), float32 on the CPU."""
+        empty = [i for i, text in enumerate(texts) if not text.strip()]
+        if empty or not len(texts):
+            raise ValueError("the text to score is empty")
+        parts = range(0, len(texts), self.batch_size)
+        return torch.cat([unit(self.towers.encode_texts(texts[i : i + self.batch_size])) for i in parts])
+
+
+def unit(features: Tensor) -> Tensor:
+    return F.normalize(features.float(), dim=-1).cpu()
+
+
+def content_hash(image: Image.Image) -> bytes:
+    """Equal for pictures of equal mode, size, pixels and palette, whatever file they came from."""
+    digest = hashlib.sha256(f"{image.mode} {image.size} ".encode())
+    digest.update(image.tobytes())
+    if image.mode in ("P", "PA"):
+        digest.update(bytes(image.getpalette("RGB")) + repr(image.info.get("transparency")).encode())
+    return digest.digest()
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Any mode to RGB; what is transparent becomes white, as in a shop."""
+    if image.mode == "RGB":
+        return image
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        ground = Image.new("RGBA", layer.size, "white")
+        return Image.alpha_composite(ground, layer).convert("RGB")
+    if image.mode.startswith("I"):  # 16-bit grey: PIL's own conversion clips at 255
+        return image.point(lambda level: level / 256).convert("L").convert("RGB")
+    return image.convert("RGB")

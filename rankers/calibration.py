@@ -1,0 +1,207 @@
+"""What a score means: its place among the scores of real pictures with their own captions and with others'.
+
+    python -m rankers.calibration --ranker OFA-Sys/chinese-clip-vit-base-patch16 --data ../shared/data/goods
+
+A bare cosine says little (0.4 is a match for one ranker and a mismatch for another), so reports show the share of real
+matched pairs that score lower, and the margin over hard negatives: the same title with another colour or another
+kind of goods. `rankers.train` writes `calibration.json` beside the weights; this command makes one for any ranker.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.config import command, from_mapping, parse_options, to_mapping
+from common.files import read_json, write_json
+
+FILE = "calibration.json"
+CACHE = Path("runs/calibration")
+NUM_QUANTILES = 101
+
+
+@dataclass(frozen=True)
+class Lexicon:
+    """Words that make hard negatives."""
+
+    colors: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = ()
+
+
+@functools.cache
+def default_lexicon() -> Lexicon:
+    return from_mapping(Lexicon, read_json(Path(__file__).parent / "lexicon.json"), where="lexicon.json")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Quantiles 0, 0.01 ... 1 of the scores of real pictures, and the words of their captions."""
+
+    ranker: str
+    data: str
+    num_pictures: int
+    matched: tuple[float, ...]
+    """Scores of pictures with their own captions."""
+    mismatched: tuple[float, ...]
+    """Scores of pictures with captions of others that are not true of them."""
+    margin: tuple[float, ...]
+    """Own caption minus the best hard negative; empty when the captions hold no known word."""
+    lexicon: Lexicon = field(default_factory=Lexicon)
+
+    def percentile(self, score: float) -> float:
+        """Share of real matched pairs that score lower, in percent."""
+        return place_among(self.matched, score)
+
+    def mismatched_percentile(self, score: float) -> float:
+        """Share of real mismatched pairs that score lower, in percent."""
+        return place_among(self.mismatched, score)
+
+    def save(self, path: Path) -> None:
+        write_json(path, to_mapping(self))
+
+    @classmethod
+    def load(cls, path: Path) -> "Calibration":
+        """Raises FileNotFoundError or ValueError naming the file."""
+        if not path.is_file():
+            raise FileNotFoundError(f"no calibration file {path}")
+        values = read_json(path)
+        names = ("ranker", "data", "num_pictures", "matched", "mismatched", "margin", "lexicon")
+        missing = [n for n in names if not isinstance(values, dict) or n not in values]
+        if missing:
+            raise ValueError(f"{path} is no calibration file: it lacks {', '.join(missing)}")
+        return from_mapping(cls, values, where=str(path))
+
+
+def place_among(quantiles: Sequence[float], score: float) -> float:
+    """Percent of the distribution below `score`, between quantiles by interpolation."""
+    return float(np.interp(score, quantiles, np.linspace(0.0, 100.0, len(quantiles))))
+
+
+def quantiles(values: Any) -> tuple[float, ...]:
+    """Of any number of values; () of none. Rounded to 6 places and strictly rising, so that they can be inverted."""
+    if not len(values):
+        return ()
+    found = np.quantile(np.asarray(values, dtype=np.float64), np.linspace(0, 1, NUM_QUANTILES))
+    steps = np.round(found, 6) + np.arange(NUM_QUANTILES) * 1e-9
+    return tuple(float(v) for v in steps)
+
+
+def find_calibration(name: str, directory: Path | None = None) -> Calibration | None:
+    """Beside the weights, else what `python -m rankers.calibration` left for that name, else None."""
+    beside = directory / FILE if directory else None
+    for path in (beside, cache_path(name)):
+        if path and path.is_file():
+            return Calibration.load(path)
+    return None
+
+
+def cache_path(name: str) -> Path:
+    return CACHE / ("".join(c if c.isalnum() or c in "-_." else "_" for c in name) + ".json")
+
+
+# --- hard negatives ------------------------------------------------------------------------------------------------
+
+
+def hard_negatives(text: str, lexicon: Lexicon) -> list[str]:
+    """The text with another colour, then with another kind of goods; [] where it names neither.
+
+    The longest known word counts, and a colour inside the kind's name ("red grapefruit") is left alone.
+    """
+    kind = longest_word(text, lexicon.kinds)
+    start = text.find(kind) if kind else -1
+    outside = text if start < 0 else text[:start] + "\0" * len(kind) + text[start + len(kind) :]
+    color = longest_word(outside, lexicon.colors)
+    found = []
+    if color:
+        at = outside.find(color)
+        found += [text[:at] + c + text[at + len(color) :] for c in lexicon.colors if c != color]
+    if kind:
+        others = (k for k in lexicon.kinds if k not in kind and kind not in k)
+        found += [text[:start] + k + text[start + len(kind) :] for k in others]
+    return found
+
+
+def longest_word(text: str, words: Sequence[str]) -> str:
+    return max((w for w in words if w in text), key=len, default="")
+
+
+# --- making one ----------------------------------------------------------------------------------------------------
+
+
+def calibrate(
+    ranker: Any, pairs: Any, lexicon: Lexicon, data: str, mismatched_each: int = 20, seed: int = 0
+) -> Calibration:
+    """From real pictures with captions (`rankers.retrieval.Pairs`) and a ranker that scores matrices."""
+    captions = sorted(set(pairs.captions))
+    row = {caption: i for i, caption in enumerate(captions)}
+    scores = ranker.score_matrix(captions, pairs.images).numpy()  # (T, N)
+    own = np.array([row[c] for c in pairs.captions])
+    matched = scores[own, np.arange(len(own))]
+    true = pairs.describes().numpy()[:, [pairs.captions.index(c) for c in captions]].T  # (T, N)
+    rng = np.random.default_rng(seed)
+    columns = rng.integers(0, len(own), (len(captions), mismatched_each))
+    rows = np.repeat(np.arange(len(captions))[:, None], mismatched_each, axis=1)
+    mismatched = scores[rows, columns][~true[rows, columns]]
+    if not len(mismatched):
+        raise ValueError(f"{data} has no two pictures with different captions: nothing to calibrate on")
+    margins = _margins(ranker, pairs, lexicon, matched)
+    return Calibration(
+        ranker.name, data, len(own), quantiles(matched), quantiles(mismatched), quantiles(margins), lexicon
+    )
+
+
+def _margins(ranker: Any, pairs: Any, lexicon: Lexicon, matched: np.ndarray, limit: int = 200) -> list[float]:
+    """Over the first `limit` pictures."""
+    margins = []
+    for i in range(min(limit, len(pairs.captions))):
+        wrong = hard_negatives(pairs.captions[i], lexicon)
+        if wrong:
+            scores = ranker.score_matrix(wrong, [pairs.images[i]])
+            margins.append(float(matched[i] - scores.max()))
+    return margins
+
+
+@dataclass(frozen=True)
+class Options:
+    """Calibrate a ranker on real pictures with captions."""
+
+    ranker: str = ""
+    """Name of the ranker; empty: the newest one trained here, else the one that ships."""
+    data: str = "../shared/data/goods"
+    """Folder of image shards with a validation split."""
+    limit: int = 1000
+    """Pictures at most."""
+    out: Path | None = None
+    """Where to write; None: where load_ranker looks for it."""
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> Calibration:
+    from data_tools.index import ShardIndex
+    from rankers import default_ranker, load_ranker
+    from rankers.pairs import AttributeConfig, scan_names
+    from rankers.retrieval import load_pairs
+
+    options = parse_options(Options, argv, description=__doc__)
+    name = options.ranker or str(default_ranker())
+    ranker = load_ranker(name)
+    if not hasattr(ranker, "score_matrix"):
+        raise ValueError(
+            f"the ranker {name} has no score between any text and any picture: nothing to calibrate"
+        )
+    index = ShardIndex.open(options.data, "val")
+    pairs = load_pairs(index, AttributeConfig(), options.limit)
+    names = scan_names(index, AttributeConfig())
+    lexicon = Lexicon(names.colors, names.kinds) if names.kinds else default_lexicon()
+    found = calibrate(ranker, pairs, lexicon, options.data)
+    path = options.out or cache_path(ranker.name)
+    found.save(path)
+    print(f"{len(pairs.captions)} pictures of {options.data}: wrote {path}", flush=True)
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""How well a ranker finds pictures by their captions: recall over distinct captions, kinds and colours told right."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from common.log import say
+from data_tools.index import ShardIndex
+from data_tools.loader import IMAGE_SUFFIXES, CorruptSample, open_image, pick_caption
+from rankers.pairs import AttributeConfig, describes, facts_of, number, read_meta, value_of
+
+KS = (1, 5, 10)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pictures with their first captions, labels and colours ("" where unknown)."""
+
+    images: list[Image.Image]
+    captions: list[str]
+    labels: list[str]
+    colors: list[str]
+    facts: Tensor
+    """(N, F) long, see `rankers.pairs.facts_of`."""
+
+    def describes(self) -> Tensor:
+        """Whether caption j is true of picture i, (N, N) bool."""
+        numbers = torch.tensor([number(c) for c in self.captions])
+        return describes(numbers, self.facts, numbers, self.facts)
+
+
+def load_pairs(index: ShardIndex, config: AttributeConfig, limit: int = 1000) -> Pairs:
+    """The first `limit` samples with picture and caption; the others are counted. Raises ValueError for none."""
+    rows, skipped = [], 0
+    for i in range(len(index)):
+        if len(rows) == limit:
+            break
+        members = index.read(i, (*IMAGE_SUFFIXES, "txt", "json"))
+        caption = pick_caption(members.get("txt", b""), None)
+        try:
+            image = open_image(next((members[s] for s in IMAGE_SUFFIXES if s in members), b""))
+            meta = read_meta(members.get("json", b""))
+        except CorruptSample:
+            skipped += 1
+            continue
+        if not caption:
+            skipped += 1
+            continue
+        color = value_of(meta, config.color_field)
+        named = color if color and color in caption else ""
+        facts = facts_of(meta, config.fact_fields)
+        rows.append((image, caption, value_of(meta, config.label_field), named, facts))
+    if skipped:
+        say(f"left out {skipped} samples of {index.paths[0].parent} without a readable picture or a caption")
+    if not rows:
+        raise ValueError(f"{index.paths[0].parent} holds no picture with a caption")
+    images, captions, labels, colors, facts = (list(column) for column in zip(*rows, strict=True))
+    return Pairs(images, captions, labels, colors, torch.tensor(facts, dtype=torch.long))
+
+
+def recall_at(scores: Tensor, relevant: Tensor, ks: Sequence[int] = KS) -> dict[str, float]:
+    """Share of queries with a relevant item among the best k; scores (Q, N), relevant (Q, N) bool.
+
+    Items of equal score count as if the irrelevant ones came first, so that a constant ranker gets no credit.
+    """
+    best = scores.masked_fill(~relevant, float("-inf")).max(1).values  # (Q,)
+    before = ((scores >= best[:, None]) & ~relevant).sum(1)  # irrelevant items that stand before it
+    return {f"recall@{k}": float((before < k).float().mean()) for k in ks}
+
+
+def chance_recall(relevant: Tensor, ks: Sequence[int] = KS) -> dict[str, float]:
+    """The same for a random order: 1 - C(N - R, k) / C(N, k) averaged over queries with R relevant items of N."""
+    count, n = relevant.sum(1).double(), relevant.shape[1]
+    chances = {}
+    for k in ks:
+        miss = torch.ones_like(count)
+        for i in range(min(k, n)):
+            miss = miss * ((n - count - i) / (n - i)).clamp(min=0)
+        chances[f"recall@{k}"] = float(1 - miss.mean())
+    return chances
+
+
+def retrieval_figures(
+    ranker: Any, pairs: Pairs, labels: Sequence[str], colors: Sequence[str], color_limit: int = 100
+) -> dict[str, float]:
+    """recall@1/5/10 of text to picture over distinct captions (a picture is relevant when its caption is equal);
+    `true@1`, the share of captions that are true of the first picture; `kind_accuracy`, pictures nearest to their own
+    label's name; `color_accuracy`, pictures whose own caption beats the ones with another colour (first `color_limit`).
+
+    The last three are there where the data know labels and colours.
+    """
+    distinct = sorted(set(pairs.captions))
+    first = [pairs.captions.index(c) for c in distinct]
+    scores = ranker.score_matrix(distinct, pairs.images)  # (T, N)
+    relevant = caption_matches(pairs.captions, distinct)
+    figures = recall_at(scores, relevant)
+    if pairs.facts.shape[1]:
+        true = pairs.describes()[:, first].T  # (T, N)
+        figures["true@1"] = float(true.gather(1, scores.argmax(1, keepdim=True)).float().mean())
+    known = [i for i, label in enumerate(pairs.labels) if label in set(labels)]
+    if known and len(labels) > 1:
+        named = ranker.score_matrix(list(labels), [pairs.images[i] for i in known]).argmax(0)
+        right = [labels[int(n)] == pairs.labels[i] for n, i in zip(named, known, strict=True)]
+        figures["kind_accuracy"] = sum(right) / len(right)
+    colored = [i for i, color in enumerate(pairs.colors) if color][:color_limit]
+    if colored and len(colors) > 1:
+        figures["color_accuracy"] = _color_accuracy(ranker, pairs, colored, colors)
+    return figures
+
+
+def _color_accuracy(ranker: Any, pairs: Pairs, rows: Sequence[int], colors: Sequence[str]) -> float:
+    right = 0
+    for i in rows:
+        others = [c for c in colors if c != pairs.colors[i]]
+        texts = [pairs.captions[i].replace(pairs.colors[i], c, 1) for c in (pairs.colors[i], *others)]
+        right += int(ranker.score_matrix(texts, [pairs.images[i]]).argmax() == 0)
+    return right / len(rows)
+
+
+def caption_matches(captions: Sequence[str], distinct: Sequence[str]) -> Tensor:
+    """(T, N) bool: picture n carries distinct caption t."""
+    number_of = {c: i for i, c in enumerate(distinct)}
+    matches = torch.zeros(len(distinct), len(captions), dtype=torch.bool)
+    matches[torch.tensor([number_of[c] for c in captions]), torch.arange(len(captions))] = True
+    return matches

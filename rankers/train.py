@@ -1,0 +1,323 @@
+"""Train a ranker: pictures and captions into one space, contrastively.
+
+    python -m rankers.train                                            # the embedded default, about a minute on a CPU
+    python -m rankers.train --config configs/goods_128/ranker.yaml
+    torchrun --nproc_per_node 2 -m rankers.train --config configs/goods_128/ranker.yaml
+    python -m rankers.train --config configs/goods_128/ranker.yaml --init OFA-Sys/chinese-clip-vit-base-patch16
+
+The data are image shards. The same command started again goes on from the newest checkpoint in the run directory.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from common.config import command, parse_options, to_mapping
+from common.distributed import (
+    BatchPlan,
+    DeepSpeedConfig,
+    EngineName,
+    Precision,
+    World,
+    autocast,
+    batch_plan,
+    make_engine,
+    split_batch,
+    start_world,
+    stop_world,
+)
+from common.image import make_grid, resize_square
+from common.log import say
+from common.loop import LoopConfig, fit
+from common.optim import Ema, OptimConfig, adamw, learning_rate
+from data_tools.loader import train_batches
+from rankers.base import TwoTowerRanker
+from rankers.calibration import FILE as CALIBRATION
+from rankers.calibration import Lexicon, calibrate, default_lexicon
+from rankers.clip import RankerTowers
+from rankers.model import RankerModel, save_ranker, takes_any_size
+from rankers.objective import TARGETS, Features, LossWeights, large_batch_step
+from rankers.pairs import AttributeConfig, CropAugment, pair_decoder
+from rankers.retrieval import retrieval_figures
+from rankers.text import TextTowerConfig
+from rankers.train_data import RankerData
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The ranker's sizes, when it starts from random weights."""
+
+    image_tower: str = "resnet-xs"
+    """resnet-xs, resnet-s, resnet-m (averaging, for small pictures), resnet-50, vit-ti-16, vit-s-16, vit-b-16."""
+    embed_dim: int = 128
+    """Width of the common space."""
+    image_size: int = 64
+    """Side in pixels at which pictures are scored."""
+    text: TextTowerConfig = field(
+        default_factory=lambda: TextTowerConfig(width=128, layers=2, max_text_len=32)
+    )
+
+
+@dataclass(frozen=True)
+class Options:
+    """Image shards -> ranker."""
+
+    data: str = ""
+    """Folder of image shards (train-*.tar, val-*.tar); empty: the embedded default in data/synthetic."""
+    vocab: str = ""
+    """BERT vocab.txt, or its folder, to prune to the captions' pieces; empty: the captions' characters."""
+    init: str = ""
+    """Folder or hub id of a Chinese-CLIP to fine-tune; empty: random weights in the sizes of `model`."""
+    model: ModelOptions = field(default_factory=ModelOptions)
+    loss: LossWeights = field(default_factory=LossWeights)
+    attributes: AttributeConfig = field(
+        default_factory=lambda: AttributeConfig(fact_fields=("label_zh", "color_zh", "pattern"))
+    )
+    augment: CropAugment = field(default_factory=lambda: CropAugment(min_area=0.6))
+    train_sizes: tuple[int, ...] = (64,)
+    """Sides in pixels of the training pictures, one after the other in equal parts of the run: small ones first are
+    cheap, and a little under image_size is best (arXiv 1906.06423)."""
+    unk_insert: float = 0.1
+    """Share of captions with an unknown token put in, which teaches to read past unknown words."""
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-3, warmup_steps=50, beta2=0.98))
+    loop: LoopConfig = field(
+        default_factory=lambda: LoopConfig(
+            run_dir=Path("runs/ranker"), num_steps=400, global_batch_size=64, eval_every=200, save_every=200
+        )
+    )
+    ema_decay: float = 0.99
+    """Decay of the moving average of weights that is saved; 0: none."""
+    val_pictures: int = 1000
+    """Validation pictures an evaluation looks at."""
+    engine: EngineName = "auto"
+    """auto: DeepSpeed under its launcher, DDP under torchrun, else plain."""
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    precision: Precision = "auto"
+    """auto takes bf16 autocast where the machine has it."""
+    num_workers: int = 1
+    """Processes that decode pictures; 0 decodes in the training process."""
+
+    def __post_init__(self) -> None:
+        if not self.train_sizes or min(self.train_sizes) < 32:
+            raise ValueError(
+                f"train_sizes must name sides of at least 32 pixels, not {list(self.train_sizes)}"
+            )
+        if not 0 <= self.unk_insert <= 1:
+            raise ValueError(f"unk_insert must lie in [0, 1], not {self.unk_insert}")
+        if self.init and self.model != ModelOptions():
+            raise ValueError("--init brings its own sizes: leave the --model options out")
+
+
+class RankerTask:
+    """Features, loss and optimizer order of one step."""
+
+    validation_metric = "miss@10"
+
+    def __init__(self, options: Options, world: World, plan: BatchPlan, data: RankerData) -> None:
+        self.options, self.world, self.plan, self.data = options, world, plan, data
+        self.model = data.build_model(options.loop.seed).to(world.device, memory_format=torch.channels_last)
+        _check_sizes(options, self.model)
+        self.ema = Ema(self.model, options.ema_decay) if options.ema_decay else None
+        self.finished = RankerModel(self.model.config, data.towers).to(world.device)
+        self.engine = make_engine(
+            self.model,
+            adamw(self.model, options.optim),
+            world,
+            plan,
+            options.optim.grad_clip,
+            options.engine,
+            options.deepspeed,
+        )
+        self.label_ids = data.tokenizer.batch(data.names.labels) if data.names.labels else None
+        self.evaluated: tuple[int, TwoTowerRanker] | None = None
+
+    def train_step(self, batch: dict[str, Any], step: int) -> dict[str, float]:
+        options, device = self.options, self.world.device
+        self.model.train()
+        lr = learning_rate(options.optim, step, options.loop.num_steps)
+        self.engine.set_lr(lr)
+        size = self.train_size(step)
+        tensors = {name: batch[name] for name in ("image", "text_ids", *TARGETS)}
+        micro_batches = []
+        for micro in split_batch(tensors, self.plan.accumulation):
+            micro = {name: value.to(device) for name, value in micro.items()}
+            if size != micro["image"].shape[-1]:
+                micro["image"] = F.interpolate(
+                    micro["image"], size=(size, size), mode="bilinear", antialias=True
+                )
+            micro_batches.append(micro)
+        seed = (options.loop.seed * 1_000_003 + step) * 131 + self.world.rank
+        metrics = large_batch_step(
+            self.engine, micro_batches, self._label_ids(), options.loss, self.world, seed, self.forward
+        )
+        metrics["grad_norm"] = self.engine.step()
+        if self.ema:
+            with self.engine.full_weights() as model:
+                self.ema.update(model)
+        return metrics | {"lr": lr}
+
+    def forward(self, model: Any, micro: dict[str, Tensor], label_ids: Tensor) -> Features:
+        """One pass of both towers; every distinct text is read once."""
+        count, length = len(micro["image"]), self.data.tokenizer.max_text_len
+        rows = torch.cat(
+            [micro["text_ids"].flatten(0, 1), F.pad(label_ids, (0, length - label_ids.shape[1]))]
+        )
+        texts, places = rows.unique(dim=0, return_inverse=True)  # (M, T) and (2B + K,)
+        texts = texts[:, (texts != self.data.tokenizer.pad_id).any(0)]
+        with autocast(self.world.device, self.options.precision):
+            image, text, scale = model(micro["image"], texts)
+        read = text[places]
+        pairs = read[: 2 * count].view(count, 2, -1)  # (B, 2, D)
+        return Features(image, pairs[:, 0], pairs[:, 1], read[2 * count :], scale)
+
+    def _label_ids(self) -> Tensor:
+        """(K, T) long; K is 0 where the data know no labels."""
+        if self.label_ids is None or not self.options.loss.label_weight:
+            return torch.zeros(0, 1, dtype=torch.long, device=self.world.device)
+        return self.label_ids.to(self.world.device)
+
+    def train_size(self, step: int) -> int:
+        """The side of the training pictures at that step."""
+        sizes = self.options.train_sizes
+        return sizes[min(len(sizes) - 1, step * len(sizes) // self.options.loop.num_steps)]
+
+    def ranker(self, step: int) -> TwoTowerRanker:
+        """The ranker as it is saved, for the step. All processes must call it: under ZeRO the weights are gathered."""
+        if self.evaluated is not None and self.evaluated[0] == step:
+            return self.evaluated[1]
+        if self.ema:
+            return self._ranker_with(self.ema.shadow, step)
+        with self.engine.full_weights() as model:
+            return self._ranker_with(model.state_dict(), step)
+
+    def _ranker_with(self, weights: dict[str, Tensor], step: int) -> TwoTowerRanker:
+        self.finished.load_state_dict(weights)
+        towers = RankerTowers(
+            str(self.options.loop.run_dir),
+            self.finished,
+            self.data.tokenizer,
+            self.world.device,
+            self.options.precision,
+        )
+        self.evaluated = (step, TwoTowerRanker(towers))
+        return self.evaluated[1]
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Over the validation pictures, with the weights that are saved; every process does the same."""
+        names = self.data.names
+        figures = retrieval_figures(self.ranker(step), self.data.pairs, names.labels, names.colors)
+        return {"miss@10": 1 - figures["recall@10"], **figures}
+
+    def sample(self, step: int) -> dict[str, Image.Image]:
+        """The best eight validation pictures for each of eight captions, a caption a row."""
+        ranker, pairs = self.ranker(step), self.data.pairs
+        captions = sorted(set(pairs.captions))
+        captions = captions[:: math.ceil(len(captions) / 8)]
+        order = ranker.score_matrix(captions, pairs.images).argsort(1, descending=True)[:, :8]
+        size = self.model.config.image_size
+        images = [resize_square(pairs.images[int(i)], size) for i in order.flatten()]
+        return {"best_matches": make_grid(images, columns=order.shape[1])}
+
+    def state(self) -> dict[str, Any]:
+        state = {
+            "config": to_mapping(self.model.config) | {"towers": self.data.towers_sha256},
+            "weights": self.engine.weights(),
+            "engine": self.engine.state(),
+        }
+        return state | ({"ema": self.ema.state()} if self.ema else {})
+
+    def save(self, directory: Path, step: int, state: dict[str, Any]) -> None:
+        weights = self.ema.shadow if self.ema else state["weights"]
+        save_ranker(directory, self.model.config, weights, self.data.towers, step)
+        names = self.data.names
+        lexicon = Lexicon(names.colors, names.kinds) if names.kinds else default_lexicon()
+        fresh = self.evaluated is not None and self.evaluated[0] == step
+        ranker = self.evaluated[1] if fresh else self._ranker_with(weights, step)
+        calibrate(ranker, self.data.pairs, lexicon, self.data.source).save(directory / CALIBRATION)
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Raises ValueError when the run directory holds another model, or one without moving average."""
+        before, run_dir = state["config"], self.options.loop.run_dir
+        now = to_mapping(self.model.config) | {"towers": self.data.towers_sha256}
+        changed = [n for n in now if now[n] != before.get(n)]
+        if changed:
+            raise ValueError(
+                f"{run_dir} holds a ranker with {changed[0]} {before.get(changed[0])}, not {now[changed[0]]}: "
+                "choose another --loop.run-dir, or the options that it was started with"
+            )
+        if bool(self.ema) != ("ema" in state):
+            raise ValueError(f"{run_dir} was started with another --ema-decay: go on with the one it had")
+        self.engine.load_state(state["weights"], state["engine"])
+        if self.ema:
+            self.ema.load_state(state["ema"])
+        self.evaluated = None
+
+
+def _check_sizes(options: Options, model: RankerModel) -> None:
+    size = model.config.image_size
+    if set(options.train_sizes) != {size} and not takes_any_size(model.config):
+        raise ValueError(
+            f"train_sizes {list(options.train_sizes)} need an image tower that takes any size (resnet-xs, -s, -m): "
+            f"set --train-sizes {size}"
+        )
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    """Train; returns the last evaluation."""
+    options = parse_options(Options, argv, description=__doc__)
+    loop, world = options.loop, start_world(options.device)
+    try:
+        plan = batch_plan(loop.global_batch_size, world.size, loop.micro_batch_size)
+        data = RankerData.prepare(options, world)
+        task = RankerTask(options, world, plan, data)
+        if world.is_main:
+            for problem in data.train.problems + data.val.problems:
+                say(f"note: {problem}")
+            say(describe(task))
+        decode = pair_decoder(
+            max(options.train_sizes),
+            data.tokenizer,
+            options.attributes,
+            data.names,
+            options.augment,
+            options.unk_insert,
+        )
+
+        def batches(start_sample: int) -> Iterator[dict[str, Any]]:
+            return train_batches(
+                data.train,
+                decode,
+                plan.global_batch_size,
+                world,
+                loop.seed,
+                start_sample,
+                options.num_workers,
+            )
+
+        return fit(task, batches, loop, world, to_mapping(options))
+    finally:
+        stop_world()
+
+
+def describe(task: RankerTask) -> str:
+    """One line on what is about to be trained."""
+    names, data = task.data.names, task.data
+    count = sum(p.numel() for p in task.model.parameters())
+    return (
+        f"{len(data.train)} pictures, {count / 1e6:.1f}M parameters, {len(names.captions)} distinct captions, "
+        f"{len(names.labels)} kinds, {len(names.colors)} colours, {data.tokenizer.vocab_size} word pieces"
+    )
+
+
+if __name__ == "__main__":
+    main()
