@@ -108,10 +108,22 @@ def stages(options: Options) -> list[Stage]:
     """The commands of the README, in order."""
     vqgan, dalle = run_dir("configs/demo/vqgan.yaml"), run_dir("configs/demo/dalle.yaml")
     ranker = run_dir("configs/demo/ranker.yaml")
-    draw = ("generate.py", options.text, str(options.num_images), str(options.out), "--checkpoint", str(dalle))
+    draw = (
+        "generate.py",
+        options.text,
+        str(options.num_images),
+        str(options.out),
+        "--checkpoint",
+        str(dalle),
+    )
     rank = ("rerank.py", str(options.out), "--ranker", str(ranker))
     return [
-        Stage("product pictures drawn by us", ("-m", "data_tools.synthetic"), Path("data/synthetic"), data_quality),
+        Stage(
+            "product pictures drawn by us",
+            ("-m", "data_tools.synthetic"),
+            Path("data/synthetic"),
+            data_quality,
+        ),
         Stage("image tokenizer", ("train_vqgan.py",), vqgan, tokenizer_quality),
         Stage("generator", ("train_dalle.py",), dalle, generator_quality),
         Stage("ranker", ("-m", "rankers.train"), ranker, ranker_quality),
