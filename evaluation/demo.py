@@ -92,12 +92,12 @@ def ranking_quality(out: Path) -> str:
     from evaluation.judge import dominant_color
 
     text = json.loads((out / "images.jsonl").read_text("utf-8").splitlines()[0])["text"]
-    named = [c for c in COLORS if c in text or c.removesuffix("色") in text]
+    named = [key for key, name in COLORS.items() if name in text]
     best = sorted(out.glob("rank*.png"))[:4]
     if not named or not best:
         return "no colour named"
     right = sum(dominant_color(Image.open(path)) == named[0] for path in best)
-    return f"{right} of the best {len(best)} are {named[0]}"
+    return f"{right} of the best {len(best)} are {named[0]}, measured in the pixels"
 
 
 def run_dir(config: str) -> Path:
