@@ -5,6 +5,7 @@ as in Qwen2-VL's M-RoPE (Wang et al. 2024, section 2.1). QK-norm: Dehghani et al
 Grouped queries: Ainslie et al. 2023.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from dalle import sequence
+from dalle.cpu_kernels import CausalAttention, RMSNormFunction
 
 
 class RMSNorm(nn.Module):
@@ -24,7 +26,37 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        if on_eager_cpu(x) and torch.is_grad_enabled():
+            return RMSNormFunction.apply(x, self.weight.float(), self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+def on_eager_cpu(x: Tensor) -> bool:
+    """Where the hand-written passes of `cpu_kernels` pay."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+class CausalMask:
+    """Causality, and keys of padding that none may see. Built once for all layers."""
+
+    def __init__(self, visible: Tensor, length: int) -> None:
+        """visible: (B, T) bool text positions; length: inputs in all."""
+        self.visible, self.length = visible, length
+        self.padding = None if bool(visible.all()) else ~visible
+
+    @functools.cached_property
+    def bias(self) -> Tensor | None:
+        """(B, 1, L, L) bfloat16 to add to scores, exact in any dtype; None when plain causality says it all."""
+        if self.padding is None:
+            return None
+        return sequence.attention_bias(self.visible, self.length - self.visible.shape[1], torch.bfloat16)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+        """q, k, v: (B, H, L, K) -> (B, H, L, K)"""
+        if on_eager_cpu(q) and not dropout:
+            return CausalAttention.apply(q, k, v, self.padding)
+        bias = None if self.bias is None else self.bias.to(q.dtype)
+        return F.scaled_dot_product_attention(q, k, v, bias, dropout, is_causal=bias is None)
 
 
 def rotary_table(positions: Tensor, head_dim: int, theta: float) -> Tensor:
@@ -96,16 +128,15 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = RMSNorm(head_dim), RMSNorm(head_dim)
         self.out = nn.Linear(num_heads * head_dim, dim, bias=False)
 
-    def forward(self, x: Tensor, table: Tensor, bias: Tensor | None) -> Tensor:
-        """x: (B, L, D); table: (2, L, K); bias: (B, 1, L, L) or None for plain causality. -> (B, L, D)"""
-        q, k, v = self._project(x, table)
-        return self.out(self._attend(q, k, v, bias, is_causal=bias is None))
+    def forward(self, x: Tensor, table: Tensor, mask: CausalMask) -> Tensor:
+        """x: (B, L, D); table: (2, L, K). -> (B, L, D)"""
+        return self._attend(*self._project(x, table), mask)
 
-    def prefill(self, x: Tensor, table: Tensor, bias: Tensor | None, cache: KVCache, layer: int) -> Tensor:
+    def prefill(self, x: Tensor, table: Tensor, mask: CausalMask, cache: KVCache, layer: int) -> Tensor:
         """The same, and the keys and values go into the empty cache."""
         q, k, v = self._project(x, table)
         cache.update(layer, k, v, 0)
-        return self.out(self._attend(q, k, v, bias, is_causal=bias is None))
+        return self._attend(q, k, v, mask)
 
     def decode(
         self, x: Tensor, table: Tensor, bias: Tensor, cache: KVCache, layer: int, index: int | Tensor
@@ -126,15 +157,13 @@ class Attention(nn.Module):
         q, k = rotate(self.q_norm(q), table), rotate(self.k_norm(k), table)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: CausalMask) -> Tensor:
+        """(B, H, L, K), keys and values (B, H_kv, L, K) -> (B, L, D)"""
         if self.num_kv_heads != self.num_heads:
             repeats = self.num_heads // self.num_kv_heads
             k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
-        dropout = self.dropout if self.training else 0.0
-        bias = None if bias is None else bias.to(q.dtype)
-        q, k = q.to(v.dtype), k.to(v.dtype)
-        y = F.scaled_dot_product_attention(q, k, v, bias, dropout, is_causal)
-        return rearrange(y, "b h l k -> b l (h k)")
+        y = mask.attend(q.to(v.dtype), k.to(v.dtype), v, self.dropout if self.training else 0.0)
+        return self.out(rearrange(y, "b h l k -> b l (h k)"))
 
 
 def new_cache(

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from common.checkpoint import load_weights, read_config, resolve
 from common.config import from_mapping
 from dalle import sequence
-from dalle.attention import Attention, KVCache, RMSNorm, new_cache, rotary_table
+from dalle.attention import Attention, CausalMask, KVCache, RMSNorm, new_cache, rotary_table
 
 KIND = "generator"
 TRAINING_ONLY = (
@@ -192,12 +192,12 @@ class Block(nn.Module):
         self.ffn = SwiGLU(c.dim, c.ffn_dim)
         self.dropout, self.drop_path = c.dropout, drop_path
 
-    def forward(self, x: Tensor, table: Tensor, bias: Tensor | None) -> Tensor:
-        x = x + self._branch(self.attention(self.attention_norm(x), table, bias))
+    def forward(self, x: Tensor, table: Tensor, mask: CausalMask) -> Tensor:
+        x = x + self._branch(self.attention(self.attention_norm(x), table, mask))
         return x + self._branch(self.ffn(self.ffn_norm(x)))
 
-    def prefill(self, x: Tensor, table: Tensor, bias: Tensor | None, cache: KVCache, layer: int) -> Tensor:
-        x = x + self.attention.prefill(self.attention_norm(x), table, bias, cache, layer)
+    def prefill(self, x: Tensor, table: Tensor, mask: CausalMask, cache: KVCache, layer: int) -> Tensor:
+        x = x + self.attention.prefill(self.attention_norm(x), table, mask, cache, layer)
         return x + self.ffn(self.ffn_norm(x))
 
     def decode(
@@ -260,12 +260,12 @@ class Dalle(nn.Module):
             raise ValueError(
                 f"the model draws {self.config.num_image_tokens} image tokens, got {image_ids.shape[1]}"
             )
-        x, table, bias = self._inputs(text_ids, image_ids[:, :-1])  # (B, L, D)
+        x, table, mask = self._inputs(text_ids, image_ids[:, :-1])  # (B, L, D)
         for block in self.blocks:
             if self.config.gradient_checkpointing and self.training:
-                x = checkpoint(block, x, table, bias, use_reentrant=False)
+                x = checkpoint(block, x, table, mask, use_reentrant=False)
             else:
-                x = block(x, table, bias)
+                x = block(x, table, mask)
         text_len = text_ids.shape[1]
         image_logits = self.image_logits(x[:, text_len:])  # (B, N, V)
         return DalleOutput(image_logits, self._text_logits(x[:, :text_len], text_ids))
@@ -284,9 +284,9 @@ class Dalle(nn.Module):
         -> logits (B, V) of image token n, the first unknown one.
         """
         known = text_ids.new_empty(text_ids.shape[0], 0) if image_ids is None else image_ids
-        x, table, bias = self._inputs(text_ids, known)
+        x, table, mask = self._inputs(text_ids, known)
         for layer, block in enumerate(self.blocks):
-            x = block.prefill(x, table, bias, cache, layer)
+            x = block.prefill(x, table, mask, cache, layer)
         return self.image_logits(x[:, -1])
 
     @torch.no_grad()
@@ -320,8 +320,8 @@ class Dalle(nn.Module):
         weight = self.text_embed.weight if self.config.tie_text_head else self.text_head.weight
         return F.linear(x, weight)
 
-    def _inputs(self, text_ids: Tensor, image_ids: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(B, T) and (B, n) -> embeddings (B, T + 1 + n, D), rotary table, attention bias"""
+    def _inputs(self, text_ids: Tensor, image_ids: Tensor) -> tuple[Tensor, Tensor, CausalMask]:
+        """(B, T) and (B, n) -> embeddings (B, T + 1 + n, D), rotary table, attention mask"""
         c = self.config
         batch_size, text_len = text_ids.shape
         if text_len > c.max_text_len:
@@ -336,8 +336,7 @@ class Dalle(nn.Module):
         num_image = x.shape[1] - text_len
         rows = sequence.input_rows(text_len, c.max_text_len, num_image)
         table = torch.cat([self.rotary[:, r] for r in rows], 1)  # (2, T + 1 + n, K)
-        bias = sequence.attention_bias(sequence.text_mask(text_ids, c.pad_id), num_image, x.dtype)
-        return x, table, bias
+        return x, table, CausalMask(sequence.text_mask(text_ids, c.pad_id), x.shape[1])
 
     @classmethod
     def from_pretrained(cls, name: str | Path) -> "Dalle":
