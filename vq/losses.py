@@ -1,19 +1,128 @@
-"""What a reconstruction is compared by."""
+"""What a reconstruction is compared by: pixels, and the terms of the adversary.
 
+Pictures are (B, 3, H, W) in [-1, 1]; every loss is a float32 scalar.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+PixelLoss = Literal["multiscale_l1", "l1", "l2", "smooth_l1"]
+AdversarialLoss = Literal["hinge", "non_saturating"]
 
-def multiscale_l1(reconstruction: Tensor, images: Tensor, scales: tuple[int, ...] = (4, 16)) -> Tensor:
-    """Mean absolute error, plus that of the pictures averaged over `scales` x `scales` blocks (float32 scalar).
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What the autoencoder minimises, apart from the adversary and the quantizer's own term."""
+
+    pixel: PixelLoss = "multiscale_l1"
+    """Distance of pixels; multiscale_l1 adds L1 of the pictures averaged over 4 and 16 pixels, which holds colours."""
+    perceptual: str = "none"
+    """none, lpips, a directory made by vq.train_perceptual, or auto: lpips if its weights are on this machine,
+    else runs/perceptual."""
+    perceptual_weight: float = 1.0
+    """Weight of the perceptual distance."""
+    foreground_weight: float = 1.0
+    """How much more a pixel of the goods counts than one of the ground (from {key}.mask.png, else from the colour of
+    the border); 1: the same."""
+
+    def __post_init__(self) -> None:
+        if self.perceptual_weight <= 0:
+            raise ValueError(
+                f"perceptual_weight must be above 0, not {self.perceptual_weight}: use perceptual none"
+            )
+        if self.foreground_weight < 1:
+            raise ValueError(f"foreground_weight must be at least 1, not {self.foreground_weight}")
+
+
+def multiscale_l1(
+    reconstruction: Tensor, images: Tensor, weight: Tensor | None = None, scales: tuple[int, ...] = (4, 16)
+) -> Tensor:
+    """Mean absolute error, plus that of the pictures averaged over `scales` x `scales` blocks.
 
     The coarse terms hold the colours of areas, which L1 on pixels alone lets drift towards a median.
     """
     difference = reconstruction.float() - images.float()  # (B, 3, S, S)
-    loss = difference.abs().mean()
+    loss = _weighted_mean(difference.abs(), weight)
     for scale in scales:
-        loss = loss + F.avg_pool2d(difference, scale).abs().mean()
+        coarse = None if weight is None else F.avg_pool2d(weight, scale)
+        loss = loss + _weighted_mean(F.avg_pool2d(difference, scale).abs(), coarse)
     return loss
+
+
+def pixel_loss(
+    kind: PixelLoss, reconstruction: Tensor, images: Tensor, weight: Tensor | None = None
+) -> Tensor:
+    """`weight`: (B, 1, H, W) of mean 1, or None for the same everywhere."""
+    if kind == "multiscale_l1":
+        return multiscale_l1(reconstruction, images, weight)
+    difference = reconstruction.float() - images.float()
+    if kind == "l1":
+        return _weighted_mean(difference.abs(), weight)
+    if kind == "l2":
+        return _weighted_mean(difference.square(), weight)
+    if kind == "smooth_l1":
+        zero = torch.zeros_like(difference)
+        return _weighted_mean(F.smooth_l1_loss(difference, zero, reduction="none", beta=0.1), weight)
+    raise ValueError(f"unknown pixel loss {kind!r}")
+
+
+def _weighted_mean(values: Tensor, weight: Tensor | None) -> Tensor:
+    return values.mean() if weight is None else (values * weight).mean()
+
+
+def discriminator_loss(kind: AdversarialLoss, real: Tensor, fake: Tensor) -> Tensor:
+    """From logits of real and of reconstructed pictures; taming, `hinge_d_loss` and `vanilla_d_loss`."""
+    real, fake = real.float(), fake.float()
+    if kind == "hinge":
+        return 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
+    if kind == "non_saturating":
+        return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
+    raise ValueError(f"unknown adversarial loss {kind!r}")
+
+
+def generator_loss(kind: AdversarialLoss, fake: Tensor) -> Tensor:
+    """From the logits of reconstructed pictures."""
+    if kind == "hinge":
+        return -fake.float().mean()
+    if kind == "non_saturating":
+        return F.softplus(-fake.float()).mean()
+    raise ValueError(f"unknown adversarial loss {kind!r}")
+
+
+def lecam_loss(real: Tensor, fake: Tensor, real_average: float, fake_average: float) -> Tensor:
+    """Keeps logits near the running averages of the other side (Tseng et al. 2021, arXiv:2104.03310, equation 6)."""
+    real_side = F.relu(real.float() - fake_average).square().mean()
+    fake_side = F.relu(real_average - fake.float()).square().mean()
+    return real_side + fake_side
+
+
+def feature_matching_loss(real: list[Tensor], fake: list[Tensor]) -> Tensor:
+    """Mean over layers of |f_real - f_fake| / mean |f_real| (after Wang et al. 2018, pix2pixHD, equation 4)."""
+    terms = []
+    for r, f in zip(real, fake, strict=True):
+        r = r.detach().float()
+        terms.append((f.float() - r).abs().mean() / r.abs().mean().clamp(min=1e-6))
+    return torch.stack(terms).mean()
+
+
+def adaptive_weight(
+    outputs: Tensor, last_layer: Tensor, rec_gradient: Tensor, gen_gradient: Tensor, cap: float
+) -> Tensor:
+    """|d rec / d w| / (|d gen / d w| + 1e-4), at most `cap`, with w the decoder's last layer (taming, equation 7).
+
+    The gradients are those by the reconstruction `outputs`, so that neither loss is run backwards twice.
+    """
+
+    def norm(gradient: Tensor) -> Tensor:
+        gradient = gradient.to(outputs.dtype)
+        (result,) = torch.autograd.grad(outputs, last_layer, gradient, retain_graph=True)
+        return result.float().norm()
+
+    return (norm(rec_gradient) / (norm(gen_gradient) + 1e-4)).clamp(max=cap)
 
 
 def psnr(reconstruction: Tensor, images: Tensor) -> Tensor:

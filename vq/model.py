@@ -48,8 +48,9 @@ class TokenizerConfig:
                 f"codebook_size {self.codebook_size} and codebook_dim {self.codebook_dim} are too small"
             )
         if self.image_size < self.downsample_factor or self.image_size % self.downsample_factor:
+            factor = self.downsample_factor
             raise ValueError(
-                f"image_size must be a multiple of the downsample factor {self.downsample_factor}, not {self.image_size}"
+                f"image_size must be a multiple of the downsample factor {factor}, not {self.image_size}"
             )
 
     @property

@@ -1,0 +1,100 @@
+"""Options of train_vqgan.py."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from common import checkpoint
+from common.config import from_mapping, to_mapping
+from common.distributed import Precision
+from common.loop import LoopConfig
+from common.optim import OptimConfig
+from data_tools.crops import CropFlip
+from vq.adversary import AdversaryConfig
+from vq.losses import LossConfig
+from vq.model import KIND, TokenizerConfig
+
+
+@dataclass(frozen=True)
+class Options:
+    """Stage 1: pictures -> image tokenizer."""
+
+    data: str = ""
+    """Folder of image shards (train-*.tar, val-*.tar); empty: the embedded default in data/synthetic."""
+    preset: Literal["vqvae", "vqgan"] = "vqvae"
+    """vqvae: reconstruction losses alone; vqgan: with an adversary."""
+    model: TokenizerConfig = field(default_factory=TokenizerConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    adversary: AdversaryConfig = field(default_factory=AdversaryConfig)
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=4e-4, beta1=0.9, beta2=0.99))
+    loop: LoopConfig = field(default_factory=lambda: LoopConfig(run_dir=Path("runs/vqgan")))
+    augment: CropFlip = field(default_factory=CropFlip)
+    init: str = ""
+    """Start from this image tokenizer: a checkpoint, a run directory or a hub id. Its sizes are taken over."""
+    freeze_codes: bool = False
+    """Train the decoder alone: encoder and codebook of --init stay, so codes already encoded stay valid."""
+    kmeans_step: int = 50
+    """Step at which the codebook starts anew from the centres of the latents seen; 0, or with --init: never."""
+    revive_every: int = 100
+    """Steps between revivals of codes that no picture used; 0: never."""
+    ema_decay: float = 0.999
+    """Decay of the moving average of weights that is saved; 0: none."""
+    val_pictures: int = 1000
+    """Validation pictures an evaluation looks at."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    precision: Precision = "auto"
+    """auto takes bf16 autocast where the machine has it."""
+    num_workers: int = 1
+    """Processes that decode pictures; 0 decodes in the training process."""
+
+    def __post_init__(self) -> None:
+        if self.freeze_codes and not self.init:
+            raise ValueError("freeze_codes needs --init CHECKPOINT: the tokenizer whose codes shall stay")
+        if self.preset == "vqvae" and self.adversary != AdversaryConfig():
+            raise ValueError("adversary options have no effect with preset vqvae: add --preset vqgan")
+        for name in ("kmeans_step", "revive_every", "num_workers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
+        if self.val_pictures < 1:
+            raise ValueError(f"val_pictures must be at least 1, not {self.val_pictures}")
+        loop = self.loop
+        smallest = self.adversary.discriminator.smallest_side
+        if self.preset == "vqgan" and not self.init and self.model.image_size < smallest:
+            raise ValueError(
+                f"the discriminator needs pictures of at least {smallest} pixels, not {self.model.image_size}: use "
+                "fewer adversary.discriminator.layers"
+            )
+        rolls_back = self.preset == "vqgan" and self.adversary.rollback_share > 0
+        if rolls_back and loop.eval_every and (not loop.save_every or loop.eval_every % loop.save_every):
+            raise ValueError(
+                f"going back after a collapse needs a checkpoint at every evaluation: eval_every {loop.eval_every} "
+                f"must be a multiple of save_every {loop.save_every} (or set --adversary.rollback-share 0)"
+            )
+
+    @property
+    def model_config(self) -> TokenizerConfig:
+        """`model`, or the sizes of --init. Raises ValueError where both are given and differ."""
+        if not self.init:
+            return self.model
+        directory = checkpoint.resolve(self.init)
+        stored = checkpoint.read_config(directory, KIND)["model"]
+        found = from_mapping(TokenizerConfig, stored, where=f"{directory}/config.json")
+        given, kept, changed = to_mapping(self.model), to_mapping(found), self._changed_sizes()
+        differing = [name for name in changed - {"image_size"} if given[name] != kept[name]]
+        if differing:
+            name = min(differing)
+            raise ValueError(
+                f"--init {self.init} has {name} {kept[name]}, not {given[name]}: leave model.{name} out, its own sizes "
+                "are taken over"
+            )
+        return replace(found, image_size=self.model.image_size) if "image_size" in changed else found
+
+    def _changed_sizes(self) -> set[str]:
+        """Fields of `model` that the user set: those that differ from a file's defaults, or from those of no file."""
+        given = to_mapping(self.model)
+        defaults = (
+            to_mapping(TokenizerConfig()),
+            to_mapping(Options.__dataclass_fields__["model"].default_factory()),
+        )
+        return min(({n for n in given if given[n] != default[n]} for default in defaults), key=len)

@@ -1,0 +1,285 @@
+"""One training step of the image tokenizer: forward, losses, optimizer order, care of the codebook, evaluation.
+
+Losses are differentiated by the reconstruction first, each once; their weighted sum then goes back through the
+decoder. So the adaptive weight of the adversary (taming, equation 7) costs one more gradient of the last layer, not
+one more pass through the perceptual network and the discriminator.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from common import checkpoint
+from common.distributed import BatchPlan, World, autocast, make_engine
+from common.image import stack_rows, to_image
+from common.log import say
+from common.optim import Ema, adamw, learning_rate
+from vq.adversary import Adversary
+from vq.foreground import pixel_weights
+from vq.losses import color_shift, pixel_loss, psnr
+from vq.model import ImageTokenizer
+from vq.options import Options
+from vq.perceptual import PerceptualDistance, load_perceptual
+from vq.quantizer import CodeUsage, kmeans
+
+ValBatches = Callable[[int], Iterator[dict[str, Any]]]
+
+
+class TokenizerTask:
+    """What `common.loop.fit` drives. `val_batches(n)`: the first n validation pictures, in batches."""
+
+    def __init__(self, options: Options, world: World, plan: BatchPlan, val_batches: ValBatches) -> None:
+        torch.manual_seed(options.loop.seed)
+        self.options, self.world, self.plan, self.val_batches = options, world, plan, val_batches
+        self.config = options.model_config
+        self.model = ImageTokenizer(self.config)
+        if options.init:
+            checkpoint.load_weights(self.model, checkpoint.resolve(options.init))
+        if options.freeze_codes:
+            self.model.requires_grad_(False)
+            self.model.decoder.requires_grad_(True)
+        self.model.to(world.device, memory_format=torch.channels_last)
+        optimizer = adamw(self.model, options.optim)
+        self.engine = make_engine(self.model, optimizer, world, plan, options.optim.grad_clip, name="plain")
+        self.ema = Ema(self.model, options.ema_decay) if options.ema_decay else None
+        self.usage = CodeUsage(self.config.codebook_size)
+        self.perceptual = self._perceptual()
+        self.adversary = None
+        if options.preset == "vqgan":
+            self.adversary = Adversary(options.adversary, world, plan, options.precision)
+        self.best = {"value": float("inf"), "step": 0}
+        self.rollbacks = 0
+
+    @property
+    def validation_metric(self) -> str:
+        return "perceptual_loss" if self.perceptual else "rec_loss"
+
+    def _perceptual(self) -> PerceptualDistance | None:
+        if self.options.loss.perceptual == "none":
+            return None
+        model = load_perceptual(self.options.loss.perceptual, self.world.device)
+        self._say(f"perceptual distance: {model.name}, weight {self.options.loss.perceptual_weight}")
+        return model
+
+    def _say(self, text: str) -> None:
+        if self.world.is_main:
+            say(text)
+
+    # ------------------------------------------------------------------------------------------------------- a step
+
+    def train_step(self, batch: dict[str, Any], step: int) -> dict[str, float]:
+        lr = learning_rate(self.options.optim, step, self.options.loop.num_steps)
+        self.engine.set_lr(lr)
+        self._announce(step)
+        totals: dict[str, float] = {}
+        reconstructions = []
+        parts = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+        for micro in self.engine.micro_batches(parts, self.plan.accumulation):
+            images = micro["image"].to(self.world.device, memory_format=torch.channels_last)
+            with autocast(self.world.device, self.options.precision):
+                reconstruction, quantized = self.engine.model(images)
+            gradient, figures = self._gradient(reconstruction, images, micro.get("mask"), step)
+            # Its value means nothing; its gradient by the reconstruction is `gradient`.
+            surrogate = (reconstruction.float() * gradient).sum()
+            self.engine.backward(surrogate if self.options.freeze_codes else surrogate + quantized.loss)
+            self.usage.add(quantized.ids)
+            reconstructions.append(reconstruction.detach().float())
+            figures["commit_loss"] = float(quantized.loss.detach())
+            for name, value in figures.items():
+                totals[name] = totals.get(name, 0.0) + value / self.plan.accumulation
+        totals["grad_norm"] = self.engine.step()
+        if self.ema:
+            self.ema.update(self.model)
+        if self.adversary:
+            images = batch["image"].to(self.world.device)
+            fake = torch.cat(reconstructions)
+            totals |= self.adversary.train_step(images, fake, lr / self.options.optim.lr, step)
+        if not self.options.freeze_codes:
+            self._care_for_codebook(batch["image"], step + 1)
+        return totals | {"lr": lr}
+
+    def _gradient(
+        self, reconstruction: Tensor, images: Tensor, mask: Tensor | None, step: int
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Of all losses by the reconstruction (B, 3, S, S) float32, and their values."""
+        options = self.options.loss
+        leaf = reconstruction.detach().float().requires_grad_()
+        mask = None if mask is None else mask.to(self.world.device)
+        weights = pixel_weights(images, options.foreground_weight, mask)
+        loss = rec_loss = pixel_loss(options.pixel, leaf, images, weights)
+        figures = {"loss": 0.0, "rec_loss": float(rec_loss.detach())}
+        if self.perceptual:
+            with autocast(self.world.device, self.options.precision):
+                perceptual_loss = self.perceptual(leaf, images).mean()
+            figures["perceptual_loss"] = float(perceptual_loss.detach())
+            loss = loss + options.perceptual_weight * perceptual_loss
+        figures["loss"] = float(loss.detach())
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        if self.adversary:
+            last_layer = self.model.decoder.last_layer
+            extra, more = self.adversary.gradient(reconstruction, leaf, images, gradient, last_layer, step)
+            gradient = gradient if extra is None else gradient + extra
+            figures |= more
+        return gradient, figures
+
+    def _announce(self, step: int) -> None:
+        if not self.adversary:
+            return
+        config = self.options.adversary
+        if step == config.start_step:
+            self._say(
+                f"step {step} | the discriminator trains from here; its loss counts from step {config.counts_from}"
+            )
+        if step == config.counts_from:
+            self._say(
+                f"step {step} | the adversary's loss counts from here, at full weight after {config.ramp_steps} steps: "
+                "a dip in PSNR is expected, sharper pictures follow"
+            )
+
+    # ----------------------------------------------------------------------------------------------------- codebook
+
+    def _care_for_codebook(self, images: Tensor, step: int) -> None:
+        """k-means start at one step, revival of unused codes every `revive_every` until the last tenth of the run."""
+        options = self.options
+        kmeans_step = 0 if options.init else options.kmeans_step
+        restart = step == kmeans_step
+        revive = options.revive_every and step % options.revive_every == 0 and step > kmeans_step
+        revive = revive and step < 0.9 * options.loop.num_steps
+        if not (restart or revive):
+            return
+        generator = torch.Generator().manual_seed(options.loop.seed * 7919 + step)
+        points = self._latents(images)
+        counts = self.world.sum_(self.usage.counts.clone())
+        if restart:
+            rows = torch.arange(self.config.codebook_size)
+            vectors = kmeans(points, len(rows), 10, generator) if len(points) >= len(rows) else None
+        else:
+            rows = (counts == 0).nonzero().squeeze(1)
+            vectors = points[torch.randint(len(points), (len(rows),), generator=generator)]
+        if vectors is not None and len(rows):
+            self._replace_codes(rows, vectors)
+        self.usage.clear()
+
+    @torch.no_grad()
+    def _latents(self, images: Tensor) -> Tensor:
+        """Points (M, D) that the quantizer compares, of this batch; those of rank 0 for all."""
+        with autocast(self.world.device, self.options.precision):
+            latents = self.model.encoder(images.to(self.world.device, memory_format=torch.channels_last))
+        points = self.model.quantizer.normalize(latents).reshape(-1, self.config.codebook_dim)
+        return self.world.from_main_(points.float().cpu())
+
+    def _replace_codes(self, rows: Tensor, vectors: Tensor) -> None:
+        """In the weights, their moments and the moving average alike."""
+        self.model.quantizer.replace_(rows, vectors)
+        parameter = self.model.quantizer.codebook.weight
+        for moment in self.engine.optimizer.state.get(parameter, {}).values():
+            if isinstance(moment, Tensor) and moment.shape == parameter.shape:
+                moment[rows] = 0.0
+        if self.ema:
+            self.ema.shadow["quantizer.codebook.weight"][rows] = parameter.detach()[rows]
+
+    # --------------------------------------------------------------------------------------------------- evaluation
+
+    @torch.no_grad()
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Over the validation pictures, with the weights that are saved."""
+        model, device = self._saved_model(), self.world.device
+        usage = CodeUsage(self.config.codebook_size)
+        sums: dict[str, float] = {}
+        shifts = []
+        for batch in self.val_batches(self.options.val_pictures):
+            images = batch["image"].to(device, memory_format=torch.channels_last)
+            with autocast(device, self.options.precision):
+                reconstruction, quantized = model(images)
+                figures = {
+                    "rec_loss": pixel_loss(self.options.loss.pixel, reconstruction, images) * len(images)
+                }
+                if self.perceptual:
+                    clamped = reconstruction.float().clamp(-1, 1)
+                    figures["perceptual_loss"] = self.perceptual(clamped, images).sum()
+            figures["psnr"] = psnr(reconstruction, images).sum()
+            figures["pictures"] = torch.tensor(len(images))
+            usage.add(quantized.ids)
+            shifts.append(color_shift(reconstruction, images))
+            for name, value in figures.items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+        count = sums.pop("pictures")
+        shift = torch.cat(shifts)
+        figures = {name: total / count for name, total in sums.items()}
+        figures |= {
+            "color_shift": float(shift.mean(0).abs().max()),
+            "color_shift_each": float(shift.abs().mean()),
+        }
+        self._watch(figures[self.validation_metric], step)
+        self.model.train()
+        return figures | usage.figures()
+
+    def _watch(self, value: float, step: int) -> None:
+        """Announce a dip after the adversary's start; go back to the best checkpoint after a collapse."""
+        best, config = self.best, self.options.adversary
+        if value < best["value"]:
+            self.best = {"value": value, "step": step}
+            return
+        if not self.adversary or config.factor(step) == 0 or not best["step"]:
+            return
+        name = self.validation_metric
+        said = f"step {step} | {name} {value:.4f} after {best['value']:.4f} at step {best['step']}"
+        share = value / best["value"] - 1
+        if not 0 < config.rollback_share < share:
+            self._say(f"{said}: a dip of {share:.1%} since the adversary counts")
+            return
+        directory = checkpoint.step_directory(Path(self.options.loop.run_dir), int(best["step"]))
+        found = checkpoint.read_training_state(directory)["task"]
+        self.load_state(found | {"best": best, "rollbacks": self.rollbacks + 1})
+        self.adversary.weight_scale = 0.5**self.rollbacks
+        self._say(
+            f"{said}: collapse ({share:.1%} worse); back to the weights of step {best['step']}, adversary at "
+            f"{self.adversary.weight_scale:g} of its weight"
+        )
+
+    def _saved_model(self) -> ImageTokenizer:
+        if not self.ema:
+            return self.model.eval()
+        model = ImageTokenizer(self.config).to(self.world.device, memory_format=torch.channels_last)
+        model.load_state_dict(self.ema.shadow)
+        return model.eval()
+
+    @torch.no_grad()
+    def sample(self, step: int) -> dict[str, Image.Image]:
+        """Validation pictures above their reconstructions."""
+        images = next(self.val_batches(16))["image"].to(self.world.device, memory_format=torch.channels_last)
+        with autocast(self.world.device, self.options.precision):
+            reconstruction, _ = self._saved_model()(images)
+        self.model.train()
+        rows = []
+        for start in range(0, len(images), 8):
+            rows += [[to_image(x) for x in part[start : start + 8]] for part in (images, reconstruction)]
+        return {"reconstructions": stack_rows([r for r in rows if len(r) == len(rows[0])])}
+
+    # -------------------------------------------------------------------------------------------------- checkpoints
+
+    def save(self, directory: Path, step: int, state: dict[str, Any]) -> None:
+        self._saved_model().write(directory, step)
+        self.model.train()
+
+    def state(self) -> dict[str, Any]:
+        state = {"weights": self.engine.weights(), "engine": self.engine.state(), "usage": self.usage.counts}
+        state |= {"best": self.best, "rollbacks": self.rollbacks}
+        if self.ema:
+            state["ema"] = self.ema.state()
+        if self.adversary:
+            state["adversary"] = self.adversary.state()
+        return state
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.engine.load_state(state["weights"], state["engine"])
+        self.usage.counts.copy_(state["usage"])
+        self.best, self.rollbacks = dict(state.get("best", self.best)), int(state.get("rollbacks", 0))
+        if self.ema:
+            self.ema.load_state(state["ema"])
+        if self.adversary and "adversary" in state:
+            self.adversary.load_state(state["adversary"])
