@@ -232,7 +232,8 @@ def _rows(part: Findings) -> str:
         rows.append(
             f"<tr><td>{pictures}</td><td>{captions}</td><td>{key}</td><td><pre>{meta[:2000]}</pre></td></tr>"
         )
-    return f'<table class="rows"><tr><th>picture</th><th>caption</th><th>key</th><th>meta</th></tr>{"".join(rows)}</table>'
+    header = "<tr><th>picture</th><th>caption</th><th>key</th><th>meta</th></tr>"
+    return f'<table class="rows">{header}{"".join(rows)}</table>'
 
 
 def _pictures(record: Record) -> list[bytes]:

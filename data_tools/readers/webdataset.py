@@ -28,26 +28,32 @@ def read(part: Part, options: ReaderOptions, meter: Meter) -> Iterator[Item]:
 
 
 def _read_tar(path: Path, options: ReaderOptions) -> Iterator[tuple[Item, int]]:
-    key, members = "", {}
+    key, members, whole = "", {}, set()
     for member in _members(path, options):
         if isinstance(member, Problem):
+            if members and _is_cut(members, whole) and member.reason in ("truncated_file", "unreadable_file"):
+                yield problem(f"{path.name}/{key}", key, "truncated_file", "the sample is cut off"), 0
+                members = {}
             yield member, 0
             continue
         name, data, offset = member
         stem, suffix = split_name(name)
         if members and stem != key:
+            whole = set(members)
             yield _sample(path, key, members, options), offset
             members = {}
         key = stem
         if suffix in members or len(members) >= MAX_MEMBERS:
-            yield (
-                problem(f"{path.name}/{name}", key, "duplicate_key", "the sample has this member already"),
-                offset,
-            )
+            yield problem(f"{path.name}/{name}", key, "duplicate_key", "the sample has this member"), offset
         else:
             members[suffix] = data
     if members:
         yield _sample(path, key, members, options), path.stat().st_size
+
+
+def _is_cut(members: dict[str, bytes], whole: set[str]) -> bool:
+    """Where a tar breaks off, its last sample is whole if it has its .json or what the sample before it had."""
+    return "json" not in members and set(members) != whole
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -77,10 +83,9 @@ def _check_end(tar: tarfile.TarFile, path: Path) -> Iterator[Problem]:
     tar.fileobj.seek(tar.offset)
     block = tar.fileobj.read(tarfile.BLOCKSIZE)
     if block.strip(b"\0"):
+        reason = "truncated_file" if len(block) < tarfile.BLOCKSIZE else "unreadable_file"
         rest = path.stat().st_size - tar.offset
-        yield problem(
-            path.name, "", "unreadable_file", f"damaged header at byte {tar.offset}, {rest} bytes unread"
-        )
+        yield problem(path.name, "", reason, f"damaged header at byte {tar.offset}, {rest} bytes unread")
 
 
 def _member(
