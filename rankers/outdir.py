@@ -1,0 +1,62 @@
+"""What generate.py leaves in its out directory, as rankers read it: one line of `images.jsonl` a picture."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+LIST = "images.jsonl"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One picture."""
+
+    file: str
+    text: str
+    log_likelihood: float | None
+    null_log_likelihood: float | None
+    values: dict[str, Any]
+    """The whole line."""
+
+
+def read_out_directory(directory: Path) -> list[Row]:
+    """Raises FileNotFoundError or ValueError naming the line that is wrong."""
+    path = directory / LIST
+    if not path.is_file():
+        raise FileNotFoundError(f"no {LIST} in {directory}: python generate.py makes it with the pictures")
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip():
+            rows.append(_row(line, directory, f"{path}:{number}"))
+    if not rows:
+        raise ValueError(f"{path} lists no pictures: python generate.py makes some")
+    return rows
+
+
+def _row(line: str, directory: Path, where: str) -> Row:
+    try:
+        values = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not valid JSON: {error}") from error
+    for name in ("file", "text"):
+        if not isinstance(values, dict) or not isinstance(values.get(name), str) or not values[name]:
+            raise ValueError(f"{where} has no {name}")
+    if Path(values["file"]).name != values["file"]:
+        raise ValueError(f"{where}: {values['file']!r} is no plain file name")
+    if not (directory / values["file"]).is_file():
+        raise FileNotFoundError(f"{where} names {values['file']}, which is not in {directory}")
+    likelihoods = (values.get(name) for name in ("log_likelihood", "null_log_likelihood"))
+    return Row(values["file"], values["text"], *likelihoods, values)
+
+
+def read_picture(path: Path) -> Image.Image:
+    """Raises ValueError naming the file when it cannot be decoded."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image.copy()
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} is no readable picture: {error}") from error

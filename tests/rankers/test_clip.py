@@ -1,0 +1,209 @@
+"""Our checkpoints and published layouts, each against an independent computation."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+from ranker_samples import draw
+from torch.nn import functional as F
+
+from common.checkpoint import read_weights, save_weights
+from rankers import load_ranker
+from rankers.chinese_clip import load_folder
+from rankers.model import IMAGE_TOWERS, RESNETS, ModelConfig, RankerModel
+from rankers.text import TextTowerConfig, write_text_tower
+
+TEXT = "红色的杯子"
+
+
+def test_score_equals_the_bare_open_clip_model(ranker_dir):
+    ranker = load_ranker(ranker_dir, precision="fp32")
+    images = [draw("杯子", "红色", i, 32) for i in range(3)]
+    model = ranker.towers.model.clip
+    pixels = torch.stack(
+        [
+            torch.frombuffer(bytearray(i.tobytes()), dtype=torch.uint8).view(32, 32, 3).permute(2, 0, 1)
+            for i in images
+        ]
+    )
+    with torch.no_grad():
+        image = F.normalize(model.encode_image(pixels / 127.5 - 1), dim=1)
+        ids = ranker.towers.tokenizer.tokenizer(TEXT, return_tensors="pt")["input_ids"]
+        text = F.normalize(model.encode_text(ids), dim=1)
+    torch.testing.assert_close(ranker.score(TEXT, images), (image @ text.T)[:, 0], atol=1e-5, rtol=0)
+
+
+def test_every_small_tower_takes_pictures(tmp_path):
+    write_text_tower(tmp_path, [TEXT], TextTowerConfig(32, 1, 2, 16), None)
+    for name in RESNETS:
+        model = RankerModel(ModelConfig(image_tower=name, embed_dim=8, image_size=64), tmp_path).eval()
+        features = model.encode_image(torch.zeros(2, 3, 64, 64))
+        assert features.shape == (2, 8)
+        assert model.encode_image(torch.zeros(1, 3, 96, 96)).shape == (1, 8), "any side"
+    assert {"vit-s-16", "resnet-50"} <= set(IMAGE_TOWERS)
+    model = RankerModel(ModelConfig(image_tower="vit-ti-16", embed_dim=8, image_size=32), tmp_path)
+    assert model.encode_image(torch.zeros(1, 3, 32, 32)).shape == (1, 8)
+
+
+def test_the_goods_ranker_fits_ten_mebibytes_in_16_bits():
+    from pathlib import Path
+
+    from common.config import from_mapping, read_mapping
+    from rankers.train import Options
+
+    config = Path(__file__).parents[2] / "configs/goods_128/ranker.yaml"
+    options = from_mapping(Options, read_mapping(config), where="ranker.yaml")
+    with torch.device("meta"):
+        import timm
+
+        from rankers.model import _register_resnets
+
+        _register_resnets()
+        tower = timm.create_model(IMAGE_TOWERS[options.model.image_tower]["timm_model_name"], num_classes=0)
+    text = options.model.text
+    pieces = 700  # the goods captions use fewer
+    weights = sum(p.numel() for p in tower.parameters())
+    weights += 12 * text.width**2 * text.layers + (pieces + text.max_text_len) * text.width
+    weights += options.model.embed_dim * (tower.num_features + text.width)
+    assert weights * 2 < 10 * 2**20
+
+
+@pytest.mark.parametrize("damage", ["missing", "extra", "shape", "kind", "towers", "file"])
+def test_a_checkpoint_that_does_not_fit_is_refused(ranker_dir, tmp_path, damage):
+    directory = tmp_path / "r"
+    shutil.copytree(ranker_dir, directory)
+    weights = read_weights(directory)
+    config = json.loads((directory / "config.json").read_text())
+    if damage == "missing":
+        del weights["clip.logit_scale"]
+    elif damage == "extra":
+        weights["more"] = torch.zeros(1)
+    elif damage == "shape":
+        weights["clip.logit_scale"] = torch.zeros(3)
+    elif damage == "kind":
+        config["kind"] = "generator"
+    elif damage == "towers":
+        shutil.rmtree(directory / "towers")
+    elif damage == "file":
+        (directory / "model.safetensors").unlink()
+    if damage not in ("file",):
+        save_weights(directory / "model.safetensors", weights)
+    (directory / "config.json").write_text(json.dumps(config))
+    words = {
+        "missing": "lacks clip.logit_scale",
+        "extra": "unknown more",
+        "shape": "has shape",
+        "kind": "of kind 'generator', not 'ranker'",
+        "towers": "not whole",
+        "file": "no model.safetensors",
+    }[damage]
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
+        load_ranker(directory)
+
+
+def test_half_precision_weights_load(ranker_dir, tmp_path):
+    directory = tmp_path / "half"
+    shutil.copytree(ranker_dir, directory)
+    weights = {n: t.half() if t.is_floating_point() else t for n, t in read_weights(directory).items()}
+    save_weights(directory / "model.safetensors", weights)
+    images = [draw("鞋子", "蓝色", i) for i in range(4)]
+    full, half = (load_ranker(d, precision="fp32").score(TEXT, images) for d in (ranker_dir, directory))
+    torch.testing.assert_close(full, half, atol=5e-3, rtol=0)
+
+
+# --- Chinese-CLIP ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def chinese_clip(tmp_path_factory):
+    """A folder in the hub's layout with random weights."""
+    from transformers import ChineseCLIPConfig, ChineseCLIPImageProcessor, ChineseCLIPModel
+
+    folder = tmp_path_factory.mktemp("chinese-clip")
+    text = {
+        "vocab_size": 30, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "intermediate_size": 64, "max_position_embeddings": 64,
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
+        "image_size": 32, "patch_size": 8,
+    }  # fmt: skip
+    torch.manual_seed(3)
+    config = ChineseCLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
+    ChineseCLIPModel(config).save_pretrained(str(folder))
+    ChineseCLIPImageProcessor(
+        size={"height": 32, "width": 32}, do_center_crop=False, resample=3,
+        image_mean=[0.48145466, 0.4578275, 0.40821073], image_std=[0.26862954, 0.26130258, 0.27577711],
+    ).save_pretrained(str(folder))  # fmt: skip
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"红色的杯子蓝鞋一双"]
+    (folder / "vocab.txt").write_text("\n".join(pieces) + "\n", encoding="utf-8")
+    return folder
+
+
+def test_chinese_clip_equals_transformers(chinese_clip):
+    from transformers import BertTokenizer, ChineseCLIPImageProcessor, ChineseCLIPModel
+
+    images = [draw("杯子", "红色", 1, 50).resize((50, 38)), draw("鞋子", "蓝色", 2, 70)]
+    model = ChineseCLIPModel.from_pretrained(str(chinese_clip)).eval()
+    pixels = ChineseCLIPImageProcessor.from_pretrained(str(chinese_clip))(images=images, return_tensors="pt")
+    ids = BertTokenizer(vocab=str(chinese_clip / "vocab.txt"))(TEXT, return_tensors="pt")
+    with torch.no_grad():
+        output = model(**ids, pixel_values=pixels["pixel_values"])
+    expected = output.logits_per_text[0] / model.logit_scale.exp()
+    for name in (str(chinese_clip), f"chinese_clip:{chinese_clip}"):
+        scores = load_ranker(name, precision="fp32").score(TEXT, images)
+        torch.testing.assert_close(scores, expected, atol=2e-4, rtol=0)
+
+
+def test_chinese_clip_folders_that_are_not_whole(chinese_clip, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):
+        load_ranker(f"chinese_clip:{tmp_path}")
+    for missing, words in (("model.safetensors", "neither"), ("preprocessor_config.json", "preprocessor")):
+        folder = tmp_path / missing
+        shutil.copytree(chinese_clip, folder)
+        (folder / missing).unlink()
+        with pytest.raises(FileNotFoundError, match=words):
+            load_folder(folder)
+    folder = tmp_path / "cropped"
+    shutil.copytree(chinese_clip, folder)
+    config = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").write_text(json.dumps(config | {"do_center_crop": True}))
+    with pytest.raises(ValueError, match="do_center_crop"):
+        load_folder(folder)
+
+
+def test_published_weights_that_are_not_here_are_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match="OFA-Sys/chinese-clip-vit-base-patch16") as caught:
+        load_ranker("OFA-Sys/chinese-clip-vit-huge-patch99")
+    assert "hub" in str(caught.value)
+    with pytest.raises(FileNotFoundError, match="no weights file"):
+        load_ranker(f"clip:RN50@{tmp_path}/none.safetensors")
+    with pytest.raises(ValueError, match="knows no model"):
+        load_ranker("clip:RN5000/openai")
+    with pytest.raises(ValueError, match="has the tags"):
+        load_ranker("clip:xlm-roberta-base-ViT-B-32/none")
+
+
+def test_a_published_open_clip_layout_from_a_local_file(tmp_path):
+    import open_clip
+
+    config = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
+        "text_cfg": {"context_length": 20, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+    }
+    (tmp_path / "tiny-for-test.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path)
+    torch.manual_seed(5)
+    model, _, transform = open_clip.create_model_and_transforms("tiny-for-test", pretrained=None)
+    save_weights(tmp_path / "w.safetensors", model.state_dict())
+    images = [draw("杯子", "红色", 1, 60), draw("鞋子", "蓝色", 2, 40)]
+    with torch.no_grad():
+        image = model.eval().encode_image(torch.stack([transform(i) for i in images]), normalize=True)
+        text = model.encode_text(open_clip.get_tokenizer("tiny-for-test")(["a red cup"]), normalize=True)
+    ranker = load_ranker(f"clip:tiny-for-test@{tmp_path}/w.safetensors", precision="fp32")
+    torch.testing.assert_close(ranker.score("a red cup", images), (image @ text.T)[:, 0], atol=1e-5, rtol=0)
+    assert isinstance(images[0], Image.Image)
