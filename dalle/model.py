@@ -34,7 +34,7 @@ SizeName = Literal["3m", "8m", "14m", "26m", "50m", "110m", "340m", "760m", "1.4
 class ModelOptions:
     """Architecture of the generator; the vocabularies and the grid come from the two tokenizers."""
 
-    size: SizeName = "8m"
+    size: SizeName = "3m"
     """Row of the size table: dim, num_layers and num_heads where they are not given."""
     dim: int | None = None
     """Width; None takes the row's."""
