@@ -19,6 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 from common.distributed import World
 from common.image import resize_square, to_tensor
 from common.log import say
+from data_tools.images import BadImage
+from data_tools.images import decode as decode_picture
 from data_tools.index import ShardIndex
 
 IMAGE_SUFFIXES = ("webp", "jpg", "jpeg", "png")
@@ -120,12 +122,11 @@ class DecodeTokens:
 
 
 def open_image(data: bytes) -> Image.Image:
-    """Decode to RGB. Raises CorruptSample, also for a decompression bomb."""
+    """Decode to RGB, upright, transparency on white. Raises CorruptSample, also for a decompression bomb."""
     try:
-        image = Image.open(io.BytesIO(data))
-        return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise CorruptSample(f"undecodable picture ({type(error).__name__})") from error
+        return decode_picture(data)
+    except BadImage as error:
+        raise CorruptSample(f"{error.reason}: {error.what}" if error.what else error.reason) from error
 
 
 def pick_caption(data: bytes, rng: np.random.Generator | None) -> str:
