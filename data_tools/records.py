@@ -43,7 +43,7 @@ HINTS: dict[str, str] = {
 }
 
 MAX_KEY_BYTES = 180  # a tar member and most file systems hold 255 bytes with the suffix
-_UNSAFE = re.compile(r"[%./\\\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_UNSAFE = re.compile(r"[./\\\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def validate_key(key: str) -> str:
     """
     if not key or not key.strip():
         raise ValueError("an empty key: every sample needs an id")
-    if found := _UNSAFE.search(key.replace("%", "")):
+    if found := _UNSAFE.search(key):
         raise ValueError(f"key {key!r} holds {found.group()!r}: encode it with data_tools.records.encode_key")
     if len(key.encode()) > MAX_KEY_BYTES:
         raise ValueError(f"key {key[:40]!r}... is longer than {MAX_KEY_BYTES} bytes")
@@ -111,8 +111,9 @@ def validate_key(key: str) -> str:
 
 
 def encode_key(identifier: str) -> str:
-    """A valid key for any identifier: unsafe characters become %XX, long ones end in a hash. One-to-one.
+    """A valid key for any identifier: unsafe characters become %XX, long ones end in a hash.
 
+    A key stays as it is, so shards of shards keep their keys; two ids agree only if one is spelt with %XX itself.
     Raises ValueError for an identifier without visible characters.
     """
     encoded = _UNSAFE.sub(lambda m: f"%{ord(m.group()):02X}", identifier.strip())

@@ -103,8 +103,12 @@ class LocalTarget:
             path.unlink()
 
     def close(self) -> None:
-        if self._lock:
-            self._lock.close()
+        if not self._lock:
+            return
+        folder = self.staging / JOURNAL
+        if folder.is_dir() and [path.name for path in folder.iterdir()] == ["lock"]:
+            shutil.rmtree(folder)
+        self._lock.close()
 
 
 class RemoteTarget:
