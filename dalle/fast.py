@@ -1,0 +1,172 @@
+"""How a generator is run when it draws: the options, and the forms of a model that the sampling loop takes.
+
+    plain     the model as it is, for any device and any model
+    packed    dalle/packed.py: weights packed for the CPU, in 16 or 8 bits
+    compiled  the decode step under torch.compile: needs a C++ compiler on a CPU; the first picture waits for it
+    graph     the decode step replayed as CUDA graphs, one for each quarter of the cache
+
+The same seed on the same machine with the same options gives the same bytes under each of them.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from common.distributed import has_native_bf16
+from dalle import packed
+from dalle.attention import KVCache
+from dalle.model import Dalle
+from dalle.sampling import ROW_BLOCK, Generator
+
+Engine = Literal["auto", "plain", "packed", "compiled", "graph"]
+WeightType = Literal["auto", "float32", "bfloat16", "int8"]
+NUM_GRAPHS = 4  # cache lengths that decode steps are captured for: a step reads at most a quarter too much
+
+
+@dataclass(frozen=True)
+class FastOptions:
+    """How to run the generator; the defaults are the fastest on the machine."""
+
+    engine: Engine = "auto"
+    """auto: graph on a GPU, packed on a CPU; plain and compiled on request."""
+    weights: WeightType = "auto"
+    """Numbers that weights and cache are kept in: auto takes bfloat16 where the machine computes in it. int8 (weights
+    alone, packed engine) is the fastest for one picture at a time, and costs a little accuracy."""
+
+    def __post_init__(self) -> None:
+        if self.weights == "int8" and self.engine not in ("auto", "packed"):
+            raise ValueError(f"int8 weights need the packed engine, not {self.engine}")
+
+
+def prepare(model: nn.Module, options: FastOptions) -> Generator:
+    """The form of `model` to draw with; the model itself stays as it is. Raises ValueError for what cannot be."""
+    device = next(model.parameters()).device
+    if not isinstance(model, Dalle):
+        if options != FastOptions():
+            raise ValueError("an imported generator is run as it is: leave the fast options alone")
+        return PlainDecoder(model)
+    engine, dtype = options.engine, _dtype(options.weights, device)
+    if engine == "auto":
+        engine = "graph" if device.type == "cuda" else "packed" if packed.is_available() else "plain"
+    if engine == "packed":
+        if device.type != "cpu":
+            raise ValueError(f"the packed engine is for CPUs, the model is on {device}: use plain or graph")
+        return packed.PackedDecoder(model, dtype)
+    if dtype == torch.int8:
+        raise ValueError(f"int8 weights are for CPUs, the model is on {device}")
+    if engine == "plain":
+        return PlainDecoder(_as_type(model, dtype))
+    if engine == "compiled":
+        return CompiledDecoder(_as_type(model, dtype))
+    if engine == "graph":
+        if device.type != "cuda":
+            raise ValueError(f"CUDA graphs need a GPU, the model is on {device}")
+        return GraphDecoder(_as_type(model, dtype))
+    raise ValueError(f"unknown engine {engine!r}")
+
+
+def _dtype(weights: WeightType, device: torch.device) -> torch.dtype:
+    if weights == "auto":
+        return torch.bfloat16 if has_native_bf16(device) else torch.float32
+    return getattr(torch, weights)
+
+
+def _as_type(model: Dalle, dtype: torch.dtype) -> Dalle:
+    return model if model.image_embed.weight.dtype == dtype else copy.deepcopy(model).to(dtype)
+
+
+class PlainDecoder:
+    """A model's own steps."""
+
+    row_multiple = ROW_BLOCK
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.config = model, model.config
+        self.new_cache, self.prefill, self.decode_step = model.new_cache, model.prefill, model.decode_step
+
+
+class CompiledDecoder:
+    """The step compiled once a row count: positions are tensors, so that shapes never change."""
+
+    row_multiple = ROW_BLOCK
+
+    def __init__(self, model: Dalle) -> None:
+        self.config = model.config
+        self.new_cache, self.prefill = model.new_cache, model.prefill
+        self.positions = torch.arange(model.config.num_image_tokens, device=model.image_embed.weight.device)
+        self.step = torch.compile(model.decode_step, dynamic=False)
+
+    def decode_step(self, image_ids: Tensor, position: int, cache: KVCache) -> Tensor:
+        return self.step(image_ids, self.positions[position], cache)
+
+
+class GraphDecoder:
+    """CUDA graphs of the step, kept with their cache for each row count.
+
+    A cache is lent to one drawing at a time: what an earlier one left in it is overwritten or hidden.
+    """
+
+    row_multiple = ROW_BLOCK
+
+    def __init__(self, model: Dalle) -> None:
+        self.model, self.config = model, model.config
+        self.stages: dict[int, _Stage] = {}
+
+    def new_cache(self, text_ids: Tensor) -> "_Stage":
+        rows = len(text_ids)
+        fresh = self.model.new_cache(text_ids)
+        if rows not in self.stages:
+            self.stages[rows] = _Stage(self.model, fresh)
+        self.stages[rows].cache.bias.copy_(fresh.bias)
+        return self.stages[rows]
+
+    def prefill(self, text_ids: Tensor, cache: "_Stage", image_ids: Tensor | None = None) -> Tensor:
+        return self.model.prefill(text_ids, cache.cache, image_ids)
+
+    def decode_step(self, image_ids: Tensor, position: int, cache: "_Stage") -> Tensor:
+        return cache.step(image_ids, position)
+
+
+class _Stage:
+    """One row count: its cache, the inputs that graphs read, and the graphs by cache length."""
+
+    def __init__(self, model: Dalle, cache: KVCache) -> None:
+        self.model, self.cache = model, cache
+        device = cache.entries.device
+        self.image_ids = torch.zeros(cache.batch_size, dtype=torch.long, device=device)
+        self.position = torch.zeros((), dtype=torch.long, device=device)
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+
+    def step(self, image_ids: Tensor, position: int) -> Tensor:
+        length = self._length(position)
+        self.image_ids.copy_(image_ids)
+        self.position.fill_(position)
+        if length not in self.graphs:
+            self.graphs[length] = self._capture(length)
+        graph, logits = self.graphs[length]
+        graph.replay()
+        return logits
+
+    def _length(self, position: int) -> int:
+        """The cache length to look at, rounded up to a share of the whole."""
+        unit = -(-self.cache.length // NUM_GRAPHS)
+        needed = position + self.cache.text_len + 2
+        return min(self.cache.length, -(-needed // unit) * unit)
+
+    def _capture(self, length: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        view = KVCache(
+            self.cache.entries[..., :length, :], self.cache.bias[..., :length], self.cache.text_len
+        )
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # warm-up writes the same cache entry that the replay will
+            for _ in range(3):
+                self.model.decode_step(self.image_ids, self.position, view)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = self.model.decode_step(self.image_ids, self.position, view)
+        return graph, logits

@@ -1,0 +1,244 @@
+"""TextToImage: a checkpoint directory in, pictures out. The one way that scripts, pages and evaluations draw.
+
+pipeline = TextToImage.from_pretrained("runs/dalle")
+pictures = pipeline("...", num_images=8, seed=0, cfg_scale=4.0)          # list of PIL pictures
+for p in pipeline.generate(["...", "..."], num_images=4, seed=0): ...      # with ids and likelihoods
+"""
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from common import checkpoint
+from common.distributed import autocast, pick_device
+from common.files import read_json
+from common.image import to_image
+from dalle import dalle_pytorch, model, sequence
+from dalle.fast import FastOptions, prepare
+from dalle.inpaint import Source
+from dalle.sampling import SamplingOptions, picture_generator, sample_ids
+from dalle.text_tokenizer import TextTokenizer
+from vq.model import ImageTokenizer
+
+PRETRAINED = Path("pretrained/goods-128/generator")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One picture to draw: picture `index` of the seed, for `text`."""
+
+    text: str
+    index: int
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture and how it came about."""
+
+    image: Image.Image
+    text: str
+    index: int
+    """Picture `index` of the seed."""
+    seed: int
+    ids: Tensor
+    """(N,) long, its image tokens."""
+    log_likelihood: float
+    """log p(image | text) in nats, over the tokens that were drawn."""
+    null_log_likelihood: float | None
+    """log p(image | no text); None without guidance or with a negative prompt."""
+    seconds: float
+    """This picture's share of its batch's time."""
+
+
+class TextToImage:
+    """A generator with its two tokenizers."""
+
+    def __init__(
+        self,
+        generator: nn.Module,
+        image_tokenizer: ImageTokenizer,
+        text_tokenizer: TextTokenizer,
+        sha256: str = "",
+        fast: FastOptions = FastOptions(),  # noqa: B008 (frozen)
+    ) -> None:
+        self.image_tokenizer = image_tokenizer.eval()
+        self.text_tokenizer = text_tokenizer
+        self.config = generator.config
+        self.sha256 = sha256
+        self.device = next(generator.parameters()).device
+        self.generator = prepare(generator.eval(), fast)
+        self._encoded: dict[str, Tensor] = {}
+        if image_tokenizer.codebook_size != self.config.codebook_size:
+            raise ValueError(
+                f"the generator draws from {self.config.codebook_size} image codes, the image tokenizer has "
+                f"{image_tokenizer.codebook_size}: they do not belong together"
+            )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        device: str = "auto",
+        fast: FastOptions = FastOptions(),  # noqa: B008 (frozen)
+    ) -> "TextToImage":
+        """A checkpoint directory of kind generator (or an imported one), a run directory, or a hub id.
+
+        Raises FileNotFoundError or ValueError saying what is wrong with it.
+        """
+        directory = checkpoint.resolve(name)
+        generator, text_tokenizer, config = load_generator(directory)
+        image_tokenizer = ImageTokenizer.from_pretrained(directory / "image_tokenizer")
+        target = pick_device(device)
+        return cls(
+            generator.to(target), image_tokenizer.to(target), text_tokenizer, config.get("sha256", ""), fast
+        )
+
+    def __call__(
+        self,
+        text: str,
+        num_images: int = 1,
+        seed: int = 0,
+        negative: str = "",
+        batch_size: int = 8,
+        source: Source | None = None,
+        **sampling: Any,
+    ) -> list[Image.Image]:
+        """Pictures 0 .. num_images - 1 of the seed; `sampling`: fields of SamplingOptions. Raises ValueError."""
+        unknown = set(sampling) - {f.name for f in dataclasses.fields(SamplingOptions)}
+        if unknown:
+            raise ValueError(f"unknown sampling option {', '.join(sorted(unknown))}")
+        pictures = self.generate(
+            [text], num_images, seed, SamplingOptions(**sampling), negative, batch_size, source
+        )
+        return [picture.image for picture in pictures]
+
+    def generate(
+        self,
+        texts: Iterable[str],
+        num_images: int = 1,
+        seed: int = 0,
+        options: SamplingOptions = SamplingOptions(),  # noqa: B008 (frozen)
+        negative: str = "",
+        batch_size: int = 8,
+        source: Source | None = None,
+    ) -> Iterator[Picture]:
+        """Pictures 0 .. num_images - 1 of every text in order; texts may be endless. Raises ValueError."""
+        if num_images < 1:
+            raise ValueError(f"num_images must be at least 1, not {num_images}")
+        requests = (Request(text, i) for text in texts for i in range(num_images))
+        return self.draw(requests, seed, options, negative, batch_size, source)
+
+    def draw(
+        self,
+        requests: Iterable[Request],
+        seed: int,
+        options: SamplingOptions,
+        negative: str = "",
+        batch_size: int = 8,
+        source: Source | None = None,
+    ) -> Iterator[Picture]:
+        """The same for a stream of requests."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+        if seed < 0:
+            raise ValueError(f"seed must be 0 or more, not {seed}")
+        if negative and not options.is_guided:
+            raise ValueError(
+                "a negative prompt works through guidance: set cfg_scale to something other than 1"
+            )
+        null_ids = self.encode_text(negative)[0] if negative.strip() else self._null_ids()
+        stream = iter(requests)
+        while batch := list(itertools.islice(stream, batch_size)):
+            yield from self._draw_batch(batch, seed, options, null_ids, bool(negative.strip()), source)
+
+    def encode_text(self, text: str) -> tuple[Tensor, str]:
+        """Ids (1, T) and a note when the text was cut. Raises ValueError when nothing of it is known."""
+        limit = self.config.max_text_len
+        encoded = self.text_tokenizer.encode([text], limit)
+        shown = text if len(text) <= 40 else f"{text[:40]}..."
+        if encoded.num_pieces == 0:
+            raise ValueError(f"the text {shown!r} is empty: say what to draw")
+        if encoded.num_unknown == encoded.num_pieces:
+            raise ValueError(
+                f"the text {shown!r} holds only characters that the text tokenizer does not know"
+            )
+        note = (
+            f"the text {shown!r} is longer than {limit} tokens: the rest was cut"
+            if encoded.num_truncated
+            else ""
+        )
+        return encoded.ids.to(self.device), note
+
+    def push_to_hub(self, directory: str | Path, repo_id: str, private: bool = True) -> str:
+        """Upload a released checkpoint directory (`dalle.release`); returns the address. Raises ValueError."""
+        from dalle.release import push_to_hub
+
+        return push_to_hub(Path(directory), repo_id, private)
+
+    def _null_ids(self) -> Tensor:
+        config = self.config
+        return sequence.null_captions(1, config.max_text_len, config.pad_id, self.device)
+
+    def _draw_batch(
+        self,
+        batch: Sequence[Request],
+        seed: int,
+        options: SamplingOptions,
+        null_ids: Tensor,
+        is_negative: bool,
+        source: Source | None,
+    ) -> Iterator[Picture]:
+        started = time.perf_counter()
+        text_ids = torch.cat([self.encode_text(request.text)[0] for request in batch])  # (B, T)
+        generators = [picture_generator(seed, request.index) for request in batch]
+        canvas = source.canvas(generators, self.device) if source else None
+        null_ids = null_ids.expand(len(batch), -1)
+        sampled = sample_ids(self.generator, text_ids, null_ids, generators, options, canvas)
+        images = self.decode_ids(sampled.ids)
+        seconds = (time.perf_counter() - started) / len(batch)
+        scores = sampled.log_likelihood.tolist()
+        no_nulls = sampled.null_log_likelihood is None or is_negative
+        null_scores = [None] * len(batch) if no_nulls else sampled.null_log_likelihood.tolist()
+        ids = sampled.ids.cpu()
+        for i, request in enumerate(batch):
+            yield Picture(
+                images[i], request.text, request.index, seed, ids[i], scores[i], null_scores[i], seconds
+            )
+
+    @torch.inference_mode()
+    def decode_ids(self, ids: Tensor) -> list[Image.Image]:
+        """(B, N) long -> B pictures."""
+        with autocast(self.device):
+            pixels = self.image_tokenizer.decode_ids(ids)
+        return [to_image(p) for p in pixels.float().cpu()]
+
+
+def load_generator(directory: Path) -> tuple[nn.Module, TextTokenizer, dict[str, Any]]:
+    """The model of a checkpoint directory by its kind, its text tokenizer, and its config.json."""
+    config = read_json(directory / "config.json")
+    kind = config.get("kind") if isinstance(config, dict) else None
+    if kind == dalle_pytorch.KIND:
+        generator = dalle_pytorch.DallePytorch.from_pretrained(directory)
+        return generator, dalle_pytorch.BareTextTokenizer.from_pretrained(directory), config
+    generator = model.Dalle.from_pretrained(directory)
+    return generator, TextTokenizer.from_pretrained(directory), config
+
+
+def default_checkpoint(runs: Path = Path("runs"), pretrained: Path = PRETRAINED) -> Path:
+    """The generator trained last, else the one that ships. Raises FileNotFoundError naming the command to run."""
+    found = checkpoint.newest_run(model.KIND, runs)
+    if found:
+        return found
+    if (pretrained / "config.json").is_file():
+        return pretrained
+    raise FileNotFoundError(
+        f"no generator was trained yet under {runs}/: run python train_dalle.py, or name one with --checkpoint DIR"
+    )

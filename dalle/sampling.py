@@ -1,0 +1,243 @@
+"""Drawing image tokens: small pure functions from logits to an id, and the loop that puts them in a row.
+
+Guidance: Ho and Salimans 2022, equation 6, on logits. Top-k: Fan et al. 2018; top-p: Holtzman et al. 2020; min-p:
+Nguyen et al. 2024. A draw is the Gumbel-max trick: argmax(logits + noise) has the distribution softmax(logits), needs
+no cumulative sum, and a rounding error changes a draw only where two tokens all but tie.
+
+Picture i of seed s is the same in whatever company it is drawn: its noise comes from a generator of its own, and rows
+are filled up to a multiple where matrix products would round differently for odd row counts.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ROW_BLOCK = (
+    8  # of unpacked products on CPUs: float32 ones differ for rows that are no multiple of 4, bfloat16 for 1
+)
+NOISE_CHUNK = 64  # positions whose noise is drawn at once; part of what a seed means
+
+Schedule = Literal["constant", "linear", "cosine"]
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How a token is drawn from the model's logits."""
+
+    temperature: float = 1.0
+    """Divides the logits; 0 always takes the likeliest token."""
+    top_k: int = 0
+    """Keep the k likeliest tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the likeliest tokens that together reach this probability; 1 keeps all."""
+    min_p: float = 0.0
+    """Drop tokens below this share of the likeliest one's probability; 0 keeps all."""
+    cfg_scale: float = 3.0
+    """Guidance: how far to go from the picture without text (0) through the plain one (1) beyond it."""
+    cfg_schedule: Schedule = "constant"
+    """How guidance grows from 1 to cfg_scale over the positions of a picture."""
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"temperature must be 0 or more, not {self.temperature}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be 0 (keep all) or more, not {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], not {self.top_p}")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p must lie in [0, 1], not {self.min_p}")
+        if not (math.isfinite(self.cfg_scale) and self.cfg_scale >= 0):
+            raise ValueError(f"cfg_scale must be 0 or more, not {self.cfg_scale}")
+
+    @property
+    def is_guided(self) -> bool:
+        return self.cfg_scale != 1.0
+
+
+class Generator(Protocol):
+    """What the loop asks of a model: one of the forms that `dalle.fast.prepare` makes."""
+
+    config: Any  # codebook_size, num_image_tokens
+    row_multiple: int  # rows of a pass are filled up to a multiple of this
+
+    def new_cache(self, text_ids: Tensor) -> Any: ...
+
+    def prefill(self, text_ids: Tensor, cache: Any, image_ids: Tensor | None = None) -> Tensor: ...
+
+    def decode_step(self, image_ids: Tensor, position: int, cache: Any) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Drawn token grids and what the model thought of them, summed over the positions that were drawn."""
+
+    ids: Tensor  # (B, N) long
+    log_likelihood: Tensor  # (B,) float32: log p(image | text), without guidance, temperature or filters
+    null_log_likelihood: Tensor | None  # (B,) log p(image | no text); None when no such rows were run
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """Tokens that stand already: `keep` (B, N) bool marks them in `ids` (B, N)."""
+
+    ids: Tensor
+    keep: Tensor
+
+    def prefix_len(self) -> int:
+        """Leading positions that every picture keeps; at least one position is left to draw."""
+        kept = self.keep.all(0).long().cumprod(0).sum()
+        return min(int(kept), self.keep.shape[1] - 1)
+
+
+def guidance_scale(position: int, num_positions: int, scale: float, schedule: Schedule) -> float:
+    """The scale at `position` of `num_positions`: constant, or from 1 at the first to `scale` at the last."""
+    progress = position / max(1, num_positions - 1)
+    if schedule == "constant":
+        return scale
+    if schedule == "linear":
+        return 1 + (scale - 1) * progress
+    if schedule == "cosine":
+        return 1 + (scale - 1) * (1 - math.cos(math.pi * progress)) / 2
+    raise ValueError(f"unknown guidance schedule {schedule!r}")
+
+
+def guide(logits: Tensor, null_logits: Tensor, scale: float) -> Tensor:
+    """(B, V) with text and without -> (B, V)"""
+    return torch.lerp(null_logits, logits, scale)
+
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """All but the k largest of each row become -inf; ties with the k-th stay. 0 keeps all."""
+    if k == 0 or k >= logits.shape[-1]:
+        return logits
+    smallest_kept = logits.topk(k, dim=-1).values[..., -1:]
+    return logits.masked_fill(logits < smallest_kept, -math.inf)
+
+
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
+    """Keep the smallest set of likeliest tokens whose probability reaches p."""
+    if p == 1:
+        return logits
+    ordered, order = logits.sort(dim=-1, descending=True)
+    probability = ordered.softmax(-1)
+    reached_before = probability.cumsum(-1) - probability >= p  # the sum without this token is enough
+    dropped = torch.zeros_like(reached_before).scatter(-1, order, reached_before)
+    return logits.masked_fill(dropped, -math.inf)
+
+
+def keep_min_p(logits: Tensor, min_p: float) -> Tensor:
+    """Drop tokens less likely than min_p times the likeliest."""
+    if min_p == 0:
+        return logits
+    return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(min_p), -math.inf)
+
+
+def choose(logits: Tensor, noise: Tensor, options: SamplingOptions) -> Tensor:
+    """Guided logits (B, V) float32 and Gumbel noise (B, V) -> ids (B,)"""
+    if options.temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / options.temperature
+    logits = keep_min_p(keep_top_p(keep_top_k(logits, options.top_k), options.top_p), options.min_p)
+    return (logits + noise).argmax(-1)
+
+
+def picture_generator(seed: int, index: int) -> torch.Generator:
+    """The source of all randomness of picture `index` of `seed`, on the CPU: the same on every device."""
+    state = np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]))
+
+
+def draw_noise(generators: Sequence[torch.Generator], vocab_size: int, device: torch.device) -> Tensor:
+    """Gumbel noise for the next NOISE_CHUNK positions: (NOISE_CHUNK, B, V) float32."""
+    drawn = [torch.empty(NOISE_CHUNK, vocab_size).exponential_(generator=g) for g in generators]
+    return torch.stack(drawn, dim=1).log_().neg_().to(device, non_blocking=True)
+
+
+def fill_rows(ids: Tensor, multiple: int) -> Tensor:
+    """Repeat the last row until the number of rows is a multiple: (R, ...) -> (R', ...)"""
+    missing = -len(ids) % multiple
+    return torch.cat([ids, ids[-1:].expand(missing, *ids.shape[1:])]) if missing else ids
+
+
+@torch.inference_mode()
+def sample_ids(
+    model: Generator,
+    text_ids: Tensor,
+    null_ids: Tensor,
+    generators: Sequence[torch.Generator],
+    options: SamplingOptions,
+    canvas: Canvas | None = None,
+) -> Sampled:
+    """Draw a token grid for each row of `text_ids` (B, T).
+
+    null_ids: (B, T), what guidance leads away from: null captions or negative prompts; not run when cfg_scale is 1.
+    generators: one a row (`picture_generator`). canvas: tokens to keep. Nothing in the loop waits for the device.
+    """
+    batch_size, num_tokens = len(text_ids), model.config.num_image_tokens
+    device = text_ids.device
+    rows = torch.cat([text_ids, null_ids]) if options.is_guided else text_ids
+    rows = fill_rows(rows, model.row_multiple)  # (R, T)
+    start = canvas.prefix_len() if canvas else 0
+    ids = (
+        canvas.ids.clone() if canvas else torch.zeros(batch_size, num_tokens, dtype=torch.long, device=device)
+    )
+    log_likelihood = torch.zeros(batch_size, device=device)
+    null_log_likelihood = torch.zeros(batch_size, device=device) if options.is_guided else None
+
+    cache = model.new_cache(rows)
+    logits = model.prefill(rows, cache, _to_rows(ids[:, :start], len(rows), options) if start else None)
+    noise = _noise_from(generators, model.config.codebook_size, device, start)
+    for n in range(start, num_tokens):
+        if n > start:
+            logits = model.decode_step(_to_rows(ids[:, n - 1], len(rows), options), n - 1, cache)
+        if n % NOISE_CHUNK == 0 and n > start:
+            noise = draw_noise(generators, model.config.codebook_size, device)
+        logits = logits.float()
+        with_text = guided = logits[:batch_size]
+        if options.is_guided:
+            without = logits[batch_size : 2 * batch_size]
+            guided = guide(
+                with_text, without, guidance_scale(n, num_tokens, options.cfg_scale, options.cfg_schedule)
+            )
+        drawn = choose(guided, noise[n % NOISE_CHUNK], options)
+        if canvas:
+            drawn = torch.where(canvas.keep[:, n], ids[:, n], drawn)
+        ids[:, n] = drawn
+        log_likelihood += _log_probability(with_text, drawn, canvas, n)
+        if options.is_guided:
+            null_log_likelihood += _log_probability(without, drawn, canvas, n)
+    return Sampled(ids, log_likelihood, null_log_likelihood)
+
+
+def _to_rows(ids: Tensor, num_rows: int, options: SamplingOptions) -> Tensor:
+    """Tokens of the B pictures for all rows of a pass: twice with guidance, then the fill."""
+    doubled = torch.cat([ids, ids]) if options.is_guided else ids
+    return fill_rows(doubled, num_rows)
+
+
+def _noise_from(
+    generators: Sequence[torch.Generator], vocab_size: int, device: torch.device, start: int
+) -> Tensor:
+    """The chunk that holds position `start`; the chunks before it are drawn and dropped."""
+    for _ in range(start // NOISE_CHUNK):
+        draw_noise(generators, vocab_size, torch.device("cpu"))
+    return draw_noise(generators, vocab_size, device)
+
+
+def _log_probability(logits: Tensor, ids: Tensor, canvas: Canvas | None, n: int) -> Tensor:
+    """log p of the drawn ids (B,); 0 where the token stood already."""
+    value = logits.gather(-1, ids[:, None])[:, 0] - logits.logsumexp(-1)
+    return value.masked_fill(canvas.keep[:, n], 0.0) if canvas else value
+
+
+@torch.inference_mode()
+def log_likelihood(model: Any, text_ids: Tensor, image_ids: Tensor) -> Tensor:
+    """log p(image | text) of given pictures in one pass: text_ids (B, T), image_ids (B, N) -> (B,) float32."""
+    logits = model(text_ids, image_ids).image.float()  # (B, N, V)
+    chosen = logits.gather(-1, image_ids[..., None])[..., 0]  # (B, N)
+    return (chosen - logits.logsumexp(-1)).sum(-1)

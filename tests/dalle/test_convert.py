@@ -1,0 +1,150 @@
+"""Import of DALLE-pytorch checkpoints: logits against those of the published package (dalle_pytorch_1_6_6.npz)."""
+
+import json
+import re
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dalle.convert import import_checkpoint
+from dalle.dalle_pytorch import DallePytorch
+
+DATA = Path(__file__).parent / "data"
+GOLDEN = np.load(DATA / "dalle_pytorch_1_6_6.npz")
+MAKER = runpy.run_path(str(DATA / "make_dalle_pytorch_golden.py"))
+values, inputs = MAKER["values"], MAKER["inputs"]
+LISTING = json.loads(str(GOLDEN["listing"]))
+
+
+def checkpoint(variant: str) -> dict:
+    """The dictionary that upstream's trainer would have saved for this variant."""
+    entry = LISTING[variant]
+    shared = entry["shared"]
+    weights = {n: torch.from_numpy(values(shared.get(n, n), s)) for n, s in entry["shapes"].items()}
+    if f"{variant}.pos_emb" in GOLDEN:
+        weights["transformer.pos_emb"] = torch.from_numpy(GOLDEN[f"{variant}.pos_emb"])
+    return {
+        "hparams": dict(entry["hparams"]),
+        "vae_params": entry["vae_params"],
+        "vae_class_name": "DiscreteVAE",
+        "version": "1.6.6",
+        "epoch": 3,
+        "weights": weights,
+        "opt_state": {"state": {}, "param_groups": []},
+    }
+
+
+def save(content: dict, directory: Path) -> Path:
+    torch.save(content, directory / "dalle.pt")
+    return directory / "dalle.pt"
+
+
+def build(path: Path) -> DallePytorch:
+    imported = import_checkpoint(path)
+    model = DallePytorch(imported.config)
+    model.load_state_dict(imported.weights)
+    return model.eval()
+
+
+def logits_of(model: DallePytorch) -> torch.Tensor:
+    text, image = map(torch.from_numpy, inputs())
+    with torch.no_grad():
+        logits = model(text, image)
+    return logits.masked_fill(logits < -1e30, 0)[:1, ::3]
+
+
+@pytest.mark.parametrize("variant", sorted(LISTING))
+def test_logits_equal_those_of_the_published_package(variant, tmp_path):
+    model = build(save(checkpoint(variant), tmp_path))
+    torch.testing.assert_close(
+        logits_of(model), torch.from_numpy(GOLDEN[f"{variant}.logits"]), rtol=1e-4, atol=2e-4
+    )
+
+
+@pytest.mark.parametrize("variant", ["plain", "rotary_shift", "reversible", "axial"])
+def test_older_names_give_the_same_logits(variant, tmp_path):
+    """Wrapper depths before 2022, axial names after 2025, T + 2 position rows of the fork, a mask that was stored."""
+    content = checkpoint(variant)
+    renamed = {}
+    for name, tensor in content["weights"].items():
+        name = name.replace("pos_emb.weights_", "pos_emb.weights.")
+        name = re.sub(r"(?:fn\.){5}to_", "fn.fn.fn.to_", re.sub(r"\.fn\.fn\.fn\.to_", ".fn.fn.to_", name))
+        name = re.sub(r"(?:fn\.){4}net", "fn.fn.fn.net", name)
+        if name == "text_pos_emb.weight":
+            tensor = torch.cat([tensor, torch.full((1, tensor.shape[1]), 9.0)])
+        renamed[name] = tensor
+    assert set(renamed) != set(content["weights"])
+    renamed["logits_mask"] = torch.zeros(1, 70, 40, dtype=torch.bool)
+    content["weights"] = renamed
+    model = build(save(content, tmp_path))
+    torch.testing.assert_close(
+        logits_of(model), torch.from_numpy(GOLDEN[f"{variant}.logits"]), rtol=1e-4, atol=2e-4
+    )
+
+
+@pytest.mark.parametrize("variant", ["plain", "rotary_shift", "reversible", "axial", "conv_like"])
+def test_cached_equals_uncached(variant, tmp_path):
+    model = build(save(checkpoint(variant), tmp_path))
+    text, image = map(torch.from_numpy, inputs())
+    with torch.no_grad():
+        expected = model(text, image)[:, model.config.max_text_len :, model.config.text_vocab_size :]
+        cache = model.new_cache(text)
+        steps = [model.prefill(text, cache, image[:, :10])]
+        steps += [
+            model.decode_step(image[:, n], n, cache) for n in range(10, model.config.num_image_tokens - 1)
+        ]
+    torch.testing.assert_close(torch.stack(steps, 1), expected[:, 10:], rtol=1e-4, atol=1e-4)
+
+
+def test_weights_win_over_options_and_every_override_is_reported(tmp_path):
+    content = checkpoint("plain")
+    content["hparams"] |= {"rotary_emb": True, "shift_tokens": True, "dim_head": 64}
+    imported = import_checkpoint(save(content, tmp_path))
+    assert not imported.config.rotary and not imported.config.shift_tokens and imported.config.head_dim == 18
+    assert sorted(line.split(":")[0] for line in imported.overrides) == [
+        "dim_head",
+        "rotary_emb",
+        "shift_tokens",
+    ]
+
+
+def test_embedded_tokenizer_comes_along_without_its_training_losses(tmp_path):
+    content = checkpoint("plain")
+    content["weights"]["vae.model.loss.discriminator.main.0.weight"] = torch.zeros(3)
+    imported = import_checkpoint(save(content, tmp_path))
+    assert imported.vae_class == "DiscreteVAE" and imported.vae_options["num_tokens"] == 11
+    assert "codebook.weight" in imported.vae_weights and not any("loss" in n for n in imported.vae_weights)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(weights="nonsense value"), "DeepSpeed"),
+        (lambda c: c["weights"].pop("to_logits.1.weight"), "to_logits.1.weight"),
+        (lambda c: c["weights"].pop("transformer.layers.layers.1.0.scale"), "blocks.1.attention.scale"),
+        (lambda c: c["weights"].update({"surprise.weight": torch.zeros(2)}), "surprise.weight"),
+        (lambda c: c["hparams"].update(attn_types=("sparse",)), "sparse"),
+        (lambda c: c["hparams"].pop("depth"), "vq.convert"),
+        (lambda c: c.pop("hparams"), "hparams"),
+        (lambda c: c["hparams"].update(heads=5), "5 heads"),
+    ],
+)
+def test_what_cannot_be_imported_says_why(change, message, tmp_path):
+    content = checkpoint("plain")
+    change(content)
+    with pytest.raises(ValueError, match=message):
+        import_checkpoint(save(content, tmp_path))
+
+
+def test_a_foreign_pickle_is_not_executed(tmp_path):
+    class Foreign:
+        def __reduce__(self):
+            return (Path(tmp_path / "touched").touch, ())
+
+    torch.save({"hparams": {}, "weights": Foreign()}, tmp_path / "dalle.pt")
+    with pytest.raises(ValueError, match="plain tensors"):
+        import_checkpoint(tmp_path / "dalle.pt")
+    assert not (tmp_path / "touched").exists()
