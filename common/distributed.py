@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Literal
 
 import torch
@@ -36,10 +37,10 @@ class World:
 
     def barrier(self) -> None:
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(device_ids=[self.device.index] if dist.get_backend() == "nccl" else None)
 
     def mean(self, values: dict[str, float], weight: float = 1.0) -> dict[str, float]:
-        """The mean over processes of each value; the keys must agree. `weight`: this process's share, as its samples."""
+        """The mean over processes of each value; the keys must agree. `weight`: this process's samples."""
         if self.size == 1 or not values:
             return values
         names = sorted(values)
@@ -75,10 +76,11 @@ class World:
         return self.device if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
-def start_world(device: str = "auto") -> World:
+def start_world(device: str = "auto", join_seconds: float = 600.0) -> World:
     """Read the launcher's environment and join the process group when there is more than one process.
 
-    Raises ValueError for a device that this machine lacks.
+    Processes of one machine share its cores. Raises ValueError for a device that this machine lacks, and when not all
+    processes come within `join_seconds`.
     """
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -89,8 +91,31 @@ def start_world(device: str = "auto") -> World:
         launcher = "deepspeed"
     chosen = pick_device(device, local_rank)
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", rank=rank, world_size=size)
+        store = _meet(rank, size, join_seconds)
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
+    if (
+        local_size > 1 and "OMP_NUM_THREADS" not in os.environ
+    ):  # torchrun sets it, the deepspeed launcher does not
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     return World(rank, size, local_rank, chosen, launcher)
+
+
+def _meet(rank: int, size: int, seconds: float) -> dist.Store:
+    """The store of the launcher's process group, once everybody is there."""
+    from torch.distributed.rendezvous import rendezvous
+
+    try:
+        store, _, _ = next(rendezvous("env://", rank, size, timeout=timedelta(seconds=seconds)))
+    except (dist.DistStoreError, dist.DistNetworkError) as error:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise ValueError(
+            f"the {size} processes of this run did not all meet at {address} within {seconds:.0f} seconds: check that "
+            "every node of the hostfile is up, lets you in by ssh without a password and reaches that address"
+        ) from error
+    store.set_timeout(timedelta(minutes=30))
+    return store
 
 
 def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
@@ -140,8 +165,11 @@ class BatchPlan:
     world_size: int
 
     def __post_init__(self) -> None:
-        if self.global_batch_size < 1:
-            raise ValueError(f"global_batch_size must be at least 1, not {self.global_batch_size}")
+        if self.global_batch_size < 1 or self.micro_batch_size < 1:
+            raise ValueError(
+                f"global_batch_size and micro_batch_size must be at least 1, not {self.global_batch_size} and "
+                f"{self.micro_batch_size}"
+            )
         if self.global_batch_size % self.world_size:
             raise ValueError(
                 f"global_batch_size {self.global_batch_size} does not divide over {self.world_size} processes: "
@@ -164,14 +192,17 @@ class BatchPlan:
 
 def batch_plan(global_batch_size: int, world_size: int, micro_batch_size: int | None = None) -> BatchPlan:
     """`micro_batch_size` None: the whole share of a process at once."""
-    return BatchPlan(
-        global_batch_size, micro_batch_size or max(1, global_batch_size // world_size), world_size
-    )
+    if micro_batch_size is None:
+        micro_batch_size = max(1, global_batch_size // world_size)
+    return BatchPlan(global_batch_size, micro_batch_size, world_size)
 
 
 def split_batch(batch: dict[str, Any], parts: int) -> Iterator[dict[str, Any]]:
-    """Equal slices along the first axis of every tensor or list in `batch`."""
-    size = len(next(iter(batch.values())))
+    """Equal slices of every tensor or list in `batch`. Raises ValueError where they cannot be equal."""
+    sizes = {name: len(value) for name, value in batch.items()}
+    size = max(sizes.values())
+    if size == 0 or size % parts or min(sizes.values()) != size:
+        raise ValueError(f"a batch of {sizes} does not split into {parts} equal micro-batches")
     each = size // parts
     for start in range(0, size, each):
         yield {name: value[start : start + each] for name, value in batch.items()}
@@ -222,15 +253,22 @@ class PlainEngine:
 
     @contextlib.contextmanager
     def full_weights(self) -> Iterator[nn.Module]:
-        """`raw_model` with all its weights, to sample from or to average. All processes must enter."""
+        """`raw_model` with all its weights, to copy them or to average.
+
+        All processes must enter, since ZeRO 3 gathers here and shards again at the end. It is not to be run inside
+        (ZeRO 3 shards each layer after its forward): evaluate through `model`, sample from a copy.
+        """
         yield self.raw_model
 
     def weights(self) -> dict[str, Tensor]:
-        """Full float32 weights under their plain names. All processes must call it."""
+        """Full float32 weights under their plain names. All processes must call it; the main one may use the result."""
         return {name: tensor.detach() for name, tensor in self.raw_model.state_dict().items()}
 
     def state(self) -> dict[str, Any]:
-        """Optimizer moments by parameter name: the layout that every engine writes and reads."""
+        """Optimizer moments by parameter name: the layout that every engine writes and reads.
+
+        All processes must call it; the main one may use the result.
+        """
         names = {p: n for n, p in self.raw_model.named_parameters()}
         moments = {}
         for group in self.optimizer.param_groups:
@@ -243,13 +281,10 @@ class PlainEngine:
         self.raw_model.load_state_dict(weights)
         for name, parameter in self.raw_model.named_parameters():
             if name in state["moments"]:
-                moments = {
-                    k: v.clone() if isinstance(v, Tensor) else v for k, v in state["moments"][name].items()
+                moments = state["moments"][name]
+                self.optimizer.state[parameter] = {
+                    k: v.to(parameter.device, copy=True) for k, v in moments.items()
                 }
-                for key, value in moments.items():
-                    if isinstance(value, Tensor) and value.shape == parameter.shape:
-                        moments[key] = value.to(parameter.device)
-                self.optimizer.state[parameter] = moments
 
 
 @dataclass(frozen=True)
@@ -257,9 +292,9 @@ class DeepSpeedConfig:
     """How DeepSpeed trains, when it does."""
 
     zero_stage: Literal[0, 1, 2, 3] = 1
-    """ZeRO stage: 1 shards the optimizer, 2 the gradients too, 3 the weights too."""
+    """What is sharded over processes: 0 nothing (DDP), 1 the optimizer, 2 the gradients too, 3 the weights too."""
     cpu_offload: bool = False
-    """Keep the optimizer's state in host memory (on a GPU)."""
+    """Keep the optimizer's moments in host memory and update there: for a GPU that is too small."""
 
 
 def make_engine(
@@ -271,13 +306,23 @@ def make_engine(
     name: EngineName = "auto",
     deepspeed: DeepSpeedConfig | None = None,
 ) -> Any:
-    """The engine for this launcher: DeepSpeed under `deepspeed`, DDP under `torchrun`, else plain."""
+    """The engine for this launcher: DeepSpeed under `deepspeed`, DDP under `torchrun`, else plain.
+
+    Raises ValueError for options that the engine cannot follow, ModuleNotFoundError without the deepspeed package.
+    """
+    deepspeed = deepspeed or DeepSpeedConfig()
     if name == "auto":
         name = "deepspeed" if world.launcher == "deepspeed" else "plain"
-    if name == "plain" or name == "ddp":
+    if deepspeed.cpu_offload and (
+        name != "deepspeed" or deepspeed.zero_stage == 0 or world.device.type == "cpu"
+    ):
+        raise ValueError(
+            "cpu_offload needs DeepSpeed, a zero_stage of 1 to 3 and a GPU to take the moments from"
+        )
+    if name in ("plain", "ddp") or (name == "deepspeed" and deepspeed.zero_stage == 0):
         return PlainEngine(model, optimizer, world, grad_clip)
     if name == "deepspeed":
         from common.deepspeed_engine import DeepSpeedEngine
 
-        return DeepSpeedEngine(model, optimizer, world, plan, grad_clip, deepspeed or DeepSpeedConfig())
+        return DeepSpeedEngine(model, optimizer, world, plan, grad_clip, deepspeed)
     raise ValueError(f"unknown engine {name!r}")
