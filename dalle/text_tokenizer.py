@@ -84,6 +84,11 @@ class TextTokenizer:
 
         import sentencepiece
 
+        if vocab_size < 8 or not 0.98 <= character_coverage <= 1:
+            raise ValueError(
+                f"vocab_size must be at least 8 and character_coverage lie in [0.98, 1], not {vocab_size} and "
+                f"{character_coverage}"
+            )
         texts = [text for caption in captions if (text := caption.strip())]
         if not texts:
             raise ValueError("no captions to train a text tokenizer on: all of them are empty")
@@ -106,7 +111,8 @@ class TextTokenizer:
             )
         except RuntimeError as error:
             raise ValueError(
-                f"SentencePiece cannot train {vocab_size} pieces on {len(texts)} captions: {error}"
+                f"SentencePiece cannot train {vocab_size} pieces on {len(texts)} captions: "
+                + str(error).rpartition("] ")[2]
             ) from error
         return cls(SentencePieceBackend(model.getvalue(), "the trained model"))
 
