@@ -1,0 +1,186 @@
+"""Perceptual hashes and the index that finds near ones among millions without comparing all pairs.
+
+The hash is the 64-bit DCT hash (Zauner, "Implementation and Benchmarking of Perceptual Image Hash Functions", 2010,
+section 3.2.1; the same bits as `imagehash.phash`). It sees luminance only, so a 4 x 4 colour grid goes with it: one
+shirt in red and in blue are two products, not a duplicate. The index is multi-index hashing (Norouzi, Punjani, Fleet,
+"Fast Search in Hamming Space with Multi-Index Hashing", CVPR 2012, section 3).
+"""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+HASH_BITS = 64
+MAX_DISTANCE = 16  # beyond it unrelated pictures match: 2 random hashes differ in 32 +- 4 bits
+_SIDE = 32
+_BLOCK = 1 << 21  # candidate pairs looked at at a time: bounds the memory
+
+
+def _dct_rows() -> np.ndarray:
+    """The first 8 rows of the unnormalised DCT-II of length 32, as float64 (8, 32)."""
+    k, n = np.arange(8)[:, None], np.arange(_SIDE)[None, :]
+    return 2 * np.cos(np.pi * k * (2 * n + 1) / (2 * _SIDE))
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What dedup keeps of a picture: 56 bytes."""
+
+    phash: int
+    """64-bit DCT hash."""
+    colours: bytes
+    """Mean RGB of the 4 x 4 cells, 48 bytes."""
+
+
+def picture_signature(image: Image.Image) -> Signature:
+    """Hash and colour grid of a picture of any size; converted to RGB first."""
+    rgb = image.convert("RGB")
+    grid = np.asarray(rgb.resize((4, 4), Image.Resampling.BOX), np.uint8)
+    return Signature(dct_hash(rgb), grid.tobytes())
+
+
+def dct_hash(image: Image.Image) -> int:
+    """The 8 x 8 lowest DCT coefficients of the 32 x 32 grey picture, each compared with their median."""
+    grey = np.asarray(image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.LANCZOS), np.float64)
+    rows = _dct_rows()
+    low = rows @ grey @ rows.T  # (8, 8)
+    bits = (low > np.median(low)).reshape(-1)
+    return int.from_bytes(np.packbits(bits).tobytes(), "big")
+
+
+def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Hamming distances of two uint64 arrays, elementwise, as uint8."""
+    return np.bitwise_count(a ^ b)
+
+
+def near_pairs(hashes: np.ndarray, max_distance: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Blocks of index pairs (i, j) with i < j and Hamming distance at most `max_distance`, each pair once.
+
+    `hashes` (N,) uint64, all different (collapse equal ones with `np.unique` first: a million equal hashes have 5e11
+    pairs). Exact by the pigeonhole principle: see `_radii`. Raises ValueError for a distance outside 0..16.
+    """
+    if not 0 <= max_distance <= MAX_DISTANCE:
+        raise ValueError(f"distance must be between 0 and {MAX_DISTANCE}, not {max_distance}")
+    hashes = np.ascontiguousarray(hashes, np.uint64)
+    if len(hashes) < 2:
+        return
+    num_bands = _cheapest_bands(len(hashes), max_distance)
+    radii = _radii(max_distance, num_bands)
+    bands = [_band_values(hashes, band, num_bands) for band in range(num_bands)]
+    for band, radius in enumerate(radii):
+        width = len(range(band, HASH_BITS, num_bands))
+        for i, j in _candidates(bands[band], width, radius):
+            close = distances(hashes[i], hashes[j]) <= max_distance
+            i, j = i[close], j[close]
+            for earlier, reach in zip(bands[:band], radii, strict=False):  # found there already
+                fresh = np.bitwise_count(earlier[i] ^ earlier[j]) > reach
+                i, j = i[fresh], j[fresh]
+            if len(i):
+                yield np.minimum(i, j), np.maximum(i, j)
+
+
+def _radii(max_distance: int, num_bands: int) -> list[int]:
+    """How far to look in each band; a band that need not be looked at is left out.
+
+    With d = b r + a, two hashes within d differ by at most r in one of the first a + 1 bands or by less than r in one
+    of the others: if not, they differ by (a + 1)(r + 1) + (b - a - 1) r = d + 1 (Norouzi et al., section 3.1).
+    """
+    radius, rest = divmod(max_distance, num_bands)
+    radii = [radius if band <= rest else radius - 1 for band in range(num_bands)]
+    return [radius for radius in radii if radius >= 0]
+
+
+def _cheapest_bands(count: int, max_distance: int) -> int:
+    """The number of bands that costs least, for hashes spread evenly: look-ups plus candidates."""
+
+    def cost(num_bands: int) -> float:
+        width = HASH_BITS // num_bands
+        probes = sum(
+            _choose(width, k) for radius in _radii(max_distance, num_bands) for k in range(radius + 1)
+        )
+        return probes * (count + count * count / 2**width)
+
+    return min(range(3, 17), key=cost)  # under 3 the bucket table itself would be 2^32 long
+
+
+def _choose(n: int, k: int) -> int:
+    return int(np.prod([(n - i) / (i + 1) for i in range(k)]).round())
+
+
+def _band_values(hashes: np.ndarray, band: int, num_bands: int) -> np.ndarray:
+    """Every `num_bands`-th bit of the hashes, packed (N,) uint32.
+
+    Bands take bits in turns rather than in runs: the high frequencies of flat pictures are nearly constant, and a
+    band made of these alone would put all pictures into one bucket.
+    """
+    octets = hashes.view(np.uint8).reshape(-1, 8)  # (N, 8)
+    table = np.zeros((8, 256), np.uint32)
+    numbers = np.arange(256, dtype=np.uint32)
+    for place, bit in enumerate(range(band, HASH_BITS, num_bands)):
+        table[bit // 8] |= ((numbers >> np.uint32(bit % 8)) & np.uint32(1)) << np.uint32(place)
+    values = np.zeros(len(hashes), np.uint32)
+    for octet in range(8):
+        values |= table[octet][octets[:, octet]]
+    return values
+
+
+def _candidates(values: np.ndarray, width: int, radius: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Blocks of pairs whose band values differ in at most `radius` bits, each pair once."""
+    order = np.argsort(values, kind="stable").astype(np.int32)
+    ranked = values[order]
+    starts = np.zeros((1 << width) + 1, np.int32)
+    np.cumsum(np.bincount(ranked, minlength=1 << width), out=starts[1:])
+    positions = np.arange(len(values), dtype=np.int32)
+    yield from _expand(order, positions, positions + 1, starts[ranked + 1])
+    for weight in range(1, radius + 1):
+        for bits in itertools.combinations(range(width), weight):
+            mask = np.uint32(sum(1 << bit for bit in bits))
+            left = positions[
+                (ranked >> np.uint32(bits[-1])) & 1 == 0
+            ]  # the other end of the pair has the bit set
+            bucket = ranked[left] ^ mask
+            first, last = starts[bucket], starts[bucket + 1]
+            occupied = last > first
+            yield from _expand(order, left[occupied], first[occupied], last[occupied])
+
+
+def _expand(
+    order: np.ndarray, left: np.ndarray, first: np.ndarray, last: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Pair the item at sorted position `left[k]` with those at `first[k]:last[k]`, in blocks of bounded size."""
+    counts = (last - first).astype(np.int64)
+    ends = np.cumsum(counts)
+    begin = 0
+    while begin < len(left):
+        done = ends[begin - 1] if begin else 0
+        end = max(int(np.searchsorted(ends, done + _BLOCK, "right")), begin + 1)
+        size = counts[begin:end]
+        offset = np.arange(int(size.sum()), dtype=np.int64) - np.repeat(np.cumsum(size) - size, size)
+        right = np.repeat(first[begin:end].astype(np.int64), size) + offset
+        yield np.repeat(order[left[begin:end]], size), order[right]
+        begin = end
+
+
+def components(count: int, pairs: Iterator[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """Labels (count,) of the connected components, each the smallest index in it; memory grows with `count` alone."""
+    labels = np.arange(count, dtype=np.int64)
+    for i, j in pairs:
+        labels = _merge(labels, i, j)
+    return labels
+
+
+def _merge(labels: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    count = len(labels)
+    rows = np.concatenate([np.arange(count), i])
+    columns = np.concatenate([labels, j])
+    graph = coo_array((np.ones(len(rows), np.int8), (rows, columns)), shape=(count, count))
+    _, component = connected_components(graph, directed=False)
+    smallest = np.full(component.max() + 1, count, np.int64)
+    np.minimum.at(smallest, component, np.arange(count))
+    return smallest[component]
