@@ -189,7 +189,7 @@ def _load_transformers(name: str) -> Any:
         raise FileNotFoundError(f"no text tokenizer folder {name}")
     try:
         return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         if path.is_dir():
             raise ValueError(
                 f"{path} holds a damaged text tokenizer: {str(error).splitlines()[0]}"
