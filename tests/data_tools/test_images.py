@@ -180,3 +180,18 @@ def test_no_metadata_of_the_source_is_carried_over():
     exif[0x010E] = "secret place"
     data = encoded(Image.new("RGB", (16, 16), RED), "jpg", exif=exif, comment=b"secret")
     assert b"secret" in data and b"secret" not in encode(decode(data), "jpg") + encode(decode(data), "webp")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "gif", "bmp", "tiff", "avif"])
+def test_damaged_bytes_are_a_bad_image_and_nothing_else(suffix, caplog):
+    rng, outcomes, data = np.random.default_rng(5), {"ok": 0, "bad": 0}, picture(2, (40, 32), suffix)
+    for case in range(150):
+        damaged = bytearray(data)
+        for place in rng.integers(0, len(data) if case % 2 else 100, rng.choice([1, 3, 20])):
+            damaged[place] = rng.integers(256)
+        try:
+            outcomes["ok"] += decode(bytes(damaged), ImageLimits(max_pixels=1_000_000)).mode == "RGB"
+        except BadImage:
+            outcomes["bad"] += 1
+    assert sum(outcomes.values()) == 150 and outcomes["bad"] > 10
