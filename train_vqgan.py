@@ -16,9 +16,9 @@ from common.config import command, parse_options, to_mapping
 from common.distributed import batch_plan, start_world, stop_world
 from common.log import say
 from common.loop import fit
-from data_tools.index import ShardIndex
-from data_tools.loader import IMAGE_SUFFIXES, DecodeImage, eval_batches, train_batches
+from data_tools.loader import DecodeImage, eval_batches, train_batches
 from data_tools.synthetic import ensure_synthetic
+from vq.data import open_pictures, small_pictures, train_decoder
 from vq.options import Options
 from vq.task import TokenizerTask
 
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     options = parse_options(Options, argv, description=__doc__)
     world = start_world(options.device)
     model = options.model_config
-    if not options.data and world.is_main:
+    if not (options.data or options.image_folder) and world.is_main:
         say(
             "no --data given: training on the embedded default, product-like pictures drawn by data_tools.synthetic"
         )
@@ -37,17 +37,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     world.barrier()
     data = options.data or "data/synthetic"
     plan = batch_plan(options.loop.global_batch_size, world.size, options.loop.micro_batch_size)
-    train = ShardIndex.open(data, "train").require(*IMAGE_SUFFIXES)
-    val = ShardIndex.open(data, "val").require(*IMAGE_SUFFIXES)
+    train = open_pictures(data, options.image_folder, "train")
+    val = open_pictures(data, options.image_folder, "val")
     if world.is_main:
-        for problem in train.problems + val.problems:
-            say(f"note: {problem}")
-
-    def batches(start_sample: int) -> Iterator[dict[str, Any]]:
-        decode = DecodeImage(model.image_size, options.augment)
-        return train_batches(
-            train, decode, plan.global_batch_size, world, options.loop.seed, start_sample, options.num_workers
-        )
+        for problem in [*train.problems, *val.problems, small_pictures(train, model.image_size)]:
+            if problem:
+                say(f"note: {problem}")
 
     def val_batches(limit: int) -> Iterator[dict[str, Any]]:
         return eval_batches(val, DecodeImage(model.image_size, first_caption=True), 32, limit)
@@ -58,6 +53,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             count = sum(p.numel() for p in task.model.parameters()) / 1e6
             grid = f"{model.grid_size}x{model.grid_size} codes of {model.codebook_size}"
             say(f"{len(train)} pictures, {count:.1f}M parameters, {grid}")
+        decode = train_decoder(
+            train, max(task.train_sizes), options.augment, with_masks=options.loss.foreground_weight > 1
+        )
+
+        def batches(start_sample: int) -> Iterator[dict[str, Any]]:
+            size, seed = plan.global_batch_size, options.loop.seed
+            return train_batches(train, decode, size, world, seed, start_sample, options.num_workers)
+
         return fit(task, batches, options.loop, world, to_mapping(options))
     finally:
         stop_world()

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vq.layers import run_block
+
 
 @dataclass(frozen=True)
 class FastConfig:
@@ -96,6 +98,8 @@ class AttentionBlock(nn.Module):
 class Encoder(nn.Module):
     """(B, 3, S, S) in [-1, 1] -> (B, latent_dim, h, w)."""
 
+    checkpointing = False
+
     def __init__(self, config: FastConfig, latent_dim: int) -> None:
         super().__init__()
         self.haar_levels = config.haar_levels
@@ -116,12 +120,16 @@ class Encoder(nn.Module):
         x = images
         for _ in range(self.haar_levels):
             x = haar(x)
-        x = self.body(self.conv_in(x))  # (B, C, h, w)
+        x = self.conv_in(x)  # (B, C0, S/4, S/4)
+        for block in self.body:
+            x = run_block(block, x, self.checkpointing and self.training)  # ends at (B, C, h, w)
         return self.conv_out(F.silu(self.norm_out(x)))  # (B, latent_dim, h, w)
 
 
 class Decoder(nn.Module):
     """(B, latent_dim, h, w) -> (B, 3, S, S), unclamped."""
+
+    checkpointing = False
 
     def __init__(self, config: FastConfig, latent_dim: int) -> None:
         super().__init__()
@@ -142,9 +150,16 @@ class Decoder(nn.Module):
         """The weight whose gradients balance the adversary (taming, equation 7)."""
         return self.conv_out.weight
 
+    def trunk(self, latents: Tensor) -> Tensor:
+        """All but the last convolution."""
+        x = self.conv_in(latents)
+        for block in self.body:
+            x = run_block(block, x, self.checkpointing and self.training)
+        return F.silu(self.norm_out(x))  # (B, C0, S/4, S/4)
+
     def forward(self, latents: Tensor) -> Tensor:
-        x = self.body(self.conv_in(latents))  # (B, C0, S/4, S/4)
-        x = self.conv_out(F.silu(self.norm_out(x)))  # (B, 48, S/4, S/4)
+        # Float32 from the bands on: a step of bf16 at the mean of a white patch is a grey level of the picture.
+        x = self.conv_out(self.trunk(latents)).float()  # (B, 48, S/4, S/4)
         for _ in range(self.haar_levels):
             x = inverse_haar(x)
         return x  # (B, 3, S, S)

@@ -43,11 +43,14 @@ def multiscale_l1(
 ) -> Tensor:
     """Mean absolute error, plus that of the pictures averaged over `scales` x `scales` blocks.
 
-    The coarse terms hold the colours of areas, which L1 on pixels alone lets drift towards a median.
+    The coarse terms hold the colours of areas, which L1 on pixels alone lets drift towards a median. Blocks larger
+    than the picture are left out.
     """
     difference = reconstruction.float() - images.float()  # (B, 3, S, S)
     loss = _weighted_mean(difference.abs(), weight)
     for scale in scales:
+        if min(images.shape[-2:]) < scale:
+            continue
         coarse = None if weight is None else F.avg_pool2d(weight, scale)
         loss = loss + _weighted_mean(F.avg_pool2d(difference, scale).abs(), coarse)
     return loss

@@ -6,7 +6,8 @@ vocabulary are derived from the config.
 
 import functools
 import hashlib
-from dataclasses import dataclass, field
+import math
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +17,16 @@ from torch import Tensor, nn
 from common import checkpoint
 from common.config import from_mapping, to_mapping
 from vq.autoencoder import Decoder, Encoder, FastConfig
-from vq.quantizer import Quantized, VectorQuantizer
+from vq.dvae import DvaeConfig, DvaeDecoder, DvaeEncoder
+from vq.quantizer import (
+    EmaQuantizer,
+    FiniteScalarQuantizer,
+    GumbelConfig,
+    GumbelQuantizer,
+    Quantized,
+    VectorQuantizer,
+)
+from vq.taming import TamingConfig, TamingDecoder, TamingEncoder
 
 KIND = "image_tokenizer"
 
@@ -27,39 +37,116 @@ class TokenizerConfig:
 
     image_size: int = 128
     """Side of the training pictures in pixels; other sides that are multiples of the factor work too."""
-    architecture: Literal["fast"] = "fast"
-    """Encoder and decoder."""
+    architecture: Literal["fast", "taming", "dvae"] = "fast"
+    """Encoder and decoder: fast is ours, taming the published VQGAN, dvae the one of DALLE-pytorch."""
     fast: FastConfig = field(default_factory=FastConfig)
     """Sizes of the fast architecture."""
-    quantizer: Literal["vq"] = "vq"
-    """Kind of bottleneck."""
+    taming: TamingConfig = field(default_factory=TamingConfig)
+    """Sizes of the taming architecture."""
+    dvae: DvaeConfig = field(default_factory=DvaeConfig)
+    """Sizes of the dvae architecture."""
+    quantizer: Literal["vq", "ema", "gumbel", "fsq"] = "vq"
+    """vq: nearest code, learned by gradient; ema: nearest code, learned by running means; gumbel: drawn from logits;
+    fsq: rounded channels."""
     codebook_size: int = 1024
     """Number of codes."""
     codebook_dim: int = 8
-    """Width of a code."""
+    """Width of a code (fsq has one channel a level)."""
     commit_weight: float = 0.25
-    """Weight of the commitment term of the quantizer's loss."""
+    """vq, ema: weight of the commitment term of the quantizer's loss."""
     l2_normalize: bool = True
-    """Compare unit vectors, so that usage stays high."""
+    """vq, ema: compare unit vectors, so that usage stays high."""
+    ema_decay: float = 0.99
+    """ema: decay of the running means of the clusters."""
+    gumbel: GumbelConfig = field(default_factory=GumbelConfig)
+    """gumbel: temperature and divergence."""
+    fsq_levels: tuple[int, ...] = (8, 8, 4, 4)
+    """fsq: levels of each channel; their product is codebook_size."""
 
     def __post_init__(self) -> None:
         if self.codebook_size < 2 or self.codebook_dim < 1:
             raise ValueError(
                 f"codebook_size {self.codebook_size} and codebook_dim {self.codebook_dim} are too small"
             )
-        if self.image_size < self.downsample_factor or self.image_size % self.downsample_factor:
-            factor = self.downsample_factor
+        factor = self.downsample_factor
+        if self.image_size < factor or self.image_size % factor:
             raise ValueError(
                 f"image_size must be a multiple of the downsample factor {factor}, not {self.image_size}"
             )
+        if not 0 <= self.ema_decay < 1 or self.commit_weight < 0:
+            raise ValueError(
+                f"ema_decay must lie in [0, 1) and commit_weight not be negative, not {self.ema_decay}"
+            )
+        self._refuse_idle_options()
+        if self.architecture == "dvae" and self.quantizer != "gumbel":
+            raise ValueError(f"architecture dvae goes with quantizer gumbel, not {self.quantizer}")
+        if self.quantizer == "fsq" and (
+            min(self.fsq_levels) < 2 or math.prod(self.fsq_levels) != self.codebook_size
+        ):
+            levels = "x".join(map(str, self.fsq_levels))
+            raise ValueError(
+                f"fsq_levels {levels} make {math.prod(self.fsq_levels)} codes, codebook_size says {self.codebook_size}"
+            )
+
+    def _refuse_idle_options(self) -> None:
+        """Sizes of what is not in use would silently have no effect."""
+        idle = [n for n in ("fast", "taming", "dvae") if n != self.architecture]
+        idle += ["gumbel"] * (self.quantizer != "gumbel") + ["fsq_levels"] * (self.quantizer != "fsq")
+        for name in idle:
+            spec = self.__dataclass_fields__[name]
+            default = spec.default if spec.default_factory is MISSING else spec.default_factory()
+            if getattr(self, name) != default:
+                raise ValueError(
+                    f"{name} has no effect with architecture {self.architecture} and quantizer {self.quantizer}"
+                )
 
     @property
     def downsample_factor(self) -> int:
-        return self.fast.downsample_factor
+        return getattr(self, self.architecture).downsample_factor
 
     @property
     def grid_size(self) -> int:
         return self.image_size // self.downsample_factor
+
+    @property
+    def latent_dim(self) -> int:
+        """Width of what the encoder hands to the quantizer."""
+        if self.quantizer == "fsq":
+            return len(self.fsq_levels)
+        if self.quantizer == "gumbel" and self.architecture == "fast":
+            return self.fast.channels[-1]
+        return self.dvae.hidden_dim if self.architecture == "dvae" else self.codebook_dim
+
+    @property
+    def decoder_dim(self) -> int:
+        """Width of what the quantizer hands to the decoder."""
+        return len(self.fsq_levels) if self.quantizer == "fsq" else self.codebook_dim
+
+
+def make_autoencoder(config: TokenizerConfig) -> tuple[nn.Module, nn.Module]:
+    """Encoder (B, 3, S, S) -> (B, latent_dim, h, w) and decoder (B, decoder_dim, h, w) -> (B, 3, S, S)."""
+    if config.architecture == "fast":
+        return Encoder(config.fast, config.latent_dim), Decoder(config.fast, config.decoder_dim)
+    if config.architecture == "taming":
+        return TamingEncoder(config.taming, config.latent_dim), TamingDecoder(
+            config.taming, config.decoder_dim
+        )
+    if config.architecture == "dvae":
+        return DvaeEncoder(config.dvae), DvaeDecoder(config.dvae, config.decoder_dim)
+    raise ValueError(f"unknown architecture {config.architecture!r}")
+
+
+def make_quantizer(config: TokenizerConfig) -> nn.Module:
+    size, dim = config.codebook_size, config.codebook_dim
+    if config.quantizer == "vq":
+        return VectorQuantizer(size, dim, config.commit_weight, config.l2_normalize)
+    if config.quantizer == "ema":
+        return EmaQuantizer(size, dim, config.commit_weight, config.l2_normalize, config.ema_decay)
+    if config.quantizer == "gumbel":
+        return GumbelQuantizer(config.latent_dim, size, dim, config.gumbel)
+    if config.quantizer == "fsq":
+        return FiniteScalarQuantizer(config.fsq_levels)
+    raise ValueError(f"unknown quantizer {config.quantizer!r}")
 
 
 class ImageTokenizer(nn.Module):
@@ -69,11 +156,8 @@ class ImageTokenizer(nn.Module):
         super().__init__()
         self.config = config
         self.sha256 = ""  # of the weights file; set by from_pretrained
-        self.encoder = Encoder(config.fast, config.codebook_dim)
-        self.decoder = Decoder(config.fast, config.codebook_dim)
-        self.quantizer = VectorQuantizer(
-            config.codebook_size, config.codebook_dim, config.commit_weight, config.l2_normalize
-        )
+        self.encoder, self.decoder = make_autoencoder(config)
+        self.quantizer = make_quantizer(config)
 
     @property
     def codebook_size(self) -> int:

@@ -21,6 +21,8 @@ class Options:
 
     data: str = ""
     """Folder of image shards (train-*.tar, val-*.tar); empty: the embedded default in data/synthetic."""
+    image_folder: str = ""
+    """A plain folder of pictures instead of shards; one in fifty is held out for validation."""
     preset: Literal["vqvae", "vqgan"] = "vqvae"
     """vqvae: reconstruction losses alone; vqgan: with an adversary."""
     model: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -41,6 +43,12 @@ class Options:
     """Decay of the moving average of weights that is saved; 0: none."""
     val_pictures: int = 1000
     """Validation pictures an evaluation looks at."""
+    multiscale: tuple[float, ...] = ()
+    """Train each step at one of these multiples of model.image_size, drawn by step; empty: always at 1."""
+    checkpoint_activations: bool = False
+    """Compute inner activations of blocks again in the backward pass: less memory, a third more time."""
+    compile: bool = False
+    """torch.compile encoder and decoder (needs a C++ compiler on a CPU)."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     precision: Precision = "auto"
@@ -53,17 +61,24 @@ class Options:
             raise ValueError("freeze_codes needs --init CHECKPOINT: the tokenizer whose codes shall stay")
         if self.preset == "vqvae" and self.adversary != AdversaryConfig():
             raise ValueError("adversary options have no effect with preset vqvae: add --preset vqgan")
+        if self.data and self.image_folder:
+            raise ValueError("give either data (shards) or image_folder, not both")
+        if any(not 0.25 <= scale <= 4 for scale in self.multiscale):
+            raise ValueError(f"multiscale must lie in [0.25, 4], not {self.multiscale}")
         for name in ("kmeans_step", "revive_every", "num_workers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
         if self.val_pictures < 1:
             raise ValueError(f"val_pictures must be at least 1, not {self.val_pictures}")
         loop = self.loop
-        smallest = self.adversary.discriminator.smallest_side
-        if self.preset == "vqgan" and not self.init and self.model.image_size < smallest:
+        smallest, side = (
+            self.adversary.discriminator.smallest_side,
+            self.model.image_size * min((1, *self.multiscale)),
+        )
+        if self.preset == "vqgan" and not self.init and side < smallest:
             raise ValueError(
-                f"the discriminator needs pictures of at least {smallest} pixels, not {self.model.image_size}: use "
-                "fewer adversary.discriminator.layers"
+                f"the discriminator needs pictures of at least {smallest} pixels, not {side:g}: use fewer "
+                "adversary.discriminator.layers"
             )
         rolls_back = self.preset == "vqgan" and self.adversary.rollback_share > 0
         if rolls_back and loop.eval_every and (not loop.save_every or loop.eval_every % loop.save_every):

@@ -5,11 +5,14 @@ decoder. So the adaptive weight of the adversary (taming, equation 7) costs one 
 one more pass through the perceptual network and the discriminator.
 """
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -42,6 +45,8 @@ class TokenizerTask:
         if options.freeze_codes:
             self.model.requires_grad_(False)
             self.model.decoder.requires_grad_(True)
+        self._prepare()
+        self._train_mode()
         self.model.to(world.device, memory_format=torch.channels_last)
         optimizer = adamw(self.model, options.optim)
         self.engine = make_engine(self.model, optimizer, world, plan, options.optim.grad_clip, name="plain")
@@ -53,6 +58,33 @@ class TokenizerTask:
             self.adversary = Adversary(options.adversary, world, plan, options.precision)
         self.best = {"value": float("inf"), "step": 0}
         self.rollbacks = 0
+
+    def _prepare(self) -> None:
+        """Activation checkpointing and compilation."""
+        encoder, decoder = self.model.encoder, self.model.decoder
+        encoder.checkpointing = decoder.checkpointing = self.options.checkpoint_activations
+        if self.options.compile:
+            if self.world.device.type == "cpu" and not shutil.which("g++"):
+                raise ValueError(
+                    "compile needs the C++ compiler g++ on a CPU, and there is none: leave --compile out"
+                )
+            encoder.compile()
+            decoder.trunk = torch.compile(
+                decoder.trunk
+            )  # the last layer stays outside: its gradient is asked for
+
+    def _train_mode(self) -> None:
+        self.model.train()
+        if self.options.freeze_codes:  # the codes that encoding gives: no dropout, no drawing
+            self.model.encoder.eval()
+            self.model.quantizer.eval()
+
+    @property
+    def train_sizes(self) -> list[int]:
+        """Sides of training pictures, multiples of the downsample factor; the loader delivers the largest."""
+        factor = self.config.downsample_factor
+        scales = self.options.multiscale or (1.0,)
+        return [max(1, round(scale * self.config.image_size / factor)) * factor for scale in scales]
 
     @property
     def validation_metric(self) -> str:
@@ -75,10 +107,14 @@ class TokenizerTask:
         lr = learning_rate(self.options.optim, step, self.options.loop.num_steps)
         self.engine.set_lr(lr)
         self._announce(step)
+        batch = self._resize(batch, step)
+        if self.config.quantizer == "gumbel":
+            self.model.quantizer.temperature = self.config.gumbel.temperature(
+                step / self.options.loop.num_steps
+            )
         totals: dict[str, float] = {}
         reconstructions = []
-        parts = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
-        for micro in self.engine.micro_batches(parts, self.plan.accumulation):
+        for micro in self.engine.micro_batches(batch, self.plan.accumulation):
             images = micro["image"].to(self.world.device, memory_format=torch.channels_last)
             with autocast(self.world.device, self.options.precision):
                 reconstruction, quantized = self.engine.model(images)
@@ -89,18 +125,32 @@ class TokenizerTask:
             self.usage.add(quantized.ids)
             reconstructions.append(reconstruction.detach().float())
             figures["commit_loss"] = float(quantized.loss.detach())
+            figures["loss"] += figures["commit_loss"]
             for name, value in figures.items():
                 totals[name] = totals.get(name, 0.0) + value / self.plan.accumulation
         totals["grad_norm"] = self.engine.step()
+        if self.config.quantizer == "ema" and not self.options.freeze_codes:
+            self.model.quantizer.update_(self.world)
         if self.ema:
             self.ema.update(self.model)
         if self.adversary:
             images = batch["image"].to(self.world.device)
             fake = torch.cat(reconstructions)
             totals |= self.adversary.train_step(images, fake, lr / self.options.optim.lr, step)
-        if not self.options.freeze_codes:
+        if self.model.quantizer.has_codebook and not self.options.freeze_codes:
             self._care_for_codebook(batch["image"], step + 1)
         return totals | {"lr": lr}
+
+    def _resize(self, batch: dict[str, Any], step: int) -> dict[str, Any]:
+        """The tensors of the batch at this step's side, the same on every process."""
+        tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+        sizes = self.train_sizes
+        rng = np.random.Generator(np.random.Philox(key=[self.options.loop.seed, step]))
+        size = sizes[int(rng.integers(len(sizes)))]
+        if size == batch["image"].shape[-1]:
+            return tensors
+        shape = (size, size)
+        return {n: F.interpolate(t, shape, mode="bilinear", antialias=True) for n, t in tensors.items()}
 
     def _gradient(
         self, reconstruction: Tensor, images: Tensor, mask: Tensor | None, step: int
@@ -215,7 +265,7 @@ class TokenizerTask:
             "color_shift_each": float(shift.abs().mean()),
         }
         self._watch(figures[self.validation_metric], step)
-        self.model.train()
+        self._train_mode()
         return figures | usage.figures()
 
     def _watch(self, value: float, step: int) -> None:
@@ -254,7 +304,7 @@ class TokenizerTask:
         images = next(self.val_batches(16))["image"].to(self.world.device, memory_format=torch.channels_last)
         with autocast(self.world.device, self.options.precision):
             reconstruction, _ = self._saved_model()(images)
-        self.model.train()
+        self._train_mode()
         rows = []
         for start in range(0, len(images), 8):
             rows += [[to_image(x) for x in part[start : start + 8]] for part in (images, reconstruction)]
@@ -264,7 +314,7 @@ class TokenizerTask:
 
     def save(self, directory: Path, step: int, state: dict[str, Any]) -> None:
         self._saved_model().write(directory, step)
-        self.model.train()
+        self._train_mode()
 
     def state(self) -> dict[str, Any]:
         state = {"weights": self.engine.weights(), "engine": self.engine.state(), "usage": self.usage.counts}

@@ -1,0 +1,76 @@
+"""A plain folder of pictures in the place of shards, for training the image tokenizer without packing first.
+
+It answers like `data_tools.index.ShardIndex`. A caption is the `.txt` of the same stem, if there is one. The
+validation pictures are a fixed share by the hash of the file name, so they stay the same when pictures are added.
+"""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from data_tools.images import SUFFIXES, sniff
+from data_tools.index import Sample
+
+
+class ImageFolder:
+    """A sequence of pictures below a folder. `read(i)` gives the bytes of picture i and of its caption."""
+
+    def __init__(self, root: Path, files: Sequence[Path], problems: Sequence[str]) -> None:
+        self.root, self.files, self.problems = root, list(files), list(problems)
+        self.paths = [root / "pictures"]  # whose parent is what messages name
+        self.samples = [Sample(str(file.relative_to(root)), 0, {}) for file in self.files]
+
+    @classmethod
+    def open(cls, root: str | Path, split: str = "train", val_share: float = 0.02) -> "ImageFolder":
+        """Files that begin like a picture; others are counted in `problems`. `split`: train or val.
+
+        Raises FileNotFoundError or ValueError when there is nothing to read, or nothing left for one of the splits.
+        """
+        root = Path(root)
+        if not root.is_dir():
+            raise FileNotFoundError(f"no picture folder {root}")
+        pictures, others = [], 0
+        for folder, _, names in sorted(os.walk(root, followlinks=True)):
+            for name in sorted(names):
+                path = Path(folder, name)
+                if path.suffix.lower() == ".txt" or name.startswith("."):
+                    continue
+                if _is_picture(path):
+                    pictures.append(path)
+                else:
+                    others += 1
+        if not pictures:
+            raise ValueError(f"no pictures in {root}: {others} files, none of them {', '.join(SUFFIXES)}")
+        ranked = sorted(pictures, key=lambda p: hashlib.sha256(str(p.relative_to(root)).encode()).digest())
+        held_out = set(ranked[: max(1, round(val_share * len(pictures)))])
+        chosen = [p for p in pictures if (p in held_out) == (split == "val")]
+        if not chosen:
+            raise ValueError(
+                f"{root} holds {len(pictures)} picture: at least two are needed, one to validate with"
+            )
+        problems = [f"{others} files of {root} are no pictures and were left out"] if others else []
+        return cls(root, chosen, problems)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def require(self, *suffixes: str) -> "ImageFolder":
+        """As `ShardIndex.require`: every sample here is a picture."""
+        return self
+
+    def read(self, i: int, suffixes: Sequence[str] | None = None) -> dict[str, bytes]:
+        """`png`: the picture's bytes whatever its format, the decoder looks for itself; `txt`: its caption."""
+        path = self.files[i]
+        members = {}
+        if suffixes is None or "png" in suffixes:
+            members["png"] = path.read_bytes()
+        caption = path.with_suffix(".txt")
+        if (suffixes is None or "txt" in suffixes) and caption.is_file():
+            members["txt"] = caption.read_bytes()
+        return members
+
+
+def _is_picture(path: Path) -> bool:
+    with path.open("rb") as file:
+        return bool(sniff(file.read(64)))
