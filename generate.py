@@ -1,0 +1,205 @@
+"""Draw pictures of a text.
+
+    python generate.py "一件红色的连衣裙" 8 out/
+    python generate.py "一双黑色的鞋" 8 out/ --cfg-scale 4 --top-p 0.95 --seed 7
+    python generate.py "" 4 out/ --prompts-file prompts.txt --batch-size 16       # one text a line; goes on if killed
+    python generate.py "一条蓝色牛仔裤" 4 out/ --prime picture.png --keep-rows 8    # keeps the picture's upper rows
+    python generate.py "一条蓝色牛仔裤" 4 out/ --inpaint picture.png --mask mask.png
+    python generate.py "一条蓝色牛仔裤" 4 out/ --vary picture.png --strength 0.4
+
+Takes the generator that was trained last, else the one that ships; `--checkpoint` names another. The same seed gives
+the same bytes; picture i of a seed does not depend on the batch size. Then: python rerank.py out/
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from PIL import Image
+from tqdm import tqdm
+
+from common.config import command, parse_options, to_mapping
+from common.log import say
+from dalle import inpaint
+from dalle.fast import FastOptions
+from dalle.inpaint import Source
+from dalle.outdir import OutDirectory
+from dalle.pipeline import Request, TextToImage, default_checkpoint
+from dalle.sampling import SamplingOptions
+
+DEFAULT_TEXT = "一件红色的连衣裙"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Draw pictures of a text."""
+
+    text: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TEXT")] = DEFAULT_TEXT
+    """What to draw; "" with --prompts-file."""
+    num_images: Annotated[tyro.conf.Positional[int], tyro.conf.arg(metavar="NUM_IMAGES")] = 8
+    """Pictures of each text."""
+    out_dir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT_DIR")] = Path("out")
+    """Directory for 0000.png ..., grid.png and images.jsonl."""
+    checkpoint: str = ""
+    """Checkpoint directory, run directory or hub id; empty: the newest of runs/, else the one that ships."""
+    seed: int = 0
+    """Seed of the pictures."""
+    sampling: Annotated[SamplingOptions, tyro.conf.arg(name="")] = field(default_factory=SamplingOptions)
+    """How tokens are drawn."""
+    negative: str = ""
+    """What the pictures should not show: guidance leads away from it."""
+    batch_size: int = 8
+    """Pictures drawn side by side; does not change them."""
+    prompts_file: Path | None = None
+    """File with one text a line, instead of the text; a run that was killed goes on where it was."""
+    prime: Path | None = None
+    """Picture whose upper rows stay."""
+    keep_rows: int | None = None
+    """Rows of image tokens that --prime keeps; default half of them."""
+    inpaint: Path | None = None
+    """Picture of which --mask is redrawn."""
+    mask: Path | None = None
+    """Picture that is white where --inpaint redraws."""
+    vary: Path | None = None
+    """Picture to make variations of."""
+    strength: float | None = None
+    """Share of the tokens that --vary redraws, above 0 to 1; default 0.5."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    fast: FastOptions = field(default_factory=FastOptions)
+    """How the generator is run."""
+
+    def __post_init__(self) -> None:
+        if self.num_images < 1:
+            raise ValueError(f"num_images must be at least 1, not {self.num_images}")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {self.batch_size}")
+        if self.prompts_file and self.text not in ("", DEFAULT_TEXT):
+            raise ValueError(
+                f'give a text or --prompts-file, not both: python generate.py "" {self.num_images} ...'
+            )
+        if sum(path is not None for path in (self.prime, self.inpaint, self.vary)) > 1:
+            raise ValueError("choose one of --prime, --inpaint and --vary")
+        for flag, needed in (("keep_rows", "prime"), ("mask", "inpaint"), ("strength", "vary")):
+            if getattr(self, flag) is not None and getattr(self, needed) is None:
+                raise ValueError(f"--{flag.replace('_', '-')} needs --{needed} PICTURE")
+        if self.inpaint and not self.mask:
+            raise ValueError("--inpaint needs --mask PICTURE, white where it is to be redrawn")
+
+
+def open_picture(path: Path) -> Image.Image:
+    """Raises FileNotFoundError or ValueError naming the file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no picture {path}")
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} is no readable picture: {error}") from error
+
+
+def make_source(options: Options, pipeline: TextToImage) -> Source | None:
+    """The picture that new ones start from, if one was given."""
+    tokenizer = pipeline.image_tokenizer
+    if options.prime:
+        return inpaint.prime(tokenizer, open_picture(options.prime), options.keep_rows)
+    if options.inpaint:
+        return inpaint.inpaint(tokenizer, open_picture(options.inpaint), open_picture(options.mask))
+    if options.vary:
+        strength = 0.5 if options.strength is None else options.strength
+        return inpaint.vary(tokenizer, open_picture(options.vary), strength)
+    return None
+
+
+def origin(options: Options, pipeline: TextToImage) -> dict[str, Any]:
+    """What every line of images.jsonl repeats: all that a picture depends on beside its text and index."""
+    names = ("prime", "keep_rows", "inpaint", "mask", "vary", "strength")
+    source = {n: str(getattr(options, n)) for n in names if getattr(options, n) is not None}
+    return {
+        "seed": options.seed,
+        "sampling": to_mapping(options.sampling),
+        "negative": options.negative,
+        "source": source or None,
+        "weights": options.fast.weights,
+        "checkpoint": pipeline.sha256,
+    }
+
+
+def read_prompts(path: Path) -> Iterator[str]:
+    """The lines of a UTF-8 file, one at a time; empty ones are left out."""
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if "\0" in line:
+                raise ValueError(f"{path}:{number} is no text")
+            if line.strip():
+                yield line.strip()
+
+
+def usable(texts: Iterator[str], pipeline: TextToImage, skipped: list[str]) -> Iterator[str]:
+    """Texts that can be drawn; the others are collected with the reason."""
+    for text in texts:
+        try:
+            pipeline.encode_text(text)
+        except ValueError as error:
+            skipped.append(str(error))
+        else:
+            yield text
+
+
+def draw_all(options: Options, pipeline: TextToImage, out: OutDirectory) -> int:
+    """Draws and writes everything; returns the number of pictures drawn now."""
+    source = make_source(options, pipeline)
+    skipped: list[str] = []
+    if options.prompts_file:
+        total = sum(1 for _ in read_prompts(options.prompts_file)) * options.num_images
+        texts = usable(read_prompts(options.prompts_file), pipeline, skipped)
+    else:
+        total, texts = options.num_images, iter([options.text])
+        note = pipeline.encode_text(options.text)[1]
+        if note:
+            say(f"note: {note}")
+    requests = (Request(text, i) for text in texts for i in range(options.num_images))
+    if options.prompts_file:
+        requests = out.continue_from(requests)
+    if options.prompts_file and out.count:
+        say(f"{out.count} pictures stand in {out.path}: going on behind them")
+    stood = out.count
+    pictures = pipeline.draw(
+        requests, options.seed, options.sampling, options.negative, options.batch_size, source
+    )
+    for picture in tqdm(pictures, total=total, initial=stood, unit="picture", dynamic_ncols=True):
+        if out.count == 0:
+            out.start_anew()
+        out.add(picture)
+    for reason in skipped[:5]:
+        say(f"skipped: {reason}")
+    if skipped:
+        say(f"skipped {len(skipped)} of the texts in {options.prompts_file}")
+    if not out.count:
+        raise ValueError(f"{options.prompts_file} holds no text that can be drawn")
+    return out.count - stood
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Draw; returns the out directory."""
+    options = parse_options(Options, argv, description=__doc__)
+    if options.prompts_file and not options.prompts_file.is_file():
+        raise FileNotFoundError(f"no prompts file {options.prompts_file}")
+    checkpoint = options.checkpoint or default_checkpoint()
+    pipeline = TextToImage.from_pretrained(checkpoint, options.device, options.fast)
+    out = OutDirectory(options.out_dir, origin(options, pipeline))
+    started = time.perf_counter()
+    drawn = draw_all(options, pipeline, out)
+    out.write_grid(options.num_images if options.prompts_file and options.num_images <= 16 else None)
+    seconds = (time.perf_counter() - started) / max(1, drawn)
+    say(f"{out.count} pictures in {out.path} | {drawn} drawn now, {seconds:.2f} s each | by {checkpoint}")
+    say(f"next: python rerank.py {out.path}")
+    return out.path
+
+
+if __name__ == "__main__":
+    main()
