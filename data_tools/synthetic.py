@@ -1,13 +1,15 @@
 """The embedded default: product-like pictures drawn by us, with Chinese captions, as image shards.
 
-    python -m data_tools.synthetic data/synthetic_64
+    python -m data_tools.synthetic data/synthetic
     python -m data_tools.synthetic data/synthetic_128 --image-size 128 --num-train 20000
 
-Ten kinds of goods in ten colours, plain, striped or dotted, on white, grey or wooden ground, with proportions, size,
-place, tilt, light and outline drawn at random, so that no two pictures are the same. Sample `index` of `seed` is a pure
-function of the two; validation samples have indices from VAL_START on. Nothing is downloaded; the pictures are CC0.
+Ten kinds of goods in ten colours, plain, striped or dotted, on white, grey or wooden ground, with
+proportions, size, place, tilt, light and outline drawn at random, so that no two pictures are the same.
+Sample `index` of `seed` is a pure function of the two; validation samples have indices from VAL_START on.
+Nothing is downloaded; the pictures are CC0.
 """
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -16,6 +18,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,67 +31,28 @@ from common.config import command, parse_options
 from common.files import ensure_writable_directory, read_json, write_json
 from data_tools.records import Record
 from data_tools.shards import DATASET_FILE, ShardWriter
-from data_tools.synthetic_render import Color, Ground, Look, Pattern, render
+from data_tools.synthetic_render import Ground, Look, Pattern, render
 from data_tools.synthetic_shapes import SHAPES
+from data_tools.synthetic_words import COLOR_RGB, COLORS, GROUNDS, KINDS, PATTERNS, prompt, write_caption
+
+__all__ = [
+    "COLORS",
+    "COLOR_RGB",
+    "GROUNDS",
+    "KINDS",
+    "PATTERNS",
+    "Sample",
+    "draw_goods",
+    "draw_sample",
+    "ensure_synthetic",
+    "prompt",
+    "write_caption",
+]
 
 VAL_START = 1_000_000_000
 SAMPLES_PER_SHARD = 1000
 RECIPE_FILE = "synthetic.json"
 WEBP_QUALITY = 92
-
-
-@dataclass(frozen=True)
-class Kind:
-    """Words for one kind of goods; its shape stands in SHAPES under the same name."""
-
-    nouns: tuple[str, ...]
-    """The first is the usual one."""
-    counter: str
-    """Numeral and measure word."""
-
-
-KINDS: dict[str, Kind] = {
-    "tshirt": Kind(("T恤", "T恤衫"), "一件"),
-    "dress": Kind(("连衣裙", "裙子"), "一件"),
-    "trousers": Kind(("长裤", "裤子"), "一条"),
-    "shoe": Kind(("鞋子", "鞋", "运动鞋"), "一只"),
-    "bag": Kind(("包", "手提包", "包包"), "一个"),
-    "cup": Kind(("杯子", "马克杯", "水杯"), "一个"),
-    "lamp": Kind(("台灯", "灯"), "一盏"),
-    "chair": Kind(("椅子",), "一把"),
-    "bottle": Kind(("瓶子", "水瓶"), "一个"),
-    "hat": Kind(("帽子", "礼帽"), "一顶"),
-}
-COLORS: dict[str, str] = {
-    "red": "红",
-    "orange": "橙",
-    "yellow": "黄",
-    "green": "绿",
-    "blue": "蓝",
-    "purple": "紫",
-    "pink": "粉",
-    "brown": "棕",
-    "black": "黑",
-    "white": "白",
-}
-COLOR_RGB: dict[str, Color] = {
-    "red": (212, 38, 40),
-    "orange": (247, 134, 30),
-    "yellow": (250, 212, 48),
-    "green": (44, 150, 72),
-    "blue": (36, 92, 205),
-    "purple": (124, 60, 172),
-    "pink": (248, 154, 190),
-    "brown": (118, 70, 40),
-    "black": (44, 44, 49),
-    "white": (245, 245, 243),
-}
-PATTERNS: dict[str, tuple[str, ...]] = {"plain": ("纯色",), "striped": ("条纹",), "dotted": ("圆点", "波点")}
-GROUNDS: dict[str, tuple[str, ...]] = {
-    "white": ("白色背景", "白底"),
-    "grey": ("灰色背景", "灰底"),
-    "wood": ("木纹背景", "木板"),
-}
 
 
 @dataclass(frozen=True)
@@ -105,7 +69,9 @@ class Sample:
 
 @dataclass(frozen=True)
 class SyntheticOptions:
-    dst: tyro.conf.Positional[Path] = Path("data/synthetic_64")
+    """Which pictures to draw, and where to."""
+
+    dst: tyro.conf.Positional[Path] = Path("data/synthetic")
     """Folder of the shards."""
     num_train: int = 8000
     """Pictures to train on."""
@@ -120,9 +86,8 @@ class SyntheticOptions:
 
     def __post_init__(self) -> None:
         if self.num_train < 1 or self.num_val < 0:
-            raise ValueError(
-                f"num_train must be at least 1 and num_val at least 0, not {self.num_train} and {self.num_val}"
-            )
+            counts = f"{self.num_train} and {self.num_val}"
+            raise ValueError(f"num_train must be at least 1 and num_val at least 0, not {counts}")
         if self.num_train > VAL_START:
             raise ValueError(f"num_train must be at most {VAL_START}, not {self.num_train}")
         if not 16 <= self.image_size <= 1024:
@@ -133,11 +98,11 @@ class SyntheticOptions:
             )
 
 
-# --- one sample ---------------------------------------------------------------------------------------------------
+# --- one sample -------------------------------------------------------------------------------------------
 
 
 def draw_sample(seed: int, index: int, image_size: int = 64) -> Sample:
-    """Sample `index` of `seed`: the same picture whatever else was drawn before, and at any size the same scene."""
+    """Sample `index` of `seed`: the same whatever else was drawn before, the same scene at any size."""
     rng = np.random.default_rng((seed, index))
     kind, color = _pick(rng, KINDS), _pick(rng, COLORS)
     pattern = _pick(rng, PATTERNS, (0.6, 0.2, 0.2))
@@ -151,7 +116,7 @@ def draw_sample(seed: int, index: int, image_size: int = 64) -> Sample:
 def draw_goods(
     rng: np.random.Generator, kind: str, color: str, pattern: str, ground: str, image_size: int = 64
 ) -> Image.Image:
-    """A picture of the named goods; everything not named is drawn from `rng`. Raises ValueError for unknown names."""
+    """A picture of the named goods; the rest is drawn from `rng`. Raises ValueError for unknown names."""
     for name, table in ((kind, KINDS), (color, COLORS), (pattern, PATTERNS), (ground, GROUNDS)):
         if name not in table:
             raise ValueError(f"{name!r} is none of {', '.join(table)}")
@@ -191,41 +156,7 @@ def _pick(rng: np.random.Generator, table: dict[str, Any], weights: tuple[float,
     return str(rng.choice(list(table), p=weights))
 
 
-# --- words --------------------------------------------------------------------------------------------------------
-
-# {n} numeral and measure word, {c} colour, {p} pattern or nothing, {k} noun, {g} ground. The first is what people type
-# first, so it is the most frequent one.
-_TEMPLATES = (
-    ("{n}{c}色的{p}{k}", 0.34),
-    ("{c}色{p}{k}", 0.16),
-    ("{n}{c}色{p}{k}", 0.16),
-    ("{c}色的{p}{k}", 0.08),
-    ("{c}{p}{k}", 0.04),
-    ("{k}，{c}色{p}", 0.04),
-    ("{g}上的{n}{c}色{p}{k}", 0.07),
-    ("{g}上{n}{c}色的{p}{k}", 0.05),
-    ("{n}{c}色的{p}{k}，{g}", 0.06),
-)
-
-
-def write_caption(rng: np.random.Generator, kind: str, color: str, pattern: str, ground: str) -> str:
-    """A Chinese caption that tells kind and colour, and often the pattern and the ground; all it says is true."""
-    template = str(rng.choice([t for t, _ in _TEMPLATES], p=[w for _, w in _TEMPLATES]))
-    nouns = KINDS[kind].nouns
-    noun = nouns[0] if rng.random() < 0.8 else nouns[rng.integers(len(nouns))]
-    words = PATTERNS[pattern]
-    tell = rng.random() < (0.08 if pattern == "plain" else 0.8)
-    pattern_word = words[rng.integers(len(words))] if tell else ""
-    ground_word = GROUNDS[ground][rng.integers(len(GROUNDS[ground]))]
-    return template.format(n=KINDS[kind].counter, c=COLORS[color], p=pattern_word, k=noun, g=ground_word)
-
-
-def prompt(kind: str, color: str) -> str:
-    """The plainest caption of a kind in a colour: what the demo is asked to draw."""
-    return f"{KINDS[kind].counter}{COLORS[color]}色的{KINDS[kind].nouns[0]}"
-
-
-# --- shards -------------------------------------------------------------------------------------------------------
+# --- shards -----------------------------------------------------------------------------------------------
 
 
 def make_record(index: int, seed: int, image_size: int) -> Record:
@@ -257,25 +188,38 @@ def ensure_synthetic(
 ) -> Path:
     """Make the shards in `dst` where they are missing, saying so, and return `dst`.
 
-    Whole shards of an interrupted run are kept. Raises ValueError where `dst` holds anything else, or synthetic
-    pictures of another recipe.
+    Whole shards of an interrupted run are kept; of several processes one draws and the others wait. Raises
+    ValueError where `dst` holds anything else, or synthetic pictures of another recipe.
     """
     options = SyntheticOptions(Path(dst), num_train, num_val, image_size, seed, num_workers)
     recipe = _recipe(options)
     _check_destination(options.dst, recipe)
-    dataset, expected = options.dst / DATASET_FILE, _expected_shards(options)
-    whole = {name: n for name, n in expected.items() if (options.dst / name).is_file()}
-    if whole == expected and dataset.is_file() and read_json(dataset)["shards"] == expected:
-        print(f"synthetic pictures: {sum(expected.values())} in {options.dst}, reused", flush=True)
+    if _is_whole(options):
+        print(f"synthetic pictures: {num_train} + {num_val} in {options.dst}, reused", flush=True)
         return options.dst
-    print(
-        f"synthetic pictures: drawing {num_train} + {num_val} of {image_size} px into {options.dst}",
-        flush=True,
-    )
     ensure_writable_directory(options.dst)
-    write_json(options.dst / RECIPE_FILE, recipe)
-    _draw_missing(options, whole)
+    with _locked(options.dst):
+        if not _is_whole(options):  # another process may have drawn them while this one waited
+            print(f"synthetic pictures: drawing {num_train} + {num_val} into {options.dst}", flush=True)
+            write_json(options.dst / RECIPE_FILE, recipe)
+            _draw_missing(options)
     return options.dst
+
+
+def _is_whole(options: SyntheticOptions) -> bool:
+    dataset, expected = options.dst / DATASET_FILE, _expected_shards(options)
+    there = dataset.is_file() and all((options.dst / name).is_file() for name in expected)
+    return there and read_json(dataset)["shards"] == expected
+
+
+@contextlib.contextmanager
+def _locked(dst: Path) -> Iterator[None]:
+    """Alone among the processes of this machine; the lock of a killed process is free again."""
+    import fcntl
+
+    with (dst / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _recipe(options: SyntheticOptions) -> dict[str, Any]:
@@ -323,9 +267,11 @@ def _expected_shards(options: SyntheticOptions) -> dict[str, int]:
     return counts
 
 
-def _draw_missing(options: SyntheticOptions, whole: dict[str, int]) -> None:
+def _draw_missing(options: SyntheticOptions) -> None:
     from tqdm import tqdm
 
+    expected = _expected_shards(options)
+    whole = {name: count for name, count in expected.items() if (options.dst / name).is_file()}
     total = options.num_train + options.num_val
     workers = options.num_workers or _num_cores()
     draw = functools.partial(make_record, seed=options.seed, image_size=options.image_size)
@@ -348,7 +294,7 @@ def _num_cores() -> int:
 
 
 def _set_up_worker(parent: int) -> None:
-    """Ctrl-C is the parent's to handle; a worker whose parent was killed ends too instead of waiting for ever."""
+    """Ctrl-C is the parent's to handle; a worker whose parent was killed ends too instead of waiting."""
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -1,8 +1,8 @@
-"""Pictures of `Goods`: outlines drawn at four times the size for smooth edges, light and ground computed per pixel.
+"""Pictures of `Goods`: outlines drawn at four times the size for smooth edges, light and ground by the pixel.
 
-The marks are drawn as weights of four materials (body, inner, trim, line), reduced to the picture's size, and only
-then coloured: colour = sum of weight x material colour, times the light, over the ground. The picture's size changes
-the sampling alone: the same look at 64 and at 128 pixels.
+The marks are drawn as weights of four materials (body, inner, trim, line), reduced to the picture's size,
+and only then coloured: colour = sum of weight x material colour, times the light, over the ground. The
+picture's size changes the sampling alone: the same look at 64 and at 128 pixels.
 """
 
 from dataclasses import dataclass

@@ -1,9 +1,10 @@
 """Outlines of the ten kinds of goods that the synthetic pictures show, as numbers and without any pixels.
 
-A shape function draws its proportions from a generator and returns `Goods`: marks in painter's order plus creases for
-the shading. Coordinates are goods units, x to the right and y down, roughly in [-1, 1]; the renderer fits them to the
-frame. A mark is made of one of four materials: `body` (takes the colour and the pattern), `inner` (a darker shade of
-the colour), `trim` (neutral: soles, caps, metal) and `hole` (the ground shows through).
+A shape function draws its proportions from a generator and returns `Goods`: marks in painter's order plus
+creases for the shading. Coordinates are goods units, x to the right and y down, roughly in [-1, 1]; the
+renderer fits them to the frame. A mark is made of one of four materials: `body` (takes the colour and the
+pattern), `inner` (a darker shade of the colour), `trim` (neutral: soles, caps, metal) and `hole` (the
+ground shows through).
 """
 
 from collections.abc import Callable

@@ -228,6 +228,31 @@ def test_a_killed_run_goes_on_and_leaves_no_worker(tmp_path):
         time.sleep(0.1)
 
 
+def test_of_two_processes_one_draws(tmp_path):
+    def start(name: str) -> subprocess.Popen:
+        arguments = [
+            "-m",
+            "data_tools.synthetic",
+            str(tmp_path / name),
+            "--num-train",
+            "300",
+            "--num-val",
+            "5",
+        ]
+        arguments += ["--image-size", "32", "--num-workers", "1"]
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+        return subprocess.Popen(
+            [sys.executable, *arguments], env=environment, stdout=subprocess.PIPE, text=True
+        )
+
+    runs = [start("both"), start("both"), start("alone")]
+    outputs = [run.communicate(timeout=120)[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0, 0]
+    assert "".join(outputs[:2]).count("drawing") == 1
+    for name in ("train-00000.tar", "val-00000.tar", "dataset.json"):
+        assert (tmp_path / "both" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+
+
 @pytest.mark.parametrize("change", [{"seed": 1}, {"image_size": 48}, {"num_train": 41}])
 def test_another_recipe_is_refused_and_nothing_lost(tmp_path, change):
     dst = draw(tmp_path / "data")
