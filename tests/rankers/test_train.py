@@ -1,0 +1,146 @@
+"""The whole command on a tiny data set: it learns, resumes bit for bit, fine-tunes, and refuses what does not fit."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from ranker_samples import draw
+
+from common.checkpoint import read_weights
+from common.config import from_mapping, read_mapping
+from rankers import load_ranker
+from rankers.train import Options, RankerTask, main
+
+ROOT = Path(__file__).parents[2]
+SMALL = [
+    "--model.image-size", "32", "--model.embed-dim", "32", "--train-sizes", "32", "--loop.global-batch-size", "16",
+    "--model.text.width", "32", "--model.text.layers", "1", "--model.text.heads", "2", "--num-workers", "0",
+    "--model.text.max-text-len", "16", "--loop.tensorboard", "False", "--loop.log-every", "1",
+    "--optim.warmup-steps", "2",
+]  # fmt: skip
+
+
+def arguments(shards: Path, run_dir: Path, steps: int, *more: str) -> list[str]:
+    return [
+        "--data",
+        str(shards),
+        "--loop.run-dir",
+        str(run_dir),
+        "--loop.num-steps",
+        str(steps),
+        *SMALL,
+        *more,
+    ]
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows if row["kind"] == "train"}
+
+
+def test_it_learns_colours_and_kinds(shards, tmp_path):
+    figures = main(arguments(shards, tmp_path / "run", 60, "--ema-decay", "0.9", "--optim.lr", "3e-3"))
+    trace = losses(tmp_path / "run")
+    assert trace[60] < 0.6 * trace[1]
+    assert figures["kind_accuracy"] >= 0.8 and figures["recall@10"] > 0.6
+    ranker = load_ranker(tmp_path / "run")
+    images = [draw(kind, "红色", 99 + i) for i, kind in enumerate(("鞋子", "杯子", "帽子"))]
+    assert int(ranker.score("杯子", images).argmax()) == 1
+    assert ranker.calibration.num_pictures == 24
+    assert {"config.json", "model.safetensors", "calibration.json", "towers"} <= {
+        p.name for p in (tmp_path / "run/latest").iterdir()
+    }
+    assert (tmp_path / "run/samples/best_matches_00000060.png").is_file()
+
+
+def test_a_run_cut_short_goes_on_bit_for_bit(shards, tmp_path):
+    more = ("--loop.micro-batch-size", "8", "--train-sizes", "32", "48")
+    main(arguments(shards, tmp_path / "whole", 6, *more))
+    code = (
+        "import sys, os\nfrom rankers import train\nstep = train.RankerTask.train_step\n"
+        "def killed(self, batch, number):\n"
+        "    if number == 5: os.kill(os.getpid(), 9)\n"
+        "    return step(self, batch, number)\n"
+        "train.RankerTask.train_step = killed\ntrain.main(sys.argv[1:])\n"
+    )
+    cut = arguments(shards, tmp_path / "cut", 6, *more, "--loop.save-every", "3")
+    done = subprocess.run([sys.executable, "-c", code, *cut], cwd=ROOT, capture_output=True)
+    assert done.returncode == -9, done.stderr.decode()[-2000:]
+    main(cut)
+    whole, again = (read_weights((tmp_path / name / "latest").resolve()) for name in ("whole", "cut"))
+    assert all(torch.equal(whole[n], again[n]) for n in whole)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+
+
+def test_training_sizes_grow(shards, tmp_path):
+    options = from_mapping(Options, read_mapping(ROOT / "configs/goods_128/ranker.yaml"))
+    task = RankerTask.__new__(RankerTask)
+    task.options = options
+    steps = options.loop.num_steps
+    assert [task.train_size(s) for s in (0, steps // 4, steps // 2, steps - 1)] == [64, 80, 96, 112]
+
+
+def test_a_run_with_other_options_is_not_gone_on_with(shards, tmp_path, capsys):
+    main(arguments(shards, tmp_path / "run", 1))
+    for more, words in (
+        (["--model.embed-dim", "16"], "embed_dim 32, not 16"),
+        (["--model.text.width", "48"], "towers"),
+        (["--ema-decay", "0"], "--ema-decay"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments(shards, tmp_path / "run", 3, *more))
+        assert caught.value.code == 2 and words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--data", "none"], "no data folder none"),
+        (["--vocab", "none.txt"], "no BERT vocabulary none.txt"),
+        (["--model.image-tower", "vgg"], "unknown image tower 'vgg'"),
+        (["--model.image-tower", "vit-ti-16", "--train-sizes", "32", "48"], "takes any size"),
+        (["--init", "none"], "brings"),
+        (["--train-sizes", "8"], "at least 32"),
+        (["--loop.global-batch-size", "15", "--loop.micro-batch-size", "4"], "micro_batch_size"),
+        (["--attributes.label-feild", "x"], "Unrecognized"),
+    ],
+)
+def test_bad_input_ends_with_code_2(shards, tmp_path, more, words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments(shards, tmp_path / "run", 2, *more))
+    assert caught.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_two_processes_follow_the_curve_of_one(shards, tmp_path):
+    main(arguments(shards, tmp_path / "one", 3, "--loop.micro-batch-size", "8", "--model.text.dropout", "0"))
+    command = ["torchrun", "--nproc_per_node", "2", "--master_port", "29617", "-m", "rankers.train"]
+    two = arguments(shards, tmp_path / "two", 3, "--model.text.dropout", "0")
+    command = [str(Path(sys.executable).parent / command[0]), *command[1:], *two]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert one.keys() == two.keys()
+    for step, loss in one.items():  # batch statistics are of 8 pictures in both
+        assert two[step] == pytest.approx(loss, rel=0.02)
+
+
+def test_a_chinese_clip_is_fine_tuned(shards, tmp_path, chinese_clip):
+    run = tmp_path / "run"
+    arguments = [
+        "--data",
+        str(shards),
+        "--init",
+        str(chinese_clip),
+        "--train-sizes",
+        "32",
+        "--num-workers",
+        "0",
+    ]
+    arguments += ["--loop.run-dir", str(run), "--loop.num-steps", "3", "--loop.global-batch-size", "8"]
+    main([*arguments, "--loop.tensorboard", "False", "--optim.lr", "1e-4", "--ema-decay", "0"])
+    images = [draw("杯子", "红色", i) for i in range(3)]
+    before, after = (load_ranker(name).score("红色的杯子", images) for name in (chinese_clip, run))
+    assert 1e-6 < (before - after).abs().max() < 0.5
