@@ -1,12 +1,67 @@
-"""What a training will cost: parameters, memory, tokens, operations, hours, disk."""
+"""What a training of the generator will cost, before it is started.
+
+    python -m dalle.plan --config configs/goods_128/dalle.yaml
+    python -m dalle.plan --config configs/goods_128/dalle.yaml --model.size 340m --gpus 8 --gpu-memory 80
+
+Takes every option of train_dalle.py. Without --gpus the hours come from twenty steps measured on this machine.
+"""
 
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from common.distributed import Precision, autocast
-from dalle.model import DalleConfig
+from common import checkpoint
+from common.config import command, parse_options
+from common.distributed import Precision, autocast, batch_plan, pick_device
+from common.log import clock, say
+from common.optim import adamw
+from dalle import sequence
+from dalle.losses import dalle_loss
+from dalle.model import SIZES, Dalle, DalleConfig
+from dalle.text_tokenizer import TextTokenizer
+from dalle.train_options import Options
+from data_tools.index import ShardIndex
+from vq.model import KIND as TOKENIZER_KIND
+
+TOKENS_PER_PARAMETER = 20  # Hoffmann et al. 2022 (Chinchilla), table 3
+USEFUL_EPOCHS = 16  # Muennighoff et al. 2023: repeated data lose nearly all value beyond this
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class PlanOptions(Options):
+    """Price a training of the generator: all options of train_dalle.py, and the hardware."""
+
+    gpus: int = 0
+    """GPUs to plan for; 0 measures this machine."""
+    gpu_memory: float = 80.0
+    """Memory of one GPU in GiB."""
+    gpu_tflops: float = 312.0
+    """Dense bf16 peak of one GPU in TFLOP/s: A100 312, H100 990, RTX 4090 165."""
+    expected_mfu: float = 0.4
+    """Share of the peak to plan with."""
+    num_samples: int | None = None
+    """Training pictures; None counts those in --data."""
+    codebook_size: int | None = None
+    """Image codes; None reads the image tokenizer."""
+    grid_size: int | None = None
+    """Side of the code grid; None reads the image tokenizer."""
+    text_vocab_size: int | None = None
+    """Text pieces; None reads the text tokenizer."""
+    dry_run_steps: int = 20
+    """Steps measured on this machine when gpus is 0; 0 measures none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.gpus < 0 or self.dry_run_steps < 0:
+            raise ValueError(
+                f"gpus and dry_run_steps must not be negative, not {self.gpus}, {self.dry_run_steps}"
+            )
+        if self.gpu_memory <= 0 or self.gpu_tflops <= 0 or not 0 < self.expected_mfu <= 1:
+            raise ValueError("gpu_memory and gpu_tflops must be above 0 and expected_mfu lie in (0, 1]")
 
 
 def train_flops(config: DalleConfig, text_len: int) -> float:
@@ -38,14 +93,223 @@ def measure_peak_flops(
         a, b = a.to(dtype), b.to(dtype)
         seconds = []
         for _ in range(repeats + 1):  # the first one warms up
-            _synchronize(device)
+            synchronize(device)
             started = time.perf_counter()
             nn.functional.linear(a, b)
-            _synchronize(device)
+            synchronize(device)
             seconds.append(time.perf_counter() - started)
     return 2.0 * size**3 / min(seconds[1:])
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def count_parameters(config: DalleConfig) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in Dalle(config).parameters())
+
+
+def state_bytes(parameters: int, options: Options, processes: int) -> float:
+    """Of one process: weights, gradients, both moments, the moving average, the copy that evaluation uses.
+
+    float32 each; ZeRO 1 shards the moments, 2 the gradients too, 3 the weights too. A bf16 copy of the weights lives
+    through a step.
+    """
+    stage = options.deepspeed.zero_stage if options.engine == "deepspeed" else 0
+    shared = [8 * (stage >= 1), 4 * (stage >= 2), 4 * (stage >= 3)]
+    whole = 16 - sum(shared) + 2 + 4 + 4 * (options.ema_decay > 0)
+    return parameters * (whole + sum(shared) / processes)
+
+
+def activation_bytes(config: DalleConfig, text_len: int, precision_bytes: int = 2) -> float:
+    """What one sample keeps for the backward pass; an estimate, good to about a third."""
+    c, length = config, text_len + config.num_image_tokens
+    attention = precision_bytes * (6 * c.dim + 4 * c.num_kv_heads * c.head_dim) + 8 * c.dim
+    ffn = precision_bytes * (c.dim + 4 * c.ffn_dim) + 8 * c.dim
+    block = length * (attention + ffn)
+    kept = c.num_layers * length * c.dim * 4 + block if c.gradient_checkpointing else c.num_layers * block
+    return kept + c.num_image_tokens * c.codebook_size * (precision_bytes + 8)
+
+
+def checkpoint_bytes(parameters: int, options: Options) -> float:
+    """model.safetensors, and the weights, moments and moving average of training_state."""
+    return parameters * (4 + 4 + 8 + 4 * (options.ema_decay > 0))
+
+
+def shard_bytes(num_samples: int, views: int, num_image_tokens: int) -> float:
+    """Token shards: codes of two bytes, three tar members of 512-byte blocks."""
+    return num_samples * (views * num_image_tokens * 2 + 3 * 1024)
+
+
+def fitting_size(unique_tokens: float, epochs: float) -> str | None:
+    """The largest row of the table that the data feed, or None."""
+    budget = unique_tokens * min(epochs, USEFUL_EPOCHS) / TOKENS_PER_PARAMETER
+    million = {n: float(n[:-1]) * (1000 if n.endswith("b") else 1) for n in SIZES}
+    fitting = [n for n in SIZES if million[n] * 1e6 <= budget]
+    return fitting[-1] if fitting else None
+
+
+def vocabularies(options: PlanOptions) -> tuple[int, int, int]:
+    """(text_vocab_size, codebook_size, grid_size): as given, as the tokenizers say, else those of the defaults."""
+    codebook_size, grid_size, text_vocab_size = (
+        options.codebook_size,
+        options.grid_size,
+        options.text_vocab_size,
+    )
+    if codebook_size is None or grid_size is None:
+        name = options.image_tokenizer
+        directory = checkpoint.resolve(name) if name else checkpoint.newest_run(TOKENIZER_KIND)
+        if directory is None:
+            raise FileNotFoundError(
+                "no image tokenizer in runs/ yet: give --codebook-size and --grid-size, or --image-tokenizer DIR"
+            )
+        from vq.model import ImageTokenizer
+
+        tokenizer = ImageTokenizer.from_pretrained(directory)
+        codebook_size, grid_size = codebook_size or tokenizer.codebook_size, grid_size or tokenizer.grid_size
+    if text_vocab_size is None:
+        named = options.text_tokenizer
+        text_vocab_size = TextTokenizer.from_pretrained(named).vocab_size if named else 1000
+    return text_vocab_size, codebook_size, grid_size
+
+
+def count_samples(options: PlanOptions) -> int:
+    if options.num_samples is not None:
+        return options.num_samples
+    return len(ShardIndex.open(options.data or "data/synthetic", "train"))
+
+
+def dry_run(config: DalleConfig, options: PlanOptions, micro_batch_size: int) -> tuple[float, float]:
+    """Seconds of a sample and share of the measured peak: `dry_run_steps` steps on random ids on this machine."""
+    device = pick_device(options.device)
+    peak = measure_peak_flops(device, options.precision)
+    torch.manual_seed(0)
+    model = Dalle(config).to(device)
+    optimizer = adamw(model, options.optim)
+    shape = (micro_batch_size, config.max_text_len)
+    text_ids = torch.randint(config.text_vocab_size, shape, device=device)
+    text_ids[text_ids == config.pad_id] = (config.pad_id + 1) % config.text_vocab_size
+    image_ids = torch.randint(
+        config.codebook_size, (micro_batch_size, config.num_image_tokens), device=device
+    )
+    targets = sequence.text_targets(text_ids, config.pad_id)
+    seconds = []
+    for _ in range(options.dry_run_steps + 2):  # the first two warm up
+        synchronize(device)
+        started = time.perf_counter()
+        with autocast(device, options.precision):
+            output = model(text_ids, image_ids)
+        dalle_loss(output, image_ids, targets, len(targets), options.loss).total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    each = sorted(seconds[2:])[len(seconds[2:]) // 2] / micro_batch_size
+    return each, train_flops(config, config.max_text_len) / each / peak
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The figures, and what to think of them."""
+
+    parameters: int
+    samples: int
+    epochs: float
+    unique_tokens: float
+    trained_tokens: float
+    flops: float
+    hours: float | None
+    memory_gib: float
+    disk_gib: float
+    lines: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+def make_plan(options: PlanOptions) -> Plan:
+    """Raises FileNotFoundError or ValueError when the data, a tokenizer or a size cannot be."""
+    text_vocab_size, codebook_size, grid_size = vocabularies(options)
+    config = options.model.config(
+        text_vocab_size, 0, options.max_text_len, codebook_size, grid_size, options.loss.text_weight > 0
+    )
+    loop, processes = options.loop, max(1, options.gpus)
+    batches = batch_plan(loop.global_batch_size, processes, loop.micro_batch_size)
+    parameters, samples = count_parameters(config), count_samples(options)
+    seen = loop.num_steps * loop.global_batch_size
+    epochs, unique = seen / samples, float(samples * config.num_image_tokens)
+    flops = seen * train_flops(config, config.max_text_len)
+    state = state_bytes(parameters, options, processes)
+    activations = batches.micro_batch_size * activation_bytes(config, config.max_text_len)
+    checkpoints = max(1, loop.keep_last) * checkpoint_bytes(parameters, options)
+    disk = checkpoints + shard_bytes(samples, 4, config.num_image_tokens)
+    hours, hardware = None, "not measured"
+    if options.gpus:
+        hours = flops / (options.gpus * options.gpu_tflops * 1e12 * options.expected_mfu) / 3600
+        hardware = f"{options.gpus} GPUs of {options.gpu_tflops:g} TFLOP/s at {options.expected_mfu:.0%}"
+    elif options.dry_run_steps:
+        each, mfu = dry_run(config, options, batches.micro_batch_size)
+        hours = seen * each / 3600
+        hardware = f"measured here: {1 / each:.1f} samples/s, {mfu:.0%} of the machine's peak"
+    c = config
+    lines = (
+        f"model       {parameters / 1e6:.1f}M parameters: dim {c.dim}, {c.num_layers} layers, {c.num_heads} heads "
+        f"({c.num_kv_heads} of keys and values), {c.max_text_len} text and {c.num_image_tokens} image tokens",
+        f"data        {samples} pictures, {unique / 1e6:.1f}M image tokens; {epochs:.1f} epochs see "
+        f"{seen * c.num_image_tokens / 1e6:.0f}M",
+        f"compute     {flops:.2e} FLOPs, {train_flops(c, c.max_text_len) / 1e9:.1f} GFLOPs a sample",
+        f"time        {'?' if hours is None else clock(hours * 3600)} ({hardware})",
+        f"memory      {state / GIB:.2f} GiB of weights and optimizer a process, about {activations / GIB:.2f} GiB of "
+        f"activations at {batches.micro_batch_size} samples a pass",
+        f"disk        {checkpoints / GIB:.2f} GiB for {max(1, loop.keep_last)} checkpoints, "
+        f"{(disk - checkpoints) / GIB:.2f} GiB for token shards of 4 views",
+    )
+    memory = (state + activations) / GIB
+    return Plan(
+        parameters,
+        samples,
+        epochs,
+        unique,
+        float(seen * c.num_image_tokens),
+        flops,
+        hours,
+        memory,
+        disk / GIB,
+        lines,
+        tuple(judge(options, parameters, epochs, unique, memory)),
+    )
+
+
+def judge(options: PlanOptions, parameters: int, epochs: float, unique: float, memory: float) -> list[str]:
+    """Warnings: too little data for the size, or more memory than there is."""
+    warnings = []
+    useful = unique * min(epochs, USEFUL_EPOCHS)
+    if useful < TOKENS_PER_PARAMETER * parameters:
+        size = fitting_size(unique, epochs)
+        advice = f"the largest size that they feed is {size}" if size else "they feed no size of the table"
+        warnings.append(
+            f"{unique / 1e6:.1f}M different image tokens, worth {useful / 1e6:.0f}M with repetition, are less than "
+            f"{TOKENS_PER_PARAMETER} a parameter: {advice}. It will overfit: use dropout, more views a picture and "
+            "watch the validation loss (--loop.patience)"
+        )
+    if options.gpus and memory > 0.9 * options.gpu_memory:
+        warnings.append(
+            f"{memory:.0f} GiB a GPU do not fit into {options.gpu_memory:g}: lower --loop.micro-batch-size, set "
+            "--model.gradient-checkpointing True, or shard with --engine deepspeed --deepspeed.zero-stage 3"
+        )
+    return warnings
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> Plan:
+    """Print the plan; returns it."""
+    plan = make_plan(parse_options(PlanOptions, argv, description=__doc__))
+    for line in plan.lines:
+        say(line)
+    for warning in plan.warnings:
+        say(f"warning     {warning}")
+    return plan
+
+
+if __name__ == "__main__":
+    main()
