@@ -79,8 +79,20 @@ class GeneratorTask:
             options.deepspeed,
         )
         self.peak_flops = measure_peak_flops(world.device, options.precision)
+        self.sample_texts = self._known_texts() if options.sample_images else ()
         self.curve_bits: Tensor | None = None
         self.num_truncated = 0
+
+    def _known_texts(self) -> tuple[str, ...]:
+        """Captions of the sample grids. Raises ValueError for one that the tokenizer knows nothing of."""
+        texts = self.options.sample_texts or self.data.first_texts(4)
+        for text in texts:
+            encoded = self.text_tokenizer.encode([text], self.options.max_text_len)
+            if encoded.num_unknown == encoded.num_pieces:
+                raise ValueError(
+                    f"the text tokenizer knows nothing of the caption {text!r}: set --sample-texts"
+                )
+        return texts
 
     def train_step(self, batch: dict[str, Any], step: int) -> dict[str, float]:
         options, started = self.options, time.perf_counter()
@@ -202,9 +214,10 @@ class GeneratorTask:
             return {}
         pictures = {} if self.curve_bits is None else {"position_bits": heat_map(self.curve_bits)}
         if options.sample_images:
-            texts = options.sample_texts or self.data.first_texts(4)
             pipeline = TextToImage(self.finished, self.image_tokenizer, self.text_tokenizer)
-            drawn = pipeline.generate(texts, options.sample_images, options.loop.seed, options.sampling)
+            drawn = pipeline.generate(
+                self.sample_texts, options.sample_images, options.loop.seed, options.sampling
+            )
             pictures["samples"] = make_grid([p.image for p in drawn], columns=options.sample_images)
         return pictures
 
