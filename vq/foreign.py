@@ -21,6 +21,9 @@ class Inert:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
+    def __call__(self, *args: Any, **kwargs: Any) -> "Inert":
+        return Inert()
+
     def __setstate__(self, state: Any) -> None:
         pass
 
@@ -96,11 +99,19 @@ def read_foreign(path: Path) -> Any:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Tensors by name; the entry `state_dict`, `model`, `weights` or `ema` is looked into when there is one."""
-    content = read_foreign(path)
-    for entry in ("state_dict", "model", "weights"):
+    """Tensors by name out of a file; see `tensors_of`."""
+    return tensors_of(read_foreign(path), path)
+
+
+def tensors_of(content: Any, path: Path) -> dict[str, Tensor]:
+    """Tensors by name; the entry `ema`, `state_dict`, `model` or `weights` is looked into when there is one.
+
+    Raises ValueError naming `path` when there are none.
+    """
+    for entry in ("ema", "state_dict", "model", "weights"):
         if isinstance(content, dict) and isinstance(content.get(entry), dict):
             content = content[entry]
+            break
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
     tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}

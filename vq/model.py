@@ -210,6 +210,10 @@ class ImageTokenizer(nn.Module):
     def decode_ids(self, ids: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """(B, N) long, raster order -> (B, 3, H, W) float32 in [-1, 1]; `grid` (h, w) None: the training grid."""
         height, width = grid or (self.grid_size, self.grid_size)
+        if ids.shape[-1] != height * width:
+            raise ValueError(
+                f"{ids.shape[-1]} codes do not fill a grid of {height} x {width}: give the grid's size"
+            )
         latents = self.quantizer.lookup(ids.view(-1, height, width))
         return self.decode(latents).float().clamp(-1, 1)
 
