@@ -105,6 +105,9 @@ class Download:
 
     def run(self) -> dict[str, Any]:
         """Fetch what is missing; returns the content of report.json."""
+        for folder in (self.config.dst, self.work):  # what killed runs were writing
+            for path in folder.glob(".*.tmp"):
+                path.unlink()
         self.round = self._begin()
         asyncio.run(self._run())
         return self._finish()

@@ -80,7 +80,7 @@ class PictureRules:
     min_contrast: float = 0.0
     """Flag `near_constant` under this standard deviation of brightness, in levels of 255."""
     max_tiling: float = 0.0
-    """Flag `watermark` above this strength of a repeated overlay; 0.05 finds tiled text."""
+    """Flag `watermark` above this strength of a repeated overlay; 0.06 finds tiled text."""
     drop_flags: tuple[Flag, ...] = ()
     """Flags that drop the picture; the others are written into its metadata."""
 

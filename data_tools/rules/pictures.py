@@ -5,7 +5,8 @@ Thresholds were set on 989 pictures of the embedded product set and their damage
   those enlarged four times 0.12. The plain variance of the Laplacian (Pech-Pacheco et al., 2000) overlaps between
   sharp pictures of little contrast and blurred ones of much; dividing by the range of brightness separates them.
 - tiling: autocorrelation of the clipped local contrast. Textiles repeat too, but in ridges: a lattice of text has
-  peaks that stand out from the ring around them. Single logos and banners are not found by it.
+  peaks that stand out from the ring around them. Over 0.06 are 0 of 170 web photos and 0.6 % of 330 goods, 77-96 %
+  of those with tiled text of opacity 0.35 and 94-100 % at 0.6. Single logos and banners are not found by it.
 """
 
 import math
