@@ -274,7 +274,9 @@ def describe(task: GeneratorTask) -> str:
 @command
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Train; returns the last evaluation."""
-    options = parse_options(Options, argv, description=__doc__)
+    options = parse_options(
+        Options, argv, description=__doc__, embedded=Path(__file__).parent / "configs/demo/dalle.yaml"
+    )
     loop, world = options.loop, start_world(options.device)
     try:
         plan = batch_plan(loop.global_batch_size, world.size, loop.micro_batch_size)

@@ -26,7 +26,9 @@ from vq.task import TokenizerTask
 @command
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Train; returns the last evaluation."""
-    options = parse_options(Options, argv, description=__doc__)
+    options = parse_options(
+        Options, argv, description=__doc__, embedded=Path(__file__).parent / "configs/demo/vqgan.yaml"
+    )
     world = start_world(options.device)
     model = options.model_config
     if not (options.data or options.image_folder) and world.is_main:

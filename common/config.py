@@ -16,8 +16,15 @@ from typing import Any, TypeVar
 Options = TypeVar("Options")
 
 
-def parse_options(cls: type[Options], argv: Sequence[str] | None = None, description: str = "") -> Options:
+def parse_options(
+    cls: type[Options],
+    argv: Sequence[str] | None = None,
+    description: str = "",
+    embedded: Path | None = None,
+) -> Options:
     """Build `cls` from the command line; `argv` defaults to `sys.argv[1:]`.
+
+    `embedded`: the config file of the embedded default, read when neither a config nor data of one's own are named.
 
     Nested dataclasses become `--group.field`. `--local_rank`, which the deepspeed launcher inserts, is dropped:
     processes read their rank from the environment.
@@ -27,6 +34,8 @@ def parse_options(cls: type[Options], argv: Sequence[str] | None = None, descrip
 
     args = _drop_local_rank(list(sys.argv[1:] if argv is None else argv))
     path, args = _take_config_flag(args)
+    if path is None and not any(a.startswith(("--data", "--image-folder")) for a in args):
+        path = embedded
     values = read_mapping(path) if path else {}
     default = from_mapping(cls, values, where=str(path)) if path else None
     kwargs = {} if default is None else {"default": default}
