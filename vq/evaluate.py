@@ -1,0 +1,311 @@
+"""How good an image tokenizer is: figures over the validation pictures, and a page of them, worst first.
+
+    python -m vq.evaluate runs/goods_128_vqgan ../shared/data/goods
+    python -m vq.evaluate runs/goods_128_vqgan ../shared/data/goods --perceptual runs/perceptual_eval
+
+PSNR and SSIM of 8-bit levels; LPIPS, or the named features of `vq.train_perceptual` in its place; rFID with Inception
+weights where they are on this machine, else the Frechet distance of those named features; use of the codebook; colour
+shift; pictures a second. Writes figures.json and index.html (one file, pictures inside).
+"""
+
+import base64
+import html
+import io
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from PIL import Image
+from torch import Tensor, nn
+
+from common.config import command, parse_options
+from common.distributed import Precision, autocast, pick_device
+from common.files import atomic_path, ensure_writable_directory, write_json
+from common.image import to_image
+from common.log import say
+from data_tools.loader import DecodeImage, eval_batches
+from vq.data import open_pictures
+from vq.losses import color_shift, psnr
+from vq.model import ImageTokenizer
+from vq.perceptual import PerceptualDistance, load_perceptual
+from vq.quantizer import CodeUsage
+
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Evaluate an image tokenizer."""
+
+    checkpoint: Annotated[str, tyro.conf.Positional]
+    """A checkpoint, a run directory or a hub id."""
+    data: Annotated[Path, tyro.conf.Positional]
+    """Folder of image shards with val-*.tar, or with --folder a plain folder of pictures."""
+    folder: bool = False
+    """`data` is a plain folder: its held-out pictures are looked at."""
+    split: str = "val"
+    """Which shards: val or train."""
+    out: Path = Path("out/tokenizer")
+    """Directory for figures.json and index.html."""
+    perceptual: str = "auto"
+    """lpips, a directory made by vq.train_perceptual, auto (lpips if it is here, else runs/perceptual), or none."""
+    image_size: int = 0
+    """Side in pixels; 0: that of training."""
+    limit: int = 0
+    """Pictures to look at; 0: all."""
+    show: int = 96
+    """Pictures on the page."""
+    batch_size: int = 32
+    """Pictures of one pass."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    precision: Precision = "auto"
+    """auto takes bf16 autocast where the machine has it."""
+
+    def __post_init__(self) -> None:
+        for name, low in (("limit", 0), ("show", 0), ("batch_size", 1), ("image_size", 0)):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} must be at least {low}, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One picture."""
+
+    key: str
+    text: str
+    psnr: float
+    ssim: float
+    perceptual: float | None
+    original: Image.Image
+    reconstruction: Image.Image
+
+
+@dataclass
+class Totals:
+    """Sums over pictures."""
+
+    usage: CodeUsage
+    rows: list[Row] = field(default_factory=list)
+    shifts: list[Tensor] = field(default_factory=list)
+    encode_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    timed: int = 0
+
+
+class _Features(nn.Module):
+    """What torchmetrics' Frechet distance takes: pictures in [-1, 1] -> (B, D)."""
+
+    def __init__(self, perceptual: PerceptualDistance) -> None:
+        super().__init__()
+        self.perceptual = perceptual
+        self.num_features = perceptual.config.tap_widths[-1]
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.perceptual.pooled(images)
+
+
+class FrechetMeter:
+    """rFID with Inception weights from the torch hub cache, else the distance of the perceptual network's features."""
+
+    def __init__(self, perceptual: PerceptualDistance | None, device: torch.device) -> None:
+        from torchmetrics.image.fid import FrechetInceptionDistance
+
+        path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
+        self.inception = path.is_file()
+        self.meter, self.name = None, ""
+        if self.inception:
+            self.name = "rFID (Inception)"
+            self.meter = FrechetInceptionDistance(2048, feature_extractor_weights_path=str(path)).to(device)
+        elif perceptual:
+            self.name = f"Frechet distance of {perceptual.name}, not comparable with rFID"
+            self.meter = FrechetInceptionDistance(_Features(perceptual), normalize=True).to(device)
+
+    def add(self, originals: Tensor, reconstructions: Tensor) -> None:
+        """(B, 3, S, S) twice, in [-1, 1]."""
+        for images, real in ((originals, True), (reconstructions, False)):
+            if self.inception:
+                images = levels(images).to(torch.uint8)
+            if self.meter is not None:
+                self.meter.update(images, real=real)
+
+    def value(self) -> float | None:
+        return float(self.meter.compute()) if self.meter is not None else None
+
+
+def levels(images: Tensor) -> Tensor:
+    """[-1, 1] -> whole numbers 0..255, float."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round()
+
+
+@torch.no_grad()
+def evaluate(
+    tokenizer: ImageTokenizer, options: Options, device: torch.device
+) -> tuple[dict[str, Any], list[Row]]:
+    """Figures by name, and the pictures worst first. Raises ValueError for data that holds none."""
+    perceptual = _perceptual(options, device)
+    frechet = FrechetMeter(perceptual, device)
+    totals = Totals(CodeUsage(tokenizer.codebook_size))
+    for batch in _batches(options, options.image_size or tokenizer.image_size):
+        _add(totals, batch, tokenizer, perceptual, frechet, options, device)
+    if not totals.rows:
+        raise ValueError(f"none of the pictures in {options.data} could be read")
+    rows, shift = totals.rows, torch.cat(totals.shifts)
+    figures: dict[str, Any] = {
+        "pictures": len(rows),
+        "psnr": sum(r.psnr for r in rows) / len(rows),
+        "ssim": sum(r.ssim for r in rows) / len(rows),
+        "perceptual": sum(r.perceptual for r in rows) / len(rows) if perceptual else None,
+        "perceptual_kind": perceptual.name if perceptual else "not measured",
+        "frechet": frechet.value(),
+        "frechet_kind": frechet.name or "not measured",
+        "color_shift": float(shift.mean(0).abs().max()),
+        "encode_per_second": totals.timed / totals.encode_seconds if totals.timed else None,
+        "decode_per_second": totals.timed / totals.decode_seconds if totals.timed else None,
+    } | totals.usage.figures()
+    order = (lambda r: -r.perceptual) if perceptual else (lambda r: r.psnr)
+    return figures, sorted(rows, key=order)
+
+
+def _perceptual(options: Options, device: torch.device) -> PerceptualDistance | None:
+    if options.perceptual == "none":
+        return None
+    try:
+        return load_perceptual(options.perceptual, device)
+    except FileNotFoundError as error:
+        if options.perceptual != "auto":
+            raise
+        say(f"note: the perceptual figure is left out: {error}")
+        return None
+
+
+def _batches(options: Options, image_size: int) -> Iterator[dict[str, Any]]:
+    from tqdm import tqdm
+
+    folder = str(options.data) if options.folder else ""
+    index = open_pictures(str(options.data), folder, options.split)
+    count = min(len(index), options.limit) if options.limit else len(index)
+    decode = DecodeImage(image_size, first_caption=True)
+    with tqdm(total=count, desc="evaluating", unit="picture") as bar:
+        for batch in eval_batches(index, decode, options.batch_size, count):
+            yield batch
+            bar.update(len(batch["key"]))
+
+
+def _add(
+    totals: Totals,
+    batch: dict[str, Any],
+    tokenizer: ImageTokenizer,
+    perceptual: PerceptualDistance | None,
+    frechet: FrechetMeter,
+    options: Options,
+    device: torch.device,
+) -> None:
+    from torchmetrics.functional.image import structural_similarity_index_measure as ssim
+
+    images = batch["image"].to(device, memory_format=torch.channels_last)
+    grid = (images.shape[-2] // tokenizer.downsample_factor, images.shape[-1] // tokenizer.downsample_factor)
+    with autocast(device, options.precision):
+        if not totals.rows:  # the first pass allocates and chooses kernels: untimed
+            tokenizer.decode_ids(tokenizer.encode_ids(images), grid)
+        started = _clock(device)
+        ids = tokenizer.encode_ids(images)
+        encoded = _clock(device)
+        decoded = tokenizer.decode_ids(ids, grid)
+        ended = _clock(device)
+        distances = perceptual(decoded, images).tolist() if perceptual else [None] * len(images)
+    totals.encode_seconds += encoded - started
+    totals.decode_seconds += ended - encoded
+    totals.timed += len(images)
+    totals.usage.add(ids)
+    totals.shifts.append(color_shift(decoded, images).cpu())
+    frechet.add(images, decoded)
+    rounded = levels(decoded) / 127.5 - 1
+    similar = ssim(levels(decoded), levels(images), data_range=255.0, reduction="none").view(-1).tolist()
+    noise = psnr(rounded, images).tolist()
+    for i, key in enumerate(batch["key"]):
+        pictures = to_image(images[i]), to_image(decoded[i])
+        totals.rows.append(Row(key, batch["text"][i], noise[i], similar[i], distances[i], *pictures))
+
+
+def _clock(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def write_page(path: Path, figures: dict[str, Any], rows: Sequence[Row], title: str) -> None:
+    """One HTML file: the figures, then original | reconstruction of `rows` in their order."""
+    shown = "".join(
+        f"<tr><td>{html.escape(name.replace('_', ' '))}</td><td>{html.escape(_short(value))}</td></tr>"
+        for name, value in figures.items()
+    )
+    cards = "".join(_card(i, row) for i, row in enumerate(rows, start=1))
+    page = PAGE.format(title=html.escape(title), figures=shown, cards=cards, count=len(rows))
+    with atomic_path(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+
+
+def _card(number: int, row: Row) -> str:
+    distance = "" if row.perceptual is None else f" · perceptual {row.perceptual:.3f}"
+    pictures = "".join(
+        f'<img src="{_data_url(image)}" alt="">' for image in (row.original, row.reconstruction)
+    )
+    words = f"{row.psnr:.1f} dB · SSIM {row.ssim:.3f}{distance}"
+    return (
+        f"<figure>{pictures}<figcaption><b>{number}. {html.escape(row.key)}</b> {words}<br>"
+        f"{html.escape(row.text)}</figcaption></figure>"
+    )
+
+
+def _data_url(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", quality=92)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "not measured" if value is None else str(value)
+
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
+body {{ font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #222 }}
+table {{ border-collapse: collapse }} td {{ padding: .15rem 1.2rem .15rem 0; border-bottom: 1px solid #ddd }}
+main {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(17.5rem, 1fr)); gap: 1.2rem }}
+figure {{ margin: 0 }} img {{ width: 49.5%; image-rendering: pixelated }} img + img {{ margin-left: 1% }}
+figcaption {{ font-size: 12px; color: #555 }}
+</style></head><body><h1>{title}</h1><table>{figures}</table>
+<p>Original left, reconstruction right; {count} pictures, worst first.</p><main>{cards}</main></body></html>
+"""
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Evaluate; returns the figures."""
+    options = parse_options(Options, argv, description=__doc__)
+    ensure_writable_directory(options.out)
+    device = pick_device(options.device)
+    tokenizer = ImageTokenizer.from_pretrained(options.checkpoint, device)
+    figures, rows = evaluate(tokenizer, options, device)
+    for name, value in figures.items():
+        say(f"{name:>18}  {_short(value)}")
+    about = {
+        "checkpoint": options.checkpoint,
+        "data": str(options.data),
+        "codes_sha256": tokenizer.codes_sha256,
+    }
+    write_json(options.out / "figures.json", figures | about)
+    write_page(
+        options.out / "index.html", figures, rows[: options.show], f"Image tokenizer {options.checkpoint}"
+    )
+    say(f"wrote {options.out / 'index.html'} and figures.json")
+    return figures
+
+
+if __name__ == "__main__":
+    main()
