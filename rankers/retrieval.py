@@ -62,14 +62,19 @@ def load_pairs(index: ShardIndex, config: AttributeConfig, limit: int = 1000) ->
     return Pairs(images, captions, labels, colors, torch.tensor(facts, dtype=torch.long))
 
 
-def recall_at(scores: Tensor, relevant: Tensor, ks: Sequence[int] = KS) -> dict[str, float]:
-    """Share of queries with a relevant item among the best k; scores (Q, N), relevant (Q, N) bool.
+def hits_at(scores: Tensor, relevant: Tensor, ks: Sequence[int] = KS) -> dict[int, Tensor]:
+    """Whether a relevant item is among the best k, (Q,) bool by k; scores (Q, N), relevant (Q, N) bool.
 
     Items of equal score count as if the irrelevant ones came first, so that a constant ranker gets no credit.
     """
     best = scores.masked_fill(~relevant, float("-inf")).max(1).values  # (Q,)
     before = ((scores >= best[:, None]) & ~relevant).sum(1)  # irrelevant items that stand before it
-    return {f"recall@{k}": float((before < k).float().mean()) for k in ks}
+    return {k: before < k for k in ks}
+
+
+def recall_at(scores: Tensor, relevant: Tensor, ks: Sequence[int] = KS) -> dict[str, float]:
+    """Share of queries with a relevant item among the best k."""
+    return {f"recall@{k}": float(hit.float().mean()) for k, hit in hits_at(scores, relevant, ks).items()}
 
 
 def chance_recall(relevant: Tensor, ks: Sequence[int] = KS) -> dict[str, float]:
