@@ -53,9 +53,11 @@ class PackedGate:
 
 
 class Int8Linear:
-    """x @ weight.T with the weight as int8 and one scale an output channel; x in bfloat16."""
+    """x @ weight.T with the weight as int8 and one scale an output channel; x in bfloat16. Raises ValueError."""
 
     def __init__(self, weight: Tensor, dtype: torch.dtype = torch.int8) -> None:
+        if weight.shape[0] % 32 or weight.shape[1] % 32:
+            raise ValueError(f"int8 weights need sizes that are multiples of 32, not {tuple(weight.shape)}")
         scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-8) / 127
         self.weight = (weight / scale).round().to(torch.int8).contiguous()
         self.scale = scale[:, 0].to(torch.bfloat16)
@@ -68,7 +70,7 @@ class Int8Gate:
     """silu(x @ gate.T) * (x @ up.T)"""
 
     def __init__(self, gate_up: Tensor, dtype: torch.dtype = torch.int8) -> None:
-        self.gate_up = Int8Linear(gate_up)
+        self.gate_up = Int8Linear(gate_up, dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, -1)
@@ -119,9 +121,11 @@ class PackedDecoder:
         self.head_group = torch.tensor([0] * c.num_heads + [1] * c.num_kv_heads)
         self.eps, self.head_eps = (model.norm.eps * c.dim) ** 0.5, (model.norm.eps * c.head_dim) ** 0.5
 
+    @torch.inference_mode()
     def new_cache(self, text_ids: Tensor) -> PackedCache:
         return PackedCache(self, text_ids)
 
+    @torch.inference_mode()
     def prefill(self, text_ids: Tensor, cache: PackedCache, image_ids: Tensor | None = None) -> Tensor:
         """As `Dalle.prefill`: logits (R, V) of the first unknown image token."""
         begin = self.begin_image.expand(len(text_ids), 1, -1)
@@ -140,6 +144,7 @@ class PackedDecoder:
             self._finish(x, y, block)
         return self._logits(x.unflatten(0, (rows, n))[:, -1])
 
+    @torch.inference_mode()
     def decode_step(self, image_ids: Tensor, position: int, cache: PackedCache) -> Tensor:
         """As `Dalle.decode_step`: the token drawn at `position` (R,) -> logits (R, V) of the next."""
         index = position + cache.text_len + 1

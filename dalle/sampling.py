@@ -164,7 +164,6 @@ def fill_rows(ids: Tensor, multiple: int) -> Tensor:
     return torch.cat([ids, ids[-1:].expand(missing, *ids.shape[1:])]) if missing else ids
 
 
-@torch.inference_mode()
 def sample_ids(
     model: Generator,
     text_ids: Tensor,
@@ -178,6 +177,20 @@ def sample_ids(
     null_ids: (B, T), what guidance leads away from: null captions or negative prompts; not run when cfg_scale is 1.
     generators: one a row (`picture_generator`). canvas: tokens to keep. Nothing in the loop waits for the device.
     """
+    with torch.inference_mode():
+        drawn = _draw(model, text_ids, null_ids, generators, options, canvas)
+    return Sampled(*(None if t is None else t.clone() for t in drawn))  # clones may take part in training
+
+
+def _draw(
+    model: Generator,
+    text_ids: Tensor,
+    null_ids: Tensor,
+    generators: Sequence[torch.Generator],
+    options: SamplingOptions,
+    canvas: Canvas | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """ids (B, N), log-likelihoods (B,) with and without text."""
     batch_size, num_tokens = len(text_ids), model.config.num_image_tokens
     device = text_ids.device
     rows = torch.cat([text_ids, null_ids]) if options.is_guided else text_ids
@@ -198,7 +211,7 @@ def sample_ids(
         if n % NOISE_CHUNK == 0 and n > start:
             noise = draw_noise(generators, model.config.codebook_size, device)
         logits = logits.float()
-        with_text = guided = logits[:batch_size]
+        with_text = guided = logits[:batch_size]  # (B, V)
         if options.is_guided:
             without = logits[batch_size : 2 * batch_size]
             guided = guide(
@@ -211,7 +224,7 @@ def sample_ids(
         log_likelihood += _log_probability(with_text, drawn, canvas, n)
         if options.is_guided:
             null_log_likelihood += _log_probability(without, drawn, canvas, n)
-    return Sampled(ids, log_likelihood, null_log_likelihood)
+    return ids, log_likelihood, null_log_likelihood
 
 
 def _to_rows(ids: Tensor, num_rows: int, options: SamplingOptions) -> Tensor:
@@ -235,7 +248,7 @@ def _log_probability(logits: Tensor, ids: Tensor, canvas: Canvas | None, n: int)
     return value.masked_fill(canvas.keep[:, n], 0.0) if canvas else value
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def log_likelihood(model: Any, text_ids: Tensor, image_ids: Tensor) -> Tensor:
     """log p(image | text) of given pictures in one pass: text_ids (B, T), image_ids (B, N) -> (B,) float32."""
     logits = model(text_ids, image_ids).image.float()  # (B, N, V)

@@ -1,0 +1,42 @@
+"""A whole generator checkpoint, small enough for tests: 100 image tokens, 24 codes, pictures of 40 pixels."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from common.checkpoint import write_model
+from common.config import to_mapping
+from dalle.model import KIND, Dalle, ModelOptions
+from dalle.text_tokenizer import TextTokenizer
+from vq.autoencoder import FastConfig
+from vq.model import ImageTokenizer, TokenizerConfig
+
+CAPTIONS = ["一件红色的连衣裙", "一双黑色的鞋", "白色的杯子", "条纹T恤", "蓝色牛仔裤"]
+
+
+def enlarge_(model: nn.Module) -> None:
+    """Weights so large that every path moves the result."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(
+                torch.randn_like(parameter) * (0.25 if parameter.ndim > 1 else 0.3) + (parameter.ndim == 1)
+            )
+
+
+def write_generator(directory: Path, seed: int = 0) -> Path:
+    """A checkpoint directory of kind generator, as the trainer writes it."""
+    torch.manual_seed(seed)
+    fast = FastConfig(channels=(32,), encoder_blocks=(1,), decoder_blocks=(1,), attention=False)
+    image_tokenizer = ImageTokenizer(
+        TokenizerConfig(image_size=40, fast=fast, codebook_size=24, codebook_dim=4)
+    )
+    text_tokenizer = TextTokenizer.train(CAPTIONS * 5, vocab_size=64, model_type="char")
+    options = ModelOptions(dim=32, num_layers=2, num_heads=2, text_embed_dim=8)
+    model = Dalle(options.config(text_tokenizer.vocab_size, text_tokenizer.pad_id, 12, 24, 10))
+    enlarge_(model)
+    (directory / "image_tokenizer").mkdir(parents=True)
+    image_tokenizer.write(directory / "image_tokenizer", 0)
+    text_tokenizer.save(directory)
+    write_model(directory, KIND, to_mapping(model.config), model.state_dict(), 7)
+    return directory
