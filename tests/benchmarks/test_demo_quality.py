@@ -1,0 +1,122 @@
+"""The benchmark of the demo, through main, with real untrained models; its tables and its sheet."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks import demo_quality
+from benchmarks.demo_quality import Verdict, pairs, sheet
+from common.checkpoint import write_model
+from common.config import to_mapping
+from dalle.model import KIND, Dalle, ModelOptions
+from dalle.pipeline import TextToImage
+from dalle.text_tokenizer import TextTokenizer
+from data_tools.synthetic import COLORS, KINDS, draw_goods, prompt
+from evaluation.judge import JudgeConfig, train_judge
+from rankers import load_ranker
+from rankers.model import ModelConfig, RankerModel, save_ranker
+from rankers.text import TextTowerConfig, write_text_tower
+from vq.autoencoder import FastConfig
+from vq.model import ImageTokenizer, TokenizerConfig
+
+PROMPTS = [prompt(kind, color) for kind in KINDS for color in COLORS]
+TINY_JUDGE = ["--judge.num-train", "60", "--judge.num-epochs", "1", "--judge.batch-size", "20"]
+
+
+@pytest.fixture(scope="module")
+def generator_dir(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("generator")
+    torch.manual_seed(0)
+    fast = FastConfig(channels=(32, 32), encoder_blocks=(1, 1), decoder_blocks=(1, 1), attention=False)
+    (directory / "image_tokenizer").mkdir()
+    tokenizer = ImageTokenizer(TokenizerConfig(image_size=32, fast=fast, codebook_size=16))
+    tokenizer.write(directory / "image_tokenizer", 0)
+    text = TextTokenizer.train(PROMPTS, vocab_size=80, model_type="char")
+    text.save(directory)
+    sizes = ModelOptions(dim=32, num_layers=1, num_heads=2, text_embed_dim=16)
+    config = sizes.config(text.vocab_size, text.pad_id, 16, 16, tokenizer.grid_size)
+    write_model(directory, KIND, to_mapping(config), Dalle(config).state_dict(), 0)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def ranker_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranker")
+    torch.manual_seed(0)
+    write_text_tower(folder / "text", PROMPTS, TextTowerConfig(32, 1, 2, 16), None)
+    config = ModelConfig(image_tower="resnet-xs", embed_dim=16, image_size=32, max_text_len=16)
+    (folder / "checkpoint").mkdir()
+    weights = RankerModel(config, folder / "text").state_dict()
+    save_ranker(folder / "checkpoint", config, weights, folder / "text", 0)
+    return folder / "checkpoint"
+
+
+def test_every_prompt_occurs_once_and_every_ten_are_mixed():
+    table = pairs(100)
+    assert len(set(table)) == 100
+    assert {kind for kind, _ in table[:10]} == set(KINDS) and {color for _, color in table[:10]} == set(
+        COLORS
+    )
+    assert pairs(7) == table[:7]
+
+
+def test_shares_count_what_is_right():
+    right, wrong_kind = Verdict("cup", "red", "cup", "red"), Verdict("cup", "red", "bag", "red")
+    wrong_color = Verdict("hat", "blue", "hat", "black")
+    shares = demo_quality.shares([right] * 5 + [wrong_kind] * 2 + [wrong_color] * 3)
+    assert [shares[n]["share"] for n in ("kind", "color", "both")] == [0.8, 0.7, 0.5]
+    assert shares["kind"]["low"] == pytest.approx(0.490, abs=1e-3)  # Wilson's interval of 8 in 10
+    assert shares["kind"]["high"] == pytest.approx(0.943, abs=1e-3)
+
+
+def test_mistakes_and_only_they_are_framed():
+    asked = [("tshirt", "red"), ("hat", "white")]
+    images = [draw_goods(np.random.default_rng(0), kind, color, "plain", "white") for kind, color in asked]
+    wrong = Verdict("hat", "white", "cup", "black")
+    plain = np.asarray(sheet(asked, images, [Verdict(*asked[0], *asked[0]), Verdict(*asked[1], *asked[1])]))
+    framed = np.asarray(sheet(asked, images, [Verdict(*asked[0], *asked[0]), wrong]))
+    rows, columns = np.nonzero((plain != framed).any(axis=2))
+    height, width = plain.shape[:2]
+    assert rows.min() > 0.85 * height and columns.min() > 0.85 * width, "the last row and column alone"
+
+
+def test_main_draws_ranks_judges_and_writes(tmp_path, generator_dir, ranker_dir, capsys):
+    out, flags = (
+        tmp_path / "out",
+        ["--num-images", "3", "--num-prompts", "4", "--cache", str(tmp_path / "cache")],
+    )
+    flags += ["--checkpoint", str(generator_dir), "--ranker", str(ranker_dir), "--device", "cpu", *TINY_JUDGE]
+    results = demo_quality.main([*flags, "--out", str(out), "--batch-size", "5"])
+    assert results == json.loads((out / "results.json").read_text("utf-8"))
+    counts = [row["pictures"]["count"] for row in results["rows"].values()]
+    assert counts == [4, 12, demo_quality.NUM_CONTROL]
+    assert "the bar of 90% is MISSED" in capsys.readouterr().out
+    ranker, pipeline = load_ranker(ranker_dir, "cpu"), TextToImage.from_pretrained(generator_dir, "cpu")
+    judge = train_judge(JudgeConfig(60, 1, 20), tmp_path / "cache")
+    for (kind, color), row in zip(pairs(4), results["prompts"], strict=True):
+        images = pipeline(prompt(kind, color), 3, seed=0)
+        assert row["picture"] == int(ranker.score(prompt(kind, color), images).argmax())
+        assert row["kind_seen"] == judge.kinds(images)[row["picture"]]
+    again = demo_quality.main([*flags, "--out", str(tmp_path / "again"), "--batch-size", "12"])
+    assert again["rows"] == results["rows"]
+    assert (tmp_path / "again" / "sheet.png").read_bytes() == (out / "sheet.png").read_bytes()
+    assert Image.open(out / "sheet.png").width > 1000
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--num-images", "0"], "num_images and batch_size must be at least 1"),
+        (["--num-prompts", "101"], "num_prompts must be 1 to 100"),
+        (["--checkpoint", "nowhere"], "nowhere"),
+        (["--num-image", "4"], "--num-image"),
+    ],
+)
+def test_bad_input_ends_with_code_2(tmp_path, capsys, flags, words):
+    with pytest.raises(SystemExit) as stop:
+        demo_quality.main(["--out", str(tmp_path), *flags])
+    assert stop.value.code == 2
+    assert words in " ".join(capsys.readouterr().err.replace("│", " ").split())
