@@ -83,15 +83,15 @@ class Sampled:
 
 @dataclass(frozen=True)
 class Canvas:
-    """Tokens that stand already: `keep` (B, N) bool marks them in `ids` (B, N)."""
+    """Tokens that stand already: `keep` (B, N) bool marks them in `ids` (B, N).
+
+    The first `prefix_len` positions, kept by every picture, are read in one pass. It may not depend on which pictures
+    share a batch, since one pass and many steps round differently.
+    """
 
     ids: Tensor
     keep: Tensor
-
-    def prefix_len(self) -> int:
-        """Leading positions that every picture keeps; at least one position is left to draw."""
-        kept = self.keep.all(0).long().cumprod(0).sum()
-        return min(int(kept), self.keep.shape[1] - 1)
+    prefix_len: int = 0
 
 
 def guidance_scale(position: int, num_positions: int, scale: float, schedule: Schedule) -> float:
@@ -195,7 +195,7 @@ def _draw(
     device = text_ids.device
     rows = torch.cat([text_ids, null_ids]) if options.is_guided else text_ids
     rows = fill_rows(rows, model.row_multiple)  # (R, T)
-    start = canvas.prefix_len() if canvas else 0
+    start = canvas.prefix_len if canvas else 0
     ids = (
         canvas.ids.clone() if canvas else torch.zeros(batch_size, num_tokens, dtype=torch.long, device=device)
     )

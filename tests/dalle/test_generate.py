@@ -1,0 +1,201 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from small_checkpoint import CAPTIONS
+
+from generate import main
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def lines(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "images.jsonl").read_text("utf-8").splitlines()]
+
+
+def pictures(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(out.glob("0*.png"))}
+
+
+def run(generator_dir, out, *arguments: str) -> Path:
+    text, count = CAPTIONS[0], "3"
+    if arguments and not arguments[0].startswith("-"):
+        text, count, *arguments = arguments
+    return main([text, count, str(out), "--checkpoint", str(generator_dir), "--device", "cpu", *arguments])
+
+
+@pytest.fixture
+def prompts(tmp_path) -> Path:
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join([*CAPTIONS, "", "qwz"]) + "\n", encoding="utf-8")
+    return path
+
+
+def test_writes_the_out_directory(generator_dir, tmp_path):
+    out = run(generator_dir, tmp_path / "out", "--seed", "5", "--cfg-scale", "2.5", "--top-k", "12")
+    assert sorted(p.name for p in out.iterdir()) == [
+        "0000.png",
+        "0001.png",
+        "0002.png",
+        "grid.png",
+        "images.jsonl",
+    ]
+    first = lines(out)[0]
+    assert first["file"] == "0000.png" and first["text"] == CAPTIONS[0] and first["seed"] == 5
+    assert first["sampling"]["cfg_scale"] == 2.5 and first["sampling"]["top_k"] == 12
+    assert first["checkpoint"] == json.loads((generator_dir / "config.json").read_text())["sha256"]
+    assert first["log_likelihood"] < 0 and first["null_log_likelihood"] < 0 and first["seconds"] > 0
+    with Image.open(out / "0000.png") as image, Image.open(out / "grid.png") as grid:
+        assert image.size == (40, 40) and image.mode == "RGB" and grid.size == (82, 82)
+
+
+def test_the_same_seed_gives_the_same_bytes_in_any_batch(generator_dir, tmp_path):
+    first = run(generator_dir, tmp_path / "a", "--batch-size", "8")
+    second = run(generator_dir, tmp_path / "b", "--batch-size", "2")
+    other = run(generator_dir, tmp_path / "c", "--seed", "1")
+    assert pictures(first) == pictures(second) != pictures(other)
+    assert (first / "grid.png").read_bytes() == (second / "grid.png").read_bytes()
+
+
+def test_fewer_pictures_leave_none_of_the_earlier_run(generator_dir, tmp_path):
+    run(generator_dir, tmp_path / "out")
+    (tmp_path / "out" / "ranking.json").write_text("{}")
+    (tmp_path / "out" / "mine.png").write_bytes(b"not ours")
+    out = run(generator_dir, tmp_path / "out", CAPTIONS[1], "2")
+    assert sorted(p.name for p in out.iterdir()) == [
+        "0000.png",
+        "0001.png",
+        "grid.png",
+        "images.jsonl",
+        "mine.png",
+    ]
+    assert [line["text"] for line in lines(out)] == [CAPTIONS[1]] * 2
+
+
+def test_a_file_of_prompts(generator_dir, tmp_path, prompts, capsys):
+    out = run(generator_dir, tmp_path / "out", "", "2", "--prompts-file", str(prompts), "--batch-size", "3")
+    assert [(x["text"], x["index"]) for x in lines(out)] == [(t, i) for t in CAPTIONS for i in range(2)]
+    assert "skipped 1 of the texts" in capsys.readouterr().out
+    single = run(generator_dir, tmp_path / "single", CAPTIONS[3], "2")
+    assert pictures(single)["0001.png"] == pictures(out)["0007.png"]
+
+
+def test_a_file_of_prompts_goes_on_where_it_was(generator_dir, tmp_path, prompts):
+    arguments = ("", "2", "--prompts-file", str(prompts))
+    whole = run(generator_dir, tmp_path / "whole", *arguments)
+    expected = pictures(whole)
+    listed = (whole / "images.jsonl").read_bytes().splitlines(keepends=True)
+    part = tmp_path / "part"
+    part.mkdir()
+    for name in list(expected)[:6]:
+        (part / name).write_bytes(expected[name])
+    (part / "images.jsonl").write_bytes(b"".join(listed[:5]) + listed[5][:40])  # killed while writing line 6
+    before = {name: (part / name).stat().st_mtime_ns for name in list(expected)[:5]}
+    run(generator_dir, part, *arguments)
+    assert pictures(part) == expected and len(lines(part)) == 10
+    assert before == {name: (part / name).stat().st_mtime_ns for name in before}
+
+
+def test_other_options_start_anew(generator_dir, tmp_path, prompts):
+    out = run(generator_dir, tmp_path / "out", "", "1", "--prompts-file", str(prompts))
+    before = pictures(out)
+    run(generator_dir, out, "", "1", "--prompts-file", str(prompts), "--seed", "3")
+    assert not set(before.values()) & set(pictures(out).values()) and len(lines(out)) == 5
+
+
+@pytest.mark.slow
+def test_kill_9_loses_nothing_and_the_same_command_goes_on(generator_dir, tmp_path):
+    prompts = tmp_path / "many.txt"
+    prompts.write_text("\n".join(CAPTIONS * 20), encoding="utf-8")
+    command = [
+        sys.executable,
+        "generate.py",
+        "",
+        "1",
+        str(tmp_path / "out"),
+        "--checkpoint",
+        str(generator_dir),
+    ]
+    command += ["--prompts-file", str(prompts), "--batch-size", "2", "--device", "cpu"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    listed = tmp_path / "out" / "images.jsonl"
+    while not listed.is_file() or len(listed.read_bytes().splitlines()) < 7:
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert len(lines(tmp_path / "out")) < 100
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "going on behind them" in again.stdout
+    whole = run(generator_dir, tmp_path / "whole", "", "1", "--prompts-file", str(prompts))
+    assert pictures(tmp_path / "out") == pictures(whole)
+
+
+def test_starting_from_a_picture(generator_dir, tmp_path):
+    source = run(generator_dir, tmp_path / "source")
+    mask = tmp_path / "mask.png"
+    Image.new("L", (40, 40), 255).save(mask)
+    picture = str(source / "0000.png")
+    for arguments in (
+        ("--prime", picture, "--keep-rows", "6"),
+        ("--inpaint", picture, "--mask", str(mask)),
+        ("--vary", picture, "--strength", "0.2"),
+    ):
+        out = run(generator_dir, tmp_path / arguments[0].strip("-"), *arguments)
+        assert lines(out)[0]["source"][arguments[0].strip("-")] == picture
+        assert len(pictures(out)) == 3
+
+
+BAD = [
+    (["", "3", "OUT"], "is empty"),
+    (["   ", "3", "OUT"], "is empty"),
+    (["qwz", "3", "OUT"], "only characters"),
+    (["鞋", "0", "OUT"], "num_images must be at least 1, not 0"),
+    (["鞋", "-1", "OUT"], "num_images must be at least 1, not -1"),
+    (["鞋", "two", "OUT"], "two"),
+    (["鞋", "3", "FILE/out"], "cannot write to the directory"),
+    (["鞋", "3", "OUT", "--cfgscale", "3"], "--cfgscale"),
+    (["鞋", "3", "OUT", "--cfg-scale", "-3"], "cfg_scale"),
+    (["鞋", "3", "OUT", "--batch-size", "0"], "batch_size"),
+    (["鞋", "3", "OUT", "--seed", "-4"], "seed"),
+    (["鞋", "3", "OUT", "--device", "gpu"], "gpu"),
+    (["鞋", "3", "OUT", "--prime", "nowhere.png"], "no picture nowhere.png"),
+    (["鞋", "3", "OUT", "--prime", "FILE"], "no readable picture"),
+    (["鞋", "3", "OUT", "--keep-rows", "3"], "--keep-rows needs --prime"),
+    (["鞋", "3", "OUT", "--strength", "0.5"], "--strength needs --vary"),
+    (["鞋", "3", "OUT", "--inpaint", "a.png"], "--inpaint needs --mask"),
+    (["鞋", "3", "OUT", "--prime", "a.png", "--vary", "b.png"], "choose one of"),
+    (["鞋", "3", "OUT", "--prompts-file", "FILE"], "not both"),
+    (["", "3", "OUT", "--prompts-file", "nowhere.txt"], "no prompts file"),
+    (["", "3", "OUT", "--prompts-file", "FILE"], "no text that can be drawn"),
+    (["鞋", "3", "OUT", "--checkpoint", "nowhere"], "no checkpoint directory nowhere"),
+    (["鞋", "3", "OUT", "--checkpoint", "TOKENIZER"], "kind 'image_tokenizer', not 'generator'"),
+    (["鞋", "3", "OUT", "--fast.engine", "graph"], "GPU"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[" ".join(a) for a, _ in BAD])
+def test_bad_input_ends_in_one_sentence_and_code_2(arguments, message, generator_dir, tmp_path, capsys):
+    file = tmp_path / "file"
+    file.write_text("qwz\n")
+    tokenizer = generator_dir / "image_tokenizer"
+    names = {"OUT": tmp_path / "out", "FILE/out": file / "out", "FILE": file, "TOKENIZER": tokenizer}
+    filled = [str(names.get(a, a)) for a in arguments]
+    if "--checkpoint" not in filled:
+        filled += ["--checkpoint", str(generator_dir)]
+    with pytest.raises(SystemExit) as stopped:
+        main([*filled, "--device", "cpu"] if "--device" not in filled else filled)
+    captured = capsys.readouterr().err
+    assert stopped.value.code == 2 and message in " ".join(captured.replace("│", " ").split()), captured
+    assert "Traceback" not in captured and not list((tmp_path / "out").glob("*.png"))
+
+
+def test_a_long_prompt_is_cut_with_a_note(generator_dir, tmp_path, capsys):
+    out = run(generator_dir, tmp_path / "out", "红色的鞋" * 2500, "1")
+    assert "note: the text" in capsys.readouterr().out and len(pictures(out)) == 1
