@@ -10,8 +10,9 @@ from torch import Tensor
 
 def to_tensor(image: Image.Image) -> Tensor:
     """RGB picture -> float32 (3, S, S) in [-1, 1]."""
-    array = np.asarray(image.convert("RGB"), dtype=np.float32)
-    return torch.from_numpy(array / 127.5 - 1.0).permute(2, 0, 1).contiguous()
+    rgb = image if image.mode == "RGB" else image.convert("RGB")
+    levels = np.ascontiguousarray(np.asarray(rgb).transpose(2, 0, 1))  # (3, S, S) uint8: turned while it is small
+    return torch.from_numpy(levels).float().div_(127.5).sub_(1.0)
 
 
 def to_image(tensor: Tensor) -> Image.Image:
@@ -22,7 +23,7 @@ def to_image(tensor: Tensor) -> Image.Image:
 
 def resize_square(image: Image.Image, size: int) -> Image.Image:
     """Centre crop to a square, then resize to `size` pixels (Lanczos)."""
-    image = image.convert("RGB")
+    image = image if image.mode == "RGB" else image.convert("RGB")
     side = min(image.size)
     if image.width != image.height:
         left, top = (image.width - side) // 2, (image.height - side) // 2
