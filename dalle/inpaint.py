@@ -32,11 +32,14 @@ class Source:
 
     def canvas(self, generators: Sequence[torch.Generator], device: torch.device) -> Canvas:
         """One row a generator; random choices are the generators' first draws."""
-        rows = [
-            self.keep if self.keep is not None else scattered(len(self.ids), self.strength, g)
-            for g in generators
-        ]
-        return Canvas(self.ids.expand(len(rows), -1).to(device), torch.stack(rows).to(device))
+        ids = self.ids.expand(len(generators), -1).to(device)
+        if self.keep is None:
+            keep = torch.stack([scattered(len(self.ids), self.strength, g) for g in generators])
+            return Canvas(ids, keep.to(device))
+        prefix_len = int(self.keep.long().cumprod(0).sum())
+        return Canvas(
+            ids, self.keep.expand(len(generators), -1).to(device), min(prefix_len, len(self.ids) - 1)
+        )
 
 
 def encode_picture(tokenizer: ImageTokenizer, picture: Image.Image) -> Tensor:

@@ -56,8 +56,17 @@ def test_variations_redraw_their_share_in_patches(pipeline, picture, strength):
 
 
 def test_sources_do_not_depend_on_the_batch(pipeline, picture):
-    source = inpaint.vary(pipeline.image_tokenizer, picture, 0.5)
-    assert torch.equal(draw(pipeline, source), draw(pipeline, source, batch_size=1))
+    for source in (
+        inpaint.vary(pipeline.image_tokenizer, picture, 0.5),
+        inpaint.prime(pipeline.image_tokenizer, picture, 3),
+    ):
+        assert torch.equal(draw(pipeline, source), draw(pipeline, source, batch_size=1))
+
+
+def test_a_source_that_keeps_everything_still_ends(pipeline, picture):
+    ids = inpaint.encode_picture(pipeline.image_tokenizer, picture)
+    source = inpaint.Source(ids, torch.ones(100, dtype=torch.bool))
+    assert torch.equal(draw(pipeline, source, 1).flatten(), ids)
 
 
 def test_bad_sources_are_named(pipeline, picture):

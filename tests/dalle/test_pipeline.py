@@ -21,7 +21,7 @@ def test_pictures_have_the_tokenizers_size_and_differ(pipeline):
     assert [p.size for p in pictures] == [(40, 40)] * 3 and len({p.tobytes() for p in pictures}) == 3
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 5, 8])
+@pytest.mark.parametrize("batch_size", [1, 4])
 def test_a_picture_does_not_depend_on_its_batch(pipeline, batch_size):
     together = list(pipeline.generate(CAPTIONS[:2], 3, 4, OPTIONS, batch_size=6))
     other = list(pipeline.generate(CAPTIONS[:2], 3, 4, OPTIONS, batch_size=batch_size))
@@ -137,7 +137,7 @@ def test_tokenizers_that_do_not_belong_are_refused(damaged):
     for name in ("image_embed.weight", "image_head.weight"):
         weights[name] = weights[name].repeat(2, 1)
     save_file(weights, damaged / "model.safetensors")
-    with pytest.raises(ValueError, match="48 image codes.* 24"):
+    with pytest.raises(ValueError, match=r"48 image codes.* 24"):
         TextToImage.from_pretrained(damaged)
 
 

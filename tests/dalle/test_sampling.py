@@ -189,18 +189,13 @@ def test_kept_tokens_stay_and_steer_the_others(model, keep_first):
     keep = torch.zeros(3, 100, dtype=torch.bool)
     keep[:, :keep_first] = True
     keep[:, 80:90] = True
-    same = draw(model, options, canvas=Canvas(free.ids, keep))
+    same = draw(model, options, canvas=Canvas(free.ids, keep, keep_first))
     assert torch.equal(same.ids, free.ids)  # what would have been drawn anyway
     other = (free.ids + 1) % 24
-    changed = draw(model, options, canvas=Canvas(other, keep))
+    changed = draw(model, options, canvas=Canvas(other, keep, keep_first))
     assert torch.equal(changed.ids[keep], other[keep])
     assert not torch.equal(changed.ids[:, 90:], free.ids[:, 90:])
     text, _ = texts(model, 3)
     logits = model(text, changed.ids).image.log_softmax(-1).gather(-1, changed.ids[..., None])[..., 0]
     drawn = logits.masked_fill(keep, 0).sum(1)
     torch.testing.assert_close(changed.log_likelihood, drawn, rtol=1e-4, atol=1e-3)
-
-
-def test_everything_kept_but_the_last_position():
-    canvas = Canvas(torch.zeros(2, 9, dtype=torch.long), torch.ones(2, 9, dtype=torch.bool))
-    assert canvas.prefix_len() == 8
