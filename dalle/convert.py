@@ -1,22 +1,31 @@
-"""Import a generator trained with lucidrains' DALLE-pytorch 1.x (`dalle.pt`).
+"""Import a generator trained with lucidrains' DALLE-pytorch 1.x (`dalle.pt`), its image tokenizer included.
 
-    python -m dalle.convert dalle.pt runs/imported --text-tokenizer hfl/chinese-roberta-wwm-ext
-    python -m dalle.convert dalle.pt runs/imported --text-tokenizer DIR --image-tokenizer runs/vqgan-imported
+    python -m dalle.convert dalle.pt runs/imported                                  # hfl/chinese-roberta-wwm-ext texts
+    python -m dalle.convert dalle.pt runs/imported --text-tokenizer DIR --image-tokenizer runs/vqgan_f16_1024
+    python generate.py "一件红色的连衣裙" 8 out/ --checkpoint runs/imported
 
-The file is read with `weights_only=True`. What its options say and what its weights say can differ (defaults changed
-between releases): the weights win, and every such override is printed. Leftover weights are an error.
+What the file's options say and what its weights say can differ, since defaults changed between releases: the weights
+win, and every such override is printed. Leftover weights are an error. Foreign classes are never imported.
 """
 
-import pickle
 import re
+import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import torch
+import tyro
 from torch import Tensor
 
-from dalle.dalle_pytorch import DallePytorch, DallePytorchConfig
+from common.checkpoint import resolve, write_model
+from common.config import command, parse_options, to_mapping
+from common.files import atomic_directory, sha256_file
+from common.log import say
+from dalle.dalle_pytorch import KIND, BareTextTokenizer, DallePytorch, DallePytorchConfig
+from vq.convert import guess_kind, tokenizer_from_dalle_pytorch, tokenizer_from_taming
+from vq.foreign import read_foreign
+from vq.model import ImageTokenizer
 
 BLOCK = re.compile(
     r"transformer\.layers\.(?:layers\.(?P<seq>\d+)\.(?P<part>[01])|blocks\.(?P<rev>\d+)\.(?P<stream>[fg])\.net)\."
@@ -25,6 +34,20 @@ BLOCK = re.compile(
 )
 LEAVES = {"to_qkv": "inner.to_qkv", "to_out.0": "inner.to_out", "net.0": "inner.up", "net.3": "inner.down"}
 IGNORED = re.compile(r"logits_mask|.*\.static_mask|text_emb\.linear\..*|image_emb\.linear\..*|vae\..*")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Import a DALLE-pytorch generator."""
+
+    source: Annotated[Path, tyro.conf.Positional]
+    """The file dalle.pt."""
+    target: Annotated[Path, tyro.conf.Positional]
+    """Checkpoint directory to write; must not exist."""
+    text_tokenizer: str = "hfl/chinese-roberta-wwm-ext"
+    """Folder or hub id of the tokenizer that the generator was trained with; the file does not say which it was."""
+    image_tokenizer: Path | None = None
+    """Checkpoint of `python -m vq.convert` to use instead of the one in the file."""
 
 
 @dataclass(frozen=True)
@@ -45,25 +68,16 @@ class Imported:
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """The file's dictionary. Raises FileNotFoundError or ValueError saying what the file is instead."""
-    if path.is_dir():
-        raise ValueError(
-            f"{path} is a directory: give the file dalle.pt (for DeepSpeed runs, consolidate it first)"
-        )
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint file {path}")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(
-            f"{path} is not a torch file of plain tensors: {str(error).splitlines()[0]}"
-        ) from error
+    content = read_foreign(path)
     if not isinstance(content, dict) or "hparams" not in content or "weights" not in content:
         raise ValueError(f"{path} is no DALLE-pytorch checkpoint: it lacks hparams and weights")
-    if not isinstance(content["weights"], dict):
+    if isinstance(content["weights"], str):
         raise ValueError(
             f"{path} belongs to a DeepSpeed folder and holds no weights: run its zero_to_fp32.py first, then put the "
             "result into the file's entry 'weights'"
         )
+    if not isinstance(content["weights"], dict) or not isinstance(content["hparams"], dict):
+        raise ValueError(f"{path} is no DALLE-pytorch checkpoint: its weights are no plain tensors")
     if "depth" not in content["hparams"]:
         raise ValueError(
             f"{path} is a DiscreteVAE checkpoint, not a generator: import it with python -m vq.convert"
@@ -202,3 +216,74 @@ def block_name(match: re.Match) -> str:
     for theirs, ours in LEAVES.items():
         rest = rest.replace(theirs, ours)
     return f"blocks.{match['seq'] or match['rev']}.{'attention' if is_attention else 'feed_forward'}.{rest}"
+
+
+def image_tokenizer_of(imported: Imported, override: Path | None) -> ImageTokenizer:
+    """The tokenizer in the file, or the one given. Raises ValueError when it does not fit the generator."""
+    config = imported.config
+    if override:
+        tokenizer = ImageTokenizer.from_pretrained(override)
+    elif not imported.vae_weights:
+        raise ValueError(
+            f"the file holds no {imported.vae_class}: import it first and give it as --image-tokenizer"
+        )
+    else:
+        weights = {n.removeprefix("model."): t for n, t in imported.vae_weights.items()}
+        is_taming = guess_kind(weights) == "taming"
+        options = imported.vae_options or {}
+        tokenizer = (
+            tokenizer_from_taming(weights) if is_taming else tokenizer_from_dalle_pytorch(weights, options)
+        )
+        side = (
+            config.grid_size * tokenizer.downsample_factor
+        )  # the generator tells which side it was trained at
+        if is_taming and side != tokenizer.image_size:
+            tokenizer = tokenizer_from_taming(weights, side)
+    if (tokenizer.codebook_size, tokenizer.grid_size) != (config.codebook_size, config.grid_size):
+        raise ValueError(
+            f"the generator draws {config.grid_size} x {config.grid_size} of {config.codebook_size} codes, the image "
+            f"tokenizer has {tokenizer.grid_size} x {tokenizer.grid_size} of {tokenizer.codebook_size}"
+        )
+    return tokenizer
+
+
+def convert(options: Options) -> Imported:
+    """Read, translate and write. Raises ValueError or FileNotFoundError saying what is wrong with the files."""
+    if options.target.exists():
+        raise ValueError(f"{options.target} exists already: name a new directory")
+    imported = import_checkpoint(options.source)
+    text_tokenizer = BareTextTokenizer.from_pretrained(options.text_tokenizer)
+    if text_tokenizer.vocab_size != imported.config.num_text_tokens:
+        raise ValueError(
+            f"the generator was trained on {imported.config.num_text_tokens} text tokens, {options.text_tokenizer} has "
+            f"{text_tokenizer.vocab_size}: name the right one with --text-tokenizer"
+        )
+    image_tokenizer = image_tokenizer_of(imported, options.image_tokenizer)
+    source = {"file": options.source.name, "sha256": sha256_file(options.source)}
+    with atomic_directory(options.target) as directory:
+        text_tokenizer.save(directory)
+        if options.image_tokenizer:
+            shutil.copytree(resolve(options.image_tokenizer), directory / "image_tokenizer")
+        else:
+            (directory / "image_tokenizer").mkdir()
+            image_tokenizer.write(directory / "image_tokenizer", 0)
+        write_model(directory, KIND, to_mapping(imported.config), imported.weights, 0, imported=source)
+    return imported
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Import; prints what it was."""
+    options = parse_options(Options, argv, description=__doc__)
+    imported = convert(options)
+    for line in imported.overrides:
+        say(f"the weights win | {line}")
+    c, count = imported.config, sum(t.numel() for t in imported.weights.values())
+    sizes = (
+        f"{c.num_layers} layers of width {c.dim}, {c.max_text_len} text and {c.num_image_tokens} image tokens"
+    )
+    say(f"{options.target}: {sizes}, {count / 1e6:.1f}M parameters, pictures by {imported.vae_class}")
+
+
+if __name__ == "__main__":
+    main()

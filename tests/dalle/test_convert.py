@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from dalle.convert import import_checkpoint
+from dalle.convert import import_checkpoint, main
 from dalle.dalle_pytorch import DallePytorch
+from dalle.pipeline import Request, TextToImage
+from dalle.sampling import SamplingOptions
 
 DATA = Path(__file__).parent / "data"
 GOLDEN = np.load(DATA / "dalle_pytorch_1_6_6.npz")
@@ -145,6 +147,54 @@ def test_a_foreign_pickle_is_not_executed(tmp_path):
             return (Path(tmp_path / "touched").touch, ())
 
     torch.save({"hparams": {}, "weights": Foreign()}, tmp_path / "dalle.pt")
-    with pytest.raises(ValueError, match="plain tensors"):
+    with pytest.raises(ValueError, match="no plain tensors"):
         import_checkpoint(tmp_path / "dalle.pt")
     assert not (tmp_path / "touched").exists()
+
+
+@pytest.fixture
+def vocabulary(tmp_path) -> Path:
+    """A BERT vocabulary of 23 entries."""
+    (tmp_path / "bert").mkdir()
+    entries = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"一件红色的连衣裙双黑鞋白杯子条纹"]
+    (tmp_path / "bert" / "vocab.txt").write_text(
+        "\n".join([*entries, "x", "y"][:23]) + "\n", encoding="utf-8"
+    )
+    return tmp_path / "bert"
+
+
+def convert(tmp_path, vocabulary, variant="rotary_shift", *arguments: str) -> Path:
+    path = save(checkpoint(variant), tmp_path)
+    main([str(path), str(tmp_path / "imported"), "--text-tokenizer", str(vocabulary), *arguments])
+    return tmp_path / "imported"
+
+
+def test_an_imported_generator_draws(tmp_path, vocabulary, capsys):
+    pipeline = TextToImage.from_pretrained(convert(tmp_path, vocabulary), "cpu")
+    assert "3 layers of width 32" in capsys.readouterr().out
+    ids, note = pipeline.encode_text("红色的鞋子")
+    assert note == "" and ids[0].tolist() == [7, 8, 9, 15, 18, 0]  # no marks, zeros behind
+    assert pipeline.encode_text("红" * 9)[1] and pipeline.encode_text("红" * 9)[0].min() == 7
+    pictures = list(pipeline.generate(["红色的鞋子"], 2, 0, SamplingOptions(cfg_scale=2.0)))
+    assert pictures[0].image.size == (32, 32) and not torch.equal(pictures[0].ids, pictures[1].ids)
+    with torch.no_grad():  # the likelihood that was recorded, by a pass over the whole sequence
+        logits = pipeline.generator.model(ids, pictures[1].ids[None])[:, 6:, 29:].log_softmax(-1)
+    expected = logits.gather(-1, pictures[1].ids[None, :, None]).sum()
+    assert pictures[1].log_likelihood == pytest.approx(float(expected), rel=1e-4)
+    alone = next(pipeline.draw([Request("红色的鞋子", 1)], 0, SamplingOptions(cfg_scale=2.0)))
+    assert alone.image.tobytes() == pictures[1].image.tobytes()
+
+
+def test_what_does_not_belong_together_is_refused(tmp_path, vocabulary, roberta, generator_dir, capsys):
+    for tokenizer, arguments, message in (
+        (roberta, (), "23 text tokens"),
+        (vocabulary, ("--image-tokenizer", str(generator_dir / "image_tokenizer")), "8 x 8 of 11 codes"),
+        (tmp_path / "nothing", (), "nothing"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            convert(tmp_path, tokenizer, "plain", *arguments)
+        assert stopped.value.code == 2 and message in capsys.readouterr().err
+    convert(tmp_path, vocabulary)
+    with pytest.raises(SystemExit):
+        convert(tmp_path, vocabulary)
+    assert "exists already" in capsys.readouterr().err
