@@ -266,6 +266,9 @@ class Run:
             samples = writer.shards[path.name]
             self.target.put(path)
             self.journal.finish(row.split, path.name, samples, row.number)
+            if not sys.stderr.isatty():  # where no bar is drawn
+                share = f" ({self.meter.done / self.meter.total:.0%})" if self.meter.total else ""
+                say(f"{path.name} | row {row.number}{share} | {sum(self.reasons.values())} dropped")
 
     def _writer(self, split: str) -> ShardWriter:
         if split not in self.writers:

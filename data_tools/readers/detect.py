@@ -55,7 +55,10 @@ _SPLIT_IN_NAME = re.compile(rf"(?:^|[._-])({'|'.join(SPLITS)})(?=[._-]|$)", re.I
 
 @dataclass(frozen=True)
 class Source:
-    """A recognised source: iterate it for all items, or read one part at a time."""
+    """A recognised source: iterate it for all items, or read one part at a time.
+
+    The records of a test split without pictures, and of lists of urls, have an empty `image`.
+    """
 
     path: Path
     format: str

@@ -154,6 +154,20 @@ def write_webdataset(folder: Path, count: int = 5) -> Path:
     return folder
 
 
+def write_mixed(folder, count=30):
+    """A T2I source of which every seventh picture is cut and every eleventh is no base64."""
+    folder.mkdir()
+    images, texts = [], []
+    for i in range(count):
+        data = picture(i)
+        data = data[: len(data) // 2] if i % 7 == 3 else data
+        images.append(f"{i:032x}\t{'***' if i % 11 == 5 else url_safe(data)}\n")
+        texts.append(f"{i:032x}\t第{i}件\n")
+    (folder / "T2I_train.img.tsv").write_text("".join(images))
+    (folder / "T2I_train.text.tsv").write_text("".join(texts[::-1]), "utf-8")
+    return folder
+
+
 SOURCES = {
     "ecommerce_t2i": write_t2i,
     "easynlp": write_easynlp,

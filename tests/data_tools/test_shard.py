@@ -13,23 +13,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from crashing_work import crash_on_three
 from make_sources import (
     SOURCES,
     picture,
     rows,
-    url_safe,
     write_folder,
     write_line_drawing,
+    write_mixed,
     write_t2i,
     write_webdataset,
 )
 
 from data_tools import shard as module
 from data_tools.images import decode
-from data_tools.parallel import ordered_map
 from data_tools.readers import open_source
-from data_tools.records import Record
 from data_tools.shard import main
 from data_tools.split import hash_split, split_unit
 from data_tools.targets import LocalTarget
@@ -51,20 +48,6 @@ def contents(folder):
 
 def dropped(folder):
     return [json.loads(line) for line in (Path(folder) / "dropped.jsonl").read_text("utf-8").splitlines()]
-
-
-def write_mixed(folder, count=30):
-    """A T2I source of which every seventh picture is cut and every eleventh is no base64."""
-    folder.mkdir()
-    images, texts = [], []
-    for i in range(count):
-        data = picture(i)
-        data = data[: len(data) // 2] if i % 7 == 3 else data
-        images.append(f"{i:032x}\t{'***' if i % 11 == 5 else url_safe(data)}\n")
-        texts.append(f"{i:032x}\t第{i}件\n")
-    (folder / "T2I_train.img.tsv").write_text("".join(images))
-    (folder / "T2I_train.text.tsv").write_text("".join(texts[::-1]), "utf-8")
-    return folder
 
 
 @needs_t2i
@@ -231,15 +214,6 @@ def test_other_options_or_data_need_a_word(tmp_path, capsys):
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
-def test_two_runs_at_once_are_refused(tmp_path, capsys):
-    holder = LocalTarget(tmp_path / "out")
-    holder.lock()
-    with pytest.raises(SystemExit):
-        run(write_t2i(tmp_path / "src"), tmp_path / "out")
-    assert "another run is writing" in capsys.readouterr().err
-    holder.close()
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -374,47 +348,3 @@ def test_shards_of_shards_keep_everything(tmp_path):
     before, after = list(open_source(source)), list(open_source(tmp_path / "out"))
     plain = [(r.key, r.image, r.captions, r.meta) for r in before]
     assert plain == [(r.key, r.image, r.captions, r.meta) for r in after]
-
-
-# --- remote, crashes -------------------------------------------------------------------------------------------
-
-
-def test_remote_target_equals_a_folder_also_after_a_crash(tmp_path, monkeypatch):
-    import fsspec
-
-    source = write_mixed(tmp_path / "src")
-    flags = ["--samples-per-shard", "4", "--val-share", "0.2"]
-    run(source, tmp_path / "local", *flags)
-    with monkeypatch.context() as patch:
-        uploads = []
-
-        def failing(self, path):
-            uploads.append(path.name)
-            if len(uploads) == 4:
-                raise OSError("the network is down")
-            original(self, path)
-
-        original = module.open_target("memory://x").put.__func__
-        patch.setattr("data_tools.targets.RemoteTarget.put", failing)
-        with pytest.raises(SystemExit):
-            run(source, "memory://bucket/shards", *flags)
-    run(source, "memory://bucket/shards", *flags)
-    memory = fsspec.filesystem("memory")
-    found = {
-        name.removeprefix("/bucket/shards/"): memory.cat_file(name) for name in memory.find("/bucket/shards")
-    }
-    assert found == contents(tmp_path / "local")
-    with pytest.raises(SystemExit) as error:
-        run(source, "nosuch://bucket/shards")
-    assert error.value.code == 2
-
-
-def test_a_crashing_decoder_costs_one_record():
-    batches = [(name, numbers) for name, numbers in zip("abcd", [[1, 2], [3, 4], [], [5, 6]], strict=True)]
-    results = list(ordered_map(crash_on_three, batches, 1, crashed=lambda number: f"lost {number}"))
-    assert results == [("a", [10, 20]), ("b", ["lost 3", 40]), ("c", []), ("d", [50, 60])]
-
-
-def test_crashed_record_has_a_reason():
-    item = module.crashed(Record("k", b"x", "jpg", ("a",), {}, "f.tsv:3"))
-    assert (item.key, item.where, item.reason) == ("k", "f.tsv:3", "decoder_crashed")
