@@ -3,9 +3,10 @@
     python -m vq.evaluate runs/goods_128_vqgan ../shared/data/goods
     python -m vq.evaluate runs/goods_128_vqgan ../shared/data/goods --perceptual runs/perceptual_eval
 
-PSNR and SSIM of 8-bit levels; LPIPS, or the named features of `vq.train_perceptual` in its place; rFID with Inception
-weights where they are on this machine, else the Frechet distance of those named features; use of the codebook; colour
-shift; pictures a second. Writes figures.json and index.html (one file, pictures inside).
+PSNR (also over the goods alone, as vq.foreground guesses them) and SSIM of 8-bit levels; LPIPS, or the named features
+of vq.train_perceptual in its place; rFID with Inception weights where they are on this machine, else the Frechet
+distance of those named features; use of the codebook; colour shift; pictures a second. Writes figures.json and
+index.html (one file, pictures inside).
 """
 
 import base64
@@ -29,6 +30,7 @@ from common.image import to_image
 from common.log import say
 from data_tools.loader import DecodeImage, eval_batches
 from vq.data import open_pictures
+from vq.foreground import border_mask
 from vq.losses import color_shift, psnr
 from vq.model import ImageTokenizer
 from vq.perceptual import PerceptualDistance, load_perceptual
@@ -79,6 +81,7 @@ class Row:
     key: str
     text: str
     psnr: float
+    psnr_goods: float
     ssim: float
     perceptual: float | None
     original: Image.Image
@@ -158,6 +161,7 @@ def evaluate(
     figures: dict[str, Any] = {
         "pictures": len(rows),
         "psnr": sum(r.psnr for r in rows) / len(rows),
+        "psnr_goods": sum(r.psnr_goods for r in rows) / len(rows),
         "ssim": sum(r.ssim for r in rows) / len(rows),
         "perceptual": sum(r.perceptual for r in rows) / len(rows) if perceptual else None,
         "perceptual_kind": perceptual.name if perceptual else "not measured",
@@ -226,10 +230,11 @@ def _add(
     frechet.add(images, decoded)
     rounded = levels(decoded) / 127.5 - 1
     similar = ssim(levels(decoded), levels(images), data_range=255.0, reduction="none").view(-1).tolist()
-    noise = psnr(rounded, images).tolist()
+    noise, on_goods = psnr(rounded, images).tolist(), psnr(rounded, images, border_mask(images)).tolist()
     for i, key in enumerate(batch["key"]):
         pictures = to_image(images[i]), to_image(decoded[i])
-        totals.rows.append(Row(key, batch["text"][i], noise[i], similar[i], distances[i], *pictures))
+        row = Row(key, batch["text"][i], noise[i], on_goods[i], similar[i], distances[i], *pictures)
+        totals.rows.append(row)
 
 
 def _clock(device: torch.device) -> float:

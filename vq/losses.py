@@ -128,9 +128,16 @@ def adaptive_weight(
     return (norm(rec_gradient) / (norm(gen_gradient) + 1e-4)).clamp(max=cap)
 
 
-def psnr(reconstruction: Tensor, images: Tensor) -> Tensor:
-    """(B, 3, S, S) in [-1, 1], clamped -> (B,) peak signal-to-noise ratio in dB (peak to peak 2)."""
-    error = (reconstruction.float().clamp(-1, 1) - images.float()).square().flatten(1).mean(1)
+def psnr(reconstruction: Tensor, images: Tensor, mask: Tensor | None = None) -> Tensor:
+    """(B, 3, S, S) in [-1, 1], clamped -> (B,) peak signal-to-noise ratio in dB (peak to peak 2).
+
+    `mask`: (B, 1, S, S) in [0, 1], the pixels that count; None: all.
+    """
+    error = (reconstruction.float().clamp(-1, 1) - images.float()).square()
+    if mask is None:
+        error = error.flatten(1).mean(1)
+    else:
+        error = (error * mask).flatten(1).mean(1) / mask.flatten(1).mean(1).clamp(min=1e-6)
     return 10.0 * (4.0 / error.clamp(min=1e-10)).log10()
 
 
