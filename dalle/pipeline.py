@@ -7,11 +7,12 @@ for p in pipeline.generate(["...", "..."], num_images=4, seed=0): ...      # wit
 
 import dataclasses
 import itertools
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -27,6 +28,9 @@ from dalle.inpaint import Source
 from dalle.sampling import SamplingOptions, picture_generator, sample_ids
 from dalle.text_tokenizer import TextTokenizer
 from vq.model import ImageTokenizer
+
+if TYPE_CHECKING:
+    from dalle.release import Card
 
 PRETRAINED = Path("pretrained/goods-128/generator")
 
@@ -73,9 +77,9 @@ class TextToImage:
         self.text_tokenizer = text_tokenizer
         self.config = generator.config
         self.sha256 = sha256
+        self.directory: Path | None = None
         self.device = next(generator.parameters()).device
         self.generator = prepare(generator.eval(), fast)
-        self._encoded: dict[str, Tensor] = {}
         if image_tokenizer.codebook_size != self.config.codebook_size:
             raise ValueError(
                 f"the generator draws from {self.config.codebook_size} image codes, the image tokenizer has "
@@ -97,9 +101,10 @@ class TextToImage:
         generator, text_tokenizer, config = load_generator(directory)
         image_tokenizer = ImageTokenizer.from_pretrained(directory / "image_tokenizer")
         target = pick_device(device)
-        return cls(
-            generator.to(target), image_tokenizer.to(target), text_tokenizer, config.get("sha256", ""), fast
-        )
+        sha256 = config.get("sha256", "")
+        pipeline = cls(generator.to(target), image_tokenizer.to(target), text_tokenizer, sha256, fast)
+        pipeline.directory = directory
+        return pipeline
 
     def __call__(
         self,
@@ -177,11 +182,18 @@ class TextToImage:
         )
         return encoded.ids.to(self.device), note
 
-    def push_to_hub(self, directory: str | Path, repo_id: str, private: bool = True) -> str:
-        """Upload a released checkpoint directory (`dalle.release`); returns the address. Raises ValueError."""
-        from dalle.release import push_to_hub
+    def push_to_hub(self, repo_id: str, card: "Card | None" = None, private: bool = True) -> str:
+        """Release the checkpoint that this was loaded from and upload it; returns the commit's address.
 
-        return push_to_hub(Path(directory), repo_id, private)
+        Raises ValueError when there is no such checkpoint, or saying why the hub refused.
+        """
+        from dalle.release import Card, push_to_hub, release
+
+        if self.directory is None:
+            raise ValueError("only a pipeline that was loaded from a checkpoint directory can be pushed")
+        with tempfile.TemporaryDirectory() as folder:
+            directory = release(self.directory, Path(folder) / "release", card or Card())
+            return push_to_hub(directory, repo_id, private)
 
     def _null_ids(self) -> Tensor:
         config = self.config

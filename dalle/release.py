@@ -1,0 +1,187 @@
+"""A checkpoint to give away: weights in 16 bits, no training state, a card that says what it is.
+
+    python -m dalle.release runs/dalle release/goods-128 --card.title "Goods at 128 pixels" \\
+        --card.data "Clothing (CC0) and Grocery Store (MIT)" --card.licence mit --card.grid out/grid.png
+    python -m dalle.release runs/vqgan release/tokenizer                   # any kind of checkpoint
+
+The directory is self-contained: generate.py, `TextToImage.from_pretrained` and `push_to_hub` take it as it is. Rounding
+changes the identity of the image tokenizer's codes, so token shards of the original are not taken for the released one.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+
+from common.checkpoint import resolve
+from common.config import command, parse_options
+from common.files import atomic_directory, read_json, sha256_file, write_json
+from common.log import say
+
+Precision = Literal["float16", "bfloat16", "float32"]
+LEFT_OUT = ("training_state", "train_config.json")  # the latter may name somebody's folders
+CARD, GRID = "README.md", "samples.png"
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a reader of the release should know."""
+
+    title: str = "Product pictures from Chinese text"
+    """First line of the card."""
+    data: str = ""
+    """What it was trained on, and under which licences that was."""
+    licence: str = "other"
+    """Licence of the weights, as an SPDX or hub name in lower case."""
+    recipe: str = ""
+    """How it was trained, for somebody who wants to do it again."""
+    grid: Path | None = None
+    """Sample grid to show."""
+    texts: str = ""
+    """What the grid shows."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Strip a checkpoint for release."""
+
+    source: Annotated[str, tyro.conf.Positional]
+    """Checkpoint directory or run directory."""
+    target: Annotated[Path, tyro.conf.Positional]
+    """Directory to write; must not exist."""
+    precision: Precision = "float16"
+    """Numbers that weights are kept in."""
+    card: Card = field(default_factory=Card)
+    """What the card says."""
+
+
+def release(source: str | Path, target: Path, card: Card, precision: Precision = "float16") -> Path:
+    """Write the released directory. Raises FileNotFoundError or ValueError saying what is wrong."""
+    directory = resolve(source)
+    if target.exists():
+        raise ValueError(f"{target} exists already: name a new directory")
+    if card.grid and not card.grid.is_file():
+        raise FileNotFoundError(f"no sample grid {card.grid}")
+    with atomic_directory(target) as temporary:
+        shutil.copytree(
+            directory, temporary, ignore=shutil.ignore_patterns(*LEFT_OUT, CARD), dirs_exist_ok=True
+        )
+        for weights in sorted(temporary.rglob("model.safetensors"), key=lambda p: -len(p.parts)):
+            round_weights(weights, getattr(torch, precision))
+        if card.grid:
+            shutil.copyfile(card.grid, temporary / GRID)
+        (temporary / CARD).write_text(write_card(temporary, card, figures_of(directory)), encoding="utf-8")
+    return target
+
+
+def round_weights(path: Path, dtype: torch.dtype) -> None:
+    """Floating tensors to `dtype`, and the new hash into the config.json beside. Raises ValueError on overflow."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(str(path))
+    rounded = {n: t.to(dtype) if t.is_floating_point() else t for n, t in weights.items()}
+    for name, tensor in rounded.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(
+                f"{path.parent.name}: {name} does not fit into {dtype}: use --precision bfloat16"
+            )
+    save_file(rounded, str(path))
+    config_path = path.parent / "config.json"
+    if config_path.is_file():
+        config = read_json(config_path)
+        config["sha256"] = sha256_file(path)
+        tokenizer = path.parent / "image_tokenizer" / "config.json"
+        if "image_tokenizer_sha256" in config and tokenizer.is_file():
+            config["image_tokenizer_sha256"] = read_json(tokenizer)["sha256"]
+        write_json(config_path, config)
+
+
+def figures_of(directory: Path) -> dict[str, float]:
+    """The run's last validation at or before the checkpoint's step; empty when the run is not beside it."""
+    metrics, step = directory.parent / "metrics.jsonl", read_json(directory / "config.json").get("step", 0)
+    if not metrics.is_file():
+        return {}
+    rows = [json.loads(line) for line in metrics.read_text("utf-8").splitlines() if line.endswith("}")]
+    rows = [row for row in rows if row.get("kind") == "val" and row.get("step", math.inf) <= step]
+    numbers = rows[-1] if rows else {}
+    return {n: v for n, v in numbers.items() if isinstance(v, (int, float)) and n != "step"}
+
+
+def write_card(directory: Path, card: Card, figures: dict[str, float]) -> str:
+    """The README.md of a released directory, with the hub's front matter."""
+    from huggingface_hub import ModelCardData
+
+    config = read_json(directory / "config.json")
+    is_generator = config["kind"] in ("generator", "dalle_pytorch")
+    data = ModelCardData(
+        language="zh",
+        license=card.licence,
+        pipeline_tag="text-to-image" if is_generator else None,
+        tags=["text-to-image", "autoregressive", "chinese", "product-pictures"],
+    )
+    size = sum(f.stat().st_size for f in directory.rglob("*") if f.is_file()) / 2**20
+    parts = [f"---\n{data.to_yaml()}\n---\n", f"# {card.title}\n"]
+    if card.grid:
+        parts.append(f"![samples]({GRID})\n\n{card.texts}\n")
+    if is_generator:
+        parts.append(
+            "```bash\npython generate.py \"一件红色的连衣裙\" 8 out/ --checkpoint THIS_DIRECTORY_OR_HUB_ID\n```\n"
+        )  # fmt: skip
+    parts.append(f"Kind `{config['kind']}`, step {config.get('step', 0)}, {size:.1f} MiB.\n")
+    sections = (
+        ("Data", card.data or "Not stated."),
+        ("Licence", card.licence),
+        ("Recipe", card.recipe or "Not stated."),
+        ("Figures on the validation set", _table(figures) if figures else "Not stated."),
+        (
+            "Sizes",
+            _table({n: v for n, v in config.get("model", {}).items() if isinstance(v, (int, float, str))}),
+        ),
+    )
+    parts += [f"## {title}\n\n{text}\n" for title, text in sections]
+    return "\n".join(parts)
+
+
+def _table(values: dict[str, Any]) -> str:
+    rows = [f"| {n} | {f'{v:.4g}' if isinstance(v, float) else v} |" for n, v in sorted(values.items())]
+    return "\n".join(["| | |", "|---|---|", *rows])
+
+
+def push_to_hub(directory: Path, repo_id: str, private: bool = True) -> str:
+    """Upload a released directory; returns the address of the commit. Raises ValueError saying what went wrong."""
+    import httpx2
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
+
+    if not (directory / CARD).is_file() or any((directory / name).exists() for name in LEFT_OUT):
+        raise ValueError(
+            f"{directory} is no release: make one with python -m dalle.release {directory} DIRECTORY"
+        )
+    try:
+        api = HfApi()
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        return api.upload_folder(repo_id=repo_id, folder_path=directory).commit_url
+    except LocalTokenNotFoundError as error:
+        raise ValueError("no hub token: log in with `hf auth login` first") from error
+    except (HFValidationError, httpx2.HTTPError) as error:
+        raise ValueError(f"cannot push to {repo_id}: {str(error).splitlines()[0]}") from error
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Release; prints the size."""
+    options = parse_options(Options, argv, description=__doc__)
+    target = release(options.source, options.target, options.card, options.precision)
+    size = sum(f.stat().st_size for f in target.rglob("*") if f.is_file())
+    say(f"{target}: {size / 2**20:.1f} MiB, weights in {options.precision}, card in {target / CARD}")
+    return target
+
+
+if __name__ == "__main__":
+    main()
