@@ -171,7 +171,7 @@ class Decide:
         self.seen, self.count = KeyTable(), 0
         self.scores = read_scores(config.scores) if config.scores else None
 
-    def __call__(self, record: Record, result: tuple[Record, str]) -> Record | Problem:
+    def __call__(self, _: int, record: Record, result: tuple[Record, str]) -> Record | Problem:
         judged, digest = result
         if self.config.pictures.drop_duplicates and self._is_duplicate(digest):
             return Problem(record.where, record.key, "duplicate_image", REASONS["duplicate_image"])

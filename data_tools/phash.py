@@ -32,7 +32,7 @@ class Signature:
     phash: int
     """64-bit DCT hash."""
     colours: bytes
-    """Mean RGB of the 4 x 4 cells, 48 bytes."""
+    """Mean RGB of the 4 x 4 cells, row by row, 48 bytes."""
 
 
 def picture_signature(image: Image.Image) -> Signature:

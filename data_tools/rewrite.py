@@ -30,8 +30,8 @@ class Steps:
 
     work: Work
     """In worker processes: records to results of any picklable kind. Must not depend on other records."""
-    decide: Callable[[Record, Any], Record | Problem]
-    """Here, with the result of `work`: the record to write, or why not."""
+    decide: Callable[[int, Record, Any], Record | Problem]
+    """Here, with the number of the row (from 1) and the result of `work`: the record to write, or why not."""
     remember: Callable[[Record], None]
     """Called instead of the two for a record that an interrupted run has kept and written."""
 
@@ -124,12 +124,10 @@ class _Run:
         return self._finish()
 
     def _start_afresh(self) -> None:
-        foreign = [
-            n for n in self.target.names() if not n.startswith(".") and n not in (REPORT_FILE, DROPPED_FILE)
-        ]
-        if foreign:
+        shards = [name for name in self.target.names() if name.endswith(".tar") or name == DATASET_FILE]
+        if shards:
             raise ValueError(
-                f"{self.dst} holds {foreign[0]} of another source or of other options: choose an empty folder"
+                f"{self.dst} holds {shards[0]} of another source or of other options: choose an empty folder"
             )
         for name in (JOB_FILE, REPORT_FILE, DROPPED_FILE, *self.target.journal_names()):
             self.target.remove(name)
@@ -188,7 +186,7 @@ class _Run:
             self.kept[row.split] += 1
             return item
         if isinstance(item, Record):
-            item = result if isinstance(result, Problem) else self.steps.decide(item, result)
+            item = result if isinstance(result, Problem) else self.steps.decide(row.number, item, result)
             if isinstance(item, Problem):
                 self.journal.lose(row.number, item)
         if isinstance(item, Problem):
