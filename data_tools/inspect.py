@@ -166,7 +166,8 @@ padding:0 1rem;color:#222;background:#fff}
 h1{font-size:1.5rem;margin:0}h2{font-size:1.15rem;margin:2rem 0 .5rem;border-bottom:1px solid #ddd}
 table{border-collapse:collapse;width:100%}td,th{padding:.4rem .6rem;text-align:left;vertical-align:top;
 border-bottom:1px solid #eee;overflow-wrap:anywhere}th{color:#666;font-weight:500;white-space:nowrap}
-img{display:inline-block;background:#f4f4f4;border:1px solid #ddd;margin-right:4px}
+table{margin-bottom:1.5rem}figure{display:inline-block;margin:0 6px 4px 0}figcaption,small{font-size:12px;color:#777}
+img{display:block;background:#f4f4f4;border:1px solid #ddd}
 pre{margin:0;font-size:12px;white-space:pre-wrap;color:#555}.n{text-align:right}.bad{color:#b00020}.ok{color:#0a7a33}
 .rows td:nth-child(2){min-width:12rem}.rows td:nth-child(3){min-width:10rem}
 .hint{color:#555}.none{color:#999}small{color:#777}
@@ -207,16 +208,18 @@ def _problems(part: Findings) -> str:
         return '<p class="ok">Nothing wrong was found.</p>'
     rows = []
     for reason, count in part.reasons.most_common():
-        examples = "".join(
-            f"<div>{html.escape(p.where)} <small>{html.escape(p.key[:60])}</small></div>"
-            for p in part.examples[reason]
-        )
+        examples = "".join(map(_example, part.examples[reason]))
         hint = html.escape(HINTS[reason])
         rows.append(
             f'<tr><td class="n bad">{count}</td><td>{reason}</td><td class="hint">{hint}</td><td>{examples}</td></tr>'
         )
     header = "<tr><th>rows</th><th>what is wrong</th><th>what to do</th><th>where</th></tr>"
     return f"<table>{header}{''.join(rows)}</table>"
+
+
+def _example(item: Problem) -> str:
+    place, key = html.escape(item.where), html.escape(item.key[:60])
+    return f'<div title="{html.escape(item.detail)}">{place} <small>{key}</small></div>'
 
 
 def _rows(part: Findings) -> str:
@@ -250,8 +253,8 @@ def _thumbnail(data: bytes) -> str:
     small = resize(picture, "longest", THUMBNAIL)
     text = base64.b64encode(encode(small, "webp", 80)).decode()
     return (
-        f'<img src="data:image/webp;base64,{text}" width="{small.width}" height="{small.height}" '
-        f'alt="" title="{width} x {height}"><br><small>{width} x {height}</small>'
+        f'<figure><img src="data:image/webp;base64,{text}" width="{small.width}" height="{small.height}" '
+        f'alt=""><figcaption>{width} x {height}</figcaption></figure>'
     )
 
 

@@ -27,6 +27,7 @@ HINTS: dict[str, str] = {
     "missing_file": "no such file; paths are relative to the list or to --image-root",
     "missing_id": "the id field is empty",
     "no_caption": "no caption was found for this picture; --captions optional keeps pictures without text",
+    "no_pair": "the drawing and the photo are joined by their file names, and one of the two is missing",
     "no_image": "no picture was found for this text; rows with a url need python -m data_tools.download first",
     "not_an_image": "the bytes are no picture of a known kind (JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF)",
     "not_in_split_file": "the key is not in --split-file; make it anew from the present source",

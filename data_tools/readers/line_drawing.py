@@ -71,7 +71,7 @@ def _read_folders(part: Part, options: ReaderOptions, meter: Meter) -> Iterator[
         meter.done += 1
         yield _read_pair(stem, photo, drawings.pop(stem, None), _title(stem, photo, titles, options), options)
     for stem, path in drawings.items():
-        yield problem(_where(path), stem, "no_image", "a drawing without its photo")
+        yield problem(_where(path), stem, "no_pair", "a drawing without its photo")
     for stem in sorted(titles.keys() - photos.keys() - drawings.keys()):
         yield problem(part.texts.name, stem, "no_image", "a title without its photo")
 
@@ -123,7 +123,7 @@ def _read_pair(
     if isinstance(title, Problem):
         return title
     if drawing is None:
-        return problem(where, stem, "no_image", "a photo without its drawing")
+        return problem(where, stem, "no_pair", "a photo without its drawing")
     parts = [read_image_file(path, _where(path), stem, options.max_image_bytes) for path in (photo, drawing)]
     for data in parts:
         if isinstance(data, Problem):

@@ -373,7 +373,7 @@ def test_line_drawings_by_name_with_gaps(tmp_path):
     (path / "Realistic Drawing" / "24809.jpg").unlink()
     records, problems = read(path)
     assert [r.key for r in records] == ["24805", "24808"] and "drawing.png" in records[0].extra
-    assert {p.reason for p in problems} == {"no_image"} and {p.key for p in problems} == {"24806", "24809"}
+    assert {p.reason for p in problems} == {"no_pair"} and {p.key for p in problems} == {"24806", "24809"}
 
 
 def test_control_net_tutorial_layout(tmp_path):
