@@ -153,7 +153,7 @@ def calibrate(
     )
 
 
-def _margins(ranker: Any, pairs: Any, lexicon: Lexicon, matched: np.ndarray, limit: int = 200) -> list[float]:
+def _margins(ranker: Any, pairs: Any, lexicon: Lexicon, matched: np.ndarray, limit: int = 100) -> list[float]:
     """Over the first `limit` pictures."""
     margins = []
     for i in range(min(limit, len(pairs.captions))):

@@ -3,7 +3,8 @@
     python -m rankers.train                                            # the embedded default, about a minute on a CPU
     python -m rankers.train --config configs/goods_128/ranker.yaml
     torchrun --nproc_per_node 2 -m rankers.train --config configs/goods_128/ranker.yaml
-    python -m rankers.train --config configs/goods_128/ranker.yaml --init OFA-Sys/chinese-clip-vit-base-patch16
+    deepspeed --module rankers.train --config configs/goods_128/ranker.yaml
+    python -m rankers.train --data DIR --init OFA-Sys/chinese-clip-vit-base-patch16 --train-sizes 224 --optim.lr 2e-5
 
 The data are image shards. The same command started again goes on from the newest checkpoint in the run directory.
 """
