@@ -83,7 +83,8 @@ def test_mistakes_and_only_they_are_framed():
     assert rows.min() > 0.85 * height and columns.min() > 0.85 * width, "the last row and column alone"
 
 
-def test_main_draws_ranks_judges_and_writes(tmp_path, generator_dir, ranker_dir, capsys):
+def test_main_draws_ranks_judges_and_writes(tmp_path, generator_dir, ranker_dir, capsys, monkeypatch):
+    monkeypatch.setattr(demo_quality, "NUM_CONTROL", 30)
     out, flags = (
         tmp_path / "out",
         ["--num-images", "3", "--num-prompts", "4", "--cache", str(tmp_path / "cache")],
@@ -92,7 +93,7 @@ def test_main_draws_ranks_judges_and_writes(tmp_path, generator_dir, ranker_dir,
     results = demo_quality.main([*flags, "--out", str(out), "--batch-size", "5"])
     assert results == json.loads((out / "results.json").read_text("utf-8"))
     counts = [row["pictures"]["count"] for row in results["rows"].values()]
-    assert counts == [4, 12, demo_quality.NUM_CONTROL]
+    assert counts == [4, 12, 30]
     assert "the bar of 90% is MISSED" in capsys.readouterr().out
     ranker, pipeline = load_ranker(ranker_dir, "cpu"), TextToImage.from_pretrained(generator_dir, "cpu")
     judge = train_judge(JudgeConfig(60, 1, 20), tmp_path / "cache")
