@@ -118,7 +118,7 @@ def _require_same(run_dir: Path, sha256: str, name: str) -> None:
 
 def synthetic_tokens(tokenizer: ImageTokenizer, world: World) -> str:
     """The embedded default as token shards of `tokenizer`, made where it is missing."""
-    target = Path(f"data/synthetic_tokens_{tokenizer.sha256[:8]}")
+    target = Path(f"data/synthetic_tokens_{tokenizer.codes_sha256[:8]}")
     if world.is_main:
         say(
             "no --data given: training on the embedded default, product-like pictures drawn by data_tools.synthetic"
@@ -134,7 +134,7 @@ def open_shards(data: str, tokenizer: ImageTokenizer) -> tuple[ShardIndex, Shard
     train, val = ShardIndex.open(data, "train"), ShardIndex.open(data, "val")
     has_tokens = any("ids.npy" in sample.members for sample in train.samples)
     if has_tokens:
-        require_tokenizer(train.paths[0].parent, tokenizer.sha256)
+        require_tokenizer(train.paths[0].parent, tokenizer.codes_sha256)
     suffixes = ("ids.npy",) if has_tokens else IMAGE_SUFFIXES
     return train.require(*suffixes), val.require(*suffixes), has_tokens
 

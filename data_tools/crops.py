@@ -1,4 +1,4 @@
-"""The augmentation that products bear: a mild random crop and a mirror image. Colour is never touched, it is a label."""
+"""The augmentation products bear: a mild random crop and a mirror image. Colour is never touched, it is a label."""
 
 from dataclasses import dataclass
 

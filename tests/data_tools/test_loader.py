@@ -145,7 +145,7 @@ def test_token_shards(tmp_path):
 
 
 def test_captions():
-    lines = "one\n\n two \n".encode()
+    lines = b"one\n\n two \n"
     assert pick_caption(lines, None) == "one"
     drawn = {pick_caption(lines, np.random.default_rng(i)) for i in range(20)}
     assert drawn == {"one", "two"}
