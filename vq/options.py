@@ -11,24 +11,8 @@ from common.loop import LoopConfig
 from common.optim import OptimConfig
 from data_tools.crops import CropFlip
 from vq.adversary import AdversaryConfig
-from vq.autoencoder import FastConfig
 from vq.losses import LossConfig
 from vq.model import KIND, TokenizerConfig
-
-
-def demo_model() -> TokenizerConfig:
-    """Sizes for the embedded default: configs/demo/vqgan.yaml says the same, and a test holds them together."""
-    fast = FastConfig(channels=(64, 192), encoder_blocks=(0, 2), decoder_blocks=(1, 3))
-    return TokenizerConfig(image_size=64, fast=fast, codebook_size=512)
-
-
-def demo_optim() -> OptimConfig:
-    return OptimConfig(lr=1e-3, warmup_steps=50, weight_decay=0.01, beta1=0.9, beta2=0.99)
-
-
-def demo_loop() -> LoopConfig:
-    every = {"log_every": 25, "eval_every": 250, "sample_every": 250, "save_every": 250}
-    return LoopConfig(run_dir=Path("runs/vqgan"), num_steps=650, global_batch_size=32, **every)
 
 
 @dataclass(frozen=True)
@@ -41,11 +25,11 @@ class Options:
     """A plain folder of pictures instead of shards; one in fifty is held out for validation."""
     preset: Literal["vqvae", "vqgan"] = "vqvae"
     """vqvae: reconstruction losses alone; vqgan: with an adversary."""
-    model: TokenizerConfig = field(default_factory=demo_model)
+    model: TokenizerConfig = field(default_factory=TokenizerConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     adversary: AdversaryConfig = field(default_factory=AdversaryConfig)
-    optim: OptimConfig = field(default_factory=demo_optim)
-    loop: LoopConfig = field(default_factory=demo_loop)
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=4e-4, beta1=0.9, beta2=0.99))
+    loop: LoopConfig = field(default_factory=lambda: LoopConfig(run_dir=Path("runs/vqgan")))
     augment: CropFlip = field(default_factory=CropFlip)
     init: str = ""
     """Start from this image tokenizer: a checkpoint, a run directory or a hub id. Its sizes are taken over."""
@@ -122,10 +106,6 @@ class Options:
         return replace(found, image_size=self.model.image_size) if "image_size" in changed else found
 
     def _changed_sizes(self) -> set[str]:
-        """Fields of `model` that the user set: those that differ from a file's defaults, or from those of no file."""
-        given = to_mapping(self.model)
-        defaults = (
-            to_mapping(TokenizerConfig()),
-            to_mapping(demo_model()),
-        )
-        return min(({n for n in given if given[n] != default[n]} for default in defaults), key=len)
+        """Fields of `model` that the user set: those that differ from the defaults."""
+        given, default = to_mapping(self.model), to_mapping(TokenizerConfig())
+        return {name for name in given if given[name] != default[name]}

@@ -300,15 +300,6 @@ def test_colour_shift_stays_small_after_a_short_training(train):
     assert rows(run, "val")[-1]["color_shift"] < 10  # levels of 255; 45 untrained
 
 
-def test_the_run_without_arguments_is_the_demo_config():
-    from common.config import from_mapping, read_mapping
-    from vq.options import Options
-
-    stated = from_mapping(Options, read_mapping(ROOT / "configs" / "demo" / "vqgan.yaml"))
-    assert stated == Options()
-    assert (stated.model.grid_size, stated.model.codebook_size) == (8, 512)
-
-
 @pytest.mark.parametrize("name", sorted(p.name for p in (ROOT / "configs").glob("*/vqgan*.yaml")))
 def test_every_config_builds(name):
     from common.config import from_mapping, read_mapping
