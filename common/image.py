@@ -11,7 +11,9 @@ from torch import Tensor
 def to_tensor(image: Image.Image) -> Tensor:
     """RGB picture -> float32 (3, S, S) in [-1, 1]."""
     rgb = image if image.mode == "RGB" else image.convert("RGB")
-    levels = np.ascontiguousarray(np.asarray(rgb).transpose(2, 0, 1))  # (3, S, S) uint8: turned while it is small
+    levels = np.ascontiguousarray(
+        np.asarray(rgb).transpose(2, 0, 1)
+    )  # (3, S, S) uint8: turned while it is small
     return torch.from_numpy(levels).float().div_(127.5).sub_(1.0)
 
 

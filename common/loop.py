@@ -8,7 +8,7 @@ A task keeps the science: `train_step` shows forward, backward and optimizer ord
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -149,9 +149,7 @@ def fit(
             run.log = MetricLog(config.run_dir, run.step, config.tensorboard, config.wandb_project, options)
         return run.train(batches)
     finally:
-        run.stop.restore()
-        if run.log:
-            run.log.close()
+        run.close()
 
 
 class _Run:
@@ -159,6 +157,7 @@ class _Run:
 
     def __init__(self, task: Task, config: LoopConfig, world: World, options: dict[str, Any]) -> None:
         self.task, self.config, self.world, self.options = task, config, world, options
+        self.batches: Iterator[dict[str, Any]] = iter(())
         self.stop: _StopFlag | None = None
         self.log: MetricLog | None = None
         self.step = self.samples = 0
@@ -175,6 +174,14 @@ class _Run:
     def _restart_clock(self) -> None:
         self.window_start, self.steps_timed = time.perf_counter(), 0
         self.data_seconds = self.step_seconds = 0.0
+
+    def close(self) -> None:
+        """Also ends the loader's processes now: they ignore the signals that would end them later."""
+        if hasattr(self.batches, "close"):
+            self.batches.close()
+        self.stop.restore()
+        if self.log:
+            self.log.close()
 
     def resume(self) -> None:
         """Take up the newest checkpoint, if there is one."""
@@ -205,11 +212,11 @@ class _Run:
 
     def train(self, batches: Callable[[int], Iterable[dict[str, Any]]]) -> dict[str, float]:
         config, start_step = self.config, self.step
-        iterator = iter(batches(self.samples))
+        self.batches = iter(batches(self.samples))
         self._restart_clock()
         while self.step < config.num_steps and not self.out_of_patience():
             fetched = time.perf_counter()
-            batch = next(iterator, None)
+            batch = next(self.batches, None)
             if batch is None:
                 raise ValueError(
                     f"the data ended after step {self.step} of {config.num_steps}: batches must not end"
