@@ -53,7 +53,7 @@ class CausalMask:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
         """q, k, v: (B, H, L, K) -> (B, H, L, K)"""
-        if on_eager_cpu(q) and not dropout:
+        if q.device.type == "cpu" and not dropout:
             return CausalAttention.apply(q, k, v, self.padding)
         bias = None if self.bias is None else self.bias.to(q.dtype)
         return F.scaled_dot_product_attention(q, k, v, bias, dropout, is_causal=bias is None)
