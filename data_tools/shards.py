@@ -66,6 +66,7 @@ class ShardWriter:
         tar = self._tar or self._open()
         for name, data in sample_members(record):
             tar.addfile(member_info(name, len(data)), io.BytesIO(data))
+        tar.members.clear()  # tarfile keeps every header, which nobody reads
         self._keys.add(key)
         full = len(self._keys) >= self.samples_per_shard
         if full or (self.max_shard_bytes and tar.offset >= self.max_shard_bytes):

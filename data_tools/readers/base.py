@@ -249,14 +249,13 @@ def hash64(text: str) -> int:
 
 
 class KeyTable:
-    """Which keys were seen, and in which row first: 16 to 32 bytes a key, where a dict of strings takes 200.
+    """Which keys were seen, and in which row first: 18 to 36 bytes a key, where a dict of strings takes 200.
 
     Open addressing over 64-bit hashes; the chance that two of a million keys agree is 3e-8.
     """
 
     def __init__(self) -> None:
-        self._slots, self._count = array("Q", bytes(8 << 10)), 0
-        self._rows = array("Q", bytes(8 << 10))
+        self._slots, self._rows, self._count = array("Q", [0]) * 1024, array("I", [0]) * 1024, 0
 
     def first_row(self, key: str, row: int) -> int:
         """The row in which `key` was met first, or 0 if it is new; then `row` (from 1) is remembered."""
@@ -264,9 +263,9 @@ class KeyTable:
         slot = self._find(value)
         if self._slots[slot]:
             return self._rows[slot]
-        self._slots[slot], self._rows[slot] = value, row
+        self._slots[slot], self._rows[slot] = value, min(row, 2**32 - 1)
         self._count += 1
-        if 2 * self._count > len(self._slots):
+        if 3 * self._count > 2 * len(self._slots):
             self._grow()
         return 0
 
@@ -279,8 +278,7 @@ class KeyTable:
 
     def _grow(self) -> None:
         slots, rows = self._slots, self._rows
-        size = 2 * slots.itemsize * len(slots)
-        self._slots, self._rows = array("Q", bytes(size)), array("Q", bytes(size))
+        self._slots, self._rows = array("Q", [0]) * (2 * len(slots)), array("I", [0]) * (2 * len(slots))
         for value, row in zip(slots, rows, strict=True):
             if value:
                 slot = self._find(value)

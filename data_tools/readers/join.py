@@ -43,7 +43,7 @@ class TextIndex:
 
     def build(self, meter: Meter) -> Iterator[Problem]:
         """Read the file once; yields the rows that are lost."""
-        hashes, offsets, lines = array("Q"), array("Q"), array("Q")
+        hashes, offsets, lines = array("Q"), array("Q"), array("I")
         for line in iter_lines(self.path, self._options.max_row_bytes, meter):
             parsed = self._parse(line, f"{self.path.name}:{line.number}")
             if isinstance(parsed, Problem):
@@ -53,11 +53,10 @@ class TextIndex:
                 hashes.append(hash64(identifier))
                 offsets.append(line.offset)
                 lines.append(line.number)
-        unsorted = np.frombuffer(hashes, np.uint64) if hashes else np.zeros(0, np.uint64)
-        order = np.argsort(unsorted, kind="stable")
-        self._hashes = unsorted[order]
-        self._offsets = np.array(offsets, np.uint64)[order]
-        self._lines = np.array(lines, np.uint32)[order]
+        order = np.argsort(_view(hashes), kind="stable").astype(np.uint32)
+        self._hashes = _view(hashes)[order]
+        self._offsets = _view(offsets)[order]
+        self._lines = _view(lines)[order]
         self._seen = np.zeros(len(order), bool)
 
     def captions(self, identifier: str) -> list[str]:
@@ -93,6 +92,10 @@ class TextIndex:
     def close(self) -> None:
         """Close the file of texts."""
         self._file.close()
+
+
+def _view(values: array) -> np.ndarray:
+    return np.frombuffer(values, f"u{values.itemsize}") if values else np.zeros(0, f"u{values.itemsize}")
 
 
 class Picture(NamedTuple):
