@@ -15,7 +15,7 @@ from common.files import read_json
 from rankers.base import TwoTowerRanker
 from rankers.calibration import find_calibration
 from rankers.clip import RankerTowers
-from rankers.model import ModelConfig, RankerModel
+from rankers.model import ModelConfig, RankerModel, one_axis
 from rankers.text import RankerTokenizer
 
 MAX_TEXT_LEN = 52  # [CLS] and [SEP] included: what all published models were trained with
@@ -72,6 +72,7 @@ def load_folder(folder: Path) -> tuple[RankerModel, RankerTokenizer]:
     if missing:
         raise ValueError(f"the weights in {folder} lack {missing[0]} and {len(missing) - 1} more")
     model.clip = loaded
+    model.clip.logit_scale = one_axis(loaded.logit_scale)
     model.mean = torch.tensor(config.mean).view(1, 3, 1, 1)
     model.std = torch.tensor(config.std).view(1, 3, 1, 1)
     return model.eval(), RankerTokenizer(folder, config.max_text_len)

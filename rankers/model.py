@@ -67,6 +67,7 @@ class RankerModel(nn.Module):
             self.clip = build_chinese_clip(towers)
         else:
             raise ValueError(f"unknown architecture {config.architecture!r}")
+        self.clip.logit_scale = one_axis(self.clip.logit_scale)
         self.register_buffer("mean", torch.tensor(config.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config.std).view(1, 3, 1, 1), persistent=False)
 
@@ -89,11 +90,16 @@ class RankerModel(nn.Module):
 
     def forward(self, images: Tensor, text_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """-> image features (B, D), text features (M, D), the scale of their cosines (a scalar, at most 100)."""
-        scale = self.clip.logit_scale.float().clamp(max=MAX_LOGIT_SCALE).exp()
+        scale = self.clip.logit_scale.float().clamp(max=MAX_LOGIT_SCALE).exp().squeeze()
         return self.encode_image(images), self.encode_text(text_ids), scale
 
 
 MAX_LOGIT_SCALE = 4.605170  # log 100, the bound of CLIP, section 2.5
+
+
+def one_axis(scale: nn.Parameter) -> nn.Parameter:
+    """() -> (1,): DeepSpeed cannot broadcast a parameter without axes."""
+    return nn.Parameter(scale.detach().reshape(1))
 
 
 def projected(features: Any) -> Tensor:

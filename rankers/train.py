@@ -125,7 +125,7 @@ class RankerTask:
 
     def __init__(self, options: Options, world: World, plan: BatchPlan, data: RankerData) -> None:
         self.options, self.world, self.plan, self.data = options, world, plan, data
-        self.model = data.build_model(options.loop.seed).to(world.device, memory_format=torch.channels_last)
+        self.model = data.build_model(options.loop.seed).to(world.device)
         _check_sizes(options, self.model)
         self.ema = Ema(self.model, options.ema_decay) if options.ema_decay else None
         self.finished = RankerModel(self.model.config, data.towers).to(world.device)

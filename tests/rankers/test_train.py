@@ -138,8 +138,9 @@ def test_two_processes_follow_the_curve_of_one(shards, tmp_path, launcher):
     assert done.returncode == 0, done.stderr[-2000:]
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert one.keys() == two.keys()
-    for step, loss in one.items():
-        assert two[step] == pytest.approx(loss, rel=2e-3)
+    assert two[1] == pytest.approx(one[1], rel=1e-5)
+    for step, loss in one.items():  # rounding, through statistics of 4 pictures and Adam's first steps
+        assert two[step] == pytest.approx(loss, rel=0.01)
     assert load_ranker(tmp_path / "two").score("杯子", [draw("杯子", "红色", 1)]).isfinite().all()
 
 
