@@ -120,9 +120,7 @@ def infer_config(hparams: dict[str, Any], weights: dict[str, Tensor]) -> tuple[D
         raise ValueError("the checkpoint holds no transformer layers")
     attn_types = tuple(hparams.get("attn_types") or ("full",))
     if "sparse" in attn_types:
-        raise ValueError(
-            "attn_types 'sparse' needs DeepSpeed's block-sparse kernels, which are not supported"
-        )
+        raise ValueError("attn_types 'sparse' needs DeepSpeed's block-sparse kernels, not supported here")
     vocab, dim = weights["to_logits.1.weight"].shape
     max_text_len = int(hparams.get("text_seq_len", 256))
     num_text_tokens = int(hparams.get("num_text_tokens", 10000))

@@ -264,20 +264,10 @@ def make_plan(options: PlanOptions) -> Plan:
         f"disk        {checkpoints / GIB:.2f} GiB for {max(1, loop.keep_last)} checkpoints, "
         f"{(disk - checkpoints) / GIB:.2f} GiB for token shards of 4 views",
     )
-    memory = (state + activations) / GIB
-    return Plan(
-        parameters,
-        samples,
-        epochs,
-        unique,
-        float(seen * c.num_image_tokens),
-        flops,
-        hours,
-        memory,
-        disk / GIB,
-        lines,
-        tuple(judge(options, parameters, epochs, unique, memory)),
-    )
+    memory, seen_tokens = (state + activations) / GIB, float(seen * c.num_image_tokens)
+    warnings = tuple(judge(options, parameters, epochs, unique, memory))
+    figures = (parameters, samples, epochs, unique, seen_tokens, flops, hours, memory, disk / GIB)
+    return Plan(*figures, lines, warnings)
 
 
 def judge(options: PlanOptions, parameters: int, epochs: float, unique: float, memory: float) -> list[str]:

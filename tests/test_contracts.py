@@ -70,12 +70,13 @@ def test_files_and_functions_are_short():
     for path in python_files():
         text = path.read_text("utf-8")
         name = path.relative_to(ROOT)
-        if len(text.splitlines()) > 400:
+        is_test = name.parts[0] == "tests"  # cases make tests long without making them hard to read
+        if len(text.splitlines()) > (550 if is_test else 400):
             long.append(f"{name}: {len(text.splitlines())} lines")
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 length = node.end_lineno - node.lineno + 1
-                limit = 70 if node.name in ("forward", "train_step") else 50
+                limit = 70 if is_test or node.name in ("forward", "train_step") else 50
                 if length > limit:
                     long.append(f"{name}: {node.name} has {length} lines")
     assert not long, long
