@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vq.layers import run_block
+from vq.layers import GroupNorm, attend, run_block
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class ResBlock(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(32, channels, eps=1e-6)
+        self.norm = GroupNorm(32, channels, eps=1e-6)
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
         nn.init.zeros_(self.conv2.weight)
@@ -80,7 +80,7 @@ class AttentionBlock(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.num_heads = channels // 64 or 1
-        self.norm = nn.GroupNorm(32, channels, eps=1e-6)
+        self.norm = GroupNorm(32, channels, eps=1e-6)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
         nn.init.zeros_(self.out.weight)
@@ -90,7 +90,7 @@ class AttentionBlock(nn.Module):
         batch, channels, height, width = x.shape
         qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)  # (B, hw, 3C)
         q, k, v = (t.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for t in qkv.chunk(3, dim=2))
-        out = F.scaled_dot_product_attention(q, k, v)  # (B, H, hw, K)
+        out = attend(q, k, v)  # (B, H, hw, K)
         out = out.transpose(1, 2).reshape(batch, height, width, channels).permute(0, 3, 1, 2)
         return x + self.out(out)
 
@@ -113,7 +113,7 @@ class Encoder(nn.Module):
         if config.attention:
             layers.append(AttentionBlock(widths[-1]))
         self.body = nn.Sequential(*layers)
-        self.norm_out = nn.GroupNorm(32, widths[-1], eps=1e-6)
+        self.norm_out = GroupNorm(32, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], latent_dim, 1)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -142,7 +142,7 @@ class Decoder(nn.Module):
             if level:
                 layers += [nn.Conv2d(widths[level], 4 * widths[level - 1], 3, padding=1), nn.PixelShuffle(2)]
         self.body = nn.Sequential(*layers)
-        self.norm_out = nn.GroupNorm(32, widths[0], eps=1e-6)
+        self.norm_out = GroupNorm(32, widths[0], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[0], 3 * 4**config.haar_levels, 3, padding=1)
 
     @property

@@ -11,6 +11,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from vq.autoencoder import haar
+from vq.layers import GroupNorm
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class PatchDiscriminator(nn.Module):
 
 def _norm(kind: str, channels: int) -> list[nn.Module]:
     if kind == "group":
-        return [nn.GroupNorm(32, channels)]
+        return [GroupNorm(32, channels)]
     if kind == "batch":
         return [nn.BatchNorm2d(channels)]
     if kind == "none":

@@ -107,6 +107,33 @@ class _VggFeatures(nn.Module):
         return taps
 
 
+class _UnitDistance(torch.autograd.Function):
+    """Features (B, C, h, w) twice, weights (C,) -> (B,): mean over places of sum_c w_c (a_c / |a| - b_c / |b|)^2.
+
+    The squared lengths have `floor` added, which keeps flat ground from being blown up. Written out, since autograd
+    would walk over these, the largest tensors of a training step, three times as often. Float32 throughout.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, weight: Tensor, floor: Tensor) -> Tensor:
+        inverse = torch.rsqrt(a.float().square().sum(1, keepdim=True) + floor)  # (B, 1, h, w)
+        target = b.float()
+        target = target * torch.rsqrt(target.square().sum(1, keepdim=True) + floor)
+        difference = torch.addcmul(target, a.float(), inverse, value=-1.0)  # unit b - unit a
+        ctx.save_for_backward(a, inverse, difference, weight)
+        return (difference.square().sum((2, 3)) @ weight) / (a.shape[2] * a.shape[3])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        a, inverse, difference, weight = ctx.saved_tensors
+        weighted = difference * weight.view(1, -1, 1, 1)
+        along = (weighted * a).sum(
+            1, keepdim=True
+        ) * inverse.square()  # the part that only changes the length
+        scale = inverse * (gradient.view(-1, 1, 1, 1) * (-2.0 / (a.shape[2] * a.shape[3])))
+        return torch.addcmul(weighted, a.float(), along, value=-1.0).mul_(scale).to(a.dtype), None, None, None
+
+
 class PerceptualDistance(nn.Module):
     """Frozen; `forward` gives one distance a picture."""
 
@@ -123,25 +150,16 @@ class PerceptualDistance(nn.Module):
         self.register_buffer("floor", torch.full((len(widths),), 1e-10))
         self.requires_grad_(False)
 
-    def forward(self, images: Tensor, others: Tensor) -> Tensor:
-        """(B, 3, S, S) twice, in [-1, 1] -> (B,) float32."""
-        taps = self.net(torch.cat([images, others]))
-        return self.between(taps, len(images))
-
-    def between(self, taps: list[Tensor], batch: int) -> Tensor:
-        """Taps of 2 * batch pictures -> (batch,)."""
-        total = taps[0].new_zeros(batch, dtype=torch.float32)
-        for tap, weight, floor in zip(taps, self.weights, self.floor, strict=True):
-            unit = self._unit(tap, floor)
-            difference = (unit[:batch] - unit[batch:]).square()  # (B, C, h, w)
-            total = total + (difference.mean((2, 3)) * weight).sum(1)
+    def forward(self, images: Tensor, targets: Tensor) -> Tensor:
+        """(B, 3, S, S) twice, in [-1, 1] -> (B,) float32; gradients reach `images` alone."""
+        with torch.no_grad():
+            wanted = self.net(targets)
+        total = torch.zeros(len(images), device=images.device)
+        for tap, target, weight, floor in zip(
+            self.net(images), wanted, self.weights, self.floor, strict=True
+        ):
+            total = total + _UnitDistance.apply(tap, target, weight, floor)
         return total
-
-    @staticmethod
-    def _unit(features: Tensor, floor: Tensor) -> Tensor:
-        """Unit length over channels; `floor` on the squared length keeps flat ground from being blown up."""
-        features = features.float()
-        return features * torch.rsqrt(features.square().sum(1, keepdim=True) + floor)
 
     @torch.no_grad()
     def pooled(self, images: Tensor) -> Tensor:
