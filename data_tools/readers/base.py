@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from data_tools.images import sniff
-from data_tools.records import Problem, Record, encode_key, one_line, problem
+from data_tools.records import Problem, Record, encodable, encode_key, one_line, problem
 
 Item = Record | Problem
 FormatName = Literal[
@@ -206,7 +206,7 @@ def make_record(
     if image and not suffix:
         return problem(where, key, "not_an_image", f"the first bytes are {image[:8]!r}")
     if key != identifier:
-        meta = {**meta, "id": identifier}
+        meta = {**meta, "id": encodable(identifier)}
     return Record(key, image, suffix, lines, meta, where, extra or {})
 
 

@@ -102,7 +102,7 @@ class RowReader:
         if self.key and not key:
             return problem(where, "", "missing_id")
         if isinstance(value, str) and _is_url(value, self.picture):
-            meta["url"] = value.strip()
+            meta["url"] = encodable(value.strip())
             key = key or f"{hash64(value.strip() + chr(10) + chr(10).join(captions)):016x}"
             return make_record(key, b"", captions, meta, where, self.options)
         image = self._bytes(value, where, key)
