@@ -55,7 +55,7 @@ REASONS: dict[str, str] = HINTS | {
     "low_score": "picture and caption do not match by the ranker; lower --min-score",
     "near_constant": "a blank picture, such as a placeholder of a shop",
     "no_score": "the file of scores has no line for its key",
-    "watermark": "flagged as covered by a repeated overlay; leave it out of --pictures.drop-flags to keep it",
+    "watermark": "a repeated pattern, an overlay or a print; leave it out of --pictures.drop-flags to keep it",
 }
 
 

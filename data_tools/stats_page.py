@@ -1,0 +1,285 @@
+"""The page of data_tools.stats: tables, plots and example pictures, all inside one file."""
+
+import base64
+import colorsys
+import html
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from data_tools import svg
+from data_tools.facts import FORMATS, PICTURE, Facts, aspects
+from data_tools.images import BadImage, decode, encode, resize
+from data_tools.likeness import COLOURS, NEAR, Likeness, Row
+from data_tools.records import Record
+from data_tools.rules.lexicon import load_lexicon
+
+THUMBNAIL = 112  # pixels, longest side
+TOP = 24  # bars of a chart
+STYLE = """
+:root{color-scheme:light}
+body{font:15px/1.5 system-ui,"Noto Sans CJK SC","Noto Sans SC","PingFang SC","Microsoft YaHei",sans-serif;
+margin:2rem auto;max-width:76rem;padding:0 1rem;color:#222;background:#fff}
+svg text{font-family:inherit}h1{font-size:1.5rem;margin:0 0 .5rem}
+h2{font-size:1.2rem;margin:2.2rem 0 .6rem;border-bottom:1px solid #ddd}h3{font-size:1rem;margin:1rem 0 .3rem;color:#444}
+table{border-collapse:collapse}td,th{padding:.25rem .7rem;text-align:right;border-bottom:1px solid #eee}
+td:first-child,th:first-child{text-align:left}th{color:#666;font-weight:500}
+.two{display:flex;flex-wrap:wrap;gap:1rem 2.5rem;align-items:flex-start}.two>div{max-width:100%;overflow-x:auto}
+figure{display:inline-block;margin:0 8px 10px 0;width:112px;vertical-align:top;font-size:11px;
+line-height:1.3;color:#555}
+figure img{display:block;max-width:112px;background:#f4f4f4;border:1px solid #ddd}
+.pair{display:inline-block;border:1px solid #eee;padding:6px 0 0 6px;margin:0 10px 10px 0}
+small,.note{color:#777}p{margin:.3rem 0}
+"""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the page is made of."""
+
+    title: str
+    facts: Sequence[Facts]
+    alike: Likeness
+    shown: Mapping[str, list[Row]]
+    """Rows to show, by why."""
+    records: Mapping[Row, Record]
+    """The records at these rows."""
+    numbers: Mapping[str, Any]
+    max_text_len: int
+
+
+def page(report: Report) -> str:
+    """The whole page; every text of the source is escaped."""
+    title, facts = html.escape(report.title), report.facts
+    body = [
+        f"<h1>{title}</h1><p>Recognised as <b>{report.numbers['format']}</b>. {_what(report)}</p>",
+        _overview(report.numbers),
+        _captions(report.max_text_len, facts),
+        _words(facts),
+        _fields(facts),
+        _sizes(facts),
+        _colours(facts),
+        _faults(report),
+        _likeness(report),
+        "<h2>Samples</h2>" + _gallery(report.shown["sample"], report),
+    ]
+    head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
+    return f'<!doctype html><html lang="zh"><head>{head}</head><body>{"".join(body)}</body></html>\n'
+
+
+def _what(report: Report) -> str:
+    measured, kept = sum(len(fact.rows) for fact in report.facts), sum(fact.kept for fact in report.facts)
+    share = report.numbers["picture_share"]
+    drawn = f" ({share:.1%} of them, by the hash of their keys)" if share < 1 else ""
+    return f"{kept} samples; {measured} pictures measured{drawn}."
+
+
+def _all(facts: Sequence[Facts]) -> np.ndarray:
+    return np.concatenate([fact.pictures for fact in facts]) if facts else np.zeros(0, PICTURE)
+
+
+def _joined(facts: Sequence[Facts], name: str, kind: type) -> np.ndarray:
+    return np.concatenate([np.array(getattr(fact, name), kind) for fact in facts])
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    cells = "".join(f"<th>{html.escape(str(name))}</th>" for name in header)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(str(v))}</td>" for v in row) + "</tr>" for row in rows)
+    return f"<table><tr>{cells}</tr>{body}</table>"
+
+
+def _overview(numbers: Mapping[str, Any]) -> str:
+    names = list(numbers["splits"])
+    rows = []
+    for label, value in (
+        ("samples", lambda s: s["kept"]),
+        ("unreadable rows", lambda s: _counts(s["dropped"])),
+        ("without caption", lambda s: s["without_caption"]),
+        ("with several captions", lambda s: s["several_captions"]),
+        ("captions that come again", lambda s: s["repeated_captions"]),
+        ("caption characters, median / largest", lambda s: _pair(s["caption_chars"], "median", "max")),
+        ("caption tokens, median / largest", lambda s: _pair(s["caption_tokens"], "median", "max")),
+        (
+            "unknown tokens",
+            lambda s: f"{s['unknown_token_share']:.3%}" if s["caption_tokens"] else "not counted",
+        ),
+        ("shorter side in pixels, smallest / median", lambda s: _pair(s["shorter_side"], "min", "median")),
+        ("mean colour R G B, 0 to 1", lambda s: _rgb(s["mean_rgb"])),
+        ("ground colour R G B, 0 to 1", lambda s: _rgb(s["ground_rgb"])),
+        ("white grounds", lambda s: f"{s['white_grounds']} of {s['pictures']}" if s["pictures"] else "-"),
+    ):
+        rows.append([label, *(value(numbers["splits"][name]) for name in names)])
+    return _table(["", *names], rows)
+
+
+def _counts(reasons: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items())) or "0"
+
+
+def _pair(spread: Mapping[str, float] | None, one: str, other: str) -> str:
+    return f"{spread[one]:g} / {spread[other]:g}" if spread else "-"
+
+
+def _rgb(values: Sequence[float] | None) -> str:
+    return " ".join(f"{v:.3f}" for v in values) if values else "-"
+
+
+def _two(*charts: str) -> str:
+    return '<div class="two">' + "".join(f"<div>{chart}</div>" for chart in charts if chart) + "</div>"
+
+
+def _captions(max_text_len: int, facts: Sequence[Facts]) -> str:
+    chars, tokens = _joined(facts, "chars", np.int64), _joined(facts, "tokens", np.int64)
+    if not len(chars):
+        return "<h2>Captions</h2><p>There are none.</p>"
+    charts = [svg.histogram(chars, "characters a caption", limits=(0, float(np.percentile(chars, 99.5))))]
+    note = "<p class=note>Token lengths need --tokenizer.</p>"
+    if len(tokens):
+        room = max_text_len - 2
+        limits = (0, max(float(np.percentile(tokens, 99.5)), room + 2))
+        charts.append(
+            svg.histogram(tokens, "tokens a caption; red: the longest that fits", limits=limits, mark=room)
+        )
+        unknown = sum(fact.captions_with_unknown for fact in facts)
+        cut = int((tokens > room).sum())
+        note = (
+            f"<p>{cut} captions ({cut / len(tokens):.2%}) have more than {room} tokens and would be cut at "
+            f"max_text_len {max_text_len}; {unknown} ({unknown / len(tokens):.2%}) hold an unknown token.</p>"
+        )
+    han = _joined(facts, "han", np.float64)
+    charts.append(svg.histogram(han, "Chinese share of the letters", bins=20, limits=(0, 1)))
+    return f"<h2>Captions</h2>{_two(*charts)}{note}"
+
+
+def _words(facts: Sequence[Facts]) -> str:
+    words = sum((fact.words for fact in facts), Counter())
+    captions = sum(len(fact.chars) for fact in facts)
+    if not words:
+        return ""
+    parts = [f"<h2>Words and attributes</h2><p>{len(words)} different words.</p>"]
+    charts = ["<h3>Most frequent words</h3>" + svg.bars(words.most_common(TOP), "words", width=520)]
+    named = sum((fact.named for fact in facts), Counter())
+    for kind in load_lexicon().classes:
+        counts = sum((fact.attributes.get(kind, Counter()) for fact in facts), Counter())
+        if counts:
+            unknown = 1 - named[kind] / captions
+            title = f"<h3>{kind} <small>named in {1 - unknown:.1%} of captions, unknown in {unknown:.1%}</small></h3>"
+            charts.append(title + svg.bars(counts.most_common(TOP), kind, width=520))
+    return parts[0] + _two(*charts)
+
+
+def _fields(facts: Sequence[Facts]) -> str:
+    names = list(dict.fromkeys(name for fact in facts for name in fact.fields))
+    charts = []
+    for name in names:
+        counts = sum((fact.fields.get(name, Counter()) for fact in facts), Counter())
+        rest = f", the first {TOP} of them" if len(counts) > TOP else ""
+        title = f"<h3>{html.escape(name)} <small>{len(counts)} values{rest}</small></h3>"
+        charts.append(title + svg.bars(counts.most_common(TOP), name, width=520))
+    return "<h2>Labels and other fields</h2>" + _two(*charts) if charts else ""
+
+
+def _sizes(facts: Sequence[Facts]) -> str:
+    pictures = _all(facts)
+    if not len(pictures):
+        return ""
+    shorter = np.minimum(pictures["width"], pictures["height"]).astype(np.int64)
+    formats = Counter(FORMATS[i] for i in pictures["format"])
+    charts = [
+        svg.scatter(pictures["width"], pictures["height"], "width", "height in pixels"),
+        svg.histogram(shorter, "shorter side in pixels", limits=(0, float(np.percentile(shorter, 99.5)))),
+        svg.histogram(np.log2(aspects(pictures)), "log2 of width over height: 0 is square", limits=(-2, 2)),
+        svg.histogram(
+            pictures["bytes"] / 1024,
+            "file size in KiB",
+            limits=(0, np.percentile(pictures["bytes"], 99.5) / 1024),
+        ),
+        svg.bars(formats.most_common(), "formats", width=320),
+    ]
+    return "<h2>Picture sizes</h2>" + _two(*charts)
+
+
+def _colours(facts: Sequence[Facts]) -> str:
+    pictures = _all(facts)
+    if not len(pictures):
+        return ""
+    white = (pictures["white"] >= 0.9).mean()
+    charts = [
+        "<h3>Mean colours of pictures</h3>" + svg.strip(_palette(pictures["mean"]), "mean colours"),
+        "<h3>Colours of the grounds</h3>" + svg.strip(_palette(pictures["ground"]), "ground colours"),
+        _ground_bars(pictures["ground"]),
+        svg.histogram(pictures["mean"].mean(1) / 255, "mean brightness of a picture, 0 to 1", limits=(0, 1)),
+        svg.histogram(pictures["ground"].mean(1) / 255, "brightness of the ground, 0 to 1", limits=(0, 1)),
+        svg.histogram(pictures["white"], "white share of the outer ring", bins=20, limits=(0, 1)),
+    ]
+    return f"<h2>Colours and grounds</h2><p>{white:.1%} stand on a white ground.</p>{_two(*charts)}"
+
+
+def _palette(colours: np.ndarray, count: int = 140) -> list[svg.RGB]:
+    """A fair sample, greys first by brightness, then by hue."""
+    picked = colours[np.linspace(0, len(colours) - 1, min(count, len(colours))).astype(int)]
+
+    def order(rgb: Sequence[float]) -> tuple[float, ...]:
+        hue, saturation, value = colorsys.rgb_to_hsv(*(v / 255 for v in rgb))
+        return (0.0, value, 0.0) if saturation < 0.15 else (1.0, round(hue * 12) / 12, value)
+
+    return [tuple(round(float(v)) for v in rgb) for rgb in sorted(picked.tolist(), key=order)]
+
+
+def _ground_bars(grounds: np.ndarray) -> str:
+    """The most frequent grounds, in steps of 32 levels."""
+    cells, counts = np.unique((grounds // 32).astype(np.int64), axis=0, return_counts=True)
+    order = np.argsort(-counts, kind="stable")[:12]
+    colours = [svg.colour(np.minimum(cells[i] * 32 + 16, 255)) for i in order]
+    rows = [(name, float(counts[i]) / len(grounds)) for name, i in zip(colours, order, strict=True)]
+    return "<h3>Most frequent grounds, as shares</h3>" + svg.bars(rows, "grounds", colours, width=420)
+
+
+def _faults(report: Report) -> str:
+    meaning = {
+        "near_constant": "blank or nearly so",
+        "blurred": "blurred or enlarged",
+        "watermark": "with a repeated pattern: an overlay, or a print of the goods",
+    }
+    parts = ["<h2>Doubtful pictures</h2>"]
+    for name, count in report.numbers["flags"].items():
+        parts.append(f"<h3>{count} {meaning[name]}</h3>" + _gallery(report.shown[name], report))
+    return "".join(parts) + "<p class=note>data_tools.clean --rules shop flags or drops these.</p>"
+
+
+def _likeness(report: Report) -> str:
+    alike = report.alike
+    text = (
+        f"{alike.exact} pictures look exactly like another one, {alike.near} pairs nearly so (at most {NEAR} of 64 "
+        f"hash bits and {COLOURS} of 255 levels of colour); {alike.across} pairs lie in different splits."
+    )
+    pairs = []
+    for distance, one, other in alike.nearest:
+        both = _gallery([one, other], report)
+        pairs.append(f'<div class="pair">{both}<br><small>{distance} bits apart</small></div>')
+    return f"<h2>Duplicates and nearest pairs</h2><p>{text}</p>{''.join(pairs)}"
+
+
+def _gallery(rows: Sequence[Row], report: Report) -> str:
+    figures = []
+    for row in rows:
+        if row in report.records:
+            record = report.records[row]
+            caption = html.escape(record.captions[0][:60] if record.captions else "")
+            name = html.escape(f"{record.key} ({report.facts[row[0]].split})")
+            figures.append(f"<figure>{_image(record.image)}{caption}<br><small>{name}</small></figure>")
+    return "".join(figures)
+
+
+def _image(data: bytes) -> str:
+    try:
+        picture = resize(decode(data, near=2 * THUMBNAIL), "longest", THUMBNAIL)
+    except BadImage as error:
+        return f"<b>{error.reason}</b>"
+    text = base64.b64encode(encode(picture, "webp", 80)).decode()
+    return (
+        f'<img alt="" width="{picture.width}" height="{picture.height}" src="data:image/webp;base64,{text}">'
+    )
