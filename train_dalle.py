@@ -290,9 +290,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             say(describe(task))
 
         def batches(start_sample: int) -> Iterator[dict[str, Any]]:
-            return data.train_batches(
-                options.augment, plan.global_batch_size, world, loop.seed, start_sample, options.num_workers
-            )
+            return data.train_batches(options, plan.global_batch_size, world, start_sample)
 
         return fit(task, batches, loop, world, to_mapping(options))
     finally:

@@ -15,7 +15,7 @@ from common.distributed import World
 from common.files import atomic_directory, ensure_writable_directory
 from common.log import say
 from dalle.text_tokenizer import TextTokenizer
-from data_tools.crops import CropFlip
+from dalle.train_options import Options
 from data_tools.index import ShardIndex
 from data_tools.loader import (
     IMAGE_SUFFIXES,
@@ -70,11 +70,15 @@ class TrainData:
         return cls(train, val, has_tokens, tokenizer, image_dir, TextTokenizer.from_pretrained(text_dir))
 
     def train_batches(
-        self, augment: CropFlip, batch_size: int, world: World, seed: int, start_sample: int, num_workers: int
+        self, options: Options, batch_size: int, world: World, start_sample: int
     ) -> Iterator[dict[str, Any]]:
         """This process's share of every global batch: image_ids (B, N), or image (B, 3, S, S), text, key."""
-        decode = DecodeTokens() if self.has_tokens else DecodeImage(self.image_tokenizer.image_size, augment)
-        return train_batches(self.train, decode, batch_size, world, seed, start_sample, num_workers)
+        decode = DecodeTokens(short_share=options.short_caption_share)
+        if not self.has_tokens:
+            size = self.image_tokenizer.image_size
+            decode = DecodeImage(size, options.augment, short_share=options.short_caption_share)
+        seed, workers = options.loop.seed, options.num_workers
+        return train_batches(self.train, decode, batch_size, world, seed, start_sample, workers)
 
     def val_batches(self, batch_size: int, limit: int) -> Iterator[dict[str, Any]]:
         """The first `limit` validation samples in order: plain crops, first captions."""

@@ -26,6 +26,8 @@ class Options:
     """Text tokens, begin and end marks included; longer captions are cut and counted."""
     caption_dropout: float = 0.1
     """Share of captions hidden in training, which teaches the model to draw without text, for guidance."""
+    short_caption_share: float = 0.0
+    """Where a picture has several captions: share of the draws that take the shortest; the others take any."""
     ema_decay: float = 0.999
     """Decay of the moving average of weights that is saved; 0: none."""
     model: ModelOptions = field(default_factory=ModelOptions)
@@ -57,6 +59,8 @@ class Options:
     def __post_init__(self) -> None:
         if not 0 <= self.caption_dropout < 1:
             raise ValueError(f"caption_dropout must lie in [0, 1), not {self.caption_dropout}")
+        if not 0 <= self.short_caption_share <= 1:
+            raise ValueError(f"short_caption_share must lie in [0, 1], not {self.short_caption_share}")
         if self.max_text_len < 3:
             raise ValueError(f"max_text_len must be at least 3, not {self.max_text_len}")
         if self.val_samples < 1 or self.sample_images < 0:

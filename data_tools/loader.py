@@ -92,6 +92,7 @@ class DecodeImage:
     image_size: int
     augment: Augment | None = None
     first_caption: bool = False
+    short_share: float = 0.0  # as in `pick_caption`
 
     def __call__(self, index: ShardIndex, i: int, rng: np.random.Generator) -> Batch:
         members = index.read(i, (*IMAGE_SUFFIXES, "txt"))
@@ -99,7 +100,7 @@ class DecodeImage:
         if self.augment is not None:
             image = self.augment(image, rng)
         image = resize_square(image, self.image_size)
-        text = pick_caption(members.get("txt", b""), None if self.first_caption else rng)
+        text = pick_caption(members.get("txt", b""), None if self.first_caption else rng, self.short_share)
         return {"image": to_tensor(image), "text": text, "key": index.samples[i].key}
 
 
@@ -108,6 +109,7 @@ class DecodeTokens:
     """Token-shard sample -> image_ids (N,), text, key; one of the A views at random, or the first."""
 
     first_view: bool = False
+    short_share: float = 0.0  # as in `pick_caption`
 
     def __call__(self, index: ShardIndex, i: int, rng: np.random.Generator) -> Batch:
         members = index.read(i, ("ids.npy", "txt"))
@@ -116,7 +118,7 @@ class DecodeTokens:
         except (ValueError, EOFError) as error:
             raise CorruptSample(f"ids.npy is damaged: {error}") from error
         view = 0 if self.first_view else int(rng.integers(len(views)))
-        text = pick_caption(members.get("txt", b""), None if self.first_view else rng)
+        text = pick_caption(members.get("txt", b""), None if self.first_view else rng, self.short_share)
         ids = torch.from_numpy(views[view].astype(np.int64))
         return {"image_ids": ids, "text": text, "key": index.samples[i].key}
 
@@ -129,12 +131,19 @@ def open_image(data: bytes) -> Image.Image:
         raise CorruptSample(f"{error.reason}: {error.what}" if error.what else error.reason) from error
 
 
-def pick_caption(data: bytes, rng: np.random.Generator | None) -> str:
-    """One of the lines, drawn by `rng`, or the first; "" when there is none."""
+def pick_caption(data: bytes, rng: np.random.Generator | None, short_share: float = 0.0) -> str:
+    """One of the lines, drawn by `rng`, or the first; "" when there is none.
+
+    With probability `short_share` it is the shortest: models that only read long descriptions draw short ones badly.
+    """
     lines = [line.strip() for line in data.decode("utf-8", errors="replace").splitlines() if line.strip()]
     if not lines:
         return ""
-    return lines[0] if rng is None or len(lines) == 1 else lines[int(rng.integers(len(lines)))]
+    if rng is None or len(lines) == 1:
+        return lines[0]
+    if short_share and rng.random() < short_share:
+        return min(lines, key=len)
+    return lines[int(rng.integers(len(lines)))]
 
 
 def collate(samples: list[tuple[Batch, list[str]]]) -> tuple[Batch, list[str]]:

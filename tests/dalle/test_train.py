@@ -12,13 +12,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_data import write_image_shards, write_image_tokenizer, write_token_shards
+from tiny_data import picture, write_image_shards, write_image_tokenizer, write_token_shards
 
 import train_dalle
 from common.checkpoint import read_weights
 from common.config import from_mapping, read_mapping
+from common.distributed import start_world
 from dalle.pipeline import TextToImage
+from dalle.train_data import TrainData
 from dalle.train_options import Options
+from data_tools.index import ShardIndex
+from data_tools.loader import DecodeImage
+from data_tools.records import Record
+from data_tools.shards import ShardWriter
+from vq.model import ImageTokenizer
 
 ROOT = Path(train_dalle.__file__).parent
 
@@ -185,6 +192,22 @@ def test_options_matter(made, whole, tmp_path):
         train_dalle.main(flags(made, tmp_path / name, *change, steps=3))
         before, after = read_weights(whole / "step_00000003"), read_weights(tmp_path / name / "latest")
         assert any(not torch.equal(before[n], after[n]) for n in before), name
+
+
+def test_short_captions_mix(made):
+    """Two captions a picture: any of them, or the short one only, as the share says."""
+    with ShardWriter(made / "long", "train") as writer:
+        for i in range(40):
+            writer.write(Record(f"{i:06d}", picture(i), "png", ("一个很长的描述", "短"), {}, "test"))
+    index, shares = ShardIndex.open(made / "long"), {}
+    for share in (0.0, 0.5, 1.0):
+        decode = DecodeImage(16, short_share=share)
+        texts = [decode(index, i % 40, np.random.default_rng(i))["text"] for i in range(400)]
+        shares[share] = texts.count("短") / 400
+    assert shares == pytest.approx({0.0: 0.5, 0.5: 0.75, 1.0: 1.0}, abs=0.08)
+    data = TrainData(index, index, False, ImageTokenizer.from_pretrained(made / "tokenizer"), made, None)
+    batches = data.train_batches(Options(short_caption_share=1.0, num_workers=0), 8, start_world("cpu"), 0)
+    assert set(next(batches)["text"]) == {"短"}
 
 
 def test_no_text_loss(made, tmp_path):
