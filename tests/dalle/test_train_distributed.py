@@ -1,0 +1,110 @@
+"""The same training under other launchers gives the loss trace of one process, and goes on under any of them."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_data import write_image_shards, write_image_tokenizer, write_token_shards
+
+import train_dalle
+
+ROOT = Path(train_dalle.__file__).parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", "29641"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("made")
+    write_image_shards(folder / "images")
+    write_image_tokenizer(folder / "tokenizer")
+    write_token_shards(folder / "tokens", folder / "images", folder / "tokenizer")
+    return folder
+
+
+def flags(made: Path, run_dir: Path, *more: str, steps: int = 6) -> list[str]:
+    """Without dropout, whose draws belong to a process; hidden captions belong to the samples."""
+    return [
+        *("--data", str(made / "tokens"), "--image-tokenizer", str(made / "tokenizer")),
+        *("--loop.run-dir", str(run_dir), "--loop.num-steps", str(steps), "--loop.global-batch-size", "8"),
+        *("--loop.log-every", "1", "--loop.save-every", "3", "--loop.tensorboard", "False"),
+        *("--num-workers", "0", "--device", "cpu", "--precision", "fp32", "--caption-dropout", "0.3"),
+        *("--model.dim", "16", "--model.num-layers", "2", "--model.num-heads", "2"),
+        *("--optim.warmup-steps", "2", "--sample-images", "0", *more),
+    ]
+
+
+def launch(launcher: list[str], arguments: list[str]) -> None:
+    paths = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "DS_ACCELERATOR": "cpu",
+        "PATH": paths,
+    }
+    done = subprocess.run(
+        [*launcher, str(ROOT / "train_dalle.py"), *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+def trace(run_dir: Path) -> list[list[float]]:
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text("utf-8").splitlines()]
+    names = ("step", "loss", "text_loss", "image_loss", "grad_norm")
+    return [[row[n] for n in names] for row in rows if row["kind"] == "train"]
+
+
+@pytest.fixture(scope="module")
+def alone(made, tmp_path_factory) -> list[list[float]]:
+    """The trace of one process."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    run_dir = tmp_path_factory.mktemp("alone") / "run"
+    train_dalle.main(flags(made, run_dir))
+    torch.set_num_threads(before)
+    return trace(run_dir)
+
+
+def assert_same_trace(run_dir: Path, expected: list[list[float]]) -> None:
+    found = trace(run_dir)
+    assert len(found) == len(expected) == 6
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine == pytest.approx(theirs, rel=2e-4)
+
+
+def test_two_processes_go_on_as_one(made, alone, tmp_path):
+    """torchrun with two processes up to step 3, then one process to the end."""
+    launch(TORCHRUN, flags(made, tmp_path / "run"))
+    assert_same_trace(tmp_path / "run", alone)
+    shutil.rmtree(tmp_path / "run" / "step_00000006")
+    train_dalle.main(flags(made, tmp_path / "run"))
+    assert_same_trace(tmp_path / "run", alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["0", "1", "2", "3"])
+def test_deepspeed_zero_goes_on_as_one(stage, made, alone, tmp_path):
+    more = ("--deepspeed.zero-stage", stage)
+    launch(DEEPSPEED, flags(made, tmp_path / "run", *more))
+    assert_same_trace(tmp_path / "run", alone)
+    shutil.rmtree(tmp_path / "run" / "step_00000006")
+    train_dalle.main(flags(made, tmp_path / "run", *more))
+    assert_same_trace(tmp_path / "run", alone)
+
+
+@pytest.mark.slow
+def test_one_process_goes_on_under_zero_three_without_average(made, alone, tmp_path):
+    arguments = flags(made, tmp_path / "run", "--ema-decay", "0", "--loop.micro-batch-size", "2")
+    train_dalle.main(arguments)
+    shutil.rmtree(tmp_path / "run" / "step_00000006")
+    launch(DEEPSPEED, [*arguments, "--deepspeed.zero-stage", "3"])
+    assert_same_trace(tmp_path / "run", alone)
