@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -309,3 +310,22 @@ def test_every_config_builds(name):
         options = from_mapping(Options, read_mapping(path), where=str(path))
         with torch.device("meta"):
             ImageTokenizer(options.model)
+
+
+@pytest.mark.slow
+def test_compiled_training_gives_the_plain_losses(train):
+    if not shutil.which("g++"):
+        pytest.skip("torch.compile on a CPU needs g++")
+    judge = ["--preset", "vqgan", "--adversary.warmup-steps", "0", "--adversary.ramp-steps", "0"]
+    judge += ["--adversary.discriminator.channels", "32", "--adversary.discriminator.layers", "1"]
+    judge += ["--adversary.rollback-share", "0", "--precision", "fp32"]
+    plain = [r["rec_loss"] for r in rows(train("plain", *judge, steps=3))]
+    compiled = [r["rec_loss"] for r in rows(train("compiled", *judge, "--compile", "True", steps=3))]
+    assert compiled == pytest.approx(plain, rel=1e-3)
+
+
+def test_compile_without_a_compiler_is_said(train, monkeypatch, capsys):
+    monkeypatch.setattr("vq.task.shutil.which", lambda name: None)
+    with pytest.raises(SystemExit):
+        train("compiled", "--compile", "True")
+    assert "compile needs the C++ compiler g++" in capsys.readouterr().err
