@@ -97,7 +97,7 @@ class RowReader:
         if captions is None:
             return problem(where, self._key(row), "bad_value", f"{self.caption} is {row[self.caption]!r:.80}")
         meta = {"source": self.source}
-        meta |= {str(k): plain(v) for k, v in row.items() if k not in self.used and not isinstance(v, bytes)}
+        meta |= plain({k: v for k, v in row.items() if k not in self.used and not isinstance(v, bytes)})
         value, key = row.get(self.picture), self._key(row)
         if self.key and not key:
             return problem(where, "", "missing_id")

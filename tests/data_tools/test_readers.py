@@ -247,12 +247,16 @@ def test_jsonl_forms(tmp_path):
 
 def test_half_characters_in_ids_and_urls_can_still_be_written(tmp_path):
     (tmp_path / "0.jpg").write_bytes(picture(0))
-    lines = [{"id": "a\ud800", "file_name": "0.jpg", "text": "x"}, {"url": "http://a/\udfff", "text": "y"}]
+    lines = [
+        {"id": "a\ud800", "file_name": "0.jpg", "text": "x", "\ud800": 1},
+        {"url": "http://a/\udfff", "text": "y"},
+    ]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
     records, _ = read(tmp_path / "a.jsonl")
     assert (
         records[0].key == "a%D800"
         and records[0].meta["id"] == "a?"
+        and records[0].meta["?"] == 1
         and records[1].meta["url"] == "http://a/?"
     )
 
