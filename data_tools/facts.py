@@ -12,9 +12,10 @@ from PIL import Image
 from data_tools.images import BadImage, ImageLimits, decode
 from data_tools.phash import picture_signature
 from data_tools.records import Problem, Record, problem
-from data_tools.rules.captions import han_share
+from data_tools.rules.captions import han_share, special_characters
 from data_tools.rules.lexicon import Lexicon
 from data_tools.rules.pictures import grey256, sharpness, tiling
+from data_tools.rules.titles import TitleNormaliser
 from data_tools.token_count import CountTokens
 
 FORMATS = ("jpg", "png", "webp", "gif", "bmp", "tiff", "avif")
@@ -102,6 +103,10 @@ class Facts:
     unknown_tokens: int = 0
     captions_with_unknown: int = 0
     han: array = field(default_factory=lambda: array("f"))
+    special: int = 0
+    """Captions with markup, control characters or runs of symbols."""
+    promoted: int = 0
+    """Captions with words about the sale."""
     repeats: Counter[int] = field(default_factory=Counter)
     """Captions by hash."""
     words: Counter[str] = field(default_factory=Counter)
@@ -141,6 +146,8 @@ class Facts:
     def _add_caption(self, caption: str, lexicon: Lexicon, counter: CountTokens | None) -> None:
         self.chars.append(len(caption))
         self.han.append(han_share(caption))
+        self.special += bool(special_characters(caption))
+        self.promoted += TitleNormaliser.default().has_promotion(caption)
         self.repeats[hash(caption)] += 1
         if counter:
             tokens, unknown = counter(caption)

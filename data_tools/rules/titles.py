@@ -58,6 +58,11 @@ class TitleNormaliser:
                 break
         return title
 
+    def has_promotion(self, title: str) -> bool:
+        """True if words about the sale would be taken out."""
+        text = title.translate(_PLAIN)
+        return bool(self._patterns.search(text)) or self._drop_promotions(text) != text
+
     def _once(self, title: str) -> str:
         text = _INVISIBLE.sub("", title.translate(_PLAIN))
         text = self._patterns.sub(" ", text)
