@@ -44,7 +44,7 @@ def ordered_map(
                 tag, batch = next(source, (None, None))
                 exhausted = batch is None
                 if not exhausted:
-                    pending.append((tag, batch, pool.submit(work, batch) if batch else None))
+                    pending.append((tag, batch, _submit(pool, work, batch)))
             if not pending:
                 break
             tag, batch, future = pending.popleft()
@@ -54,10 +54,22 @@ def ordered_map(
                 result = _one_by_one(work, batch, crashed)
                 pool.shutdown(wait=False)
                 pool = _pool(workers)
-                pending = deque((t, b, pool.submit(work, b) if b else None) for t, b, _ in pending)
+                pending = deque((t, b, _submit(pool, work, b)) for t, b, _ in pending)
             yield tag, result
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _submit(pool: ProcessPoolExecutor, work: Work, batch: Sequence[Any]) -> Future | None:
+    """None for an empty batch. A worker may die before the next batch is handed over: its future says so."""
+    if not batch:
+        return None
+    try:
+        return pool.submit(work, batch)
+    except BrokenProcessPool as error:
+        future: Future = Future()
+        future.set_exception(error)
+        return future
 
 
 def _one_by_one(work: Work, batch: Sequence[Any], crashed: Callable[[Any], Any]) -> list[Any]:

@@ -100,21 +100,10 @@ def histogram(
     body = [_line(left, top + tall, width - 10, top + tall, SOFT)]
     for i, count in enumerate(counts):
         size = tall * count / counts.max()
-        span = (
-            short(edges[i] + 0.5)
-            if whole and edges[1] - edges[0] == 1
-            else f"{short(edges[i])} - {short(edges[i + 1])}"
-        )
-        body.append(
-            _rect(
-                at(edges[i]) + 0.5,
-                top + tall - size,
-                across / len(counts) - 1,
-                size,
-                fill,
-                f"{span}: {count}",
-            )
-        )
+        single = whole and edges[1] - edges[0] == 1
+        span = short(edges[i] + 0.5) if single else f"{short(edges[i])} - {short(edges[i + 1])}"
+        wide = across / len(counts) - 1
+        body.append(_rect(at(edges[i]) + 0.5, top + tall - size, wide, size, fill, f"{span}: {count}"))
     body.append(_text(left - 4, top + 10, short(int(counts.max())), "end", SOFT))
     for tick in _ticks(edges[0], edges[-1]):
         body.append(_line(at(tick), top + tall, at(tick), top + tall + 4, SOFT))
