@@ -52,7 +52,9 @@ def test_import_arrows():
             wrong = imported & (set(ALLOWED) | set(SCRIPTS)) - ALLOWED[package] - {package}
             broken += [f"{path.relative_to(ROOT)} imports {name}" for name in sorted(wrong)]
         elif path.stem in SCRIPTS and path.parent == ROOT:
-            broken += [f"{path.name} imports {name}" for name in sorted(imported & (set(SCRIPTS) | {"serve"}))]
+            broken += [
+                f"{path.name} imports {name}" for name in sorted(imported & (set(SCRIPTS) | {"serve"}))
+            ]
     assert not broken, broken
 
 
@@ -121,7 +123,9 @@ def readme_commands() -> list[str]:
         text = (ROOT / name).read_text("utf-8")
         for block in re.findall(r"```(?:bash|sh)\n(.*?)```", text, flags=re.S):
             joined = block.replace("\\\n", " ")
-            commands += [line.split("#")[0].strip() for line in joined.splitlines() if line.split("#")[0].strip()]
+            commands += [
+                line.split("#")[0].strip() for line in joined.splitlines() if line.split("#")[0].strip()
+            ]
     return sorted(set(commands))
 
 

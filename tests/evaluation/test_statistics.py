@@ -72,7 +72,9 @@ def test_manifold_of_equal_and_of_distant_sets():
     far = st.manifold(points, points + 100)
     assert far.precision == far.recall == far.density == far.coverage == 0
     half = st.manifold(points, np.concatenate([points[:40], points[40:] + 100]))
-    assert half.precision == pytest.approx(0.5) and half.coverage > 0.9  # a ball of 5 holds one of the kept half
+    assert (
+        half.precision == pytest.approx(0.5) and half.coverage > 0.9
+    )  # a ball of 5 holds one of the kept half
     with pytest.raises(ValueError, match="k 5"):
         st.manifold(points[:5], points)
 

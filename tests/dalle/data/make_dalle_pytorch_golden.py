@@ -40,7 +40,9 @@ VARIANTS = {
 def values(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """The stand-in weight of that name: around one for scales and norms, else around zero."""
     noise = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
-    is_gain = name.endswith("scale") or (("norm" in name or "to_logits.0" in name) and name.endswith("weight"))
+    is_gain = name.endswith("scale") or (
+        ("norm" in name or "to_logits.0" in name) and name.endswith("weight")
+    )
     return 1 + 0.2 * noise if is_gain else 0.25 * noise
 
 
