@@ -3,9 +3,9 @@
 A step of decoding reads every weight once for a handful of rows, so what counts is bytes and the number of operators.
 Weights are packed once into the blocked layout of oneDNN (an ordinary linear layer repacks them at every call); norm
 gains are folded into the matrices that follow, those of queries and keys and the softmax scale into the rotary tables;
-keys and values go into the cache in one copy; SiLU and the gate's product run inside the matrix products. The residual
-stream and all norms stay float32. Packed products round each row alike however many rows there are, so a picture does
-not depend on the batch it is drawn in.
+SiLU and the gate's product run inside the matrix products; the cache is laid out for `embedding_bag` (packed_cache.py).
+The residual stream and all norms stay float32. Packed products round each row alike however many rows there are, so a
+picture does not depend on the batch it is drawn in.
 """
 
 from collections.abc import Callable
@@ -18,6 +18,7 @@ from torch import Tensor
 from dalle import sequence
 from dalle.attention import RMSNorm
 from dalle.model import Block, Dalle
+from dalle.packed_cache import PackedCache
 
 PACK_ROWS = (
     8  # row count that oneDNN lays the weights out for; fixed, so that the layout never depends on the batch
@@ -85,20 +86,6 @@ class PackedBlock:
     down: Callable[[Tensor], Tensor]
 
 
-class PackedCache:
-    """Keys and values (num_layers, 2, R, H_kv, L, K) and the bias that hides padding, (R * H_kv, L, 1)."""
-
-    def __init__(self, decoder: "PackedDecoder", text_ids: Tensor) -> None:
-        c = decoder.config
-        self.text_len, self.rows = text_ids.shape[1], len(text_ids)
-        self.visible = sequence.text_mask(text_ids, c.pad_id)
-        length = self.text_len + c.num_image_tokens
-        shape = (c.num_layers, 2, self.rows, c.num_kv_heads, length, c.head_dim)
-        self.entries = torch.zeros(shape, dtype=decoder.compute_dtype)
-        bias = sequence.key_bias(self.visible, c.num_image_tokens, decoder.compute_dtype)  # (R, 1, 1, L)
-        self.bias = bias.expand(-1, c.num_kv_heads, 1, -1).reshape(-1, length, 1).contiguous()
-
-
 class PackedDecoder:
     """`new_cache`, `prefill` and `decode_step` of a `Dalle` on a CPU; see `dalle.sampling.Generator`."""
 
@@ -109,6 +96,8 @@ class PackedDecoder:
             raise ValueError("this build of torch lacks oneDNN: decode with --fast.engine plain")
         c = self.config = model.config
         self.compute_dtype = torch.bfloat16 if weights == torch.int8 else weights
+        # queries and keys are normed and values of order one: float16 holds them with three more bits than bfloat16
+        self.cache_dtype = torch.float32 if weights == torch.float32 else torch.float16
         linear, gate = (Int8Linear, Int8Gate) if weights == torch.int8 else (PackedLinear, PackedGate)
         with torch.inference_mode():
             self.text_embed, self.text_in = model.text_embed, model.text_in
@@ -123,7 +112,11 @@ class PackedDecoder:
 
     @torch.inference_mode()
     def new_cache(self, text_ids: Tensor) -> PackedCache:
-        return PackedCache(self, text_ids)
+        c = self.config
+        bias = sequence.key_bias(sequence.text_mask(text_ids, c.pad_id), c.num_image_tokens, torch.float32)
+        return PackedCache(
+            c.num_layers, c.num_heads, c.num_kv_heads, c.head_dim, bias[:, 0], self.cache_dtype
+        )
 
     @torch.inference_mode()
     def prefill(self, text_ids: Tensor, cache: PackedCache, image_ids: Tensor | None = None) -> Tensor:
@@ -132,56 +125,49 @@ class PackedDecoder:
         known = [self.image_embed[image_ids]] if image_ids is not None else []
         x = torch.cat([self.text_in(self.text_embed(text_ids)), begin, *known], 1)  # (R, n, D)
         rows, n, _ = x.shape
-        bias = sequence.attention_bias(cache.visible, n - cache.text_len, self.compute_dtype)
-        slices = sequence.input_rows(cache.text_len, self.config.max_text_len, n - cache.text_len)
+        text_len = text_ids.shape[1]
+        visible = sequence.text_mask(text_ids, self.config.pad_id)
+        bias = sequence.attention_bias(visible, n - text_len, self.compute_dtype)
+        slices = sequence.input_rows(text_len, self.config.max_text_len, n - text_len)
         turns = torch.cat([self.turns[:, :, s] for s in slices], 2)  # (layers, 2, n, 2, K)
         turns = turns.index_select(3, self.head_group)  # (layers, 2, n, H + H_kv, K)
         x = x.reshape(rows * n, -1)
         for layer, block in enumerate(self.blocks):
-            heads = self._heads(x, block, turns[layer].repeat(1, rows, 1, 1))  # (R n, H + 2 H_kv, K)
-            heads = heads.unflatten(0, (rows, n)).transpose(1, 2)  # (R, H + 2 H_kv, n, K)
-            y = self._attend_all(heads, cache.entries[layer], bias)  # (R n, H K)
-            self._finish(x, y, block)
+            heads = self._heads(x, block, turns[layer].repeat(1, rows, 1, 1))
+            q, k, v = (t.unflatten(0, (rows, n)).transpose(1, 2) for t in heads)  # (R, H or H_kv, n, K)
+            cache.fill(layer, k, v)
+            self._finish(x, self._attend(q, k, v, bias), block)
         return self._logits(x.unflatten(0, (rows, n))[:, -1])
 
     @torch.inference_mode()
     def decode_step(self, image_ids: Tensor, position: int, cache: PackedCache) -> Tensor:
         """As `Dalle.decode_step`: the token drawn at `position` (R,) -> logits (R, V) of the next."""
-        index = position + cache.text_len + 1
-        turns = self.turns[:, :, position + self.config.max_text_len + 1].index_select(2, self.head_group)
+        num_image = self.config.num_image_tokens
+        cache.move_to(position + cache.length - num_image + 1)
+        turns = self.turns[:, :, position - num_image].index_select(2, self.head_group)
         x = self.image_embed[image_ids]  # (R, D)
         for layer, block in enumerate(self.blocks):
-            heads = self._heads(x, block, turns[layer])  # (R, H + 2 H_kv, K)
-            y = self._attend_one(heads, cache.entries[layer], cache.bias, index)  # (R, H K)
-            self._finish(x, y, block)
+            q, k, v = self._heads(x, block, turns[layer])  # (R, H or H_kv, K)
+            self._finish(x, cache.attend(layer, q, k, v).to(self.compute_dtype), block)
         return self._logits(x)
 
-    def _heads(self, x: Tensor, block: PackedBlock, turn: Tensor) -> Tensor:
-        """x (M, D) -> heads (M, H + 2 H_kv, K), queries and keys normed and turned. turn: (2, [M,] H + H_kv, K)"""
+    def _heads(self, x: Tensor, block: PackedBlock, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (M, D) -> queries (M, H, K) and keys (M, H_kv, K), normed and turned, float32; values (M, H_kv, K).
+
+        turn: (2, [M,] H + H_kv, K)
+        """
         c = self.config
         heads = block.qkv(self._norm(x)).view(len(x), -1, c.head_dim)
-        turned = heads[:, : c.num_heads + c.num_kv_heads]  # (M, H + H_kv, K), a view
-        y = torch.addcmul(turned * turn[0], turned.roll(c.head_dim // 2, -1), turn[1])  # float32
-        norm = torch.linalg.vector_norm(turned, dim=-1, keepdim=True, dtype=torch.float32)
-        torch.div(y, norm.square_().add_(self.head_eps**2).sqrt_(), out=turned)
-        return heads
+        straight = heads[:, : c.num_heads + c.num_kv_heads]
+        y = torch.addcmul(straight * turn[0], straight.roll(c.head_dim // 2, -1), turn[1])  # float32
+        norm = torch.linalg.vector_norm(straight, dim=-1, keepdim=True, dtype=torch.float32)
+        y.div_(norm.square_().add_(self.head_eps**2).sqrt_())
+        return y[:, : c.num_heads], y[:, c.num_heads :], heads[:, c.num_heads + c.num_kv_heads :]
 
-    def _attend_one(self, heads: Tensor, entries: Tensor, bias: Tensor, index: int) -> Tensor:
-        """One query a row against the cache: heads (R, H + 2 H_kv, K), entries (2, R, H_kv, L, K) -> (R, H K)"""
-        c = self.config
-        rows, end = len(heads), index + 1
-        entries[:, :, :, index] = heads[:, c.num_heads :].unflatten(1, (2, -1)).transpose(0, 1)
-        keys, values = entries.flatten(1, 2)[:, :, :end]  # (R H_kv, end, K) each
-        q = heads[:, : c.num_heads].reshape(rows * c.num_kv_heads, -1, c.head_dim)  # (R H_kv, r, K)
-        scores = torch.baddbmm(bias[:, :end], keys, q.transpose(1, 2))  # (R H_kv, end, r)
-        return torch.bmm(scores.transpose(1, 2).softmax(-1), values).view(rows, -1)
-
-    def _attend_all(self, heads: Tensor, entries: Tensor, bias: Tensor | None) -> Tensor:
-        """Causal attention of a whole prefix (R, H + 2 H_kv, n, K), which goes into the cache -> (R n, H K)"""
-        c = self.config
-        q, kv = heads.split([c.num_heads, 2 * c.num_kv_heads], 1)
-        entries[:, :, :, : heads.shape[2]] = kv.unflatten(1, (2, -1)).transpose(0, 1)
-        k, v = (t.repeat_interleave(c.num_heads // c.num_kv_heads, 1) for t in kv.chunk(2, 1))
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        """Causal attention of a whole prefix: (R, H or H_kv, n, K) -> (R n, H K)"""
+        q, k, v = (t.to(self.compute_dtype) for t in (q, k, v))
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
         y = F.scaled_dot_product_attention(q, k, v, bias, is_causal=bias is None, scale=1.0)  # (R, H, n, K)
         return y.transpose(1, 2).flatten(2).flatten(0, 1)
 

@@ -194,42 +194,41 @@ def _draw(
     batch_size, num_tokens = len(text_ids), model.config.num_image_tokens
     device = text_ids.device
     rows = torch.cat([text_ids, null_ids]) if options.is_guided else text_ids
-    rows = fill_rows(rows, model.row_multiple)  # (R, T)
+    rows = fill_rows(rows, model.row_multiple)  # (R, T): with text, without text, filling
     start = canvas.prefix_len if canvas else 0
     ids = (
         canvas.ids.clone() if canvas else torch.zeros(batch_size, num_tokens, dtype=torch.long, device=device)
     )
-    log_likelihood = torch.zeros(batch_size, device=device)
-    null_log_likelihood = torch.zeros(batch_size, device=device) if options.is_guided else None
+    log_likelihood = torch.zeros(len(rows), device=device)
 
     cache = model.new_cache(rows)
     logits = model.prefill(rows, cache, _to_rows(ids[:, :start], len(rows), options) if start else None)
     noise = _noise_from(generators, model.config.codebook_size, device, start)
     for n in range(start, num_tokens):
-        if n > start:
-            logits = model.decode_step(_to_rows(ids[:, n - 1], len(rows), options), n - 1, cache)
-        if n % NOISE_CHUNK == 0 and n > start:
+        if n > start and n % NOISE_CHUNK == 0:
             noise = draw_noise(generators, model.config.codebook_size, device)
-        logits = logits.float()
-        with_text = guided = logits[:batch_size]  # (B, V)
+        logits = guided = logits.float()  # (R, V)
         if options.is_guided:
-            without = logits[batch_size : 2 * batch_size]
-            guided = guide(
-                with_text, without, guidance_scale(n, num_tokens, options.cfg_scale, options.cfg_schedule)
-            )
-        drawn = choose(guided, noise[n % NOISE_CHUNK], options)
+            scale = guidance_scale(n, num_tokens, options.cfg_scale, options.cfg_schedule)
+            guided = guide(logits[:batch_size], logits[batch_size : 2 * batch_size], scale)
+        drawn = choose(guided[:batch_size], noise[n % NOISE_CHUNK], options)  # (B,)
         if canvas:
             drawn = torch.where(canvas.keep[:, n], ids[:, n], drawn)
         ids[:, n] = drawn
-        log_likelihood += _log_probability(with_text, drawn, canvas, n)
-        if options.is_guided:
-            null_log_likelihood += _log_probability(without, drawn, canvas, n)
-    return ids, log_likelihood, null_log_likelihood
+        row_ids = _to_rows(drawn, len(rows), options)
+        chosen = logits.gather(-1, row_ids[:, None])[:, 0] - logits.logsumexp(-1)  # (R,)
+        if canvas:
+            chosen.masked_fill_(_to_rows(canvas.keep[:, n], len(rows), options), 0.0)
+        log_likelihood += chosen
+        if n + 1 < num_tokens:
+            logits = model.decode_step(row_ids, n, cache)
+    null_log_likelihood = log_likelihood[batch_size : 2 * batch_size] if options.is_guided else None
+    return ids, log_likelihood[:batch_size], null_log_likelihood
 
 
-def _to_rows(ids: Tensor, num_rows: int, options: SamplingOptions) -> Tensor:
-    """Tokens of the B pictures for all rows of a pass: twice with guidance, then the fill."""
-    doubled = torch.cat([ids, ids]) if options.is_guided else ids
+def _to_rows(values: Tensor, num_rows: int, options: SamplingOptions) -> Tensor:
+    """What belongs to the B pictures, for all rows of a pass: twice with guidance, then the filling."""
+    doubled = torch.cat([values, values]) if options.is_guided else values
     return fill_rows(doubled, num_rows)
 
 
@@ -240,12 +239,6 @@ def _noise_from(
     for _ in range(start // NOISE_CHUNK):
         draw_noise(generators, vocab_size, torch.device("cpu"))
     return draw_noise(generators, vocab_size, device)
-
-
-def _log_probability(logits: Tensor, ids: Tensor, canvas: Canvas | None, n: int) -> Tensor:
-    """log p of the drawn ids (B,); 0 where the token stood already."""
-    value = logits.gather(-1, ids[:, None])[:, 0] - logits.logsumexp(-1)
-    return value.masked_fill(canvas.keep[:, n], 0.0) if canvas else value
 
 
 @torch.no_grad()

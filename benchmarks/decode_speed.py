@@ -1,0 +1,230 @@
+"""How fast is decoding? One step of each form of the generator against the floor that the machine sets, and a peer.
+
+    python benchmarks/decode_speed.py
+    python benchmarks/decode_speed.py --sizes 26m --batch-sizes 8 --contenders packed_bf16 dalle_pytorch
+    OMP_NUM_THREADS=1 python benchmarks/decode_speed.py --clock cpu     # on a busy machine: processor time, one thread
+
+The floor of a step is the larger of bytes over bandwidth and operations over peak: bytes are all weights that a step
+reads and the filled half of the cache, in bfloat16; bandwidth is that of reading a buffer of this size; the peak is
+that of a square bfloat16 product; both measured in the same run. Whole pictures are drawn, round by round in turn, and
+the fastest round counts. dalle-pytorch 1.6.6 (26m, same widths and vocabularies, its cache repaired: it drops the cache
+at a guidance scale of 1) takes part where it can be imported, see benchmarks/train_speed.py.
+"""
+
+import importlib.util
+import json
+import sys
+import time
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+from torch import Tensor, nn
+
+from common.config import command, parse_options
+from common.files import write_json
+from common.log import say
+from dalle import sequence
+from dalle.fast import FastOptions, prepare
+from dalle.model import Dalle, DalleConfig, ModelOptions, SizeName
+from dalle.plan import synchronize
+from dalle.sampling import SamplingOptions, picture_generator, sample_ids
+
+Contender = Literal[
+    "plain_fp32", "plain_bf16", "packed_fp32", "packed_bf16", "packed_int8", "compiled_bf16", "graph_bf16",
+    "dalle_pytorch",
+]  # fmt: skip
+TYPES = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8"}
+TEXT_VOCAB, TEXT_LEN, CODES, GRID = 8192, 32, 1024, 16
+
+
+@dataclass(frozen=True)
+class Options:
+    """Time decoding."""
+
+    sizes: tuple[SizeName, ...] = ("26m", "110m")
+    """Rows of the size table."""
+    batch_sizes: tuple[int, ...] = (1, 8)
+    """Pictures drawn side by side."""
+    cfg_scales: tuple[float, ...] = (1.0, 3.0)
+    """1 is without guidance; else every picture takes two rows."""
+    contenders: tuple[Contender, ...] = (
+        "plain_fp32",
+        "packed_fp32",
+        "packed_bf16",
+        "packed_int8",
+        "dalle_pytorch",
+    )
+    """Who takes part."""
+    rounds: int = 3
+    """Timed rounds."""
+    device: str = "cpu"
+    """cpu or cuda."""
+    clock: Literal["wall", "cpu"] = "wall"
+    """cpu: processor time of this process, meaningful with one thread alone."""
+    report: Path | None = None
+    """JSON file for the figures."""
+
+    def __post_init__(self) -> None:
+        if self.clock == "cpu" and (torch.get_num_threads() > 1 or self.device != "cpu"):
+            raise ValueError("--clock cpu needs one thread on a CPU: set OMP_NUM_THREADS=1")
+
+    def seconds(self, work: Callable[[], object]) -> float:
+        """Time of one call."""
+        clock = time.process_time if self.clock == "cpu" else time.perf_counter
+        synchronize(torch.device(self.device))
+        started = clock()
+        work()
+        synchronize(torch.device(self.device))
+        return clock() - started
+
+
+def bandwidth(options: Options, num_bytes: float) -> float:
+    """Bytes a second of reading a buffer of that size, the best of 12."""
+    buffer = torch.ones(int(num_bytes) // 4, device=options.device)
+    return num_bytes / min(options.seconds(buffer.sum) for _ in range(12))
+
+
+def peak(options: Options, size: int = 2048) -> float:
+    """Operations a second of a square bfloat16 product, the best of 5."""
+    a = torch.randn(size, size, device=options.device).bfloat16()
+    return 2.0 * size**3 / min(options.seconds(lambda: a @ a) for _ in range(5))
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What a step of `rows` rows costs at least, on average over the positions of a picture."""
+
+    memory_seconds: float
+    compute_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        return max(self.memory_seconds, self.compute_seconds)
+
+
+def floor(options: Options, model: Dalle, rows: int) -> Floor:
+    c = model.config
+    weights = sum(m.weight.numel() for m in model.blocks.modules() if isinstance(m, nn.Linear))
+    weights += c.codebook_size * c.dim
+    filled = TEXT_LEN + c.num_image_tokens / 2
+    cache = 2 * c.num_layers * rows * c.num_kv_heads * filled * c.head_dim
+    num_bytes = 2 * (weights + cache)
+    operations = 2 * rows * weights + 4 * c.num_layers * rows * c.num_heads * filled * c.head_dim
+    return Floor(num_bytes / bandwidth(options, num_bytes), operations / peak(options))
+
+
+def our_drawing(
+    options: Options, model: Dalle, name: str, batch_size: int, cfg_scale: float
+) -> Callable[[], Tensor]:
+    """Draws the tokens of `batch_size` pictures."""
+    engine, weights = name.split("_")
+    decoder = prepare(model, FastOptions(engine, TYPES[weights]))
+    text = torch.randint(1, TEXT_VOCAB, (batch_size, TEXT_LEN), device=options.device)
+    null = sequence.null_captions(batch_size, TEXT_LEN, 0, options.device)
+    sampling = SamplingOptions(cfg_scale=cfg_scale)
+
+    def draw() -> Tensor:
+        return sample_ids(
+            decoder, text, null, [picture_generator(0, i) for i in range(batch_size)], sampling
+        ).ids
+
+    return draw
+
+
+def peer_drawing(options: Options, config: DalleConfig, batch_size: int, cfg_scale: float) -> Callable | None:
+    """dalle-pytorch with the same widths and vocabularies; None where it is not installed."""
+    if importlib.util.find_spec("dalle_pytorch") is None:
+        return None
+    if importlib.util.find_spec("taming") is None:  # needed by its VQGAN alone, and no VQGAN takes part here
+        names = ("taming", "taming.models", "taming.models.vqgan")
+        sys.modules |= {name: types.ModuleType(name) for name in names}
+        sys.modules[names[-1]].VQModel = sys.modules[names[-1]].GumbelVQ = nn.Module
+    from dalle_pytorch import DALLE, DiscreteVAE
+
+    class Repaired(DALLE):
+        def forward_with_cond_scale(self, *args, cond_scale=1, cache=None, **kwargs):
+            if cond_scale == 1:
+                return self(*args, cache=cache, **kwargs)
+            return super().forward_with_cond_scale(*args, cond_scale=cond_scale, cache=cache, **kwargs)
+
+    vae = DiscreteVAE(image_size=GRID * 8, num_layers=3, num_tokens=CODES, codebook_dim=8, hidden_dim=4)
+    sizes = dict(dim=config.dim, depth=config.num_layers, heads=config.num_heads, dim_head=config.head_dim)
+    model = (
+        Repaired(vae=vae, num_text_tokens=TEXT_VOCAB, text_seq_len=TEXT_LEN, **sizes)
+        .eval()
+        .to(options.device)
+    )
+    text = torch.randint(1, TEXT_VOCAB, (batch_size, TEXT_LEN), device=options.device)
+    return lambda: model.generate_images(text.clone(), filter_thres=0.9, cond_scale=cfg_scale, use_cache=True)
+
+
+def race(options: Options, drawings: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Seconds of the fastest drawing of each; one round warms up."""
+    best = dict.fromkeys(drawings, float("inf"))
+    for turn in range(options.rounds + 1):
+        for name, draw in drawings.items():
+            seconds = options.seconds(draw)
+            if turn:
+                best[name] = min(best[name], seconds)
+    return best
+
+
+def measure(options: Options, size: SizeName, batch_size: int, cfg_scale: float) -> dict[str, float]:
+    """One setting: prints its lines and returns its figures."""
+    torch.manual_seed(0)
+    config = ModelOptions(size=size, text_embed_dim=64).config(TEXT_VOCAB, 0, TEXT_LEN, CODES, GRID)
+    model = Dalle(config).eval().to(options.device)
+    rows = batch_size * (1 if cfg_scale == 1 else 2)
+    drawings: dict[str, Callable | None] = {}
+    for name in options.contenders:
+        if name == "dalle_pytorch":
+            drawings[name] = peer_drawing(options, config, batch_size, cfg_scale) if size == "26m" else None
+        else:
+            drawings[name] = our_drawing(options, model, name, batch_size, cfg_scale)
+    floors = [floor(options, model, rows)]
+    best = race(options, {name: draw for name, draw in drawings.items() if draw})
+    floors.append(floor(options, model, rows))
+    memory = min(f.memory_seconds for f in floors)
+    compute = min(f.compute_seconds for f in floors)
+    at_least = max(memory, compute)
+    say(
+        f"{size}, batch {batch_size}, {'with' if cfg_scale != 1 else 'without'} guidance ({rows} rows) | floor "
+        f"{at_least * 1e3:.2f} ms a token (memory {memory * 1e3:.2f}, operations {compute * 1e3:.2f})"
+    )
+    figures = {"floor": at_least}
+    for name, seconds in best.items():
+        token = seconds / GRID**2
+        figures[name] = token
+        say(
+            f"    {name:14} {token * 1e3:7.2f} ms a token | {token / at_least:5.2f} times the floor | "
+            f"{batch_size / token:7.0f} image tokens/s | {batch_size / seconds:6.2f} pictures/s"
+        )
+    return figures
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
+    """Print and return the figures."""
+    options = parse_options(Options, argv, description=__doc__)
+    say(f"{torch.get_num_threads()} threads, {options.clock} clock, {options.device}")
+    if "dalle_pytorch" in options.contenders and importlib.util.find_spec("dalle_pytorch") is None:
+        say("dalle-pytorch is not installed: left out")
+    figures = {}
+    for size in options.sizes:
+        for batch_size in options.batch_sizes:
+            for cfg_scale in options.cfg_scales:
+                figures[f"{size}/{batch_size}/{cfg_scale:g}"] = measure(options, size, batch_size, cfg_scale)
+    if options.report:
+        write_json(options.report, figures)
+    say(json.dumps(figures))
+    return figures
+
+
+if __name__ == "__main__":
+    main()
