@@ -40,6 +40,8 @@ Score = Callable[[str, list[Image.Image]], Sequence[float]]
 """A ranker's `score(text, images)`: higher is better; a tensor (N,) will do."""
 
 REASONS: dict[str, str] = HINTS | {
+    "aspect_ratio": "the picture is too long or too wide; raise --pictures.max-aspect to keep it",
+    "image_too_small": "lower --pictures.min-side to keep it, but enlarged pictures teach blur",
     "blurred": "flagged as blurred or enlarged; leave it out of --pictures.drop-flags to keep it",
     "caption_forbidden": "holds a character that the rules forbid",
     "caption_language": "too few of its letters are Chinese; lower --captions.min-han-share",
