@@ -266,20 +266,14 @@ def _cell(out: Path, row: Ranked, side: int) -> Image.Image:
 
 
 def show(text: str, ranked: Sequence[Ranked], top: int = 16) -> None:
+    """A table: "beats matched" is the percentile among real pictures with their own captions."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=text)
-    for name in (
-        "rank",
-        "file",
-        "score",
-        "real matches below",
-        "real mismatches below",
-        "margin",
-        "nearest wrong text",
-    ):
-        table.add_column(name, justify="left" if name in ("file", "nearest wrong text") else "right")
+    for name in ("rank", "file", "score", "beats matched", "beats mismatched", "margin"):
+        table.add_column(name, justify="left" if name == "file" else "right")
+    table.add_column("nearest wrong text", overflow="fold")
     for row in ranked[:top]:
         cells = [str(row.rank), row.file, f"{row.score:.3f}", _percent(row.percentile)]
         cells += [_percent(row.mismatched_percentile), "-" if row.margin is None else f"{row.margin:+.3f}"]
