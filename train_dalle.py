@@ -68,7 +68,7 @@ class GeneratorTask:
         self.ema = Ema(model, options.ema_decay) if options.ema_decay else None
         self.finished = Dalle(self.config).to(world.device).eval()  # what evaluation and sample grids look at
         if options.compile:
-            model.compile(dynamic=False)
+            model.compile_blocks()
         self.engine = make_engine(
             model,
             adamw(model, options.optim),

@@ -5,7 +5,6 @@ as in Qwen2-VL's M-RoPE (Wang et al. 2024, section 2.1). QK-norm: Dehghani et al
 Grouped queries: Ainslie et al. 2023.
 """
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -41,20 +40,15 @@ class CausalMask:
 
     def __init__(self, visible: Tensor, length: int) -> None:
         """visible: (B, T) bool text positions; length: inputs in all."""
-        self.visible, self.length = visible, length
         self.padding = None if bool(visible.all()) else ~visible
-
-    @functools.cached_property
-    def bias(self) -> Tensor | None:
-        """(B, 1, L, L) bfloat16 to add to scores, exact in any dtype; None when plain causality says it all."""
-        if self.padding is None:
-            return None
-        return sequence.attention_bias(self.visible, self.length - self.visible.shape[1], torch.bfloat16)
+        self.bias = None  # (B, 1, L, L) bfloat16, 0 or -inf: exact in any dtype
+        if self.padding is not None and visible.device.type != "cpu":
+            self.bias = sequence.attention_bias(visible, length - visible.shape[1], torch.bfloat16)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
         """q, k, v: (B, H, L, K) -> (B, H, L, K)"""
-        if q.device.type == "cpu" and not dropout:
-            return CausalAttention.apply(q, k, v, self.padding)
+        if q.device.type == "cpu":
+            return CausalAttention.apply(q, k, v, self.padding, dropout)
         bias = None if self.bias is None else self.bias.to(q.dtype)
         return F.scaled_dot_product_attention(q, k, v, bias, dropout, is_causal=bias is None)
 

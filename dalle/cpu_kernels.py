@@ -1,8 +1,9 @@
-"""Attention and RMSNorm for training on CPUs: the same numbers, hand-written backward passes.
+"""Attention, RMSNorm and dropout for training on CPUs, with hand-written backward passes.
 
 Measured with torch 2.15 on one core of an AVX512-BF16 machine, 8 sequences of 288 inputs, bf16: the forward and
 backward of SDPA take 13 + 43 ms a layer (8 heads of 32), this attention 6 + 8 ms; rms_norm 0.2 + 1.8 ms, this one
-0.2 + 0.3 ms. Other devices use PyTorch's own, and so does RMSNorm under torch.compile, which fuses it.
+0.2 + 0.3 ms; dropout 3.6 ms, this one 0.5 ms. Other devices use PyTorch's own, and so do RMSNorm and dropout under
+torch.compile, which fuses them.
 """
 
 import torch
@@ -17,13 +18,13 @@ class CausalAttention(torch.autograd.Function):
     """softmax(q k^T / sqrt(K)) v over earlier positions, probabilities kept for the backward pass."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None) -> Tensor:
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, dropout: float) -> Tensor:
         """q, k, v: (B, H, L, K); padding: (B, T) bool, keys that none may see. -> (B, H, L, K)"""
         heads = q.shape[:2]
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # (B H, L, K)
         later = _later(min(BLOCK, q.shape[1]), q)
         hidden = None if padding is None else _hidden(padding, q.dtype)
-        y, blocks = torch.empty_like(v), []
+        y, blocks, masks = torch.empty_like(v), [], []
         scaled = q * q.shape[-1] ** -0.5
         for start, end in _blocks(q.shape[1]):
             scores = torch.bmm(scaled[:, start:end], k[:, :end].transpose(1, 2))  # (B H, block, end)
@@ -31,27 +32,34 @@ class CausalAttention(torch.autograd.Function):
             if hidden is not None:
                 width = min(end, hidden.shape[-1])
                 scores.unflatten(0, heads)[..., :width] += hidden[..., :width]
-            blocks.append(scores.softmax(-1))
-            torch.bmm(blocks[-1], v[:, :end], out=y[:, start:end])
-        ctx.save_for_backward(q, k, v, *blocks)
-        ctx.heads = heads
+            blocks.append(p := scores.softmax(-1))
+            if dropout:
+                masks.append(dropout_mask(p, dropout))
+                p = p * masks[-1]
+            torch.bmm(p, v[:, :end], out=y[:, start:end])
+        ctx.save_for_backward(q, k, v, *blocks, *masks)
+        ctx.heads, ctx.num_blocks = heads, len(blocks)
         return y.unflatten(0, heads)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, k, v, *blocks = ctx.saved_tensors
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        q, k, v, *saved = ctx.saved_tensors
+        blocks, masks = saved[: ctx.num_blocks], saved[ctx.num_blocks :]
         grad = grad.flatten(0, 1)
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for (start, end), p in zip(_blocks(q.shape[1]), blocks, strict=True):
-            dy = grad[:, start:end]
+        for i, (start, end) in enumerate(_blocks(q.shape[1])):
+            p, dy = blocks[i], grad[:, start:end]
             dp = torch.bmm(dy, v[:, :end].transpose(1, 2))
+            dropped = p
+            if masks:
+                dp, dropped = dp.mul_(masks[i]), p * masks[i]
             ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
             torch.bmm(ds, k[:, :end], out=dq[:, start:end])
             dk[:, :end] += torch.bmm(ds.transpose(1, 2), q[:, start:end])
-            dv[:, :end] += torch.bmm(p.transpose(1, 2), dy)
+            dv[:, :end] += torch.bmm(dropped.transpose(1, 2), dy)
         scale = q.shape[-1] ** -0.5
         dq, dk, dv = (x.unflatten(0, ctx.heads) for x in (dq.mul_(scale), dk.mul_(scale), dv))
-        return dq, dk, dv, None
+        return dq, dk, dv, None, None
 
 
 def _blocks(length: int) -> list[tuple[int, int]]:
@@ -90,3 +98,19 @@ class RMSNormFunction(torch.autograd.Function):
         )
         dx += (wide @ weight).unsqueeze(-1) * (scale / len(weight))
         return dx.to(x.dtype), dweight, None
+
+
+def dropout(x: Tensor, p: float) -> Tensor:
+    """Zero about a share p of x and scale the rest to keep the mean."""
+    return x * dropout_mask(x, p)
+
+
+def dropout_mask(like: Tensor, p: float) -> Tensor:
+    """0 with probability p, rounded to a multiple of 1/256, else 1 / (1 - p): `like`'s shape and dtype.
+
+    One draw of 64 bits decides eight elements, where F.dropout draws once an element.
+    """
+    dropped = max(1, round(p * 256))
+    draws = torch.empty(-(-like.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
+    kept = (draws.view(torch.uint8)[: like.numel()] >= dropped).view(like.shape)
+    return kept.to(like.dtype).mul_(256 / (256 - dropped))

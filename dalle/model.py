@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from common.checkpoint import load_weights, read_config, resolve
 from common.config import from_mapping
 from dalle import sequence
-from dalle.attention import Attention, CausalMask, KVCache, RMSNorm, new_cache, rotary_table
+from dalle.attention import Attention, CausalMask, KVCache, RMSNorm, new_cache, on_eager_cpu, rotary_table
+from dalle.cpu_kernels import dropout
 
 KIND = "generator"
 TRAINING_ONLY = (
@@ -210,7 +211,7 @@ class Block(nn.Module):
         if not self.training:
             return y
         if self.dropout:
-            y = F.dropout(y, self.dropout)
+            y = dropout(y, self.dropout) if on_eager_cpu(y) else F.dropout(y, self.dropout)
         if self.drop_path:
             kept = torch.rand(y.shape[0], 1, 1, device=y.device) >= self.drop_path
             y = y * (kept / (1 - self.drop_path)).to(y.dtype)
@@ -269,6 +270,11 @@ class Dalle(nn.Module):
         text_len = text_ids.shape[1]
         image_logits = self.image_logits(x[:, text_len:])  # (B, N, V)
         return DalleOutput(image_logits, self._text_logits(x[:, :text_len], text_ids))
+
+    def compile_blocks(self) -> None:
+        """Forward passes of the blocks under torch.compile: one compilation for all of them, names stay."""
+        for block in self.blocks:
+            block.compile(dynamic=False)
 
     def new_cache(self, text_ids: Tensor, dtype: torch.dtype | None = None) -> KVCache:
         """An empty cache for `text_ids` (B, T) and all image tokens; dtype None: that of the weights."""

@@ -48,7 +48,7 @@ class Options:
     """auto: DeepSpeed under its launcher, DDP under torchrun, else plain."""
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     compile: bool = False
-    """Compile the model with torch.compile; needs a C++ compiler on a CPU."""
+    """Compile the blocks with torch.compile, and pad every text to max_text_len; a CPU needs a C++ compiler for it."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     precision: Precision = "auto"

@@ -23,7 +23,7 @@ def test_causal_attention_is_sdpa_forward_and_backward(length, padded):
     visible = torch.ones(2, 4, dtype=torch.bool) if padding is None else ~padding
     bias = sequence.attention_bias(visible, length - 4, torch.float64)
     expected = F.scaled_dot_product_attention(q, k, v, bias, is_causal=bias is None)
-    y = CausalAttention.apply(q, k, v, padding)
+    y = CausalAttention.apply(q, k, v, padding, 0.0)
     torch.testing.assert_close(y, expected)
     for mine, reference in zip(
         torch.autograd.grad(y, (q, k, v), grad), torch.autograd.grad(expected, (q, k, v), grad), strict=True
@@ -33,9 +33,33 @@ def test_causal_attention_is_sdpa_forward_and_backward(length, padded):
 
 def test_block_size_does_not_matter(monkeypatch):
     q, k, v = torch.randn(3, 1, 2, 50, 8, dtype=torch.float64).unbind()
-    one = CausalAttention.apply(q, k, v, None)
+    one = CausalAttention.apply(q, k, v, None, 0.0)
     monkeypatch.setattr(cpu_kernels, "BLOCK", 7)
-    torch.testing.assert_close(CausalAttention.apply(q, k, v, None), one)
+    torch.testing.assert_close(CausalAttention.apply(q, k, v, None, 0.0), one)
+
+
+def test_gradients_through_attention_dropout():
+    """Against finite differences, the same mask drawn each time."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 9, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    padding = padding_of([2], 3)
+
+    def attend(*inputs: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(1)
+        return CausalAttention.apply(*inputs, padding, 0.3)
+
+    assert not torch.allclose(attend(q, k, v), CausalAttention.apply(q, k, v, padding, 0.0))
+    torch.autograd.gradcheck(attend, (q, k, v))
+
+
+@pytest.mark.parametrize("p", [0.01, 0.1, 0.5])
+def test_dropout_keeps_the_mean_and_drops_its_share(p):
+    torch.manual_seed(0)
+    y = cpu_kernels.dropout(torch.ones(1000, 501), p)
+    assert float((y == 0).float().mean()) == pytest.approx(p, abs=0.003)
+    assert float(y.mean()) == pytest.approx(1, abs=0.003)
+    bytes_of = (y == 0).flatten()[: 1000 * 500].view(-1, 8).float().mean(0)
+    assert bytes_of.tolist() == pytest.approx([p] * 8, abs=0.005)  # every byte of a draw is fair
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
