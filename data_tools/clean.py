@@ -31,7 +31,7 @@ from data_tools.readers.base import KeyTable
 from data_tools.records import HINTS, Problem, Record, problem
 from data_tools.rewrite import Steps, print_report, rewrite, say
 from data_tools.rules import CaptionRules, PictureRules, Rules, keyword_path, rules_path
-from data_tools.rules.captions import CaptionJudge
+from data_tools.rules.captions import CAPTION_REASONS, CaptionJudge
 from data_tools.rules.pictures import SIDE, check_shape, measure_flags
 from data_tools.shard import listing_hash
 from data_tools.token_count import token_counter
@@ -39,26 +39,20 @@ from data_tools.token_count import token_counter
 Score = Callable[[str, list[Image.Image]], Sequence[float]]
 """A ranker's `score(text, images)`: higher is better; a tensor (N,) will do."""
 
-REASONS: dict[str, str] = HINTS | {
-    "aspect_ratio": "the picture is too long or too wide; raise --pictures.max-aspect to keep it",
-    "image_too_small": "lower --pictures.min-side to keep it, but enlarged pictures teach blur",
-    "blurred": "flagged as blurred or enlarged; leave it out of --pictures.drop-flags to keep it",
-    "caption_forbidden": "holds a character that the rules forbid",
-    "caption_language": "too few of its letters are Chinese; lower --captions.min-han-share",
-    "caption_no_keyword": "holds no word of the keyword file",
-    "caption_piece_too_long": "a run-on sentence; raise --captions.max-piece-chars",
-    "caption_special_characters": "debris of a web page; --captions.normalise shop removes much of it",
-    "caption_too_few_tokens": "lower --captions.min-tokens to keep it",
-    "caption_too_long": "raise --captions.max-chars, or try --captions.normalise shop",
-    "caption_too_many_tokens": "the trainer would cut it; raise --captions.max-tokens and its max_text_len",
-    "caption_too_short": "says too little; lower --captions.min-chars",
-    "caption_unknown_tokens": "written in characters that the tokenizer does not know",
-    "duplicate_image": "same bytes as a picture kept before",
-    "low_score": "picture and caption do not match by the ranker; lower --min-score",
-    "near_constant": "a blank picture, such as a placeholder of a shop",
-    "no_score": "the file of scores has no line for its key",
-    "watermark": "a repeated pattern, an overlay or a print; leave it out of --pictures.drop-flags to keep it",
-}
+REASONS: dict[str, str] = (
+    HINTS
+    | CAPTION_REASONS
+    | {
+        "aspect_ratio": "the picture is too long or too wide; raise --pictures.max-aspect to keep it",
+        "image_too_small": "lower --pictures.min-side to keep it, but enlarged pictures teach blur",
+        "blurred": "flagged as blurred or enlarged; leave it out of --pictures.drop-flags to keep it",
+        "duplicate_image": "same bytes as a picture kept before",
+        "low_score": "picture and caption do not match by the ranker; lower --min-score",
+        "near_constant": "a blank picture, such as a placeholder of a shop",
+        "no_score": "the file of scores has no line for its key",
+        "watermark": "a repeated pattern, an overlay or a print; leave it out of --pictures.drop-flags to keep it",
+    }
+)
 
 
 @dataclass(frozen=True)

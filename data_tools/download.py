@@ -35,18 +35,17 @@ from common.config import command, parse_options, to_mapping
 from common.files import atomic_path, read_json, write_json
 from data_tools.fetch import Fetcher, FetchOptions, check_url
 from data_tools.images import sniff
-from data_tools.index import ShardIndex
 from data_tools.readers import Meter, ReaderOptions, Source, open_source
 from data_tools.records import Problem, Record
 from data_tools.rewrite import DROPPED_FILE, REPORT_FILE, print_report, say
 from data_tools.rules import load_rules
-from data_tools.rules.captions import CaptionJudge
+from data_tools.rules.captions import CAPTION_REASONS, CaptionJudge
 from data_tools.shards import DATASET_FILE, describe_shards
-from data_tools.spool import Spool, write_tar
-from data_tools.targets import LocalTarget
+from data_tools.spool import Spool, read_pictures, write_tar
+from data_tools.targets import JOURNAL, LocalTarget
 
 WORK = ".download"  # spools of unfinished parts, outcomes of finished ones
-REASONS = {
+REASONS = CAPTION_REASONS | {
     "image_unavailable": "the server did not give it (details in dropped.jsonl); run again to try the failures again",
     "image_too_large": "raise --max-bytes to have it",
     "not_an_image": "the answer was no picture, often a page that says so",
@@ -254,7 +253,7 @@ class Download:
     def _close_chunk(self, chunk: Chunk, spool: Spool, before: dict[str, Any] | None) -> None:
         """Tar, then its outcomes, then the spool away: a kill between any two is repaired by doing this again."""
         tar = self.config.dst / f"{chunk.name}.tar"
-        old = _pictures(tar) if before and tar.is_file() else {}
+        old = read_pictures(tar) if before and tar.is_file() else {}
         failed, came, records = [], Counter(), []
         for number, record in chunk.records.items():
             entry = spool.entries.get(number)
@@ -288,7 +287,7 @@ class Download:
             atomic_path(self.config.dst / DROPPED_FILE) as temporary,
             temporary.open("w", encoding="utf-8") as file,
         ):
-            for path in sorted(self.work.glob("*-*.json")):
+            for path in sorted(self.work.glob("*-*.json"), key=_place):
                 status = read_json(path)
                 if status["kept"]:
                     shards[f"{path.stem}.tar"] = status["kept"]
@@ -331,17 +330,13 @@ def host_of(url: str) -> str:
     return getattr(checked, "host", "") or ""
 
 
+def _place(path: Path) -> tuple[str, int]:
+    split, _, number = path.stem.rpartition("-")
+    return split, int(number)
+
+
 def _with_picture(record: Record, data: bytes) -> Record:
     return replace(record, image=data, suffix=sniff(data))
-
-
-def _pictures(tar: Path) -> dict[str, bytes]:
-    """Key to picture of a shard of an earlier round."""
-    index = ShardIndex.open(tar, "")
-    members = ((sample.key, index.read(i)) for i, sample in enumerate(index.samples))
-    return {
-        key: next(d for name, d in files.items() if name not in ("txt", "json")) for key, files in members
-    }
 
 
 async def _one_done(pending: set[asyncio.Task]) -> set[asyncio.Task]:
@@ -371,7 +366,9 @@ def download(config: DownloadConfig) -> dict[str, Any]:
     target = LocalTarget(config.dst)
     target.lock()
     try:
-        return Download(config, source).run()
+        report = Download(config, source).run()
+        target.remove(JOURNAL)
+        return report
     finally:
         target.close()
 

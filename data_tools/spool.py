@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.files import atomic_path
+from data_tools.images import SUFFIXES
+from data_tools.index import ShardIndex
 from data_tools.records import Record
 from data_tools.shards import member_info, sample_members
 
@@ -109,3 +111,10 @@ def write_tar(path: Path, records: Iterable[Record]) -> int:
     if not count:
         path.unlink()
     return count
+
+
+def read_pictures(tar: Path) -> dict[str, bytes]:
+    """Key to picture of a shard that was written before."""
+    index = ShardIndex.open(tar, "")
+    pictures = ((sample.key, index.read(i, SUFFIXES)) for i, sample in enumerate(index.samples))
+    return {key: next(iter(members.values())) for key, members in pictures}

@@ -8,6 +8,18 @@ from data_tools.rules import CaptionRules, keyword_path
 from data_tools.rules.titles import TitleNormaliser
 from data_tools.token_count import CountTokens
 
+CAPTION_REASONS: dict[str, str] = {
+    "caption_forbidden": "holds a character that the rules forbid",
+    "caption_language": "too few of its letters are Chinese; lower --captions.min-han-share",
+    "caption_no_keyword": "holds no word of the keyword file",
+    "caption_piece_too_long": "a run-on sentence; raise --captions.max-piece-chars",
+    "caption_special_characters": "debris of a web page; --captions.normalise shop removes much of it",
+    "caption_too_few_tokens": "lower --captions.min-tokens to keep it",
+    "caption_too_long": "raise --captions.max-chars, or try --captions.normalise shop",
+    "caption_too_many_tokens": "the trainer would cut it; raise --captions.max-tokens and its max_text_len",
+    "caption_too_short": "says too little; lower --captions.min-chars",
+    "caption_unknown_tokens": "written in characters that the tokenizer does not know",
+}
 _MARKUP = re.compile(r"<[A-Za-z/!][^<>]*>|&(?:#\d+|#[xX][0-9A-Fa-f]+|[A-Za-z]{2,8});")
 
 

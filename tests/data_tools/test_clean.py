@@ -395,6 +395,18 @@ class TestClean:
             clean(CleanConfig(src, str(tmp_path / "out"), workers=0))
         assert (tmp_path / "out/train-00000.tar").read_bytes() == b"mine"
 
+    def test_to_a_url(self, tmp_path):
+        """Any fsspec target gets the same bytes as a folder."""
+        import fsspec
+
+        src = write_easynlp(tmp_path / "in", 5)
+        clean(CleanConfig(src, str(tmp_path / "out"), samples_per_shard=2, workers=0))
+        clean(CleanConfig(src, "memory://clean-test/out", samples_per_shard=2, workers=0))
+        memory = fsspec.filesystem("memory")
+        names = sorted(path.rpartition("/")[2] for path in memory.ls("/clean-test/out", detail=False))
+        assert names == sorted(p.name for p in (tmp_path / "out").iterdir())
+        assert all(memory.cat(f"/clean-test/out/{n}") == (tmp_path / "out" / n).read_bytes() for n in names)
+
     def test_presets_are_configs(self):
         assert preset_to_config(["a", "b", "--rules=wukong"]) == [
             "a",
