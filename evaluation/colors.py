@@ -13,41 +13,56 @@ from PIL import Image
 from data_tools.synthetic import COLOR_RGB
 
 _SIDE = 64
+_NUM_COLORED = len(COLOR_RGB) - 2  # black and white stand last
 _GROUND_DISTANCE = 7.0  # CIELAB distance up to which a pixel may be ground
 _COLORED_SHARE = 0.07  # of the goods' pixels that must vote for colours before black and white are out
 _BLACK_TO_WHITE = 0.6  # votes for black over votes for white above which goods are black: soles are dark too
 _BRIGHT_TO_BROWN = 0.2  # votes for orange or red over votes for brown above which brown is only their shade
+_VIVID = 0.75  # of the 90th percentile of chroma: paler pixels do not say which colour it is
 _TONE_WIDTH = 18.0  # CIELAB distance at which a vote counts for 60 %
 
 
 def dominant_color(image: Image.Image) -> str:
     """Name of the goods' colour, a key of COLOR_RGB, in an RGB picture of any size."""
-    votes = color_votes(image)
-    colored = {name: share for name, share in votes.items() if name not in ("black", "white")}
-    if sum(colored.values()) < _COLORED_SHARE:
-        return "black" if votes["black"] > _BLACK_TO_WHITE * votes["white"] else "white"
-    best = max(colored, key=colored.get)
+    lab = goods_lab(image)
+    votes = tone_votes(lab)
+    if sum(votes[:_NUM_COLORED]) < _COLORED_SHARE:
+        black, white = votes[_NUM_COLORED:]
+        return "black" if black > _BLACK_TO_WHITE * white else "white"
+    vivid = dict(zip(COLOR_RGB, tone_votes(_most_vivid(lab), _NUM_COLORED), strict=False))
+    best = max(vivid, key=vivid.get)
     if best == "brown":  # shaded orange and red look brown, brown never looks like bright orange or red
-        bright = max(("orange", "red"), key=votes.get)
-        return bright if votes[bright] > _BRIGHT_TO_BROWN * votes["brown"] else "brown"
+        bright = max(("orange", "red"), key=vivid.get)
+        return bright if vivid[bright] > _BRIGHT_TO_BROWN * vivid["brown"] else "brown"
     return best
 
 
-def color_votes(image: Image.Image) -> dict[str, float]:
-    """Share of the goods' pixels that vote for each name; the rest of 1 votes for nothing."""
+def goods_lab(image: Image.Image) -> np.ndarray:
+    """(P, 3): the goods' pixels in CIELAB; one white pixel where nothing stands out, white on white."""
     small = image.convert("RGB").resize((_SIDE, _SIDE), Image.Resampling.BOX)
     rgb = np.asarray(small, dtype=np.float32) / 255.0
-    lab = _lab(rgb)
     goods = goods_mask(rgb)
-    if goods.mean() < 0.01:  # nothing stands out: white on white
-        return {name: float(name == "white") for name in COLOR_RGB}
-    names = list(COLOR_RGB)
-    tones = _lab(np.asarray(list(COLOR_RGB.values()), dtype=np.float32)[None] / 255.0)[0]
-    distance = np.linalg.norm(lab[goods][:, None] - tones, axis=2)  # (P, names)
-    nearest = distance.argmin(axis=1)
+    return _lab(rgb)[goods] if goods.mean() >= 0.01 else _tones()[-1:]
+
+
+def tone_votes(lab: np.ndarray, num_tones: int = len(COLOR_RGB)) -> list[float]:
+    """Share of the pixels (P, 3) that vote for each of the first tones; the rest of 1 votes for nothing."""
+    distance = np.linalg.norm(lab[:, None] - _tones()[:num_tones], axis=2)  # (P, tones)
     weight = np.exp(-0.5 * (distance.min(axis=1) / _TONE_WIDTH) ** 2)
-    sums = np.bincount(nearest, weights=weight, minlength=len(names)) / len(nearest)
-    return dict(zip(names, sums.tolist(), strict=True))
+    return (np.bincount(distance.argmin(axis=1), weight, num_tones) / len(lab)).tolist()
+
+
+def _most_vivid(lab: np.ndarray) -> np.ndarray:
+    """Blurred stripes mix with what is between them, but not everywhere: the purest of the coloured pixels."""
+    distance = np.linalg.norm(lab[:, None] - _tones(), axis=2)
+    colored = lab[distance.argmin(axis=1) < _NUM_COLORED]
+    chroma = np.hypot(colored[:, 1], colored[:, 2])
+    return colored[chroma >= _VIVID * np.percentile(chroma, 90)]
+
+
+def _tones() -> np.ndarray:
+    """(10, 3): COLOR_RGB in CIELAB, black and white last."""
+    return _lab(np.asarray([list(COLOR_RGB.values())], dtype=np.float32) / 255.0)[0]
 
 
 def goods_mask(rgb: np.ndarray) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 The classifier sees synthetic pictures of another seed than any training set has, sharp ones and ones that
 were blurred, compressed and made coarse as reconstructions are. It trains in under a minute on a CPU, once:
-the weights stay in a cache folder under a name that changes with the recipe and with the drawing code.
+the weights stay in a cache folder under a name that changes with the recipe, the code and the pictures.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.files import atomic_path
+from common.files import atomic_path, sha256_file
 from common.image import resize_square, to_tensor
 from data_tools.synthetic import KINDS, draw_sample, drawing_fingerprint
 from evaluation.colors import dominant_color
@@ -84,7 +84,7 @@ class KindJudge(nn.Module):
 
 def train_judge(config: JudgeConfig = JudgeConfig(), cache: Path = Path(".cache")) -> KindJudge:
     """The classifier from `cache`, trained and stored there first where it is missing."""
-    recipe = json.dumps([asdict(config), list(KINDS), drawing_fingerprint()])
+    recipe = json.dumps([asdict(config), list(KINDS), drawing_fingerprint(), sha256_file(Path(__file__))])
     path = Path(cache) / f"kind_judge_{hashlib.sha256(recipe.encode()).hexdigest()[:12]}.safetensors"
     if path.is_file():
         return _load(path)
@@ -112,9 +112,9 @@ def degrade(rng: np.random.Generator, image: Image.Image) -> Image.Image:
     """What an image tokenizer does to a picture, roughly: blur, coarse pixels or block artefacts."""
     choice = rng.integers(4)
     if choice == 0:
-        return image.filter(ImageFilter.GaussianBlur(rng.uniform(0.4, 1.2) * image.width / 64))
+        return image.filter(ImageFilter.GaussianBlur(rng.uniform(0.4, 2.0) * image.width / 64))
     if choice == 1:
-        side = round(image.width * rng.uniform(0.45, 0.8))
+        side = round(image.width * rng.uniform(0.25, 0.8))
         return image.resize((side, side), Image.Resampling.BOX).resize(image.size, Image.Resampling.BICUBIC)
     if choice == 2:
         buffer = io.BytesIO()

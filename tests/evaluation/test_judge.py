@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from data_tools.synthetic import COLOR_RGB, COLORS, KINDS, draw_goods, draw_sample
-from evaluation.colors import color_votes, goods_mask
+from evaluation.colors import goods_lab, goods_mask, tone_votes
 from evaluation.judge import JudgeConfig, KindJudge, degrade, dominant_color, judge_accuracy, train_judge
 
 SMALL = JudgeConfig(num_train=800, num_epochs=10, batch_size=50)
@@ -39,6 +39,16 @@ def test_colours_are_measured_right_on_degraded_pictures():
     assert np.mean([dominant_color(degrade(rng, s.image)) == s.color for s in held_out(300)]) >= 0.97
 
 
+def test_blurred_stripes_keep_the_colour_of_the_goods():
+    """At a blur as wide as a stripe red and white mix to pink nearly everywhere."""
+    right = []
+    for seed in range(40):
+        color = list(COLORS)[seed % 8]
+        picture = draw_goods(np.random.default_rng(seed), list(KINDS)[seed % 7], color, "striped", "white")
+        right.append(dominant_color(picture.filter(ImageFilter.GaussianBlur(2.0))) == color)
+    assert np.mean(right) >= 0.95
+
+
 @pytest.mark.parametrize("pattern", ["striped", "dotted"])
 @pytest.mark.parametrize("color", COLORS)
 def test_stripes_and_dots_do_not_hide_the_colour(color, pattern):
@@ -56,7 +66,8 @@ def test_a_flat_square_has_the_colour_of_its_tone(color):
     picture = Image.new("RGB", (64, 64), (176, 178, 181))
     picture.paste(COLOR_RGB[color], (16, 16, 48, 48))
     assert dominant_color(picture) == color
-    assert color_votes(picture)[color] == pytest.approx(1.0, abs=0.01)
+    votes = dict(zip(COLOR_RGB, tone_votes(goods_lab(picture)), strict=True))
+    assert votes[color] == pytest.approx(1.0, abs=0.01)
 
 
 def test_the_mask_is_what_is_not_joined_to_the_border():
