@@ -2,6 +2,7 @@
 
     python -m vq.train_perceptual --data ../shared/data/goods
     python -m vq.train_perceptual --data ../shared/data/goods --loop.run-dir runs/perceptual_eval --loop.seed 1
+    python -m vq.train_perceptual --data ../shared/data/goods --loop.run-dir runs/perceptual_caption --target caption
     python benchmarks/tokenizer_ablation.py --data ../shared/data/goods --num-steps 600
     python benchmarks/tokenizer_ablation.py --data DATA --rows base no_l2 adversary
 
@@ -40,6 +41,7 @@ ROWS: dict[str, list[str]] = {
     "no_ema": ["--ema-decay", "0"],
     "perceptual": ["--loss.perceptual", "{perceptual}"],
     "perceptual_untrained": ["--loss.perceptual", "{untrained}"],
+    "perceptual_caption": ["--loss.perceptual", "{caption}"],
     "adversary": JUDGE,
     "adversary_features": [*JUDGE, "--adversary.feature-weight", "1"],
     "foreground_3": ["--loss.foreground-weight", "3"],
@@ -67,6 +69,8 @@ class Options:
     """Peak learning rate of every row."""
     perceptual: str = "runs/perceptual"
     """Network to train with."""
+    perceptual_caption: str = "runs/perceptual_caption"
+    """Network trained on captions instead of labels, for its row."""
     perceptual_eval: str = "runs/perceptual_eval"
     """Network to measure with."""
     perceptual_weight: float = 2.0
@@ -85,7 +89,10 @@ class Options:
 def flags(row: str, options: Options) -> list[str]:
     """Flags of train_vqgan.py for one row."""
     untrained = options.out / "untrained"
-    special = [f.format(perceptual=options.perceptual, untrained=untrained) for f in ROWS[row]]
+    special = [
+        f.format(perceptual=options.perceptual, untrained=untrained, caption=options.perceptual_caption)
+        for f in ROWS[row]
+    ]
     if any("perceptual" in flag for flag in special):
         special += ["--loss.perceptual-weight", str(options.perceptual_weight)]
     if "vqgan" in special:

@@ -14,6 +14,7 @@ not on this machine: the cost is the same.
     taming_full      the same at the published width, 128 channels: minutes a step on a CPU
 """
 
+import copy
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -41,7 +42,7 @@ from data_tools.loader import IMAGE_SUFFIXES, DecodeImage, eval_batches, train_b
 from vq.adversary import AdversaryConfig
 from vq.discriminator import DiscriminatorConfig
 from vq.losses import LossConfig, psnr
-from vq.model import TokenizerConfig
+from vq.model import ImageTokenizer, TokenizerConfig
 from vq.options import Options as TrainOptions
 from vq.perceptual import FeatureConfig, PerceptualDistance, load_perceptual
 from vq.taming import TamingConfig
@@ -192,6 +193,28 @@ def profile(task: TokenizerTask, batch: dict[str, Tensor]) -> dict[str, float]:
     return {name: value / whole for name, value in totals.items()}
 
 
+@torch.no_grad()
+def encoding(options: Options, batch_size: int = 64) -> dict[str, float]:
+    """Pictures a second: one by one in float32, and in bf16 channels_last batches as vq.encode_shards does."""
+    clock = time.perf_counter if options.clock == "wall" else time.process_time
+    torch.manual_seed(0)
+    model = ImageTokenizer(sizes("fast", options.image_size)).eval()
+    images = torch.rand(batch_size, 3, options.image_size, options.image_size) * 2 - 1
+    fast_model = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    fast_images = images.to(memory_format=torch.channels_last)
+    rates = {"one_by_one_float32": [], "batches_bf16": []}
+    for _ in range(options.rounds + 1):
+        started = clock()
+        for i in range(16):
+            model.encode_ids(images[i : i + 1])
+        rates["one_by_one_float32"].append(16 / (clock() - started))
+        started = clock()
+        with torch.autocast("cpu", torch.bfloat16):
+            fast_model.encode_ids(fast_images)
+        rates["batches_bf16"].append(batch_size / (clock() - started))
+    return {name: max(found[1:]) for name, found in rates.items()}
+
+
 def train(name: Contender, options: Options, pictures_per_second: float) -> dict[str, float]:
     """Validation figures after `train_seconds` of training from scratch on `data`."""
     perceptual = load_perceptual(options.perceptual)
@@ -260,6 +283,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         ratio = figures["fast"]["pictures_per_second"] / figures[name]["pictures_per_second"]
         figures[f"fast_over_{name}"] = ratio
         say(f"fast trains {ratio:.1f} times the pictures of {name} a second")
+    rates = figures["encoding"] = encoding(options)
+    alone, together = rates["one_by_one_float32"], rates["batches_bf16"]
+    say(
+        f"encoding: {alone:.1f} pictures/s one by one, {together:.1f} in batches, {together / alone:.1f} times"
+    )
     if options.train_seconds:
         for name in options.contenders:
             result = train(name, options, figures[name]["pictures_per_second"])

@@ -7,6 +7,7 @@ vocabulary are derived from the config.
 import functools
 import hashlib
 import math
+import tempfile
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from common import checkpoint
 from common.config import from_mapping, to_mapping
+from common.files import atomic_directory
 from vq.autoencoder import Decoder, Encoder, FastConfig
 from vq.dvae import DvaeConfig, DvaeDecoder, DvaeEncoder
 from vq.quantizer import (
@@ -226,6 +228,22 @@ class ImageTokenizer(nn.Module):
         checkpoint.load_weights(model, directory)
         model.sha256 = config["sha256"]
         return model.to(device=device, memory_format=torch.channels_last).eval()
+
+    def save_pretrained(self, directory: str | Path, step: int = 0) -> None:
+        """A checkpoint directory that `from_pretrained` reads; an existing one is replaced by a whole one."""
+        with atomic_directory(Path(directory)) as temporary:
+            self.write(temporary, step)
+
+    def push_to_hub(self, repo_id: str, private: bool = True) -> str:
+        """Upload a checkpoint directory to the Hugging Face hub; returns its address."""
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        with tempfile.TemporaryDirectory() as folder:
+            self.write(Path(folder), 0)
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Image tokenizer")
+        return f"https://huggingface.co/{repo_id}"
 
     def write(self, directory: Path, step: int, weights: dict[str, Tensor] | None = None) -> None:
         """config.json and model.safetensors into an existing directory; `weights` None: the model's own."""

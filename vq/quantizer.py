@@ -97,7 +97,8 @@ class VectorQuantizer(nn.Module):
     @staticmethod
     def nearest(z: Tensor, entries: Tensor) -> Tensor:
         """(M, D), (V, D) -> (M,) long: argmin of squared distance."""
-        scores = entries.square().sum(1) - 2.0 * z @ entries.t()  # (M, V), |z|^2 is the same for all
+        # (M, V); |z|^2 is the same for all
+        scores = torch.addmm(entries.square().sum(1), z, entries.t(), alpha=-2.0)
         return scores.argmin(dim=1)
 
     def lookup(self, ids: Tensor) -> Tensor:

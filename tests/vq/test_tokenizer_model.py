@@ -84,6 +84,29 @@ def test_checkpoint_round_trip_is_bit_identical(name, tmp_path):
     assert torch.equal(model(channels_last)[0], again(channels_last)[0])
 
 
+def test_save_pretrained_replaces_a_whole_directory(tmp_path):
+    first, second = make("fast-vq"), make("fast-fsq")
+    for model in (first, second):
+        model.save_pretrained(tmp_path / "model")
+        assert ImageTokenizer.from_pretrained(tmp_path / "model").config == model.config
+
+
+def test_push_to_hub_uploads_what_from_pretrained_reads(tmp_path, monkeypatch):
+    seen = {}
+
+    class Api:
+        def create_repo(self, repo_id, private, exist_ok):
+            seen["repo"] = (repo_id, private)
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            seen["codes"] = ImageTokenizer.from_pretrained(folder_path).codes_sha256
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    model = make("fast-vq")
+    assert model.push_to_hub("me/tokenizer") == "https://huggingface.co/me/tokenizer"
+    assert seen == {"repo": ("me/tokenizer", True), "codes": model.codes_sha256}
+
+
 @pytest.mark.parametrize(("factor", "channels"), [(4, (32,)), (8, (32, 32)), (16, (32, 32, 64))])
 @pytest.mark.parametrize("size", [64, 96, 512])
 def test_geometry_follows_from_the_config(factor, channels, size):
