@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
+from common.compact import widen
 from common.files import atomic_directory, read_json, sha256_file, size_of, write_json
 
 FORMAT = 1
@@ -187,7 +188,7 @@ def read_config(directory: Path, kind: str) -> dict[str, Any]:
 
 
 def read_weights(directory: Path) -> dict[str, Tensor]:
-    """Tensors of `model.safetensors`; half precision is widened to float32."""
+    """Tensors of `model.safetensors`; 16 and 8 bits are widened to float32."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -195,11 +196,9 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"{directory} holds no model.safetensors")
     try:
-        weights = load_file(str(path))
-    except SafetensorError as error:
+        return widen(load_file(str(path)))
+    except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-    half = (torch.float16, torch.bfloat16)
-    return {n: t.float() if t.dtype in half else t for n, t in weights.items()}
 
 
 def load_weights(model: nn.Module, directory: Path) -> None:

@@ -1,4 +1,4 @@
-"""A checkpoint to give away: weights in 16 bits, no training state, a card that says what it is.
+"""A checkpoint to give away: weights in 16 or 8 bits, no training state, a card that says what it is.
 
     python -m dalle.release runs/dalle release/goods-128 --card.title "Goods at 128 pixels" \\
         --card.data "Clothing (CC0) and Grocery Store (MIT)" --card.licence mit --card.grid out/grid.png
@@ -14,17 +14,16 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-import torch
 import tyro
 
 from common.checkpoint import resolve
+from common.compact import Precision, compact, widen
 from common.config import command, parse_options
 from common.files import atomic_directory, read_json, sha256_file, write_json
 from common.log import say
 
-Precision = Literal["float16", "bfloat16", "float32"]
 LEFT_OUT = ("training_state", "train_config.json")  # the latter may name somebody's folders
 CARD, GRID = "README.md", "samples.png"
 
@@ -73,25 +72,21 @@ def release(source: str | Path, target: Path, card: Card, precision: Precision =
             directory, temporary, ignore=shutil.ignore_patterns(*LEFT_OUT, CARD), dirs_exist_ok=True
         )
         for weights in sorted(temporary.rglob("model.safetensors"), key=lambda p: -len(p.parts)):
-            round_weights(weights, getattr(torch, precision))
+            round_weights(weights, precision)
         if card.grid:
             shutil.copyfile(card.grid, temporary / GRID)
         (temporary / CARD).write_text(write_card(temporary, card, figures_of(directory)), encoding="utf-8")
     return target
 
 
-def round_weights(path: Path, dtype: torch.dtype) -> None:
-    """Floating tensors to `dtype`, and the new hash into the config.json beside. Raises ValueError on overflow."""
+def round_weights(path: Path, precision: Precision) -> None:
+    """Rewrite in fewer bits, and put the new hash into the config.json beside. Raises ValueError on overflow."""
     from safetensors.torch import load_file, save_file
 
-    weights = load_file(str(path))
-    rounded = {n: t.to(dtype) if t.is_floating_point() else t for n, t in weights.items()}
-    for name, tensor in rounded.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise ValueError(
-                f"{path.parent.name}: {name} does not fit into {dtype}: use --precision bfloat16"
-            )
-    save_file(rounded, str(path))
+    try:
+        save_file(compact(widen(load_file(str(path))), precision), str(path))
+    except ValueError as error:
+        raise ValueError(f"{path.parent.name}: {error}") from error
     config_path = path.parent / "config.json"
     if config_path.is_file():
         config = read_json(config_path)

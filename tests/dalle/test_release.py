@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from small_checkpoint import CAPTIONS
 
+from common import compact
 from common.files import sha256_file
 from dalle.model import Dalle
 from dalle.pipeline import TextToImage
@@ -61,6 +62,16 @@ def test_weights_are_rounded_and_hashes_follow(generator_dir, tmp_path, precisio
         assert all(torch.equal(after[n], t.to(dtype)) for n, t in before.items())
         config = json.loads((target / folder / "config.json").read_text())
         assert config["sha256"] == sha256_file(target / folder / "model.safetensors")
+
+
+def test_eight_bits_draw_too_and_can_be_released_again(generator_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(compact, "LARGE", 64)
+    target = release(generator_dir, tmp_path / "released", Card(), "int8")
+    assert torch.int8 in {t.dtype for t in load_file(target / "model.safetensors").values()}
+    pictures = TextToImage.from_pretrained(target, "cpu")(CAPTIONS[0], 1)
+    assert len(pictures) == 1
+    release(target, tmp_path / "wider", Card(), "float16")
+    assert TextToImage.from_pretrained(tmp_path / "wider", "cpu")(CAPTIONS[0], 1)[0].size == pictures[0].size
 
 
 def test_what_cannot_be_released_says_why(generator_dir, tmp_path, capsys):

@@ -19,7 +19,7 @@ def test_a_released_ranker_scores_alike_at_half_the_size(ranker_dir, tmp_path, c
         load_ranker(d, precision="fp32").score("红色的杯子", images) for d in (ranker_dir, released)
     )
     torch.testing.assert_close(before, after, atol=5e-3, rtol=0)
-    main([str(ranker_dir), str(tmp_path / "r"), "--dtype", "float32"])
+    main([str(ranker_dir), str(tmp_path / "r"), "--precision", "float32"])
     again = load_ranker(tmp_path / "r", precision="fp32").score("红色的杯子", images)
     torch.testing.assert_close(before, again, atol=1e-6, rtol=0)
 
