@@ -39,8 +39,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     world.barrier()
     data = options.data or "data/synthetic"
     plan = batch_plan(options.loop.global_batch_size, world.size, options.loop.micro_batch_size)
-    train = open_pictures(data, options.image_folder, "train")
-    val = open_pictures(data, options.image_folder, "val")
+    train = open_pictures(data, options.image_folder, "train", options.remote)
+    val = open_pictures(data, options.image_folder, "val", options.remote)
     if world.is_main:
         for problem in [*train.problems, *val.problems, small_pictures(train, model.image_size)]:
             if problem:

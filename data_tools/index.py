@@ -1,17 +1,39 @@
 """Random access into WebDataset tars: where every member of every sample lies, read once from the tar headers.
 
 webdataset's own pipeline streams, so it cannot resume exactly in mid-epoch or on another number of processes; an
-index makes the sample order a plain permutation. Tars stay ordinary WebDataset tars.
+index makes the sample order a plain permutation. Tars stay ordinary WebDataset tars. Remote ones (data_tools/remote.py)
+are fetched and looked into when their first sample is asked for.
 """
 
+import bisect
+import itertools
 import os
 import re
 import tarfile
-from collections.abc import Sequence
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from data_tools.remote import (
+    NoSuchSplit,
+    RemoteOptions,
+    RemoteShard,
+    ShardCache,
+    ShardUnavailable,
+    is_remote,
+    list_shards,
+    of_split,
+    touch,
+)
 
 Member = tuple[int, int]  # offset and size in bytes
+MOST_OPEN = 128  # files that a process holds open: limits of 1,024 are common
 
 
 @dataclass(frozen=True)
@@ -23,22 +45,74 @@ class Sample:
     members: dict[str, Member]
 
 
+class RemoteSamples(Sequence):
+    """Samples of shards of known sizes; a remote shard is fetched when one of its samples is asked for."""
+
+    def __init__(self, shards: Sequence[RemoteShard | Sequence[Sample]], cache: ShardCache) -> None:
+        """A local shard is given by its samples."""
+        self.shards, self.cache = list(shards), cache
+        self._scanned: dict[int, Sequence[Sample]] = {}
+        self.sizes = tuple(s.num_samples if isinstance(s, RemoteShard) else len(s) for s in self.shards)
+        self.starts = list(itertools.accumulate(self.sizes, initial=0))
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def __getitem__(self, i: int) -> Sample:
+        """Raises ShardUnavailable. A shard with fewer samples than announced gives samples without members."""
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        shard = self.shard_of(i)
+        samples, row = self._of_shard(shard), i - self.starts[shard]
+        return samples[row] if row < len(samples) else Sample(f"row {row} of shard {shard}", shard, {})
+
+    def shard_of(self, i: int) -> int:
+        """Number of the shard that sample i is in."""
+        return bisect.bisect_right(self.starts, i) - 1
+
+    def fetch(self, shard: int) -> Path | None:
+        """Bring a shard here; its path, None for a local one. Raises ShardUnavailable."""
+        place = self.shards[shard]
+        return self.cache.fetch(place) if isinstance(place, RemoteShard) else None
+
+    def _of_shard(self, shard: int) -> Sequence[Sample]:
+        if not isinstance(self.shards[shard], RemoteShard):
+            return self.shards[shard]
+        if shard not in self._scanned:
+            self._scanned[shard] = scan_tar(self.fetch(shard), shard)[0]
+        return self._scanned[shard]
+
+
 class ShardIndex:
     """A sequence of samples over tars. `read(i)` gives the bytes of sample i's members."""
 
-    def __init__(self, paths: Sequence[Path], samples: Sequence[Sample], problems: Sequence[str]) -> None:
-        self.paths, self.samples, self.problems = list(paths), list(samples), list(problems)
-        self._files: dict[tuple[int, int], int] = {}
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        samples: Sequence[Sample],
+        problems: Sequence[str],
+        window_shards: int = 0,
+    ) -> None:
+        """`window_shards` > 0: shuffle so many shards at a time, as shards that are fetched one by one need."""
+        self.paths, self.problems, self.window_shards = list(paths), list(problems), window_shards
+        self.samples = samples if isinstance(samples, RemoteSamples) else list(samples)
+        self._forget_files()
 
     @classmethod
-    def open(cls, source: str | Path, split: str = "train") -> "ShardIndex":
-        """Index the tars of a folder (`{split}-*.tar`, or every tar when `split` is empty), of one tar, or of a
-        brace pattern such as `shards/train-{00000..00009}.tar`.
+    def open(
+        cls, source: str | Path, split: str = "train", remote: RemoteOptions | None = None
+    ) -> "ShardIndex":
+        """Index the tars of a folder (`{split}-*.tar`, or every tar when `split` is empty), of one tar, of a brace
+        pattern such as `shards/train-{00000..00009}.tar`, or of several of these joined by `::`. Each may be remote:
+        `http://host/shards`, `s3://bucket/shards`, `pipe:aws s3 cp s3://bucket/train-{00000..00009}.tar -`.
 
         A truncated tar gives its whole samples and a line in `problems`. Raises FileNotFoundError or ValueError in
         one sentence when there is nothing to read.
         """
-        paths = find_shards(source, split)
+        parts = str(source).split("::")
+        if any(map(is_remote, parts)):
+            return _open_remote(parts, split, remote or RemoteOptions())
+        paths = _every_part(parts, lambda part: find_shards(part, split))
         samples, problems = [], []
         for number, path in enumerate(paths):
             found, problem = scan_tar(path, number)
@@ -51,8 +125,19 @@ class ShardIndex:
     def __len__(self) -> int:
         return len(self.samples)
 
+    @property
+    def remote(self) -> RemoteSamples | None:
+        """The samples, if some of them are in remote shards."""
+        return self.samples if isinstance(self.samples, RemoteSamples) else None
+
     def require(self, *suffixes: str) -> "ShardIndex":
-        """Only samples that have one of `suffixes`; the others are counted in `problems`. ValueError if none has."""
+        """Only samples that have one of `suffixes`; the others are counted in `problems`. ValueError if none has.
+
+        Of remote shards one sample is looked at; others that lack it are counted as corrupt when they are read.
+        """
+        if self.remote:
+            self._require_remote(suffixes)
+            return self
         kept = [s for s in self.samples if any(name in s.members for name in suffixes)]
         if not kept:
             seen = sorted({name for s in self.samples[:100] for name in s.members})
@@ -63,29 +148,170 @@ class ShardIndex:
         note = [f"{lost} samples without {' or '.join(suffixes)} left out"] if lost else []
         return ShardIndex(self.paths, kept, self.problems + note)
 
+    def has(self, suffix: str) -> bool:
+        """Whether some sample has such a member; of remote shards the first sample is looked at."""
+        looked_at = [self.samples[0]] if self.remote else self.samples
+        return any(suffix in sample.members for sample in looked_at)
+
+    def spread(self, count: int) -> range:
+        """Up to `count` sample numbers, evenly spread; of remote shards within the first, to fetch no other."""
+        total = self.remote.sizes[0] if self.remote else len(self)
+        return range(0, total, max(1, total // count))
+
+    def _require_remote(self, suffixes: Sequence[str]) -> None:
+        try:
+            sample = self.samples[0]
+        except ShardUnavailable as error:
+            raise ValueError(f"the first shard cannot be had: {error}") from error
+        if not any(name in sample.members for name in suffixes):
+            raise ValueError(
+                f"sample {sample.key!r} has no {' or '.join(suffixes)} (found: {sorted(sample.members)})"
+            )
+
     def read(self, i: int, suffixes: Sequence[str] | None = None) -> dict[str, bytes]:
-        """Member bytes by suffix, all or those of `suffixes` that are there. Safe across threads and forks."""
+        """Member bytes by suffix, all or those of `suffixes` that are there. Safe across threads and forks.
+
+        Raises ShardUnavailable for a sample of a remote shard that cannot be had.
+        """
         sample = self.samples[i]
-        file = self._descriptor(sample.shard)
-        return {
-            name: os.pread(file, size, offset)
-            for name, (offset, size) in sample.members.items()
-            if suffixes is None or name in suffixes
-        }
+        wanted = {n: m for n, m in sample.members.items() if suffixes is None or n in suffixes}
+        if os.getpid() != self._owner:
+            self._forget_files()
+        with self._lock:
+            file = self._descriptor(sample.shard) if wanted else -1
+            return {name: os.pread(file, size, offset) for name, (offset, size) in wanted.items()}
+
+    def after_shard(self, i: int) -> int:
+        """The first sample of the shard after that of sample i; round about at the end."""
+        remote = self.remote
+        return remote.starts[remote.shard_of(i) + 1] % len(self) if remote else (i + 1) % len(self)
 
     def _descriptor(self, shard: int) -> int:
-        key = (os.getpid(), shard)
-        if key not in self._files:
-            self._files[key] = os.open(self.paths[shard], os.O_RDONLY)
-        return self._files[key]
+        """An open file; the longest unused ones are closed."""
+        if shard in self._files:
+            self._files.move_to_end(shard)
+            return self._files[shard]
+        file = self._files[shard] = self._open(shard)
+        if len(self._files) > MOST_OPEN:
+            os.close(self._files.popitem(last=False)[1])
+        return file
+
+    def _open(self, shard: int) -> int:
+        if not self.remote:
+            return os.open(self.paths[shard], os.O_RDONLY)
+        while True:
+            path = self.remote.fetch(shard) or self.paths[shard]
+            try:
+                file = os.open(path, os.O_RDONLY)
+            except FileNotFoundError:  # another process made room in the cache just now
+                continue
+            touch(path)
+            return file
+
+    def _forget_files(self) -> None:
+        """After a fork too: the parent's descriptors and lock are its own."""
+        self._owner, self._lock = os.getpid(), threading.Lock()
+        self._files: OrderedDict[int, int] = OrderedDict()
 
     def __getstate__(self) -> dict:
-        return {"paths": self.paths, "samples": self.samples, "problems": self.problems, "_files": {}}
+        return {name: self.__dict__[name] for name in ("paths", "samples", "problems", "window_shards")}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._forget_files()
+
+
+def _every_part(parts: Sequence[str], find: Callable[[str], list[Any]]) -> list[Any]:
+    """What is found in all parts; one of several may be without the split."""
+    found, missing = [], []
+    for part in parts:
+        try:
+            found += find(part)
+        except NoSuchSplit as error:
+            missing.append(error)
+    if not found:
+        raise missing[0]
+    return found
+
+
+def _open_remote(parts: Sequence[str], split: str, options: RemoteOptions) -> ShardIndex:
+    """Local and remote shards side by side; those of unknown size are fetched first."""
+    cache = ShardCache(options)
+    places: list[Path | RemoteShard] = _every_part(
+        parts, lambda part: list_shards(part, split, options) if is_remote(part) else find_shards(part, split)
+    )
+    paths = [place.path if isinstance(place, RemoteShard) else place for place in places]
+    unknown = [p for p in places if isinstance(p, RemoteShard) and p.num_samples is None]
+    _fetch_all(cache, unknown, options)
+    shards: list[RemoteShard | Sequence[Sample]] = []
+    problems = []
+    for number, (place, path) in enumerate(zip(places, paths, strict=True)):
+        known = isinstance(place, RemoteShard) and place.num_samples is not None
+        if known or not path.is_file():
+            shards.append(place if known else [])
+            continue
+        samples, problem = scan_tar(path, number)
+        problems += [problem] if problem else []
+        remote = isinstance(place, RemoteShard)
+        shards.append(RemoteShard(place.url, path, len(samples)) if remote else samples)
+    samples = RemoteSamples(shards, cache)
+    if not len(samples):
+        raise ValueError(
+            f"no samples in {'::'.join(parts)}: " + ("; ".join(problems) or "its tars are empty")
+        )
+    return ShardIndex(paths, samples, problems, options.window_shards)
+
+
+def _fetch_all(cache: ShardCache, shards: Sequence[RemoteShard], options: RemoteOptions) -> None:
+    """Raises ValueError when more of them fail than the budget allows."""
+
+    def fetch(shard: RemoteShard) -> ShardUnavailable | None:
+        try:
+            cache.fetch(shard)
+        except ShardUnavailable as error:
+            return error
+        return None
+
+    if not shards:
+        return
+    with ThreadPoolExecutor(4) as pool:
+        bar = tqdm(pool.map(fetch, shards), total=len(shards), desc="fetching", unit=" shards", disable=None)
+        failed = [error for error in bar if error]
+    if len(failed) > options.max_failed_share * len(shards):
+        raise ValueError(f"{len(failed)} of {len(shards)} shards cannot be had, such as {failed[0]}")
+
+
+class ShardSource:
+    """The shards of a local or remote source one by one, for work that goes shard by shard."""
+
+    def __init__(self, source: str, options: RemoteOptions) -> None:
+        self.source, self.options = source, options
+        self._cache = ShardCache(options) if is_remote(source) else None
+
+    def find(self, split: str) -> list[Path] | list[RemoteShard]:
+        """Empty where the source has no such split. Raises FileNotFoundError or ValueError for no source at all."""
+        try:
+            if self._cache:
+                return list_shards(self.source, split, self.options)
+            return find_shards(self.source, split)
+        except NoSuchSplit:
+            return []
+
+    def name(self, place: Path | RemoteShard) -> str:
+        """Of the tar."""
+        return place.path.name if isinstance(place, RemoteShard) else place.name
+
+    def fetch(self, place: Path | RemoteShard) -> Path:
+        """Where it lies on this disk. Raises ShardUnavailable after all retries."""
+        return self._cache.fetch(place) if isinstance(place, RemoteShard) else place
 
 
 def find_shards(source: str | Path, split: str = "train") -> list[Path]:
-    """The tars that `source` names, sorted. Raises FileNotFoundError saying what was looked for."""
-    text = str(source)
+    """The local tars that `source` names, sorted; of a pattern those named like the split, if any are named like one.
+
+    Raises FileNotFoundError saying what was looked for.
+    """
+    text = str(source).removeprefix("file://")
     if "{" in text:
         import braceexpand
 
@@ -93,8 +319,8 @@ def find_shards(source: str | Path, split: str = "train") -> list[Path]:
         missing = [p for p in paths if not p.is_file()]
         if missing:
             raise FileNotFoundError(f"no shard {missing[0]} (named by {text})")
-        return paths
-    path = Path(source)
+        return of_split(paths, split, text)
+    path = Path(text)
     if path.is_file():
         return [path]
     if not path.is_dir():
@@ -102,9 +328,7 @@ def find_shards(source: str | Path, split: str = "train") -> list[Path]:
     pattern = f"{split}-*.tar" if split else "*.tar"
     paths = sorted(path.glob(pattern))
     if not paths:
-        raise FileNotFoundError(
-            f"no {pattern} in {path}: make shards with `python -m data_tools.shard SRC {path}`"
-        )
+        raise NoSuchSplit(f"no {pattern} in {path}: make shards with `python -m data_tools.shard SRC {path}`")
     return paths
 
 

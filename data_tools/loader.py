@@ -3,13 +3,18 @@
 The global sample counter c stands for epoch c // n, position c % n; the global batch that starts at c is cut into
 equal runs, one a process. So a run goes on exactly where it was killed, also on another number of processes. What is
 random about one sample (augmentation, which caption, which view) is drawn from (seed, epoch, sample).
+
+Remote shards are shuffled by windows of shards, and fetched a window ahead. A machine fetches each shard once, however
+many processes it runs; which machine needs which shard is not fixed, since the order must not hang on their number.
 """
 
+import contextlib
 import io
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +27,7 @@ from common.log import say
 from data_tools.images import BadImage
 from data_tools.images import decode as decode_picture
 from data_tools.index import ShardIndex
+from data_tools.remote import ShardUnavailable
 
 IMAGE_SUFFIXES = ("webp", "jpg", "jpeg", "png")
 Batch = dict[str, Any]
@@ -34,9 +40,30 @@ class Order:
 
     num_samples: int
     seed: int
+    sizes: tuple[int, ...] = ()
+    """Samples of each shard, where shards are shuffled and then their samples by windows; empty: all together."""
+    window: int = 0
+    """Shards of a window."""
 
     def permutation(self, epoch: int) -> np.ndarray:
-        return np.random.Generator(np.random.Philox(key=[self.seed, epoch])).permutation(self.num_samples)
+        """(num_samples,) the samples of an epoch in their order."""
+        rng = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
+        if not self.sizes:
+            return rng.permutation(self.num_samples)
+        starts = np.cumsum([0, *self.sizes])
+        windows = []
+        for shards in self._windows(rng):
+            samples = np.concatenate([np.arange(starts[s], starts[s + 1]) for s in shards])
+            windows.append(rng.permutation(samples))
+        return np.concatenate(windows)
+
+    def _windows(self, rng: np.random.Generator) -> list[np.ndarray]:
+        shards = rng.permutation(len(self.sizes))
+        return [shards[i : i + self.window] for i in range(0, len(shards), self.window)]
+
+    def windows(self, epoch: int) -> list[np.ndarray]:
+        """The shards of each window of an epoch, in their order."""
+        return self._windows(np.random.Generator(np.random.Philox(key=[self.seed, epoch])))
 
     def walk(self, start: int) -> Iterator[tuple[int, int]]:
         """(epoch, sample) from counter `start` on, for ever."""
@@ -45,6 +72,59 @@ class Order:
             for sample in self.permutation(epoch)[position:]:
                 yield epoch, int(sample)
             epoch, position = epoch + 1, 0
+
+
+def order_of(index: ShardIndex, seed: int) -> Order:
+    """The training order of an index: by windows where shards have to be fetched."""
+    if index.remote is None:
+        return Order(len(index), seed)
+    return Order(len(index), seed, index.remote.sizes, index.window_shards)
+
+
+class Prefetch:
+    """Brings the shards of the present and the next window here, in the background; use as a context manager."""
+
+    def __init__(self, index: ShardIndex, order: Order, start: int) -> None:
+        self.index, self.order, self.position = index, order, start
+        self._moved, self._stopped = threading.Event(), False
+
+    def __enter__(self) -> "Prefetch":
+        threading.Thread(target=self._run, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._stopped = True
+        self._moved.set()
+
+    def reach(self, position: int) -> None:
+        """The global counter is there now."""
+        self.position = position
+        self._moved.set()
+
+    def _run(self) -> None:
+        for begin, shards in self._plan(self.position):
+            while begin > self.position and not self._stopped:  # one window ahead, not more
+                self._moved.wait()
+                self._moved.clear()
+            for shard in shards:
+                if self._stopped:
+                    return
+                try:
+                    self.index.remote.fetch(int(shard))
+                except ShardUnavailable:  # counted where its samples are missed
+                    continue
+
+    def _plan(self, start: int) -> Iterator[tuple[int, np.ndarray]]:
+        """(counter at which its fetching may begin, shards) of each window from that of `start` on."""
+        epoch = start // self.order.num_samples
+        begin = previous = epoch * self.order.num_samples
+        while True:
+            for shards in self.order.windows(epoch):
+                end = begin + sum(self.order.sizes[s] for s in shards)
+                if end > start:
+                    yield previous, shards
+                begin, previous = end, begin
+            epoch += 1
 
 
 class _RankBatches:
@@ -66,23 +146,34 @@ class CorruptSample(Exception):
     """One sample that cannot be read; the loader replaces and counts it."""
 
 
+class Loss(NamedTuple):
+    """A sample that was replaced."""
+
+    text: str
+    shard: str = ""
+    """The address of its shard, if that could not be had; else it is the sample that is corrupt."""
+
+
 class _Samples(Dataset):
-    """Decodes (epoch, sample); a corrupt one is replaced by the next readable sample, and named."""
+    """Decodes (epoch, sample); one that cannot be had is replaced by the next readable sample, and named."""
 
     def __init__(self, index: ShardIndex, decode: Callable[..., Batch], seed: int) -> None:
         self.index, self.decode, self.seed = index, decode, seed
 
-    def __getitem__(self, place: tuple[int, int]) -> tuple[Batch, list[str]]:
-        epoch, sample = place
-        bad = []
-        for shift in range(min(len(self.index), 64)):
-            i = (sample + shift) % len(self.index)
+    def __getitem__(self, place: tuple[int, int]) -> tuple[Batch, list[Loss]]:
+        epoch, i = place
+        lost: list[Loss] = []
+        for _ in range(min(len(self.index), 64)):
             rng = np.random.Generator(np.random.Philox(key=[self.seed * 1_000_003 + epoch, i]))
             try:
-                return self.decode(self.index, i, rng), bad
+                return self.decode(self.index, i, rng), lost
             except CorruptSample as error:
-                bad.append(f"{self.index.samples[i].key}: {error}")
-        raise ValueError(f"64 samples in a row cannot be read, the last one is {bad[-1]}")
+                lost.append(Loss(f"{self.index.samples[i].key}: {error}"))
+                i = (i + 1) % len(self.index)
+            except ShardUnavailable as error:
+                lost.append(Loss(str(error), error.url))
+                i = self.index.after_shard(i)
+        raise ValueError(f"64 samples in a row cannot be read, the last one is {lost[-1].text}")
 
 
 @dataclass(frozen=True)
@@ -146,14 +237,14 @@ def pick_caption(data: bytes, rng: np.random.Generator | None, short_share: floa
     return lines[int(rng.integers(len(lines)))]
 
 
-def collate(samples: list[tuple[Batch, list[str]]]) -> tuple[Batch, list[str]]:
-    """Stack tensors, list the rest; the names of corrupt samples ride along."""
+def collate(samples: list[tuple[Batch, list[Loss]]]) -> tuple[Batch, list[Loss]]:
+    """Stack tensors, list the rest; what was lost rides along."""
     first = samples[0][0]
     batch = {}
     for name, value in first.items():
         values = [s[0][name] for s in samples]
         batch[name] = torch.stack(values) if isinstance(value, torch.Tensor) else values
-    return batch, [line for s in samples for line in s[1]]
+    return batch, [loss for s in samples for loss in s[1]]
 
 
 def train_batches(
@@ -169,31 +260,67 @@ def train_batches(
     """This process's share of every global batch, for ever, from the global counter `start_sample` on.
 
     Corrupt samples are replaced by the next readable one, counted and reported; more than `max_corrupt_share` of
-    what was read (and more than 20) raises ValueError.
+    what was read (and more than 20) raises ValueError. So does a larger share of remote shards that cannot be had than
+    their options allow; until then samples of the next shard stand in for theirs.
     """
-    places = _RankBatches(Order(len(index), seed), start_sample, global_batch_size, world)
+    order = order_of(index, seed)
     loader = DataLoader(
         _Samples(index, decode, seed),
-        batch_sampler=places,
+        batch_sampler=_RankBatches(order, start_sample, global_batch_size, world),
         num_workers=num_workers,
         collate_fn=collate,
         worker_init_fn=_ignore_interrupt,
         pin_memory=world.device.type == "cuda",
         prefetch_factor=4 if num_workers else None,
     )
-    read = corrupt = 0
-    for batch, bad in loader:
-        read += global_batch_size // world.size
-        for line in bad:
-            corrupt += 1
-            if corrupt <= 5 or corrupt % 100 == 0:
-                say(f"skipped a corrupt sample ({corrupt} so far): {line}")
-        if corrupt > 20 and corrupt > max_corrupt_share * read:
+    losses, batches = _Losses(index, max_corrupt_share), iter(loader)  # workers fork before a thread starts
+    fetches = index.remote is not None and world.local_rank == 0
+    with Prefetch(index, order, start_sample) if fetches else contextlib.nullcontext() as prefetch:
+        for number, (batch, lost) in enumerate(batches, 1):
+            losses.add(lost, global_batch_size // world.size)
+            if prefetch:
+                prefetch.reach(start_sample + number * global_batch_size)
+            yield batch
+
+
+class _Losses:
+    """Counts what was replaced, says it, and ends the training when it is too much."""
+
+    def __init__(self, index: ShardIndex, max_corrupt_share: float) -> None:
+        self.index, self.max_corrupt_share = index, max_corrupt_share
+        self.read = self.corrupt = 0
+        self.shards: dict[str, int] = {}
+
+    def add(self, lost: list[Loss], read: int) -> None:
+        """Of one batch. Raises ValueError over either budget."""
+        self.read += read
+        for loss in lost:
+            if loss.shard:
+                self._shard(loss)
+            else:
+                self._sample(loss)
+
+    def _sample(self, loss: Loss) -> None:
+        self.corrupt += 1
+        if self.corrupt <= 5 or self.corrupt % 100 == 0:
+            say(f"skipped a corrupt sample ({self.corrupt} so far): {loss.text}")
+        if self.corrupt > 20 and self.corrupt > self.max_corrupt_share * self.read:
             raise ValueError(
-                f"{corrupt} of {read} samples are corrupt, the last one is {bad[-1] if bad else '?'}: "
-                f"check the shards with `python -m data_tools.inspect {index.paths[0].parent}`"
+                f"{self.corrupt} of {self.read} samples are corrupt, the last one is {loss.text}: "
+                f"check the shards with `python -m data_tools.inspect {self.index.paths[0].parent}`"
             )
-        yield batch
+
+    def _shard(self, loss: Loss) -> None:
+        self.shards[loss.shard] = self.shards.get(loss.shard, 0) + 1
+        if self.shards[loss.shard] > 1:
+            return
+        total, options = len(self.index.paths), self.index.remote.cache.options
+        say(f"skipped a shard that cannot be had ({len(self.shards)} of {total} so far): {loss.text}")
+        if len(self.shards) > options.max_failed_share * total:
+            raise ValueError(
+                f"{len(self.shards)} of {total} shards cannot be had, more than remote.max_failed_share "
+                f"{options.max_failed_share:g}; the last one is {loss.text}"
+            )
 
 
 def _ignore_interrupt(worker: int) -> None:
@@ -205,15 +332,17 @@ def _ignore_interrupt(worker: int) -> None:
 def eval_batches(
     index: ShardIndex, decode: Callable[..., Batch], batch_size: int, limit: int | None = None
 ) -> Iterator[Batch]:
-    """Every sample once, in order, the last batch short; corrupt samples are left out and counted."""
+    """Every sample once, in order, the last batch short; those that cannot be read are left out and counted."""
     rng = np.random.Generator(np.random.Philox(key=[0, 0]))
-    rows: list[tuple[Batch, list[str]]] = []
-    skipped = 0
+    rows: list[tuple[Batch, list[Loss]]] = []
+    skipped, away, last = 0, 0, ""
     for i in range(min(len(index), limit) if limit else len(index)):
         try:
             rows.append((decode(index, i, rng), []))
         except CorruptSample:
             skipped += 1
+        except ShardUnavailable as error:
+            away, last = away + 1, str(error)
         if len(rows) == batch_size:
             yield collate(rows)[0]
             rows = []
@@ -221,3 +350,5 @@ def eval_batches(
         yield collate(rows)[0]
     if skipped:
         say(f"left out {skipped} corrupt samples of {index.paths[0].parent}")
+    if away:
+        say(f"left out {away} samples of shards that cannot be had, such as {last}")

@@ -12,6 +12,7 @@ from common.image import resize_square, to_tensor
 from data_tools.images import DECODE_ERRORS
 from data_tools.index import ShardIndex
 from data_tools.loader import IMAGE_SUFFIXES, Augment, CorruptSample, DecodeImage, open_image
+from data_tools.remote import RemoteOptions
 from vq.image_folder import ImageFolder
 
 MASK_SUFFIX = "mask.png"
@@ -50,22 +51,20 @@ def _open_mask(data: bytes) -> Image.Image:
         raise CorruptSample(f"undecodable mask ({type(error).__name__})") from error
 
 
-def open_pictures(data: str, image_folder: str, split: str) -> ShardIndex | ImageFolder:
+def open_pictures(
+    data: str, image_folder: str, split: str, remote: RemoteOptions | None = None
+) -> ShardIndex | ImageFolder:
     """The training or validation pictures. Raises FileNotFoundError or ValueError in one sentence."""
     if image_folder:
         return ImageFolder.open(image_folder, split)
-    return ShardIndex.open(data, split).require(*IMAGE_SUFFIXES)
-
-
-def has_masks(index: ShardIndex | ImageFolder) -> bool:
-    return any(MASK_SUFFIX in sample.members for sample in index.samples)
+    return ShardIndex.open(data, split, remote).require(*IMAGE_SUFFIXES)
 
 
 def train_decoder(
     index: ShardIndex | ImageFolder, image_size: int, augment: Augment, with_masks: bool
 ) -> DecodeImage | DecodeMasked:
     """`with_masks`: only if the data has any."""
-    if with_masks and has_masks(index):
+    if with_masks and index.has(MASK_SUFFIX):
         return DecodeMasked(image_size, augment)
     return DecodeImage(image_size, augment)
 
@@ -75,7 +74,7 @@ def small_pictures(index: ShardIndex | ImageFolder, image_size: int, look_at: in
 
     Looks at no more than `look_at` pictures, evenly spread.
     """
-    places = range(0, len(index), max(1, len(index) // look_at))
+    places = index.spread(look_at)
     small = 0
     for i in places:
         members = index.read(i, IMAGE_SUFFIXES)

@@ -26,9 +26,10 @@ from common.files import ensure_writable_directory, read_json, write_json
 from common.image import make_grid, resize_square, stack_rows, to_image, to_tensor
 from common.log import say
 from data_tools.crops import CropFlip
-from data_tools.index import ShardIndex, find_shards
+from data_tools.index import ShardIndex, ShardSource
 from data_tools.loader import IMAGE_SUFFIXES, CorruptSample, open_image
 from data_tools.records import Record
+from data_tools.remote import RemoteOptions
 from data_tools.shards import ShardWriter, add_to_dataset
 from vq.losses import psnr
 from vq.model import ImageTokenizer
@@ -42,8 +43,8 @@ class Options:
 
     checkpoint: Annotated[str, tyro.conf.Positional]
     """Image tokenizer: a checkpoint or run directory."""
-    source: Annotated[Path, tyro.conf.Positional]
-    """Folder of image shards (train-*.tar, val-*.tar)."""
+    source: Annotated[str, tyro.conf.Positional]
+    """Image shards (train-*.tar, val-*.tar): a folder, http://, s3:// ..."""
     target: Annotated[Path, tyro.conf.Positional]
     """Folder for the token shards."""
     views: int = 4
@@ -51,6 +52,7 @@ class Options:
     augment: CropFlip = field(default_factory=CropFlip)
     batch_size: int = 64
     """Pictures of one forward pass."""
+    remote: RemoteOptions = field(default_factory=RemoteOptions)
     check: int = 16
     """Pictures decoded back at the end into roundtrip.png; 0: none."""
     device: str = "auto"
@@ -96,34 +98,26 @@ def encode_shards(tokenizer: ImageTokenizer, options: Options, world: World) -> 
             )
     elif world.is_main:
         write_json(target / TOKENIZER_FILE, made_by)
-    jobs = [(split, path) for split in ("train", "val") for path in _shards(options.source, split)]
+    source = ShardSource(str(options.source), options.remote)
+    jobs = [(split, place) for split in ("train", "val") for place in source.find(split)]
     if not any(split == "train" for split, _ in jobs):
         raise FileNotFoundError(
             f"no train-*.tar in {options.source}: make shards with `python -m data_tools.shard`"
         )
     mine = jobs[world.rank :: world.size]
     counts = {"pictures": 0, "skipped": 0, "shards_kept": 0}
-    for split, path in mine:
-        done = target / path.name
+    for split, place in mine:
+        done = target / source.name(place)
         if done.is_file():
             counts["shards_kept"] += 1
             continue
-        _encode_one(tokenizer, options, world, split, path, counts)
+        _encode_one(tokenizer, options, world, split, source.fetch(place), counts)
     world.barrier()
     if world.is_main:
         for split in ("train", "val"):
             paths = sorted(target.glob(f"{split}-*.tar"))
             add_to_dataset(target, split, {p.name: len(ShardIndex.open(p, "").samples) for p in paths})
     return counts
-
-
-def _shards(source: Path, split: str) -> list[Path]:
-    try:
-        return find_shards(source, split)
-    except FileNotFoundError:
-        if not source.is_dir():
-            raise
-        return []
 
 
 def _encode_one(
@@ -206,7 +200,7 @@ def _record(index: ShardIndex, i: int, ids: Tensor, codebook_size: int) -> Recor
 @torch.no_grad()
 def roundtrip(tokenizer: ImageTokenizer, options: Options, world: World) -> float:
     """Decode a few stored codes, write them under their originals as roundtrip.png; returns the mean PSNR in dB."""
-    source = ShardIndex.open(options.source, "train").require(*IMAGE_SUFFIXES)
+    source = ShardIndex.open(str(options.source), "train", options.remote).require(*IMAGE_SUFFIXES)
     tokens = ShardIndex.open(options.target, "train").require("ids.npy")
     places = {s.key: i for i, s in enumerate(source.samples)}
     originals, ids = [], []

@@ -19,6 +19,7 @@ class ImageFolder:
     def __init__(self, root: Path, files: Sequence[Path], problems: Sequence[str]) -> None:
         self.root, self.files, self.problems = root, list(files), list(problems)
         self.paths = [root / "pictures"]  # whose parent is what messages name
+        self.remote = None
         self.samples = [Sample(str(file.relative_to(root)), 0, {}) for file in self.files]
 
     @classmethod
@@ -58,6 +59,14 @@ class ImageFolder:
     def require(self, *suffixes: str) -> "ImageFolder":
         """As `ShardIndex.require`: every sample here is a picture."""
         return self
+
+    def has(self, suffix: str) -> bool:
+        """As `ShardIndex.has`: a folder has pictures and captions, and no further members."""
+        return False
+
+    def spread(self, count: int) -> range:
+        """As `ShardIndex.spread`."""
+        return range(0, len(self), max(1, len(self) // count))
 
     def read(self, i: int, suffixes: Sequence[str] | None = None) -> dict[str, bytes]:
         """`png`: the picture's bytes whatever its format, the decoder looks for itself; `txt`: its caption."""

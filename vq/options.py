@@ -10,6 +10,7 @@ from common.distributed import Precision
 from common.loop import LoopConfig
 from common.optim import OptimConfig
 from data_tools.crops import CropFlip
+from data_tools.remote import RemoteOptions
 from vq.adversary import AdversaryConfig
 from vq.losses import LossConfig
 from vq.model import KIND, TokenizerConfig
@@ -20,7 +21,8 @@ class Options:
     """Stage 1: pictures -> image tokenizer."""
 
     data: str = ""
-    """Folder of image shards (train-*.tar, val-*.tar); empty: the embedded default in data/synthetic."""
+    """Image shards (train-*.tar, val-*.tar): a folder, http://, s3:// ... or pipe:; empty: the embedded default."""
+    remote: RemoteOptions = field(default_factory=RemoteOptions)
     image_folder: str = ""
     """A plain folder of pictures instead of shards; one in fifty is held out for validation."""
     preset: Literal["vqvae", "vqgan"] = "vqvae"

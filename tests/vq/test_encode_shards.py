@@ -1,6 +1,10 @@
 """Image shards -> token shards: the codes are the tokenizer's, runs go on, tokenizers never mix."""
 
+import contextlib
+import functools
+import http.server
 import io
+import threading
 
 import numpy as np
 import pytest
@@ -97,3 +101,26 @@ def test_bad_input(world, capsys, flags, source, said):
         main([str(world / "run"), str(world / source), str(world / "out"), *flags])
     assert stop.value.code == 2
     assert said in capsys.readouterr().err
+
+
+def test_remote_shards_give_the_same_bytes(world, monkeypatch):
+    monkeypatch.setenv("SHARD_CACHE", str(world / "cache"))
+    encode(world)
+    with serve(world / "images") as url:
+        main([str(world / "run"), url, str(world / "other"), "--precision", "fp32"])
+    for path in (world / "tokens").glob("*.tar"):
+        assert path.read_bytes() == (world / "other" / path.name).read_bytes()
+
+
+@contextlib.contextmanager
+def serve(folder):
+    handler = functools.partial(QuietHandler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
