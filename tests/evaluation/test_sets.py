@@ -1,26 +1,11 @@
 import json
 
 import pytest
+from drawn_pictures import write_out_dir as out_dir
 from PIL import Image
 
 from common.files import write_json
 from evaluation.sets import LIKELIHOOD, Sample, SampleSet
-
-
-def out_dir(path, texts=("a", "b"), num=3, **values):
-    """As generate.py leaves it; the likelihood of picture i is i."""
-    path.mkdir()
-    lines, count = [], 0
-    for text in texts:
-        for index in range(num):
-            name = f"{count:04d}.png"
-            Image.new("RGB", (8, 8), (20 * count, 0, 0)).save(path / name)
-            line = {"file": name, "text": text, "index": index, "seed": 7, "seconds": 0.5}
-            line |= {"log_likelihood": -10.0 + index, "null_log_likelihood": -12.0, "checkpoint": "abc"}
-            lines.append(json.dumps(line | {"sampling": {"cfg_scale": 3.0}} | values))
-            count += 1
-    (path / "images.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
-    return path
 
 
 def test_an_out_directory_is_read_with_all_that_it_says(tmp_path):
@@ -31,7 +16,7 @@ def test_an_out_directory_is_read_with_all_that_it_says(tmp_path):
     assert (sample.text, sample.index, sample.seed, sample.seconds) == ("b", 2, 7, 0.5)
     assert sample.scores == {LIKELIHOOD: 4.0}
     assert sample.options == {"cfg_scale": 3.0}
-    assert sample.image.mode == "RGB" and sample.image.getpixel((0, 0)) == (100, 0, 0)
+    assert sample.image.mode == "RGB" and sample.image.getpixel((0, 0)) == (98, 40, 0)
 
 
 def test_best_of_takes_the_first_n_only(tmp_path):
@@ -59,8 +44,8 @@ def test_parts_of_a_set(tmp_path):
 def test_scores_go_to_their_own_pictures_in_any_order(tmp_path):
     found = SampleSet.from_out_dir(out_dir(tmp_path / "out"))
     turned = SampleSet("turned", tuple(reversed(found.samples)))
-    scored = turned.scored("red", lambda text, images: [image.getpixel((0, 0))[0] for image in images])
-    assert [s.scores["red"] for s in scored.samples] == [100, 80, 60, 40, 20, 0]
+    scored = turned.scored("red", lambda text, images: [sum(image.getpixel((0, 0))) for image in images])
+    assert [s.scores["red"] for s in scored.samples] == [138, 118, 98, 137, 117, 97]
 
 
 def test_a_ranking_is_read_with_the_pictures(tmp_path):
