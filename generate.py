@@ -3,6 +3,7 @@
     python generate.py "一件红色的连衣裙" 8 out/
     python generate.py "一双黑色的鞋" 8 out/ --cfg-scale 4 --top-p 0.95 --seed 7
     python generate.py "" 4 out/ --prompts-file prompts.txt --batch-size 16       # one text a line; goes on if killed
+    python generate.py "" 1 out/ --prompts-file T2I_test.text.tsv                 # id<TAB>text; ids become keys
     python generate.py "一条蓝色牛仔裤" 4 out/ --prime picture.png --keep-rows 8    # keeps the picture's upper rows
     python generate.py "一条蓝色牛仔裤" 4 out/ --inpaint picture.png --mask mask.png
     python generate.py "一条蓝色牛仔裤" 4 out/ --vary picture.png --strength 0.4
@@ -28,6 +29,7 @@ from dalle.fast import FastOptions
 from dalle.inpaint import Source
 from dalle.outdir import OutDirectory
 from dalle.pipeline import Request, TextToImage, default_checkpoint
+from dalle.prompts import Prompt, count_prompts, read_prompts
 from dalle.sampling import SamplingOptions
 
 DEFAULT_TEXT = "一件红色的连衣裙"
@@ -54,7 +56,7 @@ class Options:
     batch_size: int = 8
     """Pictures drawn side by side; does not change them."""
     prompts_file: Path | None = None
-    """File with one text a line, instead of the text; a run that was killed goes on where it was."""
+    """Instead of the text: .txt with a text a line, .tsv with id<TAB>text, or .jsonl; a run that was killed goes on."""
     prime: Path | None = None
     """Picture whose upper rows stay."""
     keep_rows: int | None = None
@@ -128,45 +130,53 @@ def origin(options: Options, pipeline: TextToImage) -> dict[str, Any]:
     }
 
 
-def read_prompts(path: Path) -> Iterator[str]:
-    """The lines of a UTF-8 file, one at a time; empty ones are left out."""
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if "\0" in line:
-                raise ValueError(f"{path}:{number} is no text")
-            if line.strip():
-                yield line.strip()
+@dataclass
+class Unused:
+    """What a file of prompts lost on the way."""
+
+    reasons: list[str] = field(default_factory=list)
+    """Why texts were skipped; the first few."""
+    skipped: int = 0
+    cut: int = 0
+
+    def report(self, path: Path) -> None:
+        for reason in self.reasons:
+            say(f"skipped: {reason}")
+        if self.skipped:
+            say(f"skipped {self.skipped} of the texts in {path}")
+        if self.cut:
+            say(f"note: {self.cut} of the texts in {path} were too long for the generator and cut")
 
 
-def usable(texts: Iterator[str], pipeline: TextToImage, skipped: list[str]) -> Iterator[str]:
-    """Texts that can be drawn; the others are collected with the reason."""
-    for text in texts:
+def usable(prompts: Iterator[Prompt], pipeline: TextToImage, unused: Unused) -> Iterator[Prompt]:
+    """Prompts that can be drawn; the others are counted."""
+    for prompt in prompts:
         try:
-            pipeline.encode_text(text)
+            _, note = pipeline.encode_text(prompt.text)
         except ValueError as error:
-            skipped.append(str(error))
+            unused.skipped += 1
+            unused.reasons += [str(error)] if unused.skipped <= 5 else []
         else:
-            yield text
+            unused.cut += bool(note)
+            yield prompt
 
 
-def draw_all(options: Options, pipeline: TextToImage, out: OutDirectory) -> int:
+def draw_all(options: Options, pipeline: TextToImage, out: OutDirectory, num_texts: int) -> int:
     """Draws and writes everything; returns the number of pictures drawn now."""
-    source = make_source(options, pipeline)
-    skipped: list[str] = []
+    source, unused = make_source(options, pipeline), Unused()
     if options.prompts_file:
-        total = sum(1 for _ in read_prompts(options.prompts_file)) * options.num_images
-        texts = usable(read_prompts(options.prompts_file), pipeline, skipped)
+        prompts = usable(read_prompts(options.prompts_file), pipeline, unused)
     else:
-        total, texts = options.num_images, iter([options.text])
+        prompts = iter([Prompt(options.text)])
         note = pipeline.encode_text(options.text)[1]
         if note:
             say(f"note: {note}")
-    requests = (Request(text, i) for text in texts for i in range(options.num_images))
+    requests = (Request(p.text, i, p.key) for p in prompts for i in range(options.num_images))
     if options.prompts_file:
         requests = out.continue_from(requests)
     if options.prompts_file and out.count:
         say(f"{out.count} pictures stand in {out.path}: going on behind them")
-    stood = out.count
+    stood, total = out.count, num_texts * options.num_images
     pictures = pipeline.draw(
         requests, options.seed, options.sampling, options.negative, options.batch_size, source
     )
@@ -174,10 +184,8 @@ def draw_all(options: Options, pipeline: TextToImage, out: OutDirectory) -> int:
         if out.count == 0:
             out.start_anew()
         out.add(picture)
-    for reason in skipped[:5]:
-        say(f"skipped: {reason}")
-    if skipped:
-        say(f"skipped {len(skipped)} of the texts in {options.prompts_file}")
+    if options.prompts_file:
+        unused.report(options.prompts_file)
     if not out.count:
         raise ValueError(f"{options.prompts_file} holds no text that can be drawn")
     return out.count - stood
@@ -187,13 +195,12 @@ def draw_all(options: Options, pipeline: TextToImage, out: OutDirectory) -> int:
 def main(argv: Sequence[str] | None = None) -> Path:
     """Draw; returns the out directory."""
     options = parse_options(Options, argv, description=__doc__)
-    if options.prompts_file and not options.prompts_file.is_file():
-        raise FileNotFoundError(f"no prompts file {options.prompts_file}")
+    num_texts = count_prompts(options.prompts_file) if options.prompts_file else 1
     checkpoint = options.checkpoint or default_checkpoint()
     pipeline = TextToImage.from_pretrained(checkpoint, options.device, options.fast)
     out = OutDirectory(options.out_dir, origin(options, pipeline))
     started = time.perf_counter()
-    drawn = draw_all(options, pipeline, out)
+    drawn = draw_all(options, pipeline, out, num_texts)
     out.write_grid(options.num_images if options.prompts_file and options.num_images <= 16 else None)
     seconds = (time.perf_counter() - started) / max(1, drawn)
     say(f"{out.count} pictures in {out.path} | {drawn} drawn now, {seconds:.2f} s each | by {checkpoint}")

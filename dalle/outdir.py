@@ -61,6 +61,8 @@ class OutDirectory:
             "null_log_likelihood": picture.null_log_likelihood,
             "seconds": round(picture.seconds, 4),
         }
+        if picture.key is not None:
+            line["key"] = picture.key
         with (self.path / LIST).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, sort_keys=True, ensure_ascii=False) + "\n")
         self.count += 1
@@ -94,7 +96,8 @@ class OutDirectory:
     def _is_done(self, line: dict[str, Any], request: Request) -> bool:
         name = f"{self.count:04d}.png"
         wanted = self.origin | {"file": name, "text": request.text, "index": request.index}
-        return all(line.get(k) == v for k, v in wanted.items()) and (self.path / name).is_file()
+        same = all(line.get(k) == v for k, v in wanted.items()) and line.get("key") == request.key
+        return same and (self.path / name).is_file()
 
     def _forget_from(self, kept: int) -> None:
         """Removes the pictures listed behind byte `kept`, those lines, and what was written about the whole."""

@@ -41,6 +41,8 @@ class Request:
 
     text: str
     index: int
+    key: str | None = None
+    """Name of the text, where it has one."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class Picture:
     """log p(image | no text); None without guidance or with a negative prompt."""
     seconds: float
     """This picture's share of its batch's time."""
+    key: str | None = None
+    """Name of the text, as the request had it."""
 
 
 class TextToImage:
@@ -221,9 +225,8 @@ class TextToImage:
         null_scores = [None] * len(batch) if no_nulls else sampled.null_log_likelihood.tolist()
         ids = sampled.ids.cpu()
         for i, request in enumerate(batch):
-            yield Picture(
-                images[i], request.text, request.index, seed, ids[i], scores[i], null_scores[i], seconds
-            )
+            figures = (seed, ids[i], scores[i], null_scores[i], seconds)
+            yield Picture(images[i], request.text, request.index, *figures, key=request.key)
 
     @torch.inference_mode()
     def decode_ids(self, ids: Tensor) -> list[Image.Image]:
