@@ -2,9 +2,11 @@
 
 import json
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from common.distributed import World
@@ -68,15 +70,7 @@ class MetricLog:
 
             self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step)
         if wandb_project:
-            import wandb
-
-            self.wandb = wandb.init(
-                project=wandb_project,
-                name=run_dir.name,
-                id=_wandb_id(run_dir),
-                config=options,
-                resume="allow",
-            )
+            self.wandb = _start_wandb(run_dir, wandb_project, options)
 
     def write(self, step: int, kind: str, values: dict[str, float]) -> None:
         """`kind`: train, val or event."""
@@ -94,6 +88,12 @@ class MetricLog:
         path = self.run_dir / "samples" / f"{name}_{step:08d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path)
+        if self.writer:
+            self.writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+        if self.wandb:
+            from wandb import Image as Shown
+
+            self.wandb.log({name: Shown(image)}, step=step)
         return path
 
     def close(self) -> None:
@@ -102,6 +102,14 @@ class MetricLog:
             self.writer.close()
         if self.wandb:
             self.wandb.finish()
+
+
+def note_keys(run_dir: Path, step: int, keys: Sequence[str], world: World) -> None:
+    """Which samples this process trained on at `step`; a step that is repeated after a kill stands twice."""
+    path = run_dir / "keys" / f"{world.rank}_of_{world.size}.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": step, "keys": list(keys)}, ensure_ascii=False) + "\n")
 
 
 def drop_from_step(path: Path, start_step: int) -> None:
@@ -120,9 +128,24 @@ def drop_from_step(path: Path, start_step: int) -> None:
         temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
 
-def _wandb_id(run_dir: Path) -> str:
-    """One for the life of the run directory, so that a resumed run goes on in the same chart."""
+def _start_wandb(run_dir: Path, project: str, options: dict[str, Any]) -> Any:
+    """A W&B run with one id for the life of the run directory, so that a resumed run goes on in the same chart.
+
+    Raises ValueError where the package, which nothing else needs, is missing, and when W&B refuses.
+    """
+    try:
+        import wandb
+    except ModuleNotFoundError as error:
+        raise ValueError("--loop.wandb-project needs the package wandb: pip install wandb") from error
     path = run_dir / "wandb_id"
     if not path.is_file():
         path.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
-    return path.read_text(encoding="utf-8")
+    identity = path.read_text(encoding="utf-8")
+    try:
+        return wandb.init(
+            project=project, name=run_dir.name, dir=str(run_dir), id=identity, config=options, resume="allow"
+        )
+    except wandb.Error as error:
+        raise ValueError(
+            f"Weights & Biases refused: {error} Or keep its files here with WANDB_MODE=offline"
+        ) from error

@@ -19,7 +19,7 @@ from PIL import Image
 from common import checkpoint
 from common.distributed import World
 from common.files import ensure_writable_directory, write_json
-from common.log import MetricLog, Window, clock, say, short
+from common.log import MetricLog, Window, clock, note_keys, say, short
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,8 @@ class LoopConfig:
     """Write TensorBoard files."""
     wandb_project: str = ""
     """Also log to this Weights & Biases project; empty: no."""
+    log_keys: bool = False
+    """Debugging: every process notes the keys of each step's samples in run_dir/keys/RANK_of_PROCESSES.jsonl."""
     resume: bool = True
     """Go on from the newest checkpoint in run_dir; False refuses a run_dir that has one."""
 
@@ -222,6 +224,8 @@ class _Run:
                     f"the data ended after step {self.step} of {config.num_steps}: batches must not end"
                 )
             started = time.perf_counter()
+            if config.log_keys:
+                note_keys(config.run_dir, self.step, batch["key"], self.world)
             torch.manual_seed((config.seed * 1_000_003 + self.step) * 131 + self.world.rank)
             metrics = self.task.train_step(batch, self.step)
             stop = self._agree(metrics, batch)

@@ -1,6 +1,10 @@
 """metrics.jsonl holds each step once, whatever was killed."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +13,7 @@ from PIL import Image
 from common.distributed import World
 from common.log import MetricLog, Window, clock, drop_from_step, short
 
+ROOT = Path(__file__).parents[2]
 ALONE = World(0, 1, 0, torch.device("cpu"), "none")
 
 
@@ -63,3 +68,39 @@ def test_tensorboard_files_are_written(tmp_path):
 def test_numbers_are_short():
     assert [short(v) for v in (0, 0.00029, 3.14159, 12345.6)] == ["0", "2.90e-04", "3.142", "1.235e+04"]
     assert [clock(s) for s in (-3, 59, 3723)] == ["0:00:00", "0:00:59", "1:02:03"]
+
+
+def test_pictures_reach_tensorboard(tmp_path):
+    log = MetricLog(tmp_path, 0, True, "", {})
+    assert log.picture(3, "samples", Image.new("RGB", (8, 8), "red")).is_file()
+    log.close()
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert b"samples" in events.read_bytes() and b"PNG" in events.read_bytes()
+
+
+def test_weights_and_biases_if_asked(tmp_path, monkeypatch):
+    """Its offline mode writes beside the run; one id for the life of the directory."""
+    pytest.importorskip("wandb", reason="pip install wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for step in (1, 2):
+        log = MetricLog(tmp_path, step, False, "goods", {"lr": 1e-3})
+        log.write(step, "train", {"loss": 2.0})
+        log.picture(step, "samples", Image.new("RGB", (8, 8)))
+        identity = log.wandb.id
+        log.close()
+        assert identity == (tmp_path / "wandb_id").read_text("utf-8")
+    assert len(list((tmp_path / "wandb").glob(f"offline-run-*-{identity}"))) >= 1
+
+
+def test_weights_and_biases_says_what_it_lacks(tmp_path):
+    """Without the package, or without a key, one sentence."""
+    code = "from pathlib import Path; from common.log import MetricLog\n"
+    code += f"MetricLog(Path({str(tmp_path)!r}), 0, False, 'goods', {{}})"
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
+    environment |= {"PYTHONPATH": str(ROOT), "HOME": str(tmp_path), "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1
+    said = done.stderr.splitlines()[-1]
+    assert said.startswith("ValueError: ") and ("pip install wandb" in said or "WANDB_MODE=offline" in said)

@@ -3,11 +3,10 @@
     python tests/common/toy_run.py --data DIR --loop.run-dir DIR
     deepspeed --num_gpus 2 tests/common/toy_run.py --data DIR --loop.run-dir DIR
 
-Each process notes the keys of every batch in run_dir/keys/, so that tests see which samples were trained on.
+Each process notes the keys of every batch (--loop.log-keys), so that tests see which samples were trained on.
 """
 
 import io
-import json
 import tarfile
 import time
 from collections.abc import Sequence
@@ -47,7 +46,13 @@ class Options:
     """Folder of token shards."""
     loop: LoopConfig = field(
         default_factory=lambda: LoopConfig(
-            num_steps=12, global_batch_size=8, log_every=1, save_every=4, eval_every=6, tensorboard=False
+            num_steps=12,
+            global_batch_size=8,
+            log_every=1,
+            save_every=4,
+            eval_every=6,
+            tensorboard=False,
+            log_keys=True,
         )
     )
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-2, warmup_steps=2, grad_clip=0.5))
@@ -103,7 +108,6 @@ class ToyTask:
         self.engine = make_engine(model, optimizer, world, self.plan, clip, options.engine, options.deepspeed)
 
     def train_step(self, batch: dict[str, Any], step: int) -> dict[str, float]:
-        self._note_keys(batch["key"], step)
         time.sleep(self.options.pause)
         self.engine.set_lr(learning_rate(self.options.optim, step, self.options.loop.num_steps))
         total = 0.0
@@ -119,12 +123,6 @@ class ToyTask:
     def _loss(self, ids: Tensor) -> Tensor:
         logits = self.engine.model(ids[:, :-1])
         return nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
-
-    def _note_keys(self, keys: Sequence[str], step: int) -> None:
-        path = self.options.loop.run_dir / "keys" / f"{self.world.rank}_of_{self.world.size}.jsonl"
-        path.parent.mkdir(exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "keys": list(keys)}) + "\n")
 
     @torch.no_grad()
     def evaluate(self, step: int) -> dict[str, float]:
