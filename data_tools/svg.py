@@ -9,6 +9,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
+SERIES = (
+    "#4c78a8",
+    "#e45756",
+    "#54a24b",
+    "#b279a2",
+    "#f58518",
+    "#439894",
+    "#9d755d",
+    "#79706e",
+)  # of several curves
 INK, SOFT, FILL, MARK = "#333", "#888", "#4c78a8", "#c4302b"
 RGB = tuple[int, int, int]
 _FONT = 12
@@ -158,3 +168,68 @@ def strip(colours: Sequence[RGB], label: str, width: int = 560, height: int = 36
     size = width / len(colours)
     body = [_rect(i * size, 0, size + 0.3, height, colour(c), colour(c)) for i, c in enumerate(colours)]
     return _svg(width, height, body, label)
+
+
+def curves(
+    series: Sequence[tuple[str, Sequence[Sequence[float]]]],
+    x_label: str,
+    y_label: str,
+    log_x: bool = False,
+    width: int = 560,
+    height: int = 300,
+) -> str:
+    """Named curves of points (x, y, low, high), low and high the ends of an interval; a legend below.
+
+    `log_x`: equal steps for equal ratios of x, which must be positive.
+    """
+    points = np.array([p for _, curve in series for p in curve], dtype=np.float64)
+    if not len(points):
+        return ""
+    low, high = float(points[:, 1:].min()), float(points[:, 1:].max())
+    room = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
+    low, high = low - room, high + room
+    xs = np.unique(points[:, 0])
+    first, last = (np.log(xs[[0, -1]]) if log_x else xs[[0, -1]]).tolist()
+    left, bottom, top = 56, 42, 10
+    across, tall = width - left - 16, height - bottom - top
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        share = ((math.log(x) if log_x else x) - first) / (last - first) if last > first else 0.5
+        return left + across * share, top + tall * (high - y) / (high - low)
+
+    body = [
+        _line(left, top, left, top + tall, SOFT),
+        _line(left, top + tall, left + across, top + tall, SOFT),
+    ]
+    for tick in _ticks(low, high, 5):
+        y = at(xs[0], tick)[1]
+        body += [_line(left, y, left + across, y, "#eee"), _text(left - 5, y + 4, short(tick), "end", SOFT)]
+    for tick in xs if len(xs) <= 10 else _ticks(xs[0], xs[-1]):
+        body.append(_text(at(tick, low)[0], top + tall + 16, short(tick), "middle", SOFT))
+    for i, (name, curve) in enumerate(series):
+        body.append(_curve([(at(p[0], p[1]), at(p[0], p[2]), at(p[0], p[3]), p) for p in curve], name, i))
+    body.append(_text(left + across / 2, height - 6, x_label, "middle"))
+    body.append(_text(left + 6, top + 10, y_label))
+    legend, place = [], left
+    for i, (name, _) in enumerate(series):
+        legend.append(_rect(place, height + 6, 12, 12, SERIES[i % len(SERIES)], name))
+        legend.append(_text(place + 17, height + 16, name))
+        place += 17 + text_width(name) + 16
+    return _svg(max(width, place), height + 24, body + legend, f"{y_label} over {x_label}")
+
+
+def _curve(points: Sequence[tuple], name: str, i: int) -> str:
+    """A band, a line and a dot a point, each with its numbers as a tip."""
+    colour_of = SERIES[i % len(SERIES)]
+    band = [low for _, low, _, _ in points] + [high for _, _, high, _ in reversed(points)]
+    corners = " ".join(f"{x:.1f},{y:.1f}" for x, y in band)
+    path = " ".join(f"{x:.1f},{y:.1f}" for (x, y), *_ in points)
+    parts = [f'<polygon points="{corners}" fill="{colour_of}" fill-opacity="0.13"/>']
+    parts.append(f'<polyline points="{path}" fill="none" stroke="{colour_of}" stroke-width="2"/>')
+    for (x, y), (_, y_low), (_, y_high), (value_x, value, low, high) in points:
+        tip = html.escape(f"{name}, {short(value_x)}: {value:.4g} [{low:.4g}, {high:.4g}]")
+        parts.append(_line(x, y_low, x, y_high, colour_of))
+        parts.append(
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour_of}"><title>{tip}</title></circle>'
+        )
+    return "".join(parts)

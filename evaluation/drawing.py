@@ -1,0 +1,98 @@
+"""Drawing an arm's pictures into its directory: what stands there is kept, so a killed run goes on where it was."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from common.log import say
+from dalle.outdir import OutDirectory
+from dalle.pipeline import Request
+from evaluation.arms import Arm
+from evaluation.sets import SampleSet
+from rankers.outdir import LIST
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which pictures an arm has to have."""
+
+    texts: tuple[str, ...]
+    num_images: int
+
+    @property
+    def requests(self) -> list[Request]:
+        return [Request(text, index) for text in self.texts for index in range(self.num_images)]
+
+    def of(self, found: SampleSet) -> SampleSet:
+        """The planned pictures of `found`. Raises ValueError when some are missing."""
+        groups = found.by_prompt()
+        for text in self.texts:
+            count = len(groups.get(text, ()))
+            if count < self.num_images:
+                raise ValueError(
+                    f"{found.name} has {count} pictures of {text!r}, {self.num_images} are needed: draw them, lower "
+                    "--num-images, or leave the prompt out"
+                )
+        return found.only(self.texts).first(self.num_images)
+
+
+def draw_into(directory: Path, name: str, arm: Arm, plan: Plan) -> SampleSet:
+    """The planned pictures of `arm`, those that `directory` lacks drawn now, in rounds of one progress bar.
+
+    Raises ValueError when `directory` holds pictures of another checkpoint, seed or setting.
+    """
+    out = OutDirectory(directory, _plain(arm.origin))
+    standing = _standing(directory, out.origin)
+    out.continue_from(iter(standing))  # forgets a damaged tail
+    have = set(standing[: out.count])
+    todo = [request for request in plan.requests if request not in have]
+    total = len(plan.requests)
+    if have and todo:
+        say(f"{name}: {total - len(todo)} of {total} pictures stand in {directory}: going on behind them")
+    for picture in tqdm(
+        arm.draw(todo), name, total, initial=total - len(todo), unit="picture", dynamic_ncols=True
+    ):
+        out.add(picture)
+    return plan.of(SampleSet.from_out_dir(directory, name))
+
+
+def common_texts(texts: Iterable[str], arms: Sequence[Arm]) -> tuple[list[str], list[str]]:
+    """Texts that every arm can draw, and the complaints about the others."""
+    usable, complaints = [], []
+    for text in texts:
+        found = next((c for arm in arms if (c := arm.complaint(text))), "")
+        if found:
+            complaints.append(found)
+        else:
+            usable.append(text)
+    return usable, complaints
+
+
+def _standing(directory: Path, origin: dict[str, Any]) -> list[Request]:
+    """What whole lines of the directory record. Raises ValueError when they tell of another origin."""
+    if not (directory / LIST).is_file():
+        return []
+    requests = []
+    for number, text in enumerate((directory / LIST).read_bytes().split(b"\n")[:-1], 1):
+        try:
+            line = json.loads(text)
+            request = Request(line["text"], line["index"])
+        except (ValueError, KeyError, TypeError):
+            break  # what follows a damaged line is drawn again
+        other = [key for key, value in origin.items() if line.get(key) != value]
+        if other:
+            raise ValueError(
+                f"{directory / LIST}:{number} was drawn with {other[0]} {line.get(other[0])!r} and not "
+                f"{origin[other[0]]!r}: choose another --out, or remove {directory}"
+            )
+        requests.append(request)
+    return requests
+
+
+def _plain(origin: dict[str, Any]) -> dict[str, Any]:
+    """As JSON gives it back."""
+    return json.loads(json.dumps(origin))

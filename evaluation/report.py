@@ -1,0 +1,175 @@
+"""The pieces that pages of evaluation are made of, each one self-contained HTML: tables, plots, pictures in the page.
+
+Text stays text, so that the reader's own fonts draw Chinese; every text from outside is escaped.
+"""
+
+import base64
+import html
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from common.files import atomic_path
+from data_tools.stats_page import STYLE
+from evaluation.sets import Sample, SampleSet
+from evaluation.statistics import Interval
+
+THUMBNAIL = 128  # pixels, longest side
+OWN_STYLE = """
+figure{width:auto;max-width:130px}figure img{max-width:128px}
+.prompt{margin:.9rem 0 .2rem;font-size:1.05rem;overflow-wrap:anywhere}
+.prompt small{overflow-wrap:anywhere}
+.arms{display:flex;flex-wrap:wrap;gap:.4rem 1.6rem}.arms h4{margin:0 0 .2rem;font-size:12px;font-weight:500;color:#777}
+td,th{vertical-align:top}td.text,th.text{text-align:left;max-width:30rem;overflow-wrap:anywhere}
+.best{font-weight:600}.sure{color:#22763a;font-weight:600}.unsure{color:#777}
+.wide{overflow-x:auto}
+img.best{outline:3px solid #54a24b}
+@media print{h2{break-after:avoid}figure,.arms>div{break-inside:avoid}}
+"""
+
+
+@dataclass(frozen=True)
+class Raw:
+    """HTML that is put into a table as it is."""
+
+    html: str
+
+
+def page(title: str, sections: Iterable[str]) -> str:
+    """The whole document."""
+    name = html.escape(title)
+    head = (
+        f'<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{name}</title><style>{STYLE}{OWN_STYLE}</style>"
+    )
+    body = "".join(sections)
+    return f'<!doctype html><html lang="zh"><head>{head}</head><body><h1>{name}</h1>{body}</body></html>\n'
+
+
+def write_page(path: Path, title: str, sections: Iterable[str]) -> Path:
+    """Atomically. Raises OSError when the file cannot be written."""
+    text = page(title, sections)
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, "utf-8")
+    return path
+
+
+def section(title: str, *parts: str) -> str:
+    """A heading and what stands below; "" without parts."""
+    kept = [part for part in parts if part]
+    return f"<h2>{html.escape(title)}</h2>{''.join(kept)}" if kept else ""
+
+
+def note(text: str) -> str:
+    return f'<p class="note">{html.escape(text)}</p>' if text else ""
+
+
+def side_by_side(*charts: str) -> str:
+    return '<div class="two">' + "".join(f"<div>{chart}</div>" for chart in charts if chart) + "</div>"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]], text_columns: Sequence[int] = (0,)) -> str:
+    """Cells are escaped unless they are Raw; `text_columns` are set flush left and may break."""
+
+    def cell(tag: str, column: int, value: Any) -> str:
+        kind = ' class="text"' if column in text_columns else ""
+        shown = value.html if isinstance(value, Raw) else html.escape(str(value))
+        return f"<{tag}{kind}>{shown}</{tag}>"
+
+    head = "".join(cell("th", i, name) for i, name in enumerate(header))
+    body = "".join("<tr>" + "".join(cell("td", i, v) for i, v in enumerate(row)) + "</tr>" for row in rows)
+    return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
+
+
+def facts(values: Mapping[str, Any]) -> str:
+    """Names and what they are, such as the settings of a run."""
+    return table(("", ""), [(name, value) for name, value in values.items()], (0, 1))
+
+
+# --- numbers -------------------------------------------------------------------------------------------------------
+
+
+def number(value: float) -> str:
+    """Four digits, as people write them: 0.8123, 12.35, 1235."""
+    if value == int(value) and abs(value) < 1e6:
+        return str(int(value))
+    return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
+
+
+def interval(value: Interval, best: bool = False) -> Raw:
+    """The value over its interval."""
+    kind = ' class="best"' if best else ""
+    low, high = number(value.low), number(value.high)
+    return Raw(f"<span{kind}>{number(value.value)}</span><br><small>{low} .. {high}</small>")
+
+
+def difference(value: Interval, higher_is_better: bool | None = None) -> Raw:
+    """A difference; green where its interval leaves out zero on the good side, grey where it holds zero."""
+    good = value.low > 0 if higher_is_better in (True, None) else value.high < 0
+    holds_zero = value.low <= 0 <= value.high
+    kind = "unsure" if holds_zero else "sure" if good else ""
+    shown = f"{value.value:+.4g}"
+    return Raw(f'<span class="{kind}">{shown}</span><br><small>{value.low:+.3g} .. {value.high:+.3g}</small>')
+
+
+# --- pictures ------------------------------------------------------------------------------------------------------
+
+
+def picture(image: Image.Image, side: int = THUMBNAIL, kind: str = "") -> str:
+    """An <img> with the picture inside, its longer side at most `side` pixels."""
+    small = image.convert("RGB")
+    small.thumbnail((side, side), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    small.save(buffer, "WEBP", quality=82)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    name = f' class="{kind}"' if kind else ""
+    return (
+        f'<img alt=""{name} width="{small.width}" height="{small.height}" loading="lazy" '
+        f'src="data:image/webp;base64,{data}">'
+    )
+
+
+def figure(image: Image.Image, caption: str, kind: str = "") -> str:
+    return f"<figure>{picture(image, kind=kind)}{html.escape(caption)}</figure>"
+
+
+def prompt_grids(
+    sets: Sequence[SampleSet],
+    texts: Sequence[str],
+    per_text: int = 4,
+    marks: Mapping[Path, str] | None = None,
+) -> str:
+    """The first pictures of every text, the sets side by side; `marks`: a remark below a picture, by its path."""
+    marks = marks or {}
+    groups = [found.by_prompt() for found in sets]
+    parts = []
+    for text in texts:
+        arms = []
+        for found, by_text in zip(sets, groups, strict=True):
+            shown = "".join(_sample(sample, marks) for sample in by_text.get(text, [])[:per_text])
+            arms.append(f"<div><h4>{html.escape(found.name)}</h4>{shown or '-'}</div>")
+        parts.append(
+            f'<p class="prompt">{html.escape(shorten(text))}</p><div class="arms">{"".join(arms)}</div>'
+        )
+    return "".join(parts)
+
+
+def _sample(sample: Sample, marks: Mapping[Path, str]) -> str:
+    return figure(sample.image, marks.get(sample.path, ""))
+
+
+def shorten(text: str, most: int = 200) -> str:
+    """A caption of any length on the page."""
+    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
+
+
+def neighbours(pairs: Sequence[tuple[Image.Image, str, Image.Image, str]]) -> str:
+    """Generated pictures beside the nearest training pictures: (picture, remark, training picture, remark)."""
+    shown = []
+    for made, remark, real, real_remark in pairs:
+        shown.append(f'<div class="pair">{figure(made, remark)}{figure(real, real_remark)}</div>')
+    return "".join(shown)
