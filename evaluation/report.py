@@ -9,7 +9,7 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -17,6 +17,10 @@ from common.files import atomic_path
 from data_tools.stats_page import STYLE
 from evaluation.sets import Sample, SampleSet
 from evaluation.statistics import Interval
+
+if TYPE_CHECKING:
+    from evaluation.metrics import Figure
+    from evaluation.parts import Reference
 
 THUMBNAIL = 128  # pixels, longest side
 OWN_STYLE = """
@@ -167,9 +171,76 @@ def shorten(text: str, most: int = 200) -> str:
     return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
 
 
-def neighbours(pairs: Sequence[tuple[Image.Image, str, Image.Image, str]]) -> str:
-    """Generated pictures beside the nearest training pictures: (picture, remark, training picture, remark)."""
-    shown = []
-    for made, remark, real, real_remark in pairs:
-        shown.append(f'<div class="pair">{figure(made, remark)}{figure(real, real_remark)}</div>')
-    return "".join(shown)
+# --- figures of a set ----------------------------------------------------------------------------------------------
+
+
+def better(higher_is_better: bool | None) -> str:
+    return {True: "higher", False: "lower", None: "neither"}[higher_is_better]
+
+
+def real(value: float | None) -> str:
+    return "-" if value is None else number(value)
+
+
+def figure_table(figures: Sequence["Figure"]) -> str:
+    """One row a figure, with what real pictures get and all that it depends on."""
+    header = ("figure", "value, 95 % interval", "real pictures", "better", "pictures", "by", "remarks")
+    rows = [
+        (f.name, interval(f.value), real(f.real), better(f.higher_is_better), f.count, f.network, f.note)
+        for f in figures
+    ]
+    return table(header, rows, (0, 5, 6))
+
+
+def nearest_training(
+    figures: Sequence["Figure"], samples: SampleSet, reference: "Reference", most: int = 16
+) -> str:
+    """Each generated picture beside the nearest training picture, nearest first, a heading a measure."""
+    parts = []
+    for found in figures:
+        if not found.pairs or reference.train is None:
+            continue
+        shown = []
+        for pair in found.pairs[:most]:
+            sample = samples.samples[pair.sample]
+            remark = f"{pair.distance:.3g}" + (", nearer than the threshold" if pair.is_copy else "")
+            made = figure(sample.image, f"{shorten(sample.text, 40)} | {remark}")
+            real_one = figure(reference.train.open(pair.row), f"{shorten(pair.caption, 40)} | {pair.key}")
+            shown.append(f'<div class="pair">{made}{real_one}</div>')
+        parts.append(f"<h3>{html.escape(found.name)}</h3>{note(found.note)}{''.join(shown)}")
+    return "".join(parts)
+
+
+def write_report(
+    path: Path,
+    samples: SampleSet,
+    figures: Sequence["Figure"],
+    reference: "Reference",
+    settings: Mapping[str, Any],
+    remarks: Sequence[str] = (),
+    most_texts: int = 24,
+) -> Path:
+    """The page of one set: settings, figures, pictures, nearest training pictures.
+
+    `remarks`: what was left out and why, and what is known of the judges.
+    """
+    texts = spread(samples.texts, most_texts)
+    sections = [
+        section("What was measured", facts(settings), *(note(line) for line in remarks)),
+        section("Figures", figure_table(figures)),
+        section("Pictures", prompt_grids([samples], texts, 8)),
+        section(
+            "Nearest training pictures",
+            nearest_training(figures, samples, reference),
+            note("Left what was drawn, right the training picture that is nearest to it."),
+        ),
+        section("Pictures that could not be read", *(note(line) for line in samples.corrupt[:50])),
+    ]
+    return write_page(path, f"Evaluation of {samples.name}", sections)
+
+
+def spread(items: Sequence[str], most: int) -> list[str]:
+    """At most `most` of them, evenly."""
+    if len(items) <= most:
+        return list(items)
+    return [items[i * len(items) // most] for i in range(most)]
