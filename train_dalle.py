@@ -281,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     try:
         plan = batch_plan(loop.global_batch_size, world.size, loop.micro_batch_size)
         data = TrainData.prepare(
-            loop.run_dir, options.data, options.image_tokenizer, options.text_tokenizer, world
+            loop.run_dir, options.data, options.image_tokenizer, options.text_tokenizer, world, options.remote
         )
         task = GeneratorTask(options, world, plan, data)
         if world.is_main:

@@ -16,6 +16,7 @@ from common.config import command, parse_options, to_mapping
 from common.distributed import batch_plan, start_world, stop_world
 from common.log import say
 from common.loop import fit
+from data_tools.augment import Chain
 from data_tools.loader import DecodeImage, eval_batches, train_batches
 from data_tools.synthetic import ensure_synthetic
 from vq.data import open_pictures, small_pictures, train_decoder
@@ -56,7 +57,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             grid = f"{model.grid_size}x{model.grid_size} codes of {model.codebook_size}"
             say(f"{len(train)} pictures, {count:.1f}M parameters, {grid}")
         decode = train_decoder(
-            train, max(task.train_sizes), options.augment, with_masks=options.loss.foreground_weight > 1
+            train,
+            max(task.train_sizes),
+            Chain((options.move, options.augment)) if options.move.is_on else options.augment,
+            with_masks=options.loss.foreground_weight > 1,
         )
 
         def batches(start_sample: int) -> Iterator[dict[str, Any]]:

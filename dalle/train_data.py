@@ -25,6 +25,7 @@ from data_tools.loader import (
     pick_caption,
     train_batches,
 )
+from data_tools.remote import RemoteOptions
 from data_tools.synthetic import ensure_synthetic
 from vq.encode_shards import Options as EncodeOptions
 from vq.encode_shards import encode_shards, require_tokenizer
@@ -47,7 +48,13 @@ class TrainData:
 
     @classmethod
     def prepare(
-        cls, run_dir: Path, data: str, image_tokenizer: str, text_tokenizer: str, world: World
+        cls,
+        run_dir: Path,
+        data: str,
+        image_tokenizer: str,
+        text_tokenizer: str,
+        world: World,
+        remote: RemoteOptions | None = None,
     ) -> "TrainData":
         """Open what is named, find or make what is not. All processes must call it.
 
@@ -62,7 +69,8 @@ class TrainData:
         tokenizer = ImageTokenizer.from_pretrained(image_dir, world.device)
         if goes_on and image_tokenizer:
             _require_same(run_dir, tokenizer.sha256, image_tokenizer)
-        train, val, has_tokens = open_shards(data or synthetic_tokens(tokenizer, world), tokenizer)
+        source = data or synthetic_tokens(tokenizer, world)
+        train, val, has_tokens = open_shards(source, tokenizer, remote)
         if world.is_main and not (goes_on and text_dir.is_dir()):
             with atomic_directory(text_dir) as temporary:
                 find_text_tokenizer(text_tokenizer, train).save(temporary)
@@ -73,10 +81,14 @@ class TrainData:
         self, options: Options, batch_size: int, world: World, start_sample: int
     ) -> Iterator[dict[str, Any]]:
         """This process's share of every global batch: image_ids (B, N), or image (B, 3, S, S), text, key."""
-        decode = DecodeTokens(short_share=options.short_caption_share)
+        text = options.text_augment
+        spoken = {
+            "short_share": options.short_caption_share,
+            "rewrite": text.drawn if text.is_on else None,
+        }
+        decode = DecodeTokens(**spoken)
         if not self.has_tokens:
-            size = self.image_tokenizer.image_size
-            decode = DecodeImage(size, options.augment, short_share=options.short_caption_share)
+            decode = DecodeImage(self.image_tokenizer.image_size, options.augment, **spoken)
         seed, workers = options.loop.seed, options.num_workers
         return train_batches(self.train, decode, batch_size, world, seed, start_sample, workers)
 
@@ -133,10 +145,12 @@ def synthetic_tokens(tokenizer: ImageTokenizer, world: World) -> str:
     return str(target)
 
 
-def open_shards(data: str, tokenizer: ImageTokenizer) -> tuple[ShardIndex, ShardIndex, bool]:
+def open_shards(
+    data: str, tokenizer: ImageTokenizer, remote: RemoteOptions | None = None
+) -> tuple[ShardIndex, ShardIndex, bool]:
     """Training and validation samples, and whether they are tokens. Raises ValueError for another tokenizer's."""
-    train, val = ShardIndex.open(data, "train"), ShardIndex.open(data, "val")
-    has_tokens = any("ids.npy" in sample.members for sample in train.samples)
+    train, val = (ShardIndex.open(data, split, remote) for split in ("train", "val"))
+    has_tokens = train.has("ids.npy")
     if has_tokens:
         require_tokenizer(train.paths[0].parent, tokenizer.codes_sha256)
     suffixes = ("ids.npy",) if has_tokens else IMAGE_SUFFIXES

@@ -9,7 +9,9 @@ from common.optim import OptimConfig
 from dalle.losses import LossConfig
 from dalle.model import ModelOptions
 from dalle.sampling import SamplingOptions
+from data_tools.augment import TextAugment
 from data_tools.crops import CropFlip
+from data_tools.remote import RemoteOptions
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,8 @@ class Options:
     """Stage 2: captions and image tokens -> generator."""
 
     data: str = ""
-    """Folder of token shards or of image shards; empty: the embedded default, encoded into data/."""
+    """Token shards or image shards: a folder, http://, s3:// ...; empty: the embedded default, encoded into data/."""
+    remote: RemoteOptions = field(default_factory=RemoteOptions)
     image_tokenizer: str = ""
     """Stage 1 checkpoint or run directory; empty: that of the run, or the newest one in runs/."""
     text_tokenizer: str = ""
@@ -28,6 +31,7 @@ class Options:
     """Share of captions hidden in training, which teaches the model to draw without text, for guidance."""
     short_caption_share: float = 0.0
     """Where a picture has several captions: share of the draws that take the shortest; the others take any."""
+    text_augment: TextAugment = field(default_factory=TextAugment)
     ema_decay: float = 0.999
     """Decay of the moving average of weights that is saved; 0: none."""
     model: ModelOptions = field(default_factory=ModelOptions)

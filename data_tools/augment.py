@@ -2,14 +2,16 @@
 
     python -m data_tools.augment data/clean --text.reorder 1 --text.synonyms 0.5      # show what it would do
 
-Whether augmentation helps depends on the data: train twice and compare before leaving it on. Nothing here changes what
-a picture shows or what a caption claims: no mirror images of packages, no colour changes, no words lost but attributes
-that `drop` is asked to leave out. `TextAugment` has no state, so a resumed run says the same at the same place.
+In training: `train_dalle.py --text-augment.synonyms 0.3`, `train_vqgan.py --move.shift 0.05`. Whether it helps depends
+on the data and was not measured here, so all of it is off: train twice and compare before leaving it on. Nothing here
+changes what a picture shows or what a caption claims: no mirror images of packages, no colour changes, no words lost
+but attributes that `drop` is asked to leave out. `TextAugment` has no state, so a resumed run says the same at the same
+place.
 """
 
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -59,9 +61,13 @@ class TextAugment:
 
     def __call__(self, caption: str, key: str, epoch: int) -> str:
         """The caption of sample `key` in `epoch`; the same on every machine and after every resume."""
+        rng = np.random.Generator(np.random.Philox(key=[hash64(f"{self.seed}\n{key}"), epoch]))
+        return self.drawn(caption, rng)
+
+    def drawn(self, caption: str, rng: np.random.Generator) -> str:
+        """A variant drawn by `rng`, which the loader makes from (seed, epoch, sample)."""
         if not self.is_on:
             return caption
-        rng = np.random.Generator(np.random.Philox(key=[hash64(f"{self.seed}\n{key}"), epoch]))
         lexicon, tables = load_lexicon(), load_tables()
         if rng.random() < self.template:
             caption = from_template(caption, lexicon, tables, rng)
@@ -208,8 +214,13 @@ class PictureAugment:
                     f"picture augmentation: {name} must be between 0 and {limit}, not {getattr(self, name)}"
                 )
 
+    @property
+    def is_on(self) -> bool:
+        """False if every picture comes back as it is."""
+        return any((self.shift, self.zoom, self.rotate, self.brightness))
+
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
-        """An RGB picture of the same size (W, H)."""
+        """A picture of the same size (W, H) and mode, RGB or RGBA; alpha (a mask) is moved along, not lit."""
         right, down, turn, scale, light = rng.uniform(-1, 1, 5)
         if self.shift or self.zoom or self.rotate:
             image = _move(
@@ -217,7 +228,20 @@ class PictureAugment:
             )
         if self.brightness:
             factor = 1 + light * self.brightness
-            image = image.point([min(255, round(value * factor)) for value in range(256)] * 3)
+            lit = [min(255, round(value * factor)) for value in range(256)]
+            image = image.point(lit * 3 + list(range(256)) * (image.mode == "RGBA"))
+        return image
+
+
+@dataclass(frozen=True)
+class Chain:
+    """One augmentation after the other."""
+
+    steps: tuple[Callable[[Image.Image, np.random.Generator], Image.Image], ...]
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        for step in self.steps:
+            image = step(image, rng)
         return image
 
 
@@ -231,9 +255,11 @@ def _move(image: Image.Image, right: float, down: float, degrees: float, scale: 
     shift_x = 1.5 * width - cos * (x + right * width) - sin * (y + down * height)
     shift_y = 1.5 * height + sin * (x + right * width) - cos * (y + down * height)
     matrix = (cos, sin, shift_x, -sin, cos, shift_y)
-    return Image.fromarray(pixels).transform(
-        image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC
-    )
+    bands = [  # one by one: Pillow would multiply the colours by alpha first
+        Image.fromarray(band).transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC)
+        for band in np.moveaxis(pixels, 2, 0)
+    ]
+    return Image.merge(image.mode, bands)
 
 
 @dataclass(frozen=True)

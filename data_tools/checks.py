@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from common.config import read_mapping
 from common.files import read_json
@@ -17,8 +18,9 @@ from data_tools.records import HINTS
 
 Level = Literal["stop", "spoil", "note"]
 TRAINER_FORMATS = ("webp", "jpg", "png")
+PERCEPTUAL = Path("runs/perceptual")  # where vq.train_perceptual writes by default
 FREE_GIB = 5.0  # a run keeps checkpoints of a few gigabytes
-Kind = Literal["image tokenizer", "generator", "ranker"]
+Kind = Literal["image tokenizer", "generator", "ranker", "judge"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Wants:
     max_text_len: int | None
     text_tokenizer: str
     image_tokenizer: str
+    init: str
+    perceptual: str
     num_steps: int
     global_batch_size: int
     micro_batch_size: int | None
@@ -49,8 +53,8 @@ class Wants:
 
     @property
     def reads_text(self) -> bool:
-        """False for stage 1, which looks at pictures alone."""
-        return self.kind != "image tokenizer"
+        """False for stage 1 and the judge, which look at pictures alone."""
+        return self.kind in ("generator", "ranker")
 
 
 def read_wants(path: Path) -> Wants:
@@ -58,8 +62,10 @@ def read_wants(path: Path) -> Wants:
     config = read_mapping(path)
     model, loop = _part(config, "model", path), _part(config, "loop", path)
     text = model.get("text") if isinstance(model.get("text"), dict) else {}
-    if "vocab" in config or path.stem.startswith("ranker"):
-        kind: Kind = "ranker"
+    if path.stem.startswith("judge"):
+        kind: Kind = "judge"
+    elif "vocab" in config or path.stem.startswith("ranker"):
+        kind = "ranker"
     else:
         stage_2 = {"image_tokenizer", "text_tokenizer", "max_text_len", "caption_dropout"} & set(config)
         kind = "generator" if stage_2 else "image tokenizer"
@@ -72,6 +78,8 @@ def read_wants(path: Path) -> Wants:
         text.get("max_text_len") or config.get("max_text_len"),
         str(config.get("text_tokenizer") or config.get("vocab") or ""),
         image_tokenizer,
+        str(config.get("init", "")) if kind == "image tokenizer" else "",
+        str(_part(config, "loss", path).get("perceptual", "none")) if kind == "image tokenizer" else "none",
         int(loop.get("num_steps", 1000)),
         int(loop.get("global_batch_size", 32)),
         loop.get("micro_batch_size"),
@@ -232,21 +240,28 @@ def check_config(wants: Wants, facts: Sequence[Facts], measured: bool) -> Iterat
         yield from _sizes(wants, facts)
     if wants.reads_text:
         yield from _text(wants, facts, measured)
-    if (
-        wants.image_tokenizer
-        and not Path(wants.image_tokenizer).exists()
-        and wants.image_tokenizer.count("/") != 1
-    ):
-        yield Finding(
-            "stop", f"there is no image tokenizer {wants.image_tokenizer}", "train it first: train_vqgan.py"
-        )
-    elif wants.image_tokenizer.startswith("runs/") and not Path(wants.image_tokenizer).exists():
-        yield Finding(
-            "stop",
-            f"there is no image tokenizer {wants.image_tokenizer} yet",
-            "train it first: train_vqgan.py",
-        )
+    for name, what in ((wants.image_tokenizer, "image tokenizer"), (wants.init, "checkpoint to start from")):
+        if name and not Path(name).exists() and not _may_be_hub_id(name):
+            yield Finding("stop", f"there is no {what} {name}", "train it first: train_vqgan.py")
+    yield from _perceptual(wants)
     yield from _disk(wants)
+
+
+def _may_be_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith(("runs/", "./", "../", "/"))
+
+
+def _perceptual(wants: Wants) -> Iterator[Finding]:
+    """A network for the perceptual distance, looked for where vq.perceptual does."""
+    if wants.perceptual == "none":
+        return
+    own = PERCEPTUAL if wants.perceptual == "auto" else Path(wants.perceptual)
+    weights = Path(torch.hub.get_dir()) / "checkpoints" / "vgg16-397923af.pth"
+    has_lpips = wants.perceptual in ("auto", "lpips") and weights.is_file()
+    if not (has_lpips or own.exists() or (wants.perceptual != "auto" and _may_be_hub_id(wants.perceptual))):
+        what = f"there is no perceptual network for loss.perceptual {wants.perceptual}"
+        todo = f"train one: python -m vq.train_perceptual --data DATA (to {PERCEPTUAL}), or set it to none"
+        yield Finding("stop", what, todo)
 
 
 def _batches(wants: Wants, samples: int) -> Iterator[Finding]:

@@ -31,6 +31,7 @@ from data_tools.remote import ShardUnavailable
 
 IMAGE_SUFFIXES = ("webp", "jpg", "jpeg", "png")
 Batch = dict[str, Any]
+Rewrite = Callable[[str, np.random.Generator], str]
 Augment = Callable[[Image.Image, np.random.Generator], Image.Image]
 
 
@@ -184,6 +185,7 @@ class DecodeImage:
     augment: Augment | None = None
     first_caption: bool = False
     short_share: float = 0.0  # as in `pick_caption`
+    rewrite: Rewrite | None = None  # says the caption differently
 
     def __call__(self, index: ShardIndex, i: int, rng: np.random.Generator) -> Batch:
         members = index.read(i, (*IMAGE_SUFFIXES, "txt"))
@@ -192,6 +194,7 @@ class DecodeImage:
             image = self.augment(image, rng)
         image = resize_square(image, self.image_size)
         text = pick_caption(members.get("txt", b""), None if self.first_caption else rng, self.short_share)
+        text = self.rewrite(text, rng) if self.rewrite else text
         return {"image": to_tensor(image), "text": text, "key": index.samples[i].key}
 
 
@@ -201,6 +204,7 @@ class DecodeTokens:
 
     first_view: bool = False
     short_share: float = 0.0  # as in `pick_caption`
+    rewrite: Rewrite | None = None  # says the caption differently
 
     def __call__(self, index: ShardIndex, i: int, rng: np.random.Generator) -> Batch:
         members = index.read(i, ("ids.npy", "txt"))
@@ -210,6 +214,7 @@ class DecodeTokens:
             raise CorruptSample(f"ids.npy is damaged: {error}") from error
         view = 0 if self.first_view else int(rng.integers(len(views)))
         text = pick_caption(members.get("txt", b""), None if self.first_view else rng, self.short_share)
+        text = self.rewrite(text, rng) if self.rewrite else text
         ids = torch.from_numpy(views[view].astype(np.int64))
         return {"image_ids": ids, "text": text, "key": index.samples[i].key}
 

@@ -39,6 +39,7 @@ from common.log import say
 from common.loop import LoopConfig, fit
 from common.optim import Ema, OptimConfig, adamw, learning_rate
 from data_tools.loader import train_batches
+from data_tools.remote import RemoteOptions
 from rankers.base import TwoTowerRanker
 from rankers.calibration import FILE as CALIBRATION
 from rankers.calibration import Lexicon, calibrate, default_lexicon
@@ -71,7 +72,8 @@ class Options:
     """Image shards -> ranker."""
 
     data: str = ""
-    """Folder of image shards (train-*.tar, val-*.tar); empty: the embedded default in data/synthetic."""
+    """Image shards (train-*.tar, val-*.tar): a folder, http://, s3:// ...; empty: the embedded default."""
+    remote: RemoteOptions = field(default_factory=RemoteOptions)
     vocab: str = ""
     """BERT vocab.txt, or its folder, to prune to the captions' pieces; empty: the captions' characters."""
     init: str = ""

@@ -41,8 +41,8 @@ class RankerData:
     def prepare(cls, options: Any, world: World) -> "RankerData":
         """From `rankers.train.Options`. Raises FileNotFoundError or ValueError naming what is wrong."""
         source = options.data or _embedded_default(world)
-        train = ShardIndex.open(source, "train").require(*IMAGE_SUFFIXES)
-        val = ShardIndex.open(source, "val").require(*IMAGE_SUFFIXES)
+        train = ShardIndex.open(source, "train", options.remote).require(*IMAGE_SUFFIXES)
+        val = ShardIndex.open(source, "val", options.remote).require(*IMAGE_SUFFIXES)
         names = scan_names(train, options.attributes)
         towers = options.loop.run_dir / TOWERS
         init = find_folder(options.init) if options.init else None

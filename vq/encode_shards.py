@@ -25,9 +25,10 @@ from common.distributed import Precision, World, autocast, start_world, stop_wor
 from common.files import ensure_writable_directory, read_json, write_json
 from common.image import make_grid, resize_square, stack_rows, to_image, to_tensor
 from common.log import say
+from data_tools.augment import Chain, PictureAugment
 from data_tools.crops import CropFlip
 from data_tools.index import ShardIndex, ShardSource
-from data_tools.loader import IMAGE_SUFFIXES, CorruptSample, open_image
+from data_tools.loader import IMAGE_SUFFIXES, Augment, CorruptSample, open_image
 from data_tools.records import Record
 from data_tools.remote import RemoteOptions
 from data_tools.shards import ShardWriter, add_to_dataset
@@ -50,6 +51,7 @@ class Options:
     views: int = 4
     """Encoded views a training picture: the plain one and views - 1 augmented ones. Validation pictures have one."""
     augment: CropFlip = field(default_factory=CropFlip)
+    move: PictureAugment = field(default_factory=PictureAugment)
     batch_size: int = 64
     """Pictures of one forward pass."""
     remote: RemoteOptions = field(default_factory=RemoteOptions)
@@ -152,6 +154,7 @@ def _picture_batches(
     """Sample numbers (b,) and their views (b, A, 3, S, S); corrupt pictures are counted and left out."""
     samples, rows = [], []
     each = max(1, options.batch_size // views)
+    augment = Chain((options.move, options.augment)) if options.move.is_on else options.augment
     for i in range(len(index)):
         members = index.read(i, IMAGE_SUFFIXES)
         try:
@@ -161,9 +164,7 @@ def _picture_batches(
             say(f"skipped a corrupt sample ({counts['skipped']} so far): {index.samples[i].key}: {error}")
             continue
         samples.append(i)
-        rows.append(
-            torch.stack(list(_views(image, index.samples[i].key, options.augment, image_size, views)))
-        )
+        rows.append(torch.stack(list(_views(image, index.samples[i].key, augment, image_size, views))))
         if len(rows) == each:
             yield samples, torch.stack(rows)
             samples, rows = [], []
@@ -171,7 +172,7 @@ def _picture_batches(
         yield samples, torch.stack(rows)
 
 
-def _views(image, key: str, augment: CropFlip, image_size: int, views: int) -> Iterator[Tensor]:
+def _views(image, key: str, augment: Augment, image_size: int, views: int) -> Iterator[Tensor]:
     """The centre crop, then crops drawn from (key, view): the same whenever the picture is encoded."""
     yield to_tensor(resize_square(image, image_size))
     seed = list(key.encode())

@@ -9,6 +9,7 @@ from common.config import from_mapping, to_mapping
 from common.distributed import Precision
 from common.loop import LoopConfig
 from common.optim import OptimConfig
+from data_tools.augment import PictureAugment
 from data_tools.crops import CropFlip
 from data_tools.remote import RemoteOptions
 from vq.adversary import AdversaryConfig
@@ -33,6 +34,7 @@ class Options:
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=4e-4, beta1=0.9, beta2=0.99))
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(run_dir=Path("runs/vqgan")))
     augment: CropFlip = field(default_factory=CropFlip)
+    move: PictureAugment = field(default_factory=PictureAugment)
     init: str = ""
     """Start from this image tokenizer: a checkpoint, a run directory or a hub id. Its sizes are taken over."""
     freeze_codes: bool = False

@@ -2,10 +2,18 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageDraw
 
-from data_tools.augment import PictureAugment, TextAugment, load_tables, main
+from common.distributed import World
+from data_tools.augment import Chain, PictureAugment, TextAugment, load_tables, main
+from data_tools.crops import CropFlip
+from data_tools.images import encode
+from data_tools.index import ShardIndex
+from data_tools.loader import DecodeImage, train_batches
+from data_tools.records import Record
 from data_tools.rules.lexicon import load_lexicon
+from data_tools.shards import ShardWriter
 
 CAPTIONS = [
     "一件红色的连衣裙",
@@ -141,3 +149,41 @@ def test_command_shows_variants(goods, capsys):
     main([str(goods), "--rows", "3", "--epochs", "2"])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 and all("->" in line and "|" in line for line in lines)
+
+
+class TestInTraining:
+    def shards(self, folder):
+        with ShardWriter(folder, "train") as writer:
+            for i in range(12):
+                data = encode(Image.new("RGB", (24, 24), (20 * i, 90, 200)), "png")
+                writer.write(Record(f"k{i:02d}", data, "png", ("黑色纯棉T恤 男",)))
+        return ShardIndex.open(folder)
+
+    def batches(self, index, decode, start, count, ranks=1, workers=0):
+        worlds = [World(r, ranks, r, torch.device("cpu"), "none") for r in range(ranks)]
+        streams = [train_batches(index, decode, 4, world, 3, start, workers) for world in worlds]
+        return [[text for stream in streams for text in next(stream)["text"]] for _ in range(count)]
+
+    def test_the_same_words_on_any_ranks_and_after_a_resume(self, tmp_path):
+        index = self.shards(tmp_path)
+        decode = DecodeImage(16, rewrite=TextAugment(0.5, 0.5, 0.5, 0.5).drawn)
+        whole = self.batches(index, decode, 0, 9)
+        assert len({text for batch in whole for text in batch}) > 4
+        assert whole[:3] != whole[3:6], "another epoch says it differently"
+        assert self.batches(index, decode, 20, 4) == whole[5:]
+        assert self.batches(index, decode, 0, 9, ranks=2) == whole
+        assert self.batches(index, decode, 0, 5, workers=2) == whole[:5]
+        plain = self.batches(index, DecodeImage(16), 0, 2)
+        assert {text for batch in plain for text in batch} == {"黑色纯棉T恤 男"}
+
+    def test_pictures_are_moved_then_cropped_with_their_mask(self):
+        image = Image.new("RGB", (32, 32), "white")
+        ImageDraw.Draw(image).rectangle((8, 8, 23, 23), fill=(60, 60, 60))
+        image.putalpha(Image.fromarray((np.asarray(image)[..., 0] < 128).astype(np.uint8) * 255))
+        chain = Chain((PictureAugment(shift=0.2, brightness=0.3), CropFlip(min_scale=0.9)))
+        for seed in range(5):
+            moved = np.asarray(chain(image, np.random.default_rng(seed)))
+            dark, mask = moved[..., 0] < 150, moved[..., 3] > 128
+            assert (dark == mask).mean() > 0.93 and mask.any()
+        one, two = (chain(image, np.random.default_rng(7)) for _ in range(2))
+        assert one.tobytes() == two.tobytes()

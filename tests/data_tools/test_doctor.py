@@ -144,6 +144,9 @@ class TestConfig:
         wants = {path.name: read_wants(path) for path in (CONFIGS / "goods_128").glob("*.yaml")}
         assert wants["vqgan.yaml"].kind == "image tokenizer" and wants["vqgan.yaml"].image_size == 128
         assert wants["dalle.yaml"].kind == "generator" and wants["dalle.yaml"].max_text_len == 32
+        assert wants["judge.yaml"].kind == "judge" and not wants["judge.yaml"].reads_text
+        assert wants["vqgan_decoder.yaml"].init == "runs/goods_128_vqgan"
+        assert wants["vqgan_decoder.yaml"].perceptual == "auto"
         assert wants["ranker.yaml"].kind == "ranker" and wants["ranker.yaml"].max_text_len == 40
         assert wants["dalle.yaml"].text_tokenizer.endswith("chinese-roberta-wwm-ext")
 
@@ -181,6 +184,20 @@ class TestConfig:
         assert code == 1
         assert "no text tokenizer ./no/such" in whats(findings, "stop")
         assert "no image tokenizer runs/none" in whats(findings, "stop")
+
+    def test_what_stage_1_starts_from(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+        src = shards(tmp_path / "in", good(0, 4), good(100, 3))
+        path = config(tmp_path, name="vqgan.yaml", init="runs/none", loss={"perceptual": "auto"})
+        monkeypatch.chdir(tmp_path)
+        code, findings = run(src, "--for", path)
+        stops = whats(findings, "stop")
+        assert code == 1 and "there is no checkpoint to start from runs/none" in stops
+        assert "there is no perceptual network for loss.perceptual auto" in stops
+        (tmp_path / "runs" / "perceptual").mkdir(parents=True)
+        (tmp_path / "runs" / "none").mkdir()
+        code, findings = run(src, "--for", path)
+        assert code == 0 and not whats(findings, "stop")
 
     def test_a_folder_of_configs(self, tmp_path):
         src = shards(tmp_path / "in", good(0, 4), good(100, 3))
