@@ -42,7 +42,7 @@ def goods_lab(image: Image.Image) -> np.ndarray:
     small = image.convert("RGB").resize((_SIDE, _SIDE), Image.Resampling.BOX)
     rgb = np.asarray(small, dtype=np.float32) / 255.0
     goods = goods_mask(rgb)
-    return _lab(rgb)[goods] if goods.mean() >= 0.01 else _tones()[-1:]
+    return lab_of(rgb)[goods] if goods.mean() >= 0.01 else _tones()[-1:]
 
 
 def tone_votes(lab: np.ndarray, num_tones: int = len(COLOR_RGB)) -> list[float]:
@@ -62,7 +62,7 @@ def _most_vivid(lab: np.ndarray) -> np.ndarray:
 
 def _tones() -> np.ndarray:
     """(10, 3): COLOR_RGB in CIELAB, black and white last."""
-    return _lab(np.asarray([list(COLOR_RGB.values())], dtype=np.float32) / 255.0)[0]
+    return lab_of(np.asarray([list(COLOR_RGB.values())], dtype=np.float32) / 255.0)[0]
 
 
 def goods_mask(rgb: np.ndarray) -> np.ndarray:
@@ -71,7 +71,7 @@ def goods_mask(rgb: np.ndarray) -> np.ndarray:
 
     border = [rgb[:2], rgb[-2:], rgb[:, :2], rgb[:, -2:]]
     ground = np.median(np.concatenate([side.reshape(-1, 3) for side in border]), axis=0)
-    like = np.linalg.norm(_lab(rgb) - _lab(ground[None, None]), axis=2) < _GROUND_DISTANCE
+    like = np.linalg.norm(lab_of(rgb) - lab_of(ground[None, None]), axis=2) < _GROUND_DISTANCE
     if np.ptp(ground) > 0.1:  # wood: darker planks and shadows keep its hue, brown goods do not
         ratio = rgb / np.maximum(ground, 1e-3)
         like |= (np.ptp(ratio, axis=2) < 0.12) & (ratio.mean(axis=2) > 0.5) & (ratio.mean(axis=2) < 1.12)
@@ -80,7 +80,7 @@ def goods_mask(rgb: np.ndarray) -> np.ndarray:
     return labels[1:-1, 1:-1] != labels[0, 0]
 
 
-def _lab(rgb: np.ndarray) -> np.ndarray:
+def lab_of(rgb: np.ndarray) -> np.ndarray:
     """CIELAB of (H, W, 3) sRGB in [0, 1]: lightness 0..100, a and b about -100..100."""
     import cv2
 

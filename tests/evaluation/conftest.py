@@ -4,6 +4,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from reference_shards import write_shards
 
 for part in ("dalle", "rankers"):
     sys.path.append(str(Path(__file__).parent.parent / part))
@@ -12,6 +14,52 @@ for part in ("dalle", "rankers"):
 @pytest.fixture(scope="session")
 def generator_dir(tmp_path_factory) -> Path:
     """Read only."""
+    from small_checkpoint import write_generator
+
+    return write_generator(tmp_path_factory.mktemp("generator") / "step_00000007")
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("reference")
+    write_shards(folder, "train", 96, 1)
+    write_shards(folder, "val", 24, 2)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def judge_dir(shards, tmp_path_factory) -> Path:
+    """A judge that names the tiny goods right."""
+    from test_train_judge import arguments
+
+    from evaluation.train_judge import main
+
+    run = tmp_path_factory.mktemp("judge") / "run"
+    more = ("--optim.lr", "1e-2", "--ema-decay", "0.9", "--degrade", "0.1", "--augment.erase", "0")
+    main([*arguments(shards, run, 70, "--loop.log-every", "50", "--augment.min-area", "0.8"), *more])
+    return (run / "latest").resolve()
+
+
+@pytest.fixture(scope="session")
+def ranker_dir(tmp_path_factory) -> Path:
+    """A checkpoint of kind ranker with random weights."""
+    from rankers.model import ModelConfig, RankerModel, save_ranker
+    from rankers.text import TextTowerConfig, write_text_tower
+
+    folder = tmp_path_factory.mktemp("ranker")
+    write_text_tower(folder / "t", ["一个红色的马克杯", "蓝色鞋子"], TextTowerConfig(32, 1, 2, 16), None)
+    torch.manual_seed(0)
+    config = ModelConfig(image_tower="resnet-xs", embed_dim=16, image_size=32, max_text_len=16)
+    directory = folder / "checkpoint"
+    directory.mkdir()
+    save_ranker(directory, config, RankerModel(config, folder / "t").state_dict(), folder / "t", 7)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def generator_dir(tmp_path_factory) -> Path:
+    """A checkpoint of kind generator with random weights; its writer lives with the tests of dalle."""
+    sys.path.append(str(Path(__file__).parent.parent / "dalle"))
     from small_checkpoint import write_generator
 
     return write_generator(tmp_path_factory.mktemp("generator") / "step_00000007")

@@ -1,0 +1,148 @@
+"""Measure a set of generated pictures: one table, metrics.json, report.html.
+
+    python -m evaluation out/ --reference ../shared/data/goods --judge runs/goods_128_judge
+    python -m evaluation out/ --reference DIR --judge DIR --clip OFA-Sys/chinese-clip-vit-base-patch16
+    python -m evaluation out/ --reference DIR --judge DIR --best-of 8 --scorer likelihood
+
+OUT_DIR is what generate.py wrote, or any folder of pictures with texts. The reference is a folder of image shards: the
+held-out split is what pictures should look like, the training split what they should not repeat. FID, KID and IS need
+the weights of Inception (--inception FILE, or torch's hub cache); on other networks the same statistics carry the
+network's name. A ranker that ordered the pictures is refused as their judge.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from common.config import command, parse_options, to_mapping
+from common.files import ensure_writable_directory, write_json
+from common.log import say
+from evaluation.features import CACHE
+from evaluation.metrics import (
+    Figure,
+    MeasureOptions,
+    Networks,
+    Reference,
+    measure_all,
+    networks_note,
+    refuse_rerankers,
+    settings_of,
+)
+from evaluation.sets import LIKELIHOOD, SampleSet
+from rankers.pairs import AttributeConfig
+
+
+@dataclass(frozen=True)
+class Options:
+    """Measure the pictures of a directory."""
+
+    out_dir: tyro.conf.Positional[Path] = Path("out")
+    """Directory that generate.py wrote, or a folder of pictures, each with its text in a .txt of its name."""
+    reference: str = "data/synthetic"
+    """Folder of image shards with real pictures."""
+    split: str = "val"
+    """Their held-out split: what pictures are compared with."""
+    train_split: str = "train"
+    """Their training split, for memorisation; empty: none."""
+    judge: str = ""
+    """Directory of a judge of kinds and colours (python -m evaluation.train_judge); empty: none."""
+    clip: str = ""
+    """Ranker that scores texts with pictures, see rankers; never the one that reranked; empty: none."""
+    inception: str = ""
+    """File with the Inception weights of FID; empty: torch's hub cache, where they are there."""
+    text: str = ""
+    """Text of pictures that have none beside them."""
+    best_of: int = 0
+    """Measure only the best of so many pictures of every text; 0: all pictures."""
+    scorer: str = LIKELIHOOD
+    """What chooses them: likelihood, or the ranker of ranking.json."""
+    attributes: AttributeConfig = field(default_factory=AttributeConfig)
+    options: MeasureOptions = field(default_factory=MeasureOptions)
+    cache: Path = CACHE
+    """Folder where features of pictures are kept."""
+    write_to: Path | None = None
+    """Directory for metrics.json and report.html; None: OUT_DIR."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+    def __post_init__(self) -> None:
+        if self.best_of < 0:
+            raise ValueError(f"best_of must be 0 (all pictures) or more, not {self.best_of}")
+
+
+def cell(value: float) -> str:
+    """Four digits; - for what is unknown."""
+    return "-" if value != value else f"{value:.4g}"
+
+
+def show(figures: Sequence[Figure], settings: dict[str, Any]) -> None:
+    """The table; seeds, guidance and rerank width stand in its title, for they are the same for all its rows."""
+    from rich.console import Console
+    from rich.table import Table
+
+    how = ", ".join(f"{name} {_words(settings[name])}" for name in ("seeds", "guidance", "rerank_width"))
+    title = f"{settings['set']}: {settings['pictures']} pictures of {settings['prompts']} texts, {how}"
+    table = Table(title=title)
+    for name in ("figure", "value", "95 %", "real", "better", "N"):
+        table.add_column(name, justify="left" if name == "figure" else "right", overflow="fold")
+    for figure in figures:
+        value = figure.value
+        better = {True: "higher", False: "lower", None: ""}[figure.higher_is_better]
+        real = "" if figure.real is None else cell(figure.real)
+        ends = f"{cell(value.low)} .. {cell(value.high)}"
+        table.add_row(
+            figure.name.replace("[", "\\["), cell(value.value), ends, real, better, str(figure.count)
+        )
+    Console().print(table)
+
+
+def _words(value: Any) -> str:
+    if value is None:
+        return "unknown"
+    if not isinstance(value, list):
+        return str(value)
+    return ", ".join(map(str, value)) if len(value) < 6 else f"{value[0]} .. {value[-1]} ({len(value)})"
+
+
+def chosen(options: Options) -> SampleSet:
+    samples = SampleSet.from_out_dir(options.out_dir, text=options.text)
+    for line in samples.corrupt[:5]:
+        say(f"left out a corrupt picture: {line}")
+    return samples.best_of(options.best_of, options.scorer) if options.best_of else samples
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> list[Figure]:
+    """Measure; returns the figures."""
+    options = parse_options(Options, argv, description=__doc__)
+    samples = chosen(options)
+    destination = ensure_writable_directory(options.write_to or options.out_dir)
+    networks = Networks.load(options.judge, options.clip, options.inception, options.device)
+    refuse_rerankers(samples, networks)
+    splits = (options.split, options.train_split)
+    reference = Reference.open(options.reference, samples, *splits, attributes=options.attributes)
+    figures, left_out = measure_all(samples, reference, networks, options.options, options.cache)
+    settings, judges = settings_of(samples), networks_note(networks)
+    show(figures, settings)
+    for line in (*judges, *(f"left out {reason}" for reason in left_out)):
+        say(line)
+    write_json(
+        destination / "metrics.json",
+        {
+            "settings": settings,
+            "figures": [figure.to_json() for figure in figures],
+            "left_out": left_out,
+            "judges": judges,
+            "networks": networks.identities,
+            "options": to_mapping(options),
+        },
+    )
+    say(f"wrote {destination / 'metrics.json'}")
+    return figures
+
+
+if __name__ == "__main__":
+    main()
