@@ -14,8 +14,11 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.config import command, parse_options
 from data_tools.dedup import close_pairs, first_twins

@@ -6,8 +6,9 @@
         --captions.max-tokens 30 --scores scores.jsonl --min-score 0.2
 
 SRC is any recognised source; DST gets image shards with the bytes of the pictures as they were. `--rules` names a
-preset or a YAML file; single flags go over it. A normalised caption keeps its original in the meta as `title`; flags
-that do not drop (blurred, watermark) stand in the meta as `flags`. A killed run is continued by the same command.
+preset or a YAML file; single flags go over it. Scores come from `python -m rankers.pair_scores`. A normalised caption
+keeps its original in the meta as `title`; flags that do not drop (blurred, watermark) stand in the meta as `flags`. A
+killed run is continued by the same command.
 """
 
 import hashlib

@@ -45,8 +45,8 @@ class Options:
 
     checkpoint: Annotated[str, tyro.conf.Positional]
     """A checkpoint, a run directory or a hub id."""
-    data: Annotated[Path, tyro.conf.Positional]
-    """Folder of image shards with val-*.tar, or with --folder a plain folder of pictures."""
+    data: Annotated[str, tyro.conf.Positional]
+    """Image shards with val-*.tar (a folder, http://, s3:// ...), or with --folder a plain folder of pictures."""
     folder: bool = False
     """`data` is a plain folder: its held-out pictures are looked at."""
     split: str = "val"
@@ -190,8 +190,8 @@ def _perceptual(options: Options, device: torch.device) -> PerceptualDistance | 
 def _batches(options: Options, image_size: int) -> Iterator[dict[str, Any]]:
     from tqdm import tqdm
 
-    folder = str(options.data) if options.folder else ""
-    index = open_pictures(str(options.data), folder, options.split)
+    folder = options.data if options.folder else ""
+    index = open_pictures(options.data, folder, options.split)
     count = min(len(index), options.limit) if options.limit else len(index)
     decode = DecodeImage(image_size, first_caption=True)
     with tqdm(total=count, desc="evaluating", unit="picture") as bar:
@@ -301,7 +301,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         say(f"{name:>18}  {_short(value)}")
     about = {
         "checkpoint": options.checkpoint,
-        "data": str(options.data),
+        "data": options.data,
         "codes_sha256": tokenizer.codes_sha256,
     }
     write_json(options.out / "figures.json", figures | about)

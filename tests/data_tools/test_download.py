@@ -320,7 +320,8 @@ def run_killed(argv: list[str], server: Server, requests: int) -> bool:
     return False
 
 
-def test_ten_kills_give_the_bytes_of_the_uninterrupted_run(tmp_path):
+@pytest.mark.parametrize("moments", [3, pytest.param(10, marks=pytest.mark.slow)])
+def test_kills_give_the_bytes_of_the_uninterrupted_run(tmp_path, moments):
     generator = random.Random(0)
     with Server(delay=0.004) as server:
         paths = [f"good/{i}" if i % 9 else f"missing?{i}" for i in range(240)]
@@ -339,14 +340,15 @@ def test_ten_kills_give_the_bytes_of_the_uninterrupted_run(tmp_path):
         download_main([str(src), str(whole), *options])
         uninterrupted = server.total
         kills = sum(
-            run_killed([str(src), str(killed), *options], server, generator.randint(1, 35)) for _ in range(10)
+            run_killed([str(src), str(killed), *options], server, generator.randint(1, 35))
+            for _ in range(moments)
         )
-        assert kills >= 8
+        assert kills >= 0.8 * moments
         download_main([str(src), str(killed), *options])
         assert tree(whole) == tree(killed)
         assert len(list(open_source(killed))) == 240 - 27
         # nothing that came is requested again: only the requests under way at a kill
-        assert server.total - uninterrupted <= uninterrupted + 10 * 4
+        assert server.total - uninterrupted <= uninterrupted + moments * 4
 
 
 @pytest.mark.skipif(not WUKONG.is_dir(), reason="needs ../shared/data/raw/wukong")
