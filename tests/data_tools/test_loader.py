@@ -11,7 +11,16 @@ from PIL import Image
 from common.distributed import World
 from data_tools.crops import CropFlip
 from data_tools.index import ShardIndex
-from data_tools.loader import DecodeImage, DecodeTokens, Order, eval_batches, pick_caption, train_batches
+from data_tools.loader import (
+    CorruptSample,
+    DecodeImage,
+    DecodeTokens,
+    Order,
+    eval_batches,
+    pick_caption,
+    read_views,
+    train_batches,
+)
 from data_tools.records import Record
 from data_tools.shards import ShardWriter
 
@@ -159,3 +168,25 @@ def test_crop_keeps_its_floor():
         assert side[0] == side[1] and 20 <= side[0] <= 40
     with pytest.raises(ValueError, match="min_scale"):
         CropFlip(0)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
+def test_codes_are_read_as_numpy_reads_them(dtype):
+    views = np.random.default_rng(0).integers(0, 60_000, (3, 64)).astype(dtype)
+    for version in ((1, 0), (2, 0)):
+        buffer = io.BytesIO()
+        np.lib.format.write_array(buffer, views, version=version)
+        found = read_views(buffer.getvalue())
+        assert found.dtype == dtype and np.array_equal(found, views)
+        with pytest.raises(CorruptSample):
+            read_views(buffer.getvalue()[:-1])
+
+
+@pytest.mark.parametrize(
+    "array", [np.zeros((0, 4), np.uint16), np.zeros(4, np.uint16), np.zeros((2, 4), np.float32)], ids=str
+)
+def test_what_is_no_table_of_codes_is_corrupt(array):
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    with pytest.raises(CorruptSample, match=r"ids.npy is"):
+        read_views(buffer.getvalue())
