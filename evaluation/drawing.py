@@ -6,11 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from common.log import say
 from dalle.outdir import OutDirectory
 from dalle.pipeline import Request
+from dalle.prompts import read_prompts
+from data_tools.index import ShardIndex
+from data_tools.loader import pick_caption
 from evaluation.arms import Arm
 from evaluation.sets import SampleSet
 from rankers.outdir import LIST
@@ -70,6 +74,35 @@ def common_texts(texts: Iterable[str], arms: Sequence[Arm]) -> tuple[list[str], 
         else:
             usable.append(text)
     return usable, complaints
+
+
+def prompt_texts(path: Path, count: int, seed: int) -> list[str]:
+    """Distinct texts of a file of prompts, `count` of them drawn by the seed or all (0).
+
+    Raises FileNotFoundError or ValueError naming the file.
+    """
+    texts = list(dict.fromkeys(prompt.text for prompt in read_prompts(path) if prompt.text))
+    if not texts:
+        raise ValueError(f"{path} holds no texts")
+    return some_of(texts, count, seed)
+
+
+def caption_texts(source: str, split: str, count: int, seed: int) -> list[str]:
+    """Distinct captions of image shards, `count` of them drawn by the seed or all (0)."""
+    index = ShardIndex.open(source, split)
+    captions = (pick_caption(index.read(i, ("txt",)).get("txt", b""), None) for i in range(len(index)))
+    texts = list(dict.fromkeys(text for text in captions if text))
+    if not texts:
+        raise ValueError(f"the pictures of {source} have no captions: name a file with --prompts")
+    return some_of(texts, count, seed)
+
+
+def some_of(texts: Sequence[str], count: int, seed: int) -> list[str]:
+    """`count` of them drawn by the seed, in their order; 0, or fewer texts: all."""
+    if not count or len(texts) <= count:
+        return list(texts)
+    chosen = np.random.default_rng(seed).permutation(len(texts))[:count]
+    return [texts[i] for i in sorted(chosen)]
 
 
 def _standing(directory: Path, origin: dict[str, Any]) -> list[Request]:

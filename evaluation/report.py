@@ -6,6 +6,7 @@ Text stays text, so that the reader's own fonts draw Chinese; every text from ou
 import base64
 import html
 import io
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ figure{width:auto;max-width:130px}figure img{max-width:128px}
 .prompt small{overflow-wrap:anywhere}
 .arms{display:flex;flex-wrap:wrap;gap:.4rem 1.6rem}.arms h4{margin:0 0 .2rem;font-size:12px;font-weight:500;color:#777}
 td,th{vertical-align:top}td.text,th.text{text-align:left;max-width:30rem;overflow-wrap:anywhere}
-.best{font-weight:600}.sure{color:#22763a;font-weight:600}.unsure{color:#777}
+.best{font-weight:600}.sure{color:#22763a;font-weight:600}.worse{color:#b3261e;font-weight:600}.unsure{color:#777}
 .wide{overflow-x:auto}
 img.best{outline:3px solid #54a24b}
 @media print{h2{break-after:avoid}figure,.arms>div{break-inside:avoid}}
@@ -98,7 +99,9 @@ def facts(values: Mapping[str, Any]) -> str:
 
 
 def number(value: float) -> str:
-    """Four digits, as people write them: 0.8123, 12.35, 1235."""
+    """Four digits, as people write them: 0.8123, 12.35, 1235; - for what is unknown."""
+    if not math.isfinite(value):
+        return "-"
     if value == int(value) and abs(value) < 1e6:
         return str(int(value))
     return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
@@ -112,10 +115,10 @@ def interval(value: Interval, best: bool = False) -> Raw:
 
 
 def difference(value: Interval, higher_is_better: bool | None = None) -> Raw:
-    """A difference; green where its interval leaves out zero on the good side, grey where it holds zero."""
-    good = value.low > 0 if higher_is_better in (True, None) else value.high < 0
-    holds_zero = value.low <= 0 <= value.high
-    kind = "unsure" if holds_zero else "sure" if good else ""
+    """A difference: green where its interval leaves out zero on the good side, red on the other, grey with zero."""
+    kind = "unsure"
+    if (value.low > 0 or value.high < 0) and higher_is_better is not None:
+        kind = "sure" if (value.low > 0) == higher_is_better else "worse"
     shown = f"{value.value:+.4g}"
     return Raw(f'<span class="{kind}">{shown}</span><br><small>{value.low:+.3g} .. {value.high:+.3g}</small>')
 

@@ -51,13 +51,14 @@ def test_a_page_is_one_file_and_escapes_what_it_is_given(tmp_path):
 
 
 def test_numbers_as_people_write_them():
-    assert [report.number(v) for v in (0, 12, 0.81234, 12.3456, 1234.5, 123456.7)] == [
+    assert [report.number(v) for v in (0, 12, 0.81234, 12.3456, 1234.5, 123456.7, float("nan"))] == [
         "0",
         "12",
         "0.8123",
         "12.35",
         "1234",
         "123457",
+        "-",
     ]
 
 
@@ -69,7 +70,8 @@ def test_a_difference_is_sure_only_where_its_interval_leaves_out_zero():
 
     assert kind(0.1, 0.3, True) == "sure" and kind(-0.3, -0.1, False) == "sure"
     assert kind(-0.1, 0.3, True) == kind(-0.1, 0.3, False) == "unsure"
-    assert kind(0.1, 0.3, False) == kind(-0.3, -0.1, True) == ""
+    assert kind(0.1, 0.3, False) == kind(-0.3, -0.1, True) == "worse"
+    assert kind(0.1, 0.3, None) == "unsure", "no direction, no merit"
 
 
 CURVES = [

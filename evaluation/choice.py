@@ -1,0 +1,144 @@
+"""What choosing the best of n is worth: curves over n, chosen by a ranker, judged by another network.
+
+A prompt with N pictures gives floor(N / n) choices among n different ones; their mean is its value at width n. So
+width 1 is the mean of all N, the expectation of a random picture, and all widths see the same pictures.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evaluation.attributes import Lexicon, judged_colors, judged_kinds
+from evaluation.features import RankerTower
+from evaluation.parts import Networks, Part
+from evaluation.resampling import Resampling, difference, mean_estimate
+from evaluation.sets import LIKELIHOOD, SampleSet
+from evaluation.statistics import Interval
+from rankers.base import identities
+
+
+@dataclass(frozen=True)
+class Point:
+    """One width of a curve."""
+
+    width: int
+    value: Interval
+    gain: Interval
+    """Value minus that of width 1 on the same prompts."""
+    prompts: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "width": self.width,
+            "prompts": self.prompts,
+            **{name: vars(getattr(self, name)) for name in ("value", "gain")},
+        }
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One measure over widths."""
+
+    name: str
+    """What the judge looks for."""
+    scorer: str
+    """Who chose."""
+    points: tuple[Point, ...]
+    by_prompt: NDArray = field(repr=False, compare=False)
+    """(widths, prompts), NaN where the prompt does not count."""
+
+
+def score_pictures(samples: SampleSet, ranker: Any, part: Part) -> SampleSet:
+    """Scores of every picture by `ranker`, from kept features where it has towers."""
+    if not hasattr(ranker, "image_features"):
+        return samples.scored(ranker.name, ranker.score)
+    images = part.features(RankerTower(ranker))  # (N, D)
+    texts = samples.texts
+    features = dict(zip(texts, ranker.text_features(texts).numpy(), strict=True))
+    scores = [float(features[s.text] @ row) for s, row in zip(samples.samples, images, strict=True)]
+    return samples.with_scores(ranker.name, scores)
+
+
+def scorer_of(samples: SampleSet, ranker: Any | None) -> str:
+    """Whose scores choose: the ranker's, else the generator's own likelihoods; "" where there are none."""
+    if ranker is not None:
+        return ranker.name
+    return LIKELIHOOD if all(LIKELIHOOD in s.scores for s in samples.samples) else ""
+
+
+def check_independent(ranker: Any, networks: Networks) -> None:
+    """Raises ValueError when a network that measures would also choose."""
+    for name, identity in networks.identities.items():
+        if identity in identities(ranker):
+            raise ValueError(
+                f"{ranker.name} chooses the pictures, so {name} cannot judge them too: name another network, or "
+                "another --ranker"
+            )
+
+
+def judged(networks: Networks, lexicon: Lexicon, part: Part) -> dict[str, NDArray]:
+    """(N,) values by name: kind, colour, and both right by the judge; NaN where the text names none."""
+    if networks.judge is None:
+        return {}
+    features = part.features(networks.judge)
+    kinds = judged_kinds(networks.judge, part.texts, features)
+    colors = judged_colors(networks.judge, lexicon, part.texts, features)
+    found = {"kind right": kinds, "colour right": colors}
+    values = {name: hits.hits for name, hits in found.items() if hits is not None}
+    if len(values) == 2:
+        values["kind and colour right"] = values["kind right"] * values["colour right"]
+    return values
+
+
+def values_by_prompt(samples: SampleSet, values: Sequence[float], scorer: str, width: int) -> NDArray:
+    """(prompts,) in the order of `samples.texts`: the mean value of the chosen ones at `width`."""
+    value_of = dict(zip((s.path for s in samples.samples), values, strict=True))
+    found = []
+    for group in samples.by_prompt().values():
+        runs = [group[i : i + width] for i in range(0, len(group) - width + 1, width)]
+        best = [max(run, key=lambda s: s.scores[scorer]) if width > 1 else run[0] for run in runs]
+        found.append(np.mean([value_of[sample.path] for sample in best]) if best else np.nan)
+    return np.array(found, np.float64)
+
+
+def curve(
+    samples: SampleSet,
+    name: str,
+    values: Sequence[float],
+    scorer: str,
+    widths: Sequence[int],
+    draws: int = 2000,
+    seed: int = 0,
+) -> Curve | None:
+    """The curve of (N,) values; None where no prompt counts. Widths beyond the pictures of a prompt are left out.
+
+    Raises ValueError for a picture without the scorer's score.
+    """
+    unscored = [s.path for s in samples.samples if scorer not in s.scores]
+    if unscored and max(widths) > 1:
+        raise ValueError(f"{unscored[0]} has no score {scorer!r}: nothing to choose by")
+    fewest = min(len(group) for group in samples.by_prompt().values())
+    widths = sorted({1, *(w for w in widths if w <= fewest)})
+    rows = np.stack([values_by_prompt(samples, values, scorer, width) for width in widths])
+    resampling = Resampling(samples.texts, draws, seed)
+    estimates = [mean_estimate(row, resampling) for row in rows]
+    if estimates[0] is None:
+        return None
+    single = estimates[0]
+    points = []
+    for width, estimate in zip(widths, estimates, strict=True):
+        gain = difference(estimate.interval.value, estimate.drawn, single.interval.value, single.drawn)
+        points.append(Point(width, estimate.interval, gain, estimate.count))
+    return Curve(name, scorer, tuple(points), rows)
+
+
+def chosen_set(samples: SampleSet, ranker: Any | None, width: int) -> SampleSet:
+    """The best of the first `width` of every text, marked with who chose, so that it cannot judge them."""
+    scorer = scorer_of(samples, ranker)
+    best = samples.best_of(width, scorer)
+    if ranker is not None and width > 1:
+        best.settings["encoders"] = identities(ranker)
+    return best
