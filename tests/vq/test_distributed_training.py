@@ -1,4 +1,4 @@
-"""train_vqgan.py under torchrun: two processes train what one trains."""
+"""train_vqgan.py under torchrun and deepspeed: two processes train what one trains."""
 
 import json
 import os
@@ -15,9 +15,17 @@ from common.checkpoint import read_weights
 ROOT = Path(train_vqgan.__file__).parent
 
 
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+    "deepspeed": ["deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", "29653"],
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("quantizer", ["vq", "ema"])
-def test_two_processes_follow_one(tmp_path, shards, small_flags, quantizer):
+@pytest.mark.parametrize(
+    ("launcher", "quantizer"), [("torchrun", "vq"), ("torchrun", "ema"), ("deepspeed", "vq")]
+)
+def test_two_processes_follow_one(tmp_path, shards, small_flags, launcher, quantizer):
     flags = ["--data", str(shards), *small_flags, "--model.quantizer", quantizer, "--loop.num-steps", "4"]
     flags += [
         "--loop.global-batch-size",
@@ -34,7 +42,7 @@ def test_two_processes_follow_one(tmp_path, shards, small_flags, quantizer):
     flags += ["--adversary.discriminator.channels", "32", "--adversary.discriminator.layers", "1"]
     flags += ["--adversary.rollback-share", "0", "--adversary.adaptive", "False", "--multiscale", "1", "1.5"]
     train_vqgan.main([*flags, "--loop.run-dir", str(tmp_path / "one")])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [sys.executable, "-m", *LAUNCHERS[launcher]]
     command += [str(ROOT / "train_vqgan.py"), *flags, "--loop.run-dir", str(tmp_path / "two")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)

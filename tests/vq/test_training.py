@@ -20,6 +20,7 @@ import train_vqgan
 from common import checkpoint
 from common.checkpoint import read_weights
 from data_tools.index import ShardIndex
+from vq.adversary import Adversary
 from vq.data import DecodeMasked, small_pictures
 from vq.foreground import border_mask, pixel_weights
 from vq.image_folder import ImageFolder
@@ -214,6 +215,28 @@ def test_nan_stops_names_the_batch_and_keeps_the_last_checkpoint(train, monkeypa
     kept = checkpoint.step_directories(tmp_path / "nan")
     assert [d.name for d in kept] == ["step_00000002"]
     assert all(t.isfinite().all() for t in read_weights(kept[0]).values() if t.is_floating_point())
+
+
+def test_a_collapse_in_a_run_goes_back_and_the_run_ends_well(train, monkeypatch, capsys):
+    plain = Adversary.gradient
+    blows = []
+
+    def blow_up_once(self, reconstruction, leaf, images, rec_gradient, last_layer, step):
+        if step == 7 and not blows:
+            blows.append(step)
+            with torch.no_grad():
+                last_layer.mul_(30)
+        return plain(self, reconstruction, leaf, images, rec_gradient, last_layer, step)
+
+    monkeypatch.setattr(Adversary, "gradient", blow_up_once)
+    judge = ["--preset", "vqgan", "--adversary.warmup-steps", "2", "--adversary.ramp-steps", "0"]
+    judge += ["--adversary.discriminator.channels", "32", "--adversary.discriminator.layers", "1"]
+    every = ["--loop.eval-every", "2", "--loop.save-every", "2", "--loop.keep-last", "1", "--ema-decay", "0"]
+    run = train("collapse", *judge, *every, "--kmeans-step", "0", "--revive-every", "0", steps=12)
+    said = capsys.readouterr().out
+    assert blows == [7] and said.count("collapse (") == 1 and "adversary at 0.5 of its weight" in said
+    values = [row["rec_loss"] for row in rows(run, "val")]
+    assert values[3] > 1.25 * min(values[:3]) and values[-1] < 1.25 * min(values[:3])
 
 
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path, shards, small_flags):
