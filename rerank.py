@@ -24,6 +24,7 @@ from common.files import atomic_path, ensure_writable_directory, write_json
 from common.image import make_grid, resize_square
 from common.log import say
 from rankers import default_ranker, load_ranker
+from rankers.base import identities
 from rankers.calibration import Calibration, default_lexicon, hard_negatives
 from rankers.outdir import Row, read_out_directory, read_picture
 
@@ -235,6 +236,7 @@ def write_ranking(out: Path, options: Options, ranker: Any, texts: dict[str, lis
         out / "ranking.json",
         {
             "ranker": ranker.name,
+            "encoders": identities(ranker),
             "calibration": calibration
             and {"data": calibration.data, "num_pictures": calibration.num_pictures},
             "top_k": options.top_k,

@@ -31,6 +31,7 @@ from evaluation.metrics import (
     refuse_rerankers,
     settings_of,
 )
+from evaluation.report import write_report
 from evaluation.sets import LIKELIHOOD, SampleSet
 from rankers.pairs import AttributeConfig
 
@@ -79,23 +80,21 @@ def cell(value: float) -> str:
 
 
 def show(figures: Sequence[Figure], settings: dict[str, Any]) -> None:
-    """The table; seeds, guidance and rerank width stand in its title, for they are the same for all its rows."""
+    """The table: every figure with its network in brackets, and N, seeds, guidance and rerank width beside it."""
     from rich.console import Console
     from rich.table import Table
 
-    how = ", ".join(f"{name} {_words(settings[name])}" for name in ("seeds", "guidance", "rerank_width"))
-    title = f"{settings['set']}: {settings['pictures']} pictures of {settings['prompts']} texts, {how}"
-    table = Table(title=title)
-    for name in ("figure", "value", "95 %", "real", "better", "N"):
+    table = Table(title=f"{settings['set']}: {settings['pictures']} pictures of {settings['prompts']} texts")
+    for name in ("figure", "value", "95 %", "real", "better", "N", "seeds", "guidance", "best of"):
         table.add_column(name, justify="left" if name == "figure" else "right", overflow="fold")
+    how = [_words(settings[name]) for name in ("seeds", "guidance", "rerank_width")]
     for figure in figures:
         value = figure.value
         better = {True: "higher", False: "lower", None: ""}[figure.higher_is_better]
         real = "" if figure.real is None else cell(figure.real)
         ends = f"{cell(value.low)} .. {cell(value.high)}"
-        table.add_row(
-            figure.name.replace("[", "\\["), cell(value.value), ends, real, better, str(figure.count)
-        )
+        name = figure.name.replace("[", "\\[")
+        table.add_row(name, cell(value.value), ends, real, better, str(figure.count), *how)
     Console().print(table)
 
 
@@ -129,18 +128,21 @@ def main(argv: Sequence[str] | None = None) -> list[Figure]:
     show(figures, settings)
     for line in (*judges, *(f"left out {reason}" for reason in left_out)):
         say(line)
+    beside = {name: settings[name] for name in ("seeds", "guidance", "rerank_width", "reranker")}
     write_json(
         destination / "metrics.json",
         {
             "settings": settings,
-            "figures": [figure.to_json() for figure in figures],
+            "figures": [figure.to_json() | beside for figure in figures],
             "left_out": left_out,
             "judges": judges,
             "networks": networks.identities,
             "options": to_mapping(options),
         },
     )
-    say(f"wrote {destination / 'metrics.json'}")
+    remarks = [*judges, *(f"Left out: {reason}" for reason in left_out)]
+    page = write_report(destination / "report.html", samples, figures, reference, settings, remarks)
+    say(f"wrote {destination / 'metrics.json'} | {page}")
     return figures
 
 

@@ -101,13 +101,13 @@ def mean_estimate(values: Floats, resampling: Resampling, is_share: bool = False
     with np.errstate(invalid="ignore"):
         drawn = np.where(totals > 0, weights @ known / totals, np.nan)
     value = float(known.mean())
-    interval = interval_of(value, drawn)
+    interval = interval_of(value, drawn, *((0.0, 1.0) if is_share else ()))
     units = len(set(resampling.unit_of[rows].tolist()))
     if units == 1 and not is_share:
         interval = Interval(value, float("nan"), float("nan"))
     elif is_share and (value in (0.0, 1.0) or units == 1):
         found = wilson(round(value * units), units)
-        interval = Interval(value, min(found.low, value), max(found.high, value))
+        interval = Interval(value, max(0.0, min(found.low, value)), min(1.0, max(found.high, value)))
     return Estimate(interval, len(rows), drawn, resampling.by_prompt(values))
 
 

@@ -3,6 +3,7 @@
 A two-tower ranker is `TwoTowerRanker` around an object of the `Towers` protocol, which knows one family of weights.
 """
 
+import functools
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 
@@ -84,6 +85,11 @@ class TwoTowerRanker:
     def name(self) -> str:
         return self.towers.name
 
+    @functools.cached_property
+    def identity(self) -> str:
+        """Equal for equal weights, whatever directory or precision they were kept in; see `weights_identity`."""
+        return weights_identity(self.towers.model)
+
     def score(self, text: str, images: Sequence[Image.Image]) -> Tensor:
         """Cosines (N,) in [-1, 1], float32 on the CPU. Raises ValueError without pictures or without text."""
         return self.score_matrix([text], images)[0]
@@ -118,6 +124,23 @@ class TwoTowerRanker:
             raise ValueError("the text to score is empty")
         parts = range(0, len(texts), self.batch_size)
         return torch.cat([unit(self.towers.encode_texts(texts[i : i + self.batch_size])) for i in parts])
+
+
+def weights_identity(model: nn.Module) -> str:
+    """Hex sha256 of all names and values, these rounded to float16, in which rankers are given away."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        rounded = tensor.half() if tensor.is_floating_point() else tensor
+        digest.update(f"{name} {tuple(tensor.shape)} ".encode())
+        digest.update(rounded.contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def identities(ranker: Any) -> list[str]:
+    """Of every encoder that the ranker asks: several for an ensemble, none for recorded scores."""
+    if hasattr(ranker, "rankers"):
+        return [identity for part in ranker.rankers for identity in identities(part)]
+    return [ranker.identity] if hasattr(ranker, "identity") else []
 
 
 def unit(features: Tensor) -> Tensor:

@@ -100,7 +100,12 @@ def config_files() -> list[Path]:
     return sorted((ROOT / "configs").rglob("*.yaml"))
 
 
-CONFIG_SCRIPTS = {"vqgan": "train_vqgan", "dalle": "train_dalle", "ranker": "rankers.train"}
+CONFIG_SCRIPTS = {
+    "vqgan": "train_vqgan",
+    "dalle": "train_dalle",
+    "ranker": "rankers.train",
+    "judge": "evaluation.train_judge",
+}
 
 
 @pytest.mark.parametrize("path", config_files(), ids=lambda p: str(p.relative_to(ROOT)))

@@ -54,12 +54,3 @@ def ranker_dir(tmp_path_factory) -> Path:
     directory.mkdir()
     save_ranker(directory, config, RankerModel(config, folder / "t").state_dict(), folder / "t", 7)
     return directory
-
-
-@pytest.fixture(scope="session")
-def generator_dir(tmp_path_factory) -> Path:
-    """A checkpoint of kind generator with random weights; its writer lives with the tests of dalle."""
-    sys.path.append(str(Path(__file__).parent.parent / "dalle"))
-    from small_checkpoint import write_generator
-
-    return write_generator(tmp_path_factory.mktemp("generator") / "step_00000007")
