@@ -2,20 +2,19 @@
 
     python benchmarks/decode_speed.py
     python benchmarks/decode_speed.py --sizes 26m --batch-sizes 8 --contenders packed_bf16 dalle_pytorch
+    python benchmarks/decode_speed.py --device cuda                     # eager, compiled and CUDA graphs in turn
     OMP_NUM_THREADS=1 python benchmarks/decode_speed.py --clock cpu     # on a busy machine: processor time, one thread
 
 The floor of a step is the larger of bytes over bandwidth and operations over peak: bytes are all weights that a step
 reads and the filled half of the cache, in bfloat16; bandwidth is that of reading a buffer of this size; the peak is
 that of a square bfloat16 product; both measured in the same run. Whole pictures are drawn, round by round in turn, and
-the fastest round counts. dalle-pytorch 1.6.6 (26m, same widths and vocabularies, its cache repaired: it drops the cache
-at a guidance scale of 1) takes part where it can be imported, see benchmarks/train_speed.py.
+the fastest round counts. dalle-pytorch 1.6.6 (26m, same widths and vocabularies, its cache repaired) takes part where
+it can be imported, see benchmarks/peer.py.
 """
 
-import importlib.util
 import json
 import sys
 import time
-import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +22,12 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import peer
 import torch
 from torch import Tensor, nn
 
 from common.config import command, parse_options
+from common.distributed import pick_device
 from common.files import write_json
 from common.log import say
 from dalle import sequence
@@ -39,6 +40,8 @@ Contender = Literal[
     "plain_fp32", "plain_bf16", "packed_fp32", "packed_bf16", "packed_int8", "compiled_bf16", "graph_bf16",
     "dalle_pytorch",
 ]  # fmt: skip
+ON_CPU = ("plain_fp32", "packed_fp32", "packed_bf16", "packed_int8", "dalle_pytorch")
+ON_GPU = ("plain_bf16", "compiled_bf16", "graph_bf16", "dalle_pytorch")
 TYPES = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8"}
 TEXT_VOCAB, TEXT_LEN, CODES, GRID = 8192, 32, 1024, 16
 
@@ -53,14 +56,8 @@ class Options:
     """Pictures drawn side by side."""
     cfg_scales: tuple[float, ...] = (1.0, 3.0)
     """1 is without guidance; else every picture takes two rows."""
-    contenders: tuple[Contender, ...] = (
-        "plain_fp32",
-        "packed_fp32",
-        "packed_bf16",
-        "packed_int8",
-        "dalle_pytorch",
-    )
-    """Who takes part."""
+    contenders: tuple[Contender, ...] = ()
+    """Who takes part; empty: all that make sense on the device."""
     rounds: int = 3
     """Timed rounds."""
     device: str = "cpu"
@@ -73,6 +70,10 @@ class Options:
     def __post_init__(self) -> None:
         if self.clock == "cpu" and (torch.get_num_threads() > 1 or self.device != "cpu"):
             raise ValueError("--clock cpu needs one thread on a CPU: set OMP_NUM_THREADS=1")
+
+    @property
+    def names(self) -> tuple[Contender, ...]:
+        return self.contenders or (ON_CPU if self.device == "cpu" else ON_GPU)
 
     def seconds(self, work: Callable[[], object]) -> float:
         """Time of one call."""
@@ -139,27 +140,9 @@ def our_drawing(
 
 def peer_drawing(options: Options, config: DalleConfig, batch_size: int, cfg_scale: float) -> Callable | None:
     """dalle-pytorch with the same widths and vocabularies; None where it is not installed."""
-    if importlib.util.find_spec("dalle_pytorch") is None:
+    if not peer.is_installed():
         return None
-    if importlib.util.find_spec("taming") is None:  # needed by its VQGAN alone, and no VQGAN takes part here
-        names = ("taming", "taming.models", "taming.models.vqgan")
-        sys.modules |= {name: types.ModuleType(name) for name in names}
-        sys.modules[names[-1]].VQModel = sys.modules[names[-1]].GumbelVQ = nn.Module
-    from dalle_pytorch import DALLE, DiscreteVAE
-
-    class Repaired(DALLE):
-        def forward_with_cond_scale(self, *args, cond_scale=1, cache=None, **kwargs):
-            if cond_scale == 1:
-                return self(*args, cache=cache, **kwargs)
-            return super().forward_with_cond_scale(*args, cond_scale=cond_scale, cache=cache, **kwargs)
-
-    vae = DiscreteVAE(image_size=GRID * 8, num_layers=3, num_tokens=CODES, codebook_dim=8, hidden_dim=4)
-    sizes = dict(dim=config.dim, depth=config.num_layers, heads=config.num_heads, dim_head=config.head_dim)
-    model = (
-        Repaired(vae=vae, num_text_tokens=TEXT_VOCAB, text_seq_len=TEXT_LEN, **sizes)
-        .eval()
-        .to(options.device)
-    )
+    model = peer.make_dalle(config).eval().to(options.device)
     text = torch.randint(1, TEXT_VOCAB, (batch_size, TEXT_LEN), device=options.device)
     return lambda: model.generate_images(text.clone(), filter_thres=0.9, cond_scale=cfg_scale, use_cache=True)
 
@@ -182,7 +165,7 @@ def measure(options: Options, size: SizeName, batch_size: int, cfg_scale: float)
     model = Dalle(config).eval().to(options.device)
     rows = batch_size * (1 if cfg_scale == 1 else 2)
     drawings: dict[str, Callable | None] = {}
-    for name in options.contenders:
+    for name in options.names:
         if name == "dalle_pytorch":
             drawings[name] = peer_drawing(options, config, batch_size, cfg_scale) if size == "26m" else None
         else:
@@ -212,8 +195,8 @@ def measure(options: Options, size: SizeName, batch_size: int, cfg_scale: float)
 def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     """Print and return the figures."""
     options = parse_options(Options, argv, description=__doc__)
-    say(f"{torch.get_num_threads()} threads, {options.clock} clock, {options.device}")
-    if "dalle_pytorch" in options.contenders and importlib.util.find_spec("dalle_pytorch") is None:
+    say(f"{torch.get_num_threads()} threads, {options.clock} clock, {pick_device(options.device)}")
+    if "dalle_pytorch" in options.names and not peer.is_installed():
         say("dalle-pytorch is not installed: left out")
     figures = {}
     for size in options.sizes:

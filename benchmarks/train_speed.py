@@ -2,20 +2,17 @@
 
     python benchmarks/train_speed.py
     python benchmarks/train_speed.py --rounds 20 --contenders ours llama
+    python benchmarks/train_speed.py --device cuda --dim 768 --num-layers 15 --num-heads 12 --batch-size 64 \
+        --compile True                                                # about 100M parameters on a GPU
 
 Every round runs one step of each contender in turn, so that they share the machine's mood; the fastest step of each
 counts. Same sizes, vocabularies, loss positions, precision (bf16 autocast), allocator and threads for all.
-dalle-pytorch takes part where it can be imported; it needs old packages, so it gets a folder of its own:
-    pip install --no-deps --target peers dalle-pytorch==1.6.6 axial_positional_embedding==0.3.12 \
-        rotary-embedding-torch==0.9.1 g-mlp-pytorch==0.1.5 omegaconf antlr4-python3-runtime "setuptools<81"
-    PYTHONPATH=peers python benchmarks/train_speed.py
+dalle-pytorch takes part where it can be imported, see benchmarks/peer.py.
 """
 
-import importlib.util
 import json
 import sys
 import time
-import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +20,13 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import peer
 import torch
 from llama_baseline import LlamaBaseline
 from torch import Tensor, nn
 
 from common.config import command, parse_options
-from common.distributed import DeepSpeedConfig, World, autocast, batch_plan, make_engine
+from common.distributed import DeepSpeedConfig, World, autocast, batch_plan, make_engine, pick_device
 from common.files import write_json
 from common.log import say
 from common.optim import OptimConfig, adamw
@@ -64,6 +62,8 @@ class Options:
     """Timed steps of each contender."""
     contenders: tuple[Contender, ...] = ("ours", "zero1", "llama", "dalle_pytorch")
     """Who takes part."""
+    compile: bool = False
+    """Compile our blocks and the baseline's with torch.compile, as train_dalle.py --compile True does."""
     device: str = "cpu"
     """cpu or cuda."""
     report: Path | None = None
@@ -97,6 +97,8 @@ def our_step(options: Options, batch: Batch, engine_name: str) -> Callable[[], N
     world = World(0, 1, 0, device, "none")
     torch.manual_seed(0)
     model = Dalle(options.model_config()).to(device)
+    if options.compile:
+        model.compile_blocks()
     engine = make_engine(
         model,
         adamw(model, OptimConfig()),
@@ -140,44 +142,18 @@ def peer_step(options: Options, model: nn.Module, loss: Callable[[], Tensor]) ->
 def llama_step(options: Options, batch: Batch) -> Callable[[], None]:
     torch.manual_seed(0)
     model = LlamaBaseline(options.model_config()).to(options.device)
+    for block in model.blocks if options.compile else ():
+        block.compile(dynamic=False)
     return peer_step(options, model, lambda: model.loss(batch.text_ids, batch.image_ids))
 
 
 def dalle_pytorch_step(options: Options, batch: Batch) -> Callable[[], None] | None:
     """dalle-pytorch 1.6.6 with the same widths and vocabularies; None where it is not installed."""
-    if importlib.util.find_spec("dalle_pytorch") is None:
-        say("dalle-pytorch is not installed: left out (the docstring says how to install it)")
+    if not peer.is_installed():
+        say("dalle-pytorch is not installed: left out (benchmarks/peer.py says how to install it)")
         return None
-    if (
-        importlib.util.find_spec("taming") is None
-    ):  # its VQGAN alone needs taming, and no VQGAN takes part here
-        module = types.ModuleType("taming.models.vqgan")
-        module.VQModel = module.GumbelVQ = nn.Module
-        sys.modules |= {
-            "taming": types.ModuleType("taming"),
-            "taming.models": types.ModuleType("taming.models"),
-        }
-        sys.modules["taming.models.vqgan"] = module
-    from dalle_pytorch import DALLE, DiscreteVAE
-
     torch.manual_seed(0)
-    levels = 3
-    vae = DiscreteVAE(
-        image_size=options.grid_size * 2**levels,
-        num_layers=levels,
-        num_tokens=options.codebook_size,
-        codebook_dim=16,
-        hidden_dim=8,
-    )
-    model = DALLE(
-        dim=options.dim,
-        vae=vae,
-        num_text_tokens=options.text_vocab_size,
-        text_seq_len=options.max_text_len,
-        depth=options.num_layers,
-        heads=options.num_heads,
-        dim_head=options.dim // options.num_heads,
-    ).to(options.device)
+    model = peer.make_dalle(options.model_config()).to(options.device)
     return peer_step(options, model, lambda: model(batch.text_ids, batch.image_ids, return_loss=True))
 
 
@@ -212,7 +188,8 @@ def race(steps: dict[str, Callable[[], None]], rounds: int, device: torch.device
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Print and return the figures."""
     options = parse_options(Options, argv, description=__doc__)
-    device, batch = torch.device(options.device), make_batch(options)
+    device = pick_device(options.device)
+    batch = make_batch(options)
     steps = contenders(options, batch)
     peaks = [measure_peak_flops(device, size=4096)]
     best = race(steps, options.rounds, device)
