@@ -117,7 +117,7 @@ def ensure_space(run_dir: Path, state: dict[str, Any]) -> None:
     if free < needed:
         raise OSError(
             errno.ENOSPC,
-            f"a checkpoint in {run_dir} needs {needed / 2**20:.0f} MiB and {free / 2**20:.0f} MiB are free: the "
+            f"a checkpoint in {run_dir} needs {needed / 2**20:.1f} MiB and {free / 2**20:.1f} MiB are free: the "
             "previous one is whole; free some space and run the same command again",
         )
 

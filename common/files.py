@@ -52,8 +52,8 @@ def atomic_directory(path: Path) -> Iterator[Path]:
             raise
         raise OSError(
             errno.ENOSPC,
-            f"disk full while writing {path}: {size_of(temporary) / 2**20:.0f} MiB of it were written and "
-            f"{shutil.disk_usage(path.parent).free / 2**20:.0f} MiB are free; what was there before is whole; free "
+            f"disk full while writing {path}: {size_of(temporary) / 2**20:.1f} MiB of it were written and "
+            f"{shutil.disk_usage(path.parent).free / 2**20:.1f} MiB are free; what was there before is whole; free "
             "some space and run the same command again",
         ) from error
     finally:

@@ -4,6 +4,7 @@ A picture is renamed into place before its line is appended, so after a kill -9 
 the next run of the same command goes on behind the last of them.
 """
 
+import errno
 import itertools
 import json
 import os
@@ -13,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from common.files import atomic_path, ensure_writable_directory
+from common.files import DISK_FULL, atomic_path, ensure_writable_directory
 from common.image import make_grid
 from dalle.pipeline import Picture, Request
 
@@ -51,8 +52,6 @@ class OutDirectory:
     def add(self, picture: Picture) -> Path:
         """Write one picture and its line."""
         name = f"{self.count:04d}.png"
-        with atomic_path(self.path / name) as temporary:
-            picture.image.save(temporary, format="PNG")
         line = self.origin | {
             "file": name,
             "text": picture.text,
@@ -63,8 +62,19 @@ class OutDirectory:
         }
         if picture.key is not None:
             line["key"] = picture.key
-        with (self.path / LIST).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, sort_keys=True, ensure_ascii=False) + "\n")
+        try:
+            with atomic_path(self.path / name) as temporary:
+                picture.image.save(temporary, format="PNG")
+            with (self.path / LIST).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line, sort_keys=True, ensure_ascii=False) + "\n")
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            raise OSError(
+                errno.ENOSPC,
+                f"disk full while writing {self.path / name}: the {self.count} pictures before it are whole; free some "
+                "space and run the same command again",
+            ) from error
         self.count += 1
         return self.path / name
 
