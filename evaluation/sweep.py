@@ -1,0 +1,323 @@
+"""Which guidance, temperature, top-k and top-p draw best? Found on a few prompts, reported on many others.
+
+    python -m evaluation.sweep --checkpoint runs/dalle --reference ../shared/data/goods --judge runs/goods_128_judge
+    python -m evaluation.sweep ... --cfg-scales 2 3 4 6 8 --top-ps 1 0.95 0.9 --search-prompts 60 --report-prompts 400
+    python generate.py "..." 8 out/ --config out/sweep/winner.yaml
+
+One knob after the other (guidance first, the others as they stand), or all combinations (--grid full). A setting wins
+by its mean rank over the objectives, whose scales never meet. The winner is then compared with the defaults on prompts
+that the search has not seen: paired differences, so a lucky search shows. Pictures stand in OUT, so a killed sweep
+goes on. Writes OUT/sweep.html, OUT/sweep.json and OUT/winner.yaml, and prints the winning flags.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from common.checkpoint import newest_run
+from common.config import command, parse_options, to_mapping
+from common.files import atomic_path, ensure_writable_directory, write_json
+from common.log import say
+from dalle.pipeline import default_checkpoint
+from dalle.sampling import SamplingOptions
+from evaluation import goods_judge
+from evaluation.arena import Difference
+from evaluation.arms import ArmSpec, OwnArm, open_arm
+from evaluation.drawing import Plan, caption_texts, common_texts, draw_into, prompt_texts
+from evaluation.features import CACHE
+from evaluation.figures import PLAIN
+from evaluation.metrics import (
+    Figure,
+    MeasureOptions,
+    Networks,
+    Reference,
+    measure_all,
+    paired_difference,
+)
+from evaluation.sets import SampleSet
+
+KNOBS = ("cfg_scale", "temperature", "top_k", "top_p")
+FLAGS = {name: f"--{name.replace('_', '-')}" for name in KNOBS}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Find how a generator draws best."""
+
+    checkpoint: str = ""
+    """Generator; empty: the one that was trained last."""
+    reference: str = ""
+    """Folder of image shards with real pictures; their captions are the prompts where no file is named."""
+    prompts: Path | None = None
+    """File of prompts, see dalle/prompts.py."""
+    cfg_scales: tuple[float, ...] = (1.0, 2.0, 3.0, 4.0, 6.0)
+    """Guidance to try."""
+    temperatures: tuple[float, ...] = (0.9, 1.0)
+    """Temperatures to try."""
+    top_ks: tuple[int, ...] = (0, 256)
+    """Values of top-k to try; 0 keeps all."""
+    top_ps: tuple[float, ...] = (0.9, 0.95, 1.0)
+    """Values of top-p to try; 1 keeps all."""
+    grid: Literal["one_by_one", "full"] = "one_by_one"
+    """One knob after the other, or all combinations."""
+    objectives: tuple[str, ...] = ("frechet_distance", "kind_right")
+    """Figures of evaluation whose mean rank decides; frechet_distance stands for FID too."""
+    search_prompts: int = 40
+    """Prompts of the search."""
+    report_prompts: int = 200
+    """Other prompts of the report."""
+    num_images: int = 4
+    """Pictures of each prompt."""
+    split: str = "val"
+    """Held-out split of the reference."""
+    judge: str = ""
+    """Judge of kinds and colours; empty: the newest of runs/, if there is one."""
+    clip: str = ""
+    """Ranker that scores texts with pictures, for the objective clip_score; empty: none."""
+    inception: str = ""
+    """File with the Inception weights of FID; empty: torch's hub cache, where they are there."""
+    seed: int = 0
+    """Seed of the pictures and of which prompts."""
+    batch_size: int = 16
+    """Pictures drawn side by side; does not change them."""
+    measure: MeasureOptions = field(default_factory=MeasureOptions)
+    out: Path = Path("out/sweep")
+    """Directory for pictures and results."""
+    cache: Path = CACHE
+    """Folder where features of pictures are kept."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+    def __post_init__(self) -> None:
+        for name in ("search_prompts", "report_prompts", "num_images", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not self.objectives:
+            raise ValueError("name at least one objective")
+        for values in self.values.values():
+            if not values:
+                raise ValueError("every knob needs at least one value")
+        for sampling in self.all_settings():
+            assert sampling  # SamplingOptions refuses values out of range
+
+    @property
+    def values(self) -> dict[str, tuple[float, ...]]:
+        """Values to try, by knob."""
+        return dict(zip(KNOBS, (self.cfg_scales, self.temperatures, self.top_ks, self.top_ps), strict=True))
+
+    def all_settings(self) -> list[SamplingOptions]:
+        """All combinations."""
+        combinations = itertools.product(*self.values.values())
+        return [SamplingOptions(**dict(zip(KNOBS, values, strict=True))) for values in combinations]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One setting and its figures by name."""
+
+    sampling: SamplingOptions
+    figures: dict[str, Figure]
+
+    @property
+    def name(self) -> str:
+        return setting_name(self.sampling)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Settings that were compared with each other."""
+
+    knob: str
+    """What varies; "" for all combinations."""
+    trials: tuple[Trial, ...]
+    winner: Trial
+
+
+def setting_name(sampling: SamplingOptions) -> str:
+    """A directory name, such as cfg3-t1-k0-p1."""
+    s = sampling
+    return f"cfg{s.cfg_scale:g}-t{s.temperature:g}-k{s.top_k}-p{s.top_p:g}"
+
+
+def flags(sampling: SamplingOptions) -> str:
+    """As generate.py takes them."""
+    return " ".join(f"{flag} {getattr(sampling, name):g}" for name, flag in FLAGS.items())
+
+
+def objective_figure(figures: dict[str, Figure], objective: str) -> Figure:
+    """The first figure of that name, on whatever network. Raises ValueError for one that cannot decide."""
+    found = next((f for n, f in figures.items() if objective in (n, n.split("[")[0])), None)
+    found = found or figures.get(PLAIN.get(objective, ""))
+    if found is None:
+        raise ValueError(f"no figure {objective!r} was measured (there are {', '.join(figures)})")
+    if found.higher_is_better is None:
+        raise ValueError(f"{found.name} is neither better high nor low: it cannot be an objective")
+    return found
+
+
+def mean_ranks(trials: Sequence[Trial], objectives: Sequence[str]) -> list[float]:
+    """Place of every trial, 0 the best, mean over the objectives; equal figures share theirs."""
+    totals = [0.0] * len(trials)
+    for objective in objectives:
+        figures = [objective_figure(trial.figures, objective) for trial in trials]
+        values = [f.value.value if f.higher_is_better else -f.value.value for f in figures]
+        for i, value in enumerate(values):
+            better = sum(other > value for other in values)
+            equal = sum(other == value for other in values) - 1
+            totals[i] += (better + equal / 2) / len(objectives)
+    return totals
+
+
+def search(options: Options, evaluate: Callable[[SamplingOptions], dict[str, Figure]]) -> list[Stage]:
+    """Stages, the last of which ends with the winner; `evaluate` is asked once a setting."""
+    known: dict[SamplingOptions, Trial] = {}
+
+    def compare(knob: str, settings: Sequence[SamplingOptions]) -> Stage:
+        for sampling in settings:
+            if sampling not in known:
+                known[sampling] = Trial(sampling, evaluate(sampling))
+        trials = tuple(known[sampling] for sampling in settings)
+        ranks = mean_ranks(trials, options.objectives)
+        return Stage(knob, trials, trials[min(range(len(trials)), key=lambda i: ranks[i])])
+
+    if options.grid == "full":
+        return [compare("", options.all_settings())]
+    best = SamplingOptions(**{name: _start(name, values) for name, values in options.values.items()})
+    stages = []
+    for knob, values in options.values.items():
+        if len(values) > 1:
+            stages.append(compare(knob, [replace(best, **{knob: value}) for value in sorted(set(values))]))
+            best = stages[-1].winner.sampling
+    return stages or [compare("", [best])]
+
+
+def _start(name: str, values: Sequence[float]) -> float:
+    """The default where it is among the values, else the value nearest to it."""
+    default = getattr(SamplingOptions(), name)
+    return min(values, key=lambda value: abs(value - default))
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All that the page and sweep.json are made of."""
+
+    options: Options
+    stages: tuple[Stage, ...]
+    winner: SamplingOptions
+    report: tuple[tuple[str, SampleSet, tuple[Figure, ...]], ...]
+    """Name, pictures and figures of the defaults and of the winner, on prompts that the search has not seen."""
+    differences: tuple[Difference, ...]
+    """Winner minus defaults."""
+    num_texts: tuple[int, int]
+    """Prompts of the search and of the report."""
+
+    def to_json(self) -> dict[str, Any]:
+        def trial(one: Trial) -> dict[str, Any]:
+            figures = [f.to_json() for f in one.figures.values()]
+            return {"sampling": to_mapping(one.sampling), "figures": figures}
+
+        return {
+            "winner": to_mapping(self.winner),
+            "flags": flags(self.winner),
+            "stages": [
+                {"knob": s.knob, "winner": s.winner.name, "trials": [trial(t) for t in s.trials]}
+                for s in self.stages
+            ],
+            "report": {name: [f.to_json() for f in figures] for name, _, figures in self.report},
+            "differences": [d.to_json() for d in self.differences],
+            "prompts": {"search": self.num_texts[0], "report": self.num_texts[1]},
+            "options": to_mapping(self.options),
+        }
+
+
+def split_texts(options: Options, arm: OwnArm) -> tuple[Plan, Plan]:
+    """Prompts of the search and others of the report. Raises ValueError when there are too few."""
+    wanted = options.search_prompts + options.report_prompts
+    if options.prompts:
+        texts = prompt_texts(options.prompts, wanted, options.seed)
+    else:
+        texts = caption_texts(options.reference, options.split, wanted, options.seed)
+    usable, _ = common_texts(texts, [arm])
+    if len(usable) <= options.search_prompts:
+        raise ValueError(
+            f"{len(usable)} prompts leave none for the report after {options.search_prompts} for the search: give "
+            "more, or lower --search-prompts"
+        )
+    step = len(usable) / options.search_prompts  # evenly, since neighbours in a list are often alike
+    chosen = {usable[int(i * step)] for i in range(options.search_prompts)}
+    rest = [text for text in usable if text not in chosen]
+    return (
+        Plan(tuple(t for t in usable if t in chosen), options.num_images),
+        Plan(tuple(rest), options.num_images),
+    )
+
+
+def run(options: Options) -> Sweep:
+    """Search, then report."""
+    if not options.reference:
+        raise ValueError("name real pictures to compare with: --reference FOLDER_OF_SHARDS")
+    judge = options.judge or str(newest_run(goods_judge.KIND) or "")
+    networks = Networks.load(judge, options.clip, options.inception, options.device)
+    checkpoint = options.checkpoint or str(default_checkpoint())
+    arm = open_arm(
+        ArmSpec("sweep", checkpoint), options.seed, SamplingOptions(), options.batch_size, options.device
+    )
+    if not isinstance(arm, OwnArm):
+        raise ValueError(f"{checkpoint} is no generator of ours: only those have these knobs")
+    ensure_writable_directory(options.out)
+    first, second = split_texts(options, arm)
+
+    def figures_of(part: str, plan: Plan, sampling: SamplingOptions) -> tuple[SampleSet, dict[str, Figure]]:
+        name = setting_name(sampling)
+        own = OwnArm(arm.pipeline, options.seed, sampling, options.batch_size)
+        samples = draw_into(options.out / part / name, name, own, plan)
+        reference = Reference.open(options.reference, samples, options.split, "")
+        figures, _ = measure_all(samples, reference, networks, options.measure, options.cache)
+        return samples, {figure.name: figure for figure in figures}
+
+    stages = search(options, lambda sampling: figures_of("search", first, sampling)[1])
+    winner = stages[-1].winner.sampling
+    contestants = dict.fromkeys((SamplingOptions(), winner))
+    report = []
+    for sampling in contestants:
+        samples, figures = figures_of("report", second, sampling)
+        report.append((setting_name(sampling), samples, tuple(figures.values())))
+    found = _differences(report) if len(report) > 1 else []
+    sizes = (len(first.texts), len(second.texts))
+    return Sweep(replace(options, judge=judge), tuple(stages), winner, tuple(report), tuple(found), sizes)
+
+
+def _differences(report: Sequence[tuple[str, SampleSet, tuple[Figure, ...]]]) -> list[Difference]:
+    (default, _, before), (winner, _, after) = report
+    pairs = [(a, next((b for b in after if b.name == a.name), None)) for a in before]
+    return [
+        Difference(a.name, default, winner, paired_difference(b, a), a.higher_is_better)
+        for a, b in pairs
+        if b is not None and set(a.by_prompt) == set(b.by_prompt)
+    ]
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> Sweep:
+    """Sweep; returns what sweep.json holds."""
+    from evaluation.sweep_page import show, write_sweep_page
+
+    options = parse_options(Options, argv, description=__doc__)
+    sweep = run(options)
+    show(sweep)
+    write_json(options.out / "sweep.json", sweep.to_json())
+    with atomic_path(options.out / "winner.yaml") as temporary:
+        text = f"# python generate.py TEXT 8 out/ --config {options.out / 'winner.yaml'}\n"
+        temporary.write_text(text + yaml.safe_dump({"sampling": to_mapping(sweep.winner)}), "utf-8")
+    path = write_sweep_page(options.out / "sweep.html", sweep)
+    say(f"wrote {path}, {options.out / 'sweep.json'} and {options.out / 'winner.yaml'}")
+    say(f"winning flags: {flags(sweep.winner)}")
+    return sweep
+
+
+if __name__ == "__main__":
+    main()
