@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -248,6 +249,30 @@ class TestDownload:
         assert fresh["kept"] == 6
         for name in ("train-00000.tar", "train-00001.tar", "dropped.jsonl", "dataset.json"):
             assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "fresh" / name).read_bytes()
+
+    def test_a_host_is_asked_no_more_than_per_host_at_a_time(self, tmp_path, server):
+        """Across the parts of the list too, while another host is served beside it."""
+        busy, most = Counter(), Counter()
+        real = server.RequestHandlerClass.answer
+
+        class Counting(server.RequestHandlerClass):
+            def answer(self, *args, **headers):
+                host = self.headers["Host"]
+                with self.server.lock:
+                    busy[host] += 1
+                    most[host] = max(most[host], busy[host])
+                time.sleep(0.03)
+                with self.server.lock:
+                    busy[host] -= 1
+                real(self, *args, **headers)
+
+        server.RequestHandlerClass = Counting
+        other = server.url.replace("127.0.0.1", "localhost")
+        urls = [f"{base}/good/{i}" for i in range(24) for base in (server.url, other)]
+        src = write_list(tmp_path / "list.csv", urls)
+        flags = ["--allow-private", "True", "--per-host", "3", "--samples-per-shard", "10"]
+        assert download_main([str(src), str(tmp_path / "out"), *flags])["kept"] == 48
+        assert len(most) == 2 and set(most.values()) == {3}
 
     def test_stops_when_nothing_comes(self, server, tmp_path, capsys):
         src = write_list(tmp_path / "list.csv", [f"{server.url}/missing?{i}" for i in range(200)])
