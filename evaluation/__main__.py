@@ -80,22 +80,31 @@ def cell(value: float) -> str:
 
 
 def show(figures: Sequence[Figure], settings: dict[str, Any]) -> None:
-    """The table: every figure with its network in brackets, and N, seeds, guidance and rerank width beside it."""
+    """The table: every figure with its network in brackets, what it is over, and how the pictures were drawn.
+
+    Seeds, guidance and rerank width are the same for all rows: they go into the title where columns are scarce.
+    """
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{settings['set']}: {settings['pictures']} pictures of {settings['prompts']} texts")
-    for name in ("figure", "value", "95 %", "real", "better", "N", "seeds", "guidance", "best of"):
-        table.add_column(name, justify="left" if name == "figure" else "right", overflow="fold")
-    how = [_words(settings[name]) for name in ("seeds", "guidance", "rerank_width")]
+    console = Console()
+    how = {name: _words(settings[name]) for name in ("seeds", "guidance", "rerank_width")}
+    title = f"{settings['set']}: {settings['pictures']} pictures of {settings['prompts']} texts"
+    beside = how if console.width >= 120 else {}
+    if not beside:
+        title += ", " + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in how.items())
+    table = Table(title=title)
+    table.add_column("figure", no_wrap=True)
+    for name in ("value", "95 %", "real", "better", "N", *(name.replace("_", " ") for name in beside)):
+        table.add_column(name, justify="right", overflow="fold")
     for figure in figures:
         value = figure.value
         better = {True: "higher", False: "lower", None: ""}[figure.higher_is_better]
         real = "" if figure.real is None else cell(figure.real)
         ends = f"{cell(value.low)} .. {cell(value.high)}"
         name = figure.name.replace("[", "\\[")
-        table.add_row(name, cell(value.value), ends, real, better, str(figure.count), *how)
-    Console().print(table)
+        table.add_row(name, cell(value.value), ends, real, better, str(figure.count), *beside.values())
+    console.print(table)
 
 
 def _words(value: Any) -> str:

@@ -73,8 +73,8 @@ def paired_difference(a: Figure, b: Figure) -> Interval:
 
 def name_on(name: str, network: FeatureNetwork) -> str:
     """FID, KID, IS on the published Inception; the statistic with the network's name on any other."""
-    if network.name == PUBLISHED:
-        return PLAIN.get(name, name)
+    if network.name == PUBLISHED and name in PLAIN:
+        return PLAIN[name]
     return f"{name}[{network.name}]"
 
 

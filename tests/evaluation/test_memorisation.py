@@ -21,7 +21,9 @@ def photo(seed: int) -> Image.Image:
 def test_nearest_by_cosine_equals_all_pairs():
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(20, 6)), rng.normal(size=(50, 6))
-    similarity = (a / np.linalg.norm(a, axis=1, keepdims=True)) @ (b / np.linalg.norm(b, axis=1, keepdims=True)).T
+    similarity = (a / np.linalg.norm(a, axis=1, keepdims=True)) @ (
+        b / np.linalg.norm(b, axis=1, keepdims=True)
+    ).T
     distances, rows = nearest_by_cosine(a, b)
     np.testing.assert_array_equal(rows, similarity.argmax(1))
     np.testing.assert_allclose(distances, 1 - similarity.max(1), atol=1e-6)
@@ -71,7 +73,11 @@ def test_a_copy_is_found_and_counts_as_one(change):
 
 def test_the_threshold_lets_its_share_of_real_pictures_pass():
     rng = np.random.default_rng(4)
-    training, validation, samples = rng.normal(size=(200, 3)), rng.normal(size=(500, 3)), rng.normal(size=(4000, 3))
+    training, validation, samples = (
+        rng.normal(size=(200, 3)),
+        rng.normal(size=(500, 3)),
+        rng.normal(size=(4000, 3)),
+    )
     found = nearest_training("x", nearest_by_cosine, (samples,), (validation,), training, 0.05)
     assert 0.02 < found.copies.mean() < 0.09
     with pytest.raises(ValueError, match="quantile"):
@@ -89,4 +95,4 @@ def test_every_training_picture_is_shown_once():
 def test_the_hash_keeps_bits_and_grid():
     rows = HASHES.features([draw(kind, "红色", 1) for kind in KINDS])
     assert rows.shape == (3, 112) and set(np.unique(rows[:, :64])) == {0.0, 1.0}
-    assert 0 <= rows[:, 64:].min() and rows[:, 64:].max() <= 1
+    assert rows[:, 64:].min() >= 0 and rows[:, 64:].max() <= 1

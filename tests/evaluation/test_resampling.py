@@ -1,4 +1,4 @@
-"""Intervals over prompts: they cover what they should, pair between arms, and equal the plain statistics at weight one."""
+"""Intervals over prompts: they cover what they should, pair between arms, equal the plain statistics."""
 
 import numpy as np
 import pytest
@@ -66,7 +66,11 @@ def test_the_interval_covers_the_mean():
 
 def test_unknown_values_are_left_out_and_counted():
     estimate = mean_estimate(np.array([1.0, np.nan, 3.0, np.nan]), Resampling(texts_of(4), 100))
-    assert estimate.interval.value == 2 and estimate.count == 2 and set(estimate.by_prompt) == {"text 0", "text 2"}
+    assert (
+        estimate.interval.value == 2
+        and estimate.count == 2
+        and set(estimate.by_prompt) == {"text 0", "text 2"}
+    )
     assert mean_estimate(np.full(3, np.nan), Resampling(texts_of(3), 100)) is None
 
 
@@ -128,7 +132,9 @@ def test_kernel_distance_equals_its_definition_and_pairs_no_picture_with_itself(
     resampling = Resampling(texts_of(700), 60)
     estimate = kernel_estimate(fake, real, resampling)
     assert estimate.interval.value == pytest.approx(st.polynomial_mmd(fake, real))
-    assert estimate.drawn.mean() == pytest.approx(estimate.interval.value, abs=3 * estimate.drawn.std() / 60**0.5)
+    assert estimate.drawn.mean() == pytest.approx(
+        estimate.interval.value, abs=3 * estimate.drawn.std() / 60**0.5
+    )
 
 
 def test_manifold_equals_the_plain_one():
