@@ -198,7 +198,12 @@ class ShardIndex:
 
     def _open(self, shard: int) -> int:
         if not self.remote:
-            return os.open(self.paths[shard], os.O_RDONLY)
+            try:
+                return os.open(self.paths[shard], os.O_RDONLY)
+            except FileNotFoundError as error:
+                raise FileNotFoundError(
+                    f"the shard {self.paths[shard]} has vanished: put it back and run the same command again"
+                ) from error
         while True:
             path = self.remote.fetch(shard) or self.paths[shard]
             try:

@@ -306,7 +306,8 @@ def train_batches(
         pin_memory=world.device.type == "cuda",
         prefetch_factor=4 if num_workers else None,
     )
-    losses, batches = _Losses(index, max_corrupt_share), iter(loader)  # workers fork before a thread starts
+    losses = _Losses(index, max_corrupt_share)
+    batches = _plainly(iter(loader))  # workers fork before a thread starts
     fetches = index.remote is not None and world.local_rank == 0
     with Prefetch(index, order, start_sample) if fetches else contextlib.nullcontext() as prefetch:
         for number, (batch, lost) in enumerate(batches, 1):
@@ -314,6 +315,16 @@ def train_batches(
             if prefetch:
                 prefetch.reach(start_sample + number * global_batch_size)
             yield batch
+
+
+def _plainly(batches: Iterator[tuple[Batch, list[Loss]]]) -> Iterator[tuple[Batch, list[Loss]]]:
+    """What a worker raises comes wrapped in its traceback: give its sentence alone."""
+    try:
+        yield from batches
+    except (ValueError, OSError) as error:
+        if not str(error).startswith("Caught "):
+            raise
+        raise ValueError(str(error).strip().splitlines()[-1].partition(": ")[2]) from error
 
 
 class _Losses:

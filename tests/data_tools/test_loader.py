@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import shutil
 
 import numpy as np
 import pytest
@@ -190,3 +191,14 @@ def test_what_is_no_table_of_codes_is_corrupt(array):
     np.save(buffer, array)
     with pytest.raises(CorruptSample, match=r"ids.npy is"):
         read_views(buffer.getvalue())
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_shard_that_vanishes_in_mid_run_is_named(shards, num_workers, tmp_path):
+    copied = shutil.copytree(shards, tmp_path / "copy")
+    index = ShardIndex.open(copied)
+    gone = index.paths[-1]
+    gone.unlink()
+    with pytest.raises((ValueError, FileNotFoundError)) as raised:
+        list(itertools.islice(train_batches(index, DecodeImage(16), 4, world(), num_workers=num_workers), 50))
+    assert str(raised.value) == f"the shard {gone} has vanished: put it back and run the same command again"
