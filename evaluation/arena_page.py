@@ -11,6 +11,7 @@ import numpy as np
 
 from data_tools import svg
 from evaluation import report
+from evaluation.choice import ALL_NAMED
 from evaluation.sets import LIKELIHOOD
 from evaluation.statistics import Interval
 
@@ -61,8 +62,9 @@ def _arms(match: "Match") -> str:
         sampling = settings.get("sampling") or {}
         told = ", ".join(f"{name} {value}" for name, value in sampling.items()) or "-"
         weights = str(settings.get("checkpoint", "-"))[:16]
-        rows.append((arm.spec.name, arm.spec.what, weights, told, len(arm.samples)))
-    return report.table(("arm", "from", "weights", "sampling", "pictures"), rows, (0, 1, 2, 3))
+        seed = settings.get("seed", "-")
+        rows.append((arm.spec.name, arm.spec.what, weights, told, seed, len(arm.samples)))
+    return report.table(("arm", "from", "weights", "sampling", "seed", "pictures"), rows, (0, 1, 2, 3))
 
 
 # --- figures -------------------------------------------------------------------------------------------------------
@@ -75,7 +77,7 @@ def _figures(match: "Match") -> str:
         found = [next((f for f in arm.figures if f.name == name), None) for arm in match.arms]
         first = next(f for f in found if f)
         best = _best([f.value.value if f else None for f in found], first.higher_is_better)
-        cells = [report.interval(f.value, i == best) if f else "-" for i, f in enumerate(found)]
+        cells = [report.interval(f.value, i in best) if f else "-" for i, f in enumerate(found)]
         better = report.better(first.higher_is_better)
         rows.append((name, *cells, report.real(first.real), better, first.count, first.network, first.note))
     arms = [arm.spec.name for arm in match.arms]
@@ -88,11 +90,13 @@ def _figures(match: "Match") -> str:
     return report.note(text) + report.table(header, rows, (0, last - 1, last))
 
 
-def _best(values: Sequence[float | None], higher: bool | None) -> int | None:
-    known = [(value, i) for i, value in enumerate(values) if value is not None]
+def _best(values: Sequence[float | None], higher: bool | None) -> set[int]:
+    """Places of the best value; none where all are equal, or no direction is better."""
+    known = {value for value in values if value is not None}
     if higher is None or len(known) < 2:
-        return None
-    return (max if higher else min)(known, key=lambda pair: pair[0])[1]
+        return set()
+    best = max(known) if higher else min(known)
+    return {i for i, value in enumerate(values) if value == best}
 
 
 def _differences(match: "Match") -> str:
@@ -179,7 +183,7 @@ def _marks(arm: "ArmResult") -> dict[Path, str]:
     """What the judge misses in a picture."""
     marks: dict[Path, list[str]] = {}
     for name, values in arm.values.items():
-        if name.endswith(" right") and " and " not in name:
+        if name != ALL_NAMED:
             for sample, value in zip(arm.samples.samples, values, strict=True):
                 if value == 0:
                     marks.setdefault(sample.path, []).append(f"not the {name.removesuffix(' right')}")

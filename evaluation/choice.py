@@ -19,6 +19,8 @@ from evaluation.sets import LIKELIHOOD, SampleSet
 from evaluation.statistics import Interval
 from rankers.base import identities
 
+ALL_NAMED = "all that is named right"
+
 
 @dataclass(frozen=True)
 class Point:
@@ -80,7 +82,10 @@ def check_independent(ranker: Any, networks: Networks) -> None:
 
 
 def judged(networks: Networks, lexicon: Lexicon, part: Part) -> dict[str, NDArray]:
-    """(N,) values by name: kind, colour, and both right by the judge; NaN where the text names none."""
+    """(N,) values by name: whether kind, colour, and all of these that a text names are right by the judge.
+
+    NaN where the text names none of them.
+    """
     if networks.judge is None:
         return {}
     features = part.features(networks.judge)
@@ -89,7 +94,9 @@ def judged(networks: Networks, lexicon: Lexicon, part: Part) -> dict[str, NDArra
     found = {"kind right": kinds, "colour right": colors}
     values = {name: hits.hits for name, hits in found.items() if hits is not None}
     if len(values) == 2:
-        values["kind and colour right"] = values["kind right"] * values["colour right"]
+        both = np.stack(list(values.values()))
+        named = np.isfinite(both)
+        values[ALL_NAMED] = np.where(named.any(0), np.where(named, both, 1.0).min(0), np.nan)
     return values
 
 

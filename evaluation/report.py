@@ -25,11 +25,12 @@ if TYPE_CHECKING:
 
 THUMBNAIL = 128  # pixels, longest side
 OWN_STYLE = """
-figure{width:auto;max-width:130px}figure img{max-width:128px}
+figure{width:130px}figure img{max-width:128px}
 .prompt{margin:.9rem 0 .2rem;font-size:1.05rem;overflow-wrap:anywhere}
 .prompt small{overflow-wrap:anywhere}
 .arms{display:flex;flex-wrap:wrap;gap:.4rem 1.6rem}.arms h4{margin:0 0 .2rem;font-size:12px;font-weight:500;color:#777}
-td,th{vertical-align:top}td.text,th.text{text-align:left;max-width:30rem;overflow-wrap:anywhere}
+table{margin:.4rem 0 .8rem}td,th{vertical-align:top}td small{white-space:nowrap}
+td.text,th.text{text-align:left;max-width:30rem;overflow-wrap:anywhere}
 .best{font-weight:600}.sure{color:#22763a;font-weight:600}.worse{color:#b3261e;font-weight:600}.unsure{color:#777}
 .wide{overflow-x:auto}
 img.best{outline:3px solid #54a24b}

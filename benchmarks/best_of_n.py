@@ -1,0 +1,216 @@
+"""What the ranker is worth: best of 8 by the ranker against random of 8, on kind and colour by an independent judge.
+
+    python -m benchmarks.best_of_n                                # the newest generator, ranker and judge of runs/
+    python -m benchmarks.best_of_n --checkpoint runs/goods_128_dalle --ranker runs/goods_128_ranker \\
+        --judge runs/goods_128_judge --data ../shared/data/goods --num-prompts 300
+
+Prompts are distinct captions of the held-out split that name a kind which the judge knows, those that name a colour
+first. The judge was trained apart from the ranker, and its weights are refused if they are the ranker's. "Random" is
+the mean of all 8 pictures, what a random choice gets. The bar: the 95 % interval of the difference, over prompts, lies
+above zero. Killed, the same command goes on. Writes results.json and report.html.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from common.checkpoint import newest_run
+from common.config import command, parse_options, to_mapping
+from common.files import ensure_writable_directory, write_json
+from common.log import say
+from dalle.pipeline import default_checkpoint
+from dalle.sampling import SamplingOptions
+from data_tools.index import ShardIndex
+from data_tools.loader import IMAGE_SUFFIXES
+from evaluation import goods_judge, report
+from evaluation.arms import ArmSpec, open_arm
+from evaluation.attributes import Lexicon
+from evaluation.choice import Curve, check_independent, chosen_set, curve, judged, score_pictures
+from evaluation.drawing import Plan, common_texts, draw_into, some_of
+from evaluation.features import CACHE
+from evaluation.metrics import networks_note
+from evaluation.parts import Networks, generated_part
+from evaluation.reference import Facts, ReferencePictures
+from evaluation.sets import SampleSet
+from rankers import default_ranker, load_ranker
+from rankers.pairs import AttributeConfig
+
+FEWEST = 200  # prompts that a result needs
+
+
+@dataclass(frozen=True)
+class Options:
+    """Measure what reranking is worth."""
+
+    checkpoint: str = ""
+    """Generator; empty: the one that was trained last."""
+    ranker: str = ""
+    """Ranker that chooses, see rankers; empty: the newest one trained here, else the one that ships."""
+    judge: str = ""
+    """Judge (python -m evaluation.train_judge); empty: the newest of runs/."""
+    data: str = "../shared/data/goods"
+    """Folder of image shards whose held-out captions are the prompts."""
+    split: str = "val"
+    """Held-out split."""
+    num_prompts: int = 300
+    """Prompts at most; 0: all distinct captions."""
+    num_images: int = 8
+    """Pictures of each prompt, of which the ranker takes the best."""
+    seed: int = 0
+    """Seed of the pictures and of which prompts."""
+    sampling: Annotated[SamplingOptions, tyro.conf.arg(name="")] = field(default_factory=SamplingOptions)
+    """How tokens are drawn."""
+    batch_size: int = 16
+    """Pictures drawn side by side; does not change them."""
+    draws: int = 4000
+    """Drawings of the prompts for the intervals."""
+    out: Path = Path("out/best_of_n")
+    """Directory for pictures, results.json and report.html."""
+    cache: Path = CACHE
+    """Folder where features of pictures are kept."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+    def __post_init__(self) -> None:
+        if self.num_images < 2:
+            raise ValueError(f"num_images must be at least 2, not {self.num_images}")
+        if self.num_prompts < 0 or self.batch_size < 1 or self.draws < 20:
+            raise ValueError("num_prompts must be 0 or more, batch_size at least 1, draws at least 20")
+
+
+def choose_prompts(facts: Sequence[Facts], judge: Any, lexicon: Lexicon, count: int, seed: int) -> list[str]:
+    """Distinct captions whose kind the judge knows: those that name a colour it knows first, then others.
+
+    Raises ValueError where there are none.
+    """
+    captions = dict.fromkeys(fact.caption for fact in facts if fact.caption)
+    known = [text for text in captions if judge.words.kinds_meant(text)[2]]
+    if not known:
+        raise ValueError("no caption names a kind that the judge knows: it was trained on other goods")
+    colored = [t for t in known if lexicon.parse(t).words.get("color", "") in judge.words.colors]
+    others = [t for t in known if t not in set(colored)]
+    if not count:
+        return colored + others
+    first = some_of(colored, count, seed)
+    room = count - len(first)
+    return first + (some_of(others, room, seed) if room else [])
+
+
+def prepare(options: Options) -> tuple[Networks, Any, Options]:
+    """Judge and ranker, apart from each other, and the options with what was found."""
+    judge = options.judge or str(newest_run(goods_judge.KIND) or "")
+    if not judge:
+        raise FileNotFoundError(
+            "no judge was trained under runs/: python -m evaluation.train_judge, or name one with --judge"
+        )
+    found = goods_judge.GoodsJudge.from_pretrained(judge, options.device)
+    networks = Networks((found,), found)
+    name = options.ranker or str(default_ranker())
+    ranker = load_ranker(name, options.device)
+    check_independent(ranker, networks)
+    checkpoint = options.checkpoint or str(default_checkpoint())
+    return networks, ranker, replace(options, judge=judge, ranker=name, checkpoint=checkpoint)
+
+
+def measure(
+    options: Options, samples: SampleSet, networks: Networks, ranker: Any, lexicon: Lexicon
+) -> tuple[SampleSet, list[Curve]]:
+    """The scored pictures, and the curve of each measure at widths 1, 2, 4 ... num_images."""
+    part = generated_part(samples, options.draws, options.seed, options.cache)
+    scored = score_pictures(samples, ranker, part)
+    widths = [w for w in (1, 2, 4, 8, 16, 32, 64) if w < options.num_images] + [options.num_images]
+    values = judged(networks, lexicon, part)
+    how = (ranker.name, widths, options.draws, options.seed)
+    curves = [curve(scored, name, found, *how) for name, found in values.items()]
+    return scored, [c for c in curves if c is not None]
+
+
+def show(curves: Sequence[Curve], options: Options) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    names = ("by the judge", "prompts", "random", f"best of {options.num_images}", "difference, 95 %")
+    table = Table(*names, title=f"random against best of {options.num_images} by {options.ranker}")
+    for found in curves:
+        first, last = found.points[0], found.points[-1]
+        gain = f"{last.gain.value:+.1%} [{last.gain.low:+.1%}, {last.gain.high:+.1%}]"
+        shares = [f"{p.value.value:.1%} [{p.value.low:.1%}, {p.value.high:.1%}]" for p in (first, last)]
+        table.add_row(found.name, str(last.prompts), *shares, gain)
+    Console().print(table)
+
+
+def verdicts(curves: Sequence[Curve]) -> list[str]:
+    """A sentence a measure: is the bar met."""
+    lines = []
+    for found in curves:
+        last = found.points[-1]
+        met = "met" if last.gain.low > 0 else "MISSED"
+        few = f", on fewer than {FEWEST} prompts" if last.prompts < FEWEST else ""
+        lines.append(f"{found.name}: the bar (the interval lies above zero) is {met}{few}")
+    return lines
+
+
+def write_page(options: Options, scored: SampleSet, ranker: Any, curves: Sequence[Curve]) -> Path:
+    from data_tools import svg
+
+    series = [
+        (c.name, [(p.width, p.value.value, p.value.low, p.value.high) for p in c.points]) for c in curves
+    ]
+    rows = [
+        (c.name, p.width, p.prompts, report.interval(p.value), report.difference(p.gain, True))
+        for c in curves
+        for p in c.points
+    ]
+    best = replace(chosen_set(scored, ranker, options.num_images), name=f"best of {options.num_images}")
+    first = replace(scored.first(1), name="the first one")
+    sections = [
+        report.section("What was measured", report.facts(to_mapping(options))),
+        report.section(
+            "Choosing by the ranker, judged by the judge",
+            svg.curves(series, "best of", "share right", log_x=True),
+            report.table(("measure", "best of", "prompts", "share", "gain over random"), rows),
+        ),
+        report.section("Pictures", report.prompt_grids([first, best], report.spread(scored.texts, 60), 1)),
+    ]
+    return report.write_page(options.out / "report.html", "Best of n by the ranker", sections)
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> list[Curve]:
+    """Prints the table; returns the curves."""
+    options = parse_options(Options, argv, description=__doc__)
+    index = ShardIndex.open(options.data, options.split).require(*IMAGE_SUFFIXES)
+    networks, ranker, options = prepare(options)
+    ensure_writable_directory(options.out)
+    pictures = ReferencePictures(index, 64, AttributeConfig())
+    facts = [pictures.facts(i) for i in range(len(pictures))]
+    lexicon = Lexicon.of_reference(facts)
+    texts = choose_prompts(facts, networks.judge, lexicon, options.num_prompts, options.seed)
+    spec = ArmSpec("generator", options.checkpoint)
+    arm = open_arm(spec, options.seed, options.sampling, options.batch_size, options.device)
+    usable, unusable = common_texts(texts, [arm])
+    if not usable:
+        raise ValueError(f"no prompt can be drawn: {unusable[0]}")
+    plan = Plan(tuple(usable), options.num_images)
+    samples = draw_into(options.out / "pictures", "generator", arm, plan)
+    scored, curves = measure(options, samples, networks, ranker, lexicon)
+    show(curves, options)
+    for line in (*networks_note(networks), *verdicts(curves)):
+        say(line)
+    results = {
+        "options": to_mapping(options),
+        "generator": samples.settings,
+        "judge": networks.identities,
+        "curves": {c.name: [p.to_json() for p in c.points] for c in curves},
+        "prompts": len(usable),
+    }
+    write_json(options.out / "results.json", results)
+    say(f"wrote {write_page(options, scored, ranker, curves)} and {options.out / 'results.json'}")
+    return curves
+
+
+if __name__ == "__main__":
+    main()
