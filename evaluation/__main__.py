@@ -10,6 +10,7 @@ the weights of Inception (--inception FILE, or torch's hub cache); on other netw
 network's name. A ranker that ordered the pictures is refused as their judge.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,9 +75,9 @@ class Options:
             raise ValueError(f"best_of must be 0 (all pictures) or more, not {self.best_of}")
 
 
-def cell(value: float) -> str:
-    """Four digits; - for what is unknown."""
-    return "-" if value != value else f"{value:.4g}"
+def cell(value: float, digits: int) -> str:
+    """- for what is unknown."""
+    return "-" if math.isnan(value) else f"{value:.{digits}g}"
 
 
 def show(figures: Sequence[Figure], settings: dict[str, Any]) -> None:
@@ -95,15 +96,17 @@ def show(figures: Sequence[Figure], settings: dict[str, Any]) -> None:
         title += ", " + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in how.items())
     table = Table(title=title)
     table.add_column("figure", no_wrap=True)
-    for name in ("value", "95 %", "real", "better", "N", *(name.replace("_", " ") for name in beside)):
+    columns = ["value", "95 %", "real", "N"]
+    for name in (*columns, *(["better", *(name.replace("_", " ") for name in beside)] if beside else ())):
         table.add_column(name, justify="right", overflow="fold")
+    digits = 4 if beside else 3
     for figure in figures:
-        value = figure.value
+        value, real = figure.value, figure.real
+        row = [cell(value.value, digits), f"{cell(value.low, digits)} .. {cell(value.high, digits)}"]
+        row += ["" if real is None else cell(real, digits), str(figure.count)]
         better = {True: "higher", False: "lower", None: ""}[figure.higher_is_better]
-        real = "" if figure.real is None else cell(figure.real)
-        ends = f"{cell(value.low)} .. {cell(value.high)}"
-        name = figure.name.replace("[", "\\[")
-        table.add_row(name, cell(value.value), ends, real, better, str(figure.count), *beside.values())
+        row += [better, *beside.values()] if beside else []
+        table.add_row(figure.name.replace("[", "\\["), *row)
     console.print(table)
 
 
