@@ -4,10 +4,11 @@
     python -m benchmarks.best_of_n --checkpoint runs/goods_128_dalle --ranker runs/goods_128_ranker \\
         --judge runs/goods_128_judge --data ../shared/data/goods --num-prompts 300
 
-Prompts are distinct captions of the held-out split that name a kind which the judge knows, those that name a colour
-first. The judge was trained apart from the ranker, and its weights are refused if they are the ranker's. "Random" is
-the mean of all 8 pictures, what a random choice gets. The bar: the 95 % interval of the difference, over prompts, lies
-above zero. Killed, the same command goes on. Writes results.json and report.html.
+Prompts are distinct captions of the held-out split that name a kind which the judge knows: those that name a colour
+first, then the same with another colour, so that there are enough to judge colours by, then the others. The judge was
+trained apart from the ranker, and its weights are refused if they are the ranker's. "Random" is the mean of all 8
+pictures, what a random choice gets. The bar: the 95 % interval of the difference, over prompts, lies above zero.
+Killed, the same command goes on. Writes results.json and report.html.
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import tyro
 
 from common.checkpoint import newest_run
@@ -57,6 +59,8 @@ class Options:
     """Held-out split."""
     num_prompts: int = 300
     """Prompts at most; 0: all distinct captions."""
+    recolored: int = 1
+    """Prompts more of every caption that names a colour, with another colour in its place."""
     num_images: int = 8
     """Pictures of each prompt, of which the ranker takes the best."""
     seed: int = 0
@@ -77,26 +81,48 @@ class Options:
     def __post_init__(self) -> None:
         if self.num_images < 2:
             raise ValueError(f"num_images must be at least 2, not {self.num_images}")
-        if self.num_prompts < 0 or self.batch_size < 1 or self.draws < 20:
-            raise ValueError("num_prompts must be 0 or more, batch_size at least 1, draws at least 20")
+        if min(self.num_prompts, self.recolored) < 0 or self.batch_size < 1 or self.draws < 20:
+            raise ValueError(
+                "num_prompts and recolored must be 0 or more, batch_size at least 1, draws at least 20"
+            )
 
 
-def choose_prompts(facts: Sequence[Facts], judge: Any, lexicon: Lexicon, count: int, seed: int) -> list[str]:
-    """Distinct captions whose kind the judge knows: those that name a colour it knows first, then others.
-
-    Raises ValueError where there are none.
-    """
+def choose_prompts(
+    facts: Sequence[Facts], judge: Any, lexicon: Lexicon, count: int, seed: int, recolored: int = 0
+) -> list[str]:
+    """Distinct captions whose kind the judge knows: those that name a colour it knows, `recolored` times each with
+    another colour, then captions without; at most `count`, 0 takes all. Raises ValueError where there are none."""
     captions = dict.fromkeys(fact.caption for fact in facts if fact.caption)
     known = [text for text in captions if judge.words.kinds_meant(text)[2]]
     if not known:
         raise ValueError("no caption names a kind that the judge knows: it was trained on other goods")
     colored = [t for t in known if lexicon.parse(t).words.get("color", "") in judge.words.colors]
     others = [t for t in known if t not in set(colored)]
-    if not count:
-        return colored + others
-    first = some_of(colored, count, seed)
-    room = count - len(first)
-    return first + (some_of(others, room, seed) if room else [])
+    groups = [colored, *_recolored(colored, set(captions), judge, lexicon, recolored, seed), others]
+    chosen: list[str] = []
+    for group in groups:
+        room = count - len(chosen)
+        chosen += some_of(group, room, seed) if count and room > 0 else [] if count else group
+    return chosen
+
+
+def _recolored(
+    colored: Sequence[str], taken: set[str], judge: Any, lexicon: Lexicon, rounds: int, seed: int
+) -> list[list[str]]:
+    """Rounds of captions with another colour that the judge knows, none of them a caption."""
+    rng = np.random.default_rng(seed)
+    groups = []
+    for _ in range(rounds):
+        group = []
+        for text in colored:
+            own = lexicon.parse(text).words["color"]
+            found = [text.replace(own, color, 1) for color in judge.words.colors if color != own]
+            found = [other for other in found if other not in taken]
+            if found:
+                group.append(found[int(rng.integers(len(found)))])
+                taken = taken | {group[-1]}
+        groups.append(group)
+    return groups
 
 
 def prepare(options: Options) -> tuple[Networks, Any, Options]:
@@ -188,7 +214,8 @@ def main(argv: Sequence[str] | None = None) -> list[Curve]:
     pictures = ReferencePictures(index, 64, AttributeConfig())
     facts = [pictures.facts(i) for i in range(len(pictures))]
     lexicon = Lexicon.of_reference(facts)
-    texts = choose_prompts(facts, networks.judge, lexicon, options.num_prompts, options.seed)
+    how = (options.num_prompts, options.seed, options.recolored)
+    texts = choose_prompts(facts, networks.judge, lexicon, *how)
     spec = ArmSpec("generator", options.checkpoint)
     arm = open_arm(spec, options.seed, options.sampling, options.batch_size, options.device)
     usable, unusable = common_texts(texts, [arm])

@@ -44,6 +44,11 @@ def test_prompts_with_colours_come_first(judge_dir):
     assert choose_prompts(facts, judge, lexicon, 0, 0) == ["一个红色的帽子", "蓝色的鞋子", "帽子", "鞋子"]
     assert choose_prompts(facts, judge, lexicon, 2, 0) == ["一个红色的帽子", "蓝色的鞋子"]
     assert len(choose_prompts(facts, judge, lexicon, 3, 0)) == 3
+    more = choose_prompts(facts, judge, lexicon, 0, 0, recolored=2)
+    assert more[:2] == ["一个红色的帽子", "蓝色的鞋子"] and more[-2:] == ["帽子", "鞋子"]
+    assert len(set(more)) == 8 and {t[-2:] for t in more[2:4]} == {"帽子", "鞋子"}
+    assert not any("红色的帽子" in t or "蓝色的鞋子" in t for t in more[2:6])
+    assert choose_prompts(facts, judge, lexicon, 3, 0, recolored=2)[2] in more[2:4]
     with pytest.raises(ValueError, match="no caption names a kind that the judge knows"):
         choose_prompts(facts[2:3], judge, lexicon, 0, 0)
 
