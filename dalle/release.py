@@ -12,7 +12,7 @@ import json
 import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,7 +41,7 @@ class Card:
     recipe: str = ""
     """How it was trained, for somebody who wants to do it again."""
     grid: Path | None = None
-    """Sample grid to show."""
+    """Sample grid to show; None: the last one of the run."""
     texts: str = ""
     """What the grid shows."""
 
@@ -67,6 +67,7 @@ def release(source: str | Path, target: Path, card: Card, precision: Precision =
         raise ValueError(f"{target} exists already: name a new directory")
     if card.grid and not card.grid.is_file():
         raise FileNotFoundError(f"no sample grid {card.grid}")
+    card = card if card.grid else with_samples(card, directory)
     with atomic_directory(target) as temporary:
         shutil.copytree(
             directory, temporary, ignore=shutil.ignore_patterns(*LEFT_OUT, CARD), dirs_exist_ok=True
@@ -106,6 +107,19 @@ def figures_of(directory: Path) -> dict[str, float]:
     rows = [row for row in rows if row.get("kind") == "val" and row.get("step", math.inf) <= step]
     numbers = rows[-1] if rows else {}
     return {n: v for n, v in numbers.items() if isinstance(v, (int, float)) and n != "step"}
+
+
+def with_samples(card: Card, directory: Path) -> Card:
+    """The run's last sample grid at or before the checkpoint's step; as it is when the run is not beside it."""
+    step = read_json(directory / "config.json").get("step", 0)
+    grids = sorted((directory.parent / "samples").glob("samples_*.png"))
+    grids = [path for path in grids if int(path.stem.removeprefix("samples_")) <= step]
+    if not grids:
+        return card
+    options = directory / "train_config.json"
+    texts = read_json(options).get("sample_texts", []) if options.is_file() else []
+    rows = f"A row a text: {', '.join(texts)}" if texts else ""
+    return replace(card, grid=grids[-1], texts=card.texts or rows)
 
 
 def write_card(directory: Path, card: Card, figures: dict[str, float]) -> str:

@@ -53,6 +53,16 @@ def test_a_release_draws_and_holds_no_training_state(run_dir, tmp_path, capsys):
     assert len(pictures) == 2
 
 
+def test_the_runs_last_sample_grid_is_shown(run_dir, tmp_path):
+    (run_dir / "samples").mkdir()
+    for step, color in ((3, "red"), (7, "green"), (9, "blue")):
+        Image.new("RGB", (8, 8), color).save(run_dir / "samples" / f"samples_{step:08d}.png")
+    (run_dir / "latest" / "train_config.json").write_text('{"sample_texts": ["a shoe", "a cup"]}')
+    target = release(run_dir, tmp_path / "released", Card())
+    assert Image.open(target / "samples.png").getpixel((0, 0)) == (0, 128, 0), "that of the checkpoint's step"
+    assert "A row a text: a shoe, a cup" in (target / "README.md").read_text("utf-8")
+
+
 @pytest.mark.parametrize("precision", ["float16", "bfloat16", "float32"])
 def test_weights_are_rounded_and_hashes_follow(generator_dir, tmp_path, precision):
     target = release(generator_dir, tmp_path / "released", Card(), precision)
