@@ -226,6 +226,7 @@ class GeneratorTask:
             "config": to_mapping(self.config),
             "weights": self.engine.weights(),
             "engine": self.engine.state(),
+            "num_samples": len(self.data.train),
         }
         return state | ({"ema": self.ema.state()} if self.ema else {})
 
@@ -247,6 +248,11 @@ class GeneratorTask:
             )
         if self.ema and "ema" not in state:
             raise ValueError(f"{run_dir} was trained without a moving average: set --ema-decay 0 to go on")
+        if state.get("num_samples", len(self.data.train)) != len(self.data.train) and self.world.is_main:
+            say(
+                f"note: the data held {state['num_samples']} samples before and hold {len(self.data.train)} now: the "
+                "run goes on in a new order"
+            )
         self.engine.load_state(state["weights"], state["engine"])
         if self.ema:
             self.ema.load_state(state["ema"])

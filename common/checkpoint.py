@@ -78,6 +78,8 @@ def point_latest(run_dir: Path, name: str) -> None:
     link, temporary = run_dir / "latest", run_dir / f".latest.{os.getpid()}"
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(name)
+    if link.is_dir() and not link.is_symlink():  # the run was copied by a program that follows links
+        shutil.rmtree(link)
     os.replace(temporary, link)
 
 

@@ -1,6 +1,7 @@
 """Checkpoint directories: strict, whole, and nothing in them is unpickled."""
 
 import pickle
+import shutil
 import subprocess
 import sys
 import time
@@ -110,6 +111,14 @@ def test_latest_moves_last_and_old_ones_go(tmp_path):
     assert len(kept(tmp_path)) == 3
     checkpoint.prune(tmp_path, keep_last=1, keep=(checkpoint.step_directory(tmp_path, 2),))
     assert kept(tmp_path) == ["step_00000002", "step_00000300"]
+
+
+def test_a_copied_run_whose_link_became_a_directory_goes_on(tmp_path):
+    save_steps(tmp_path / "run", 1)
+    copied = shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    assert not (copied / "latest").is_symlink()
+    save_steps(copied, 2)
+    assert (copied / "latest").resolve().name == "step_00000002"
 
 
 def test_a_directory_half_deleted_or_half_written_is_no_checkpoint(tmp_path):

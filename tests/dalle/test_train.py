@@ -210,6 +210,14 @@ def test_short_captions_mix(made):
     assert set(next(batches)["text"]) == {"短"}
 
 
+def test_a_run_says_that_its_data_changed(made, whole, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.copytree(made / "tokens", tmp_path / "tokens")
+    (tmp_path / "tokens" / "train-00002.tar").unlink()
+    train_dalle.main([*flags(made, tmp_path / "run", steps=9), "--data", str(tmp_path / "tokens")])
+    assert "held 48 samples before and hold 32 now" in capsys.readouterr().out
+
+
 def test_no_text_loss(made, tmp_path):
     train_dalle.main(flags(made, tmp_path / "run", "--loss.text-weight", "0", steps=2))
     assert "text_loss" not in metrics(tmp_path / "run", "val")[-1]

@@ -1,10 +1,12 @@
 """The same training under other launchers gives the loss trace of one process, and goes on under any of them."""
 
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -81,13 +83,38 @@ def assert_same_trace(run_dir: Path, expected: list[list[float]]) -> None:
         assert mine == pytest.approx(theirs, rel=2e-4)
 
 
+def keys(run_dir: Path, name: str, steps: range) -> list[str]:
+    rows = (run_dir / "keys" / f"{name}.jsonl").read_text("utf-8").splitlines()
+    return [key for row in map(json.loads, rows) if row["step"] in steps for key in row["keys"]]
+
+
 def test_two_processes_go_on_as_one(made, alone, tmp_path):
-    """torchrun with two processes up to step 3, then one process to the end."""
-    launch(TORCHRUN, flags(made, tmp_path / "run"))
+    """torchrun with two processes up to step 3, in the middle of the epoch of 6 steps, then one process to its end;
+    and there are fewer shards than processes."""
+    tokens = tmp_path / "tokens"
+    tokens.mkdir()
+    (tokens / "train-00000.tar").write_bytes(one_tar(sorted((made / "tokens").glob("train-*.tar"))))
+    for name in ("val-00000.tar", "tokenizer.json"):
+        shutil.copyfile(made / "tokens" / name, tokens / name)
+    arguments = [*flags(made, tmp_path / "run", "--loop.log-keys", "True"), "--data", str(tokens)]
+    launch(TORCHRUN, arguments)
     assert_same_trace(tmp_path / "run", alone)
     shutil.rmtree(tmp_path / "run" / "step_00000006")
-    train_dalle.main(flags(made, tmp_path / "run"))
+    train_dalle.main(arguments)
     assert_same_trace(tmp_path / "run", alone)
+    before = [key for rank in ("0_of_2", "1_of_2") for key in keys(tmp_path / "run", rank, range(3))]
+    assert sorted(before + keys(tmp_path / "run", "0_of_1", range(3, 6))) == [f"{i:06d}" for i in range(48)]
+
+
+def one_tar(paths: list[Path]) -> bytes:
+    """All their members in one."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as whole:
+        for path in paths:
+            with tarfile.open(path) as part:
+                for member in part:
+                    whole.addfile(member, part.extractfile(member))
+    return buffer.getvalue()
 
 
 @pytest.mark.slow
