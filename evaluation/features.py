@@ -95,6 +95,22 @@ class SamplePictures:
         return self.samples[i].image
 
 
+class SomePictures:
+    """Those at the given places of a sequence."""
+
+    def __init__(self, pictures: Pictures, places: Sequence[int]) -> None:
+        self.pictures, self.places = pictures, [int(place) for place in places]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def key(self, i: int) -> bytes:
+        return self.pictures.key(self.places[i])
+
+    def open(self, i: int) -> Image.Image:
+        return self.pictures.open(self.places[i])
+
+
 class MirroredPictures:
     """The same pictures, left and right exchanged."""
 

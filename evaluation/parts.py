@@ -20,6 +20,7 @@ from evaluation.features import (
     Pictures,
     RankerTower,
     SamplePictures,
+    SomePictures,
     embed,
     find_inception,
 )
@@ -230,13 +231,14 @@ class Bench:
         if self._colors is None and self.train is not None:
             pictures = self.reference.train
             places = range(len(pictures)) if self.train.rows is None else self.train.rows
-            named = [(row, pictures.facts(int(place)).color) for row, place in enumerate(places)]
-            named = [(row, color) for row, color in named if color]
-            step = max(1, -(-len(named) // MOST_COLORED))
-            named = named[::step]
-            if PixelColors.enough([color for _, color in named]):
-                part = self.train.choice(np.array([row for row, _ in named]), 1)
-                self._colors = PixelColors(part.features(ColorHistogram()), [color for _, color in named])
+            found = [(int(place), pictures.facts(int(place)).color) for place in places]
+            found = [(place, color) for place, color in found if color]
+            found = found[:: max(1, -(-len(found) // MOST_COLORED))]
+            colors = [color for _, color in found]
+            if PixelColors.enough(colors):
+                chosen = SomePictures(pictures, [place for place, _ in found])
+                part = Part(colors, chosen, Resampling(colors, 1), self.train.cache)
+                self._colors = PixelColors(part.features(ColorHistogram()), colors)
         return self._colors
 
     def train_like_generated(self) -> Part | None:
