@@ -44,7 +44,9 @@ def test_two_processes_follow_one(tmp_path, shards, small_flags, launcher, quant
     train_vqgan.main([*flags, "--loop.run-dir", str(tmp_path / "one")])
     command = [sys.executable, "-m", *LAUNCHERS[launcher]]
     command += [str(ROOT / "train_vqgan.py"), *flags, "--loop.run-dir", str(tmp_path / "two")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    paths = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PATH": paths}
+    environment |= {"DS_ACCELERATOR": "cpu"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
 
