@@ -131,7 +131,9 @@ def curve(
     widths = sorted({1, *(w for w in widths if w <= fewest)})
     rows = np.stack([values_by_prompt(samples, values, scorer, width) for width in widths])
     resampling = Resampling(samples.texts, draws, seed)
-    estimates = [mean_estimate(row, resampling) for row in rows]
+    found = np.asarray(values, np.float64)
+    is_share = bool(np.isin(found[np.isfinite(found)], (0.0, 1.0)).all())
+    estimates = [mean_estimate(row, resampling, is_share) for row in rows]
     if estimates[0] is None:
         return None
     single = estimates[0]

@@ -44,6 +44,8 @@ def test_widths_and_prompts_that_do_not_count(samples):
     assert [p.width for p in found.points] == [1, 2] and found.points[0].prompts == 2
     assert found.points[1].value.value == 0.5
     assert curve(samples, "v", [np.nan] * 15, LIKELIHOOD, (2,)) is None
+    never = curve(samples, "v", [0.0] * 15, LIKELIHOOD, (2,)).points[1].value
+    assert (never.value, never.low) == (0, 0) and never.high > 0.5, "three prompts prove little"
     with pytest.raises(ValueError, match="has no score 'other': nothing to choose by"):
         curve(samples, "v", values, "other", (1, 2))
 
