@@ -65,6 +65,17 @@ def test_inception_score_of_known_distributions():
     assert st.inception_score(np.full((50, 4), 0.25)).value == pytest.approx(1)
 
 
+def test_inception_score_equals_torchmetrics():
+    from torchmetrics.image.inception import InceptionScore
+
+    torch.manual_seed(0)
+    images = torch.rand(40, 3, 2, 2) * 4
+    metric = InceptionScore(feature=Flat(), splits=1)  # the module gets the values as they are
+    metric.update(images)
+    probabilities = images.flatten(1).softmax(1).numpy()
+    assert st.inception_score(probabilities, 1).value == pytest.approx(float(metric.compute()[0]), rel=1e-4)
+
+
 def test_manifold_of_equal_and_of_distant_sets():
     points = np.random.default_rng(0).normal(size=(80, 4))
     same = st.manifold(points, points.copy())

@@ -4,7 +4,7 @@ from PIL import Image
 from ranker_samples import draw
 
 from rankers import default_ranker, load_ranker
-from rankers.base import FeatureCache, TwoTowerRanker, as_rgb, content_hash
+from rankers.base import FeatureCache, TwoTowerRanker, as_rgb, content_hash, identities
 from rankers.ensemble import EnsembleRanker, ranks
 
 
@@ -128,3 +128,21 @@ def test_the_default_is_the_newest_run(tmp_path, monkeypatch, ranker_dir):
     (tmp_path / "runs/mine/latest").symlink_to("step_00000007")
     assert default_ranker().name == "step_00000007"
     assert load_ranker("runs/mine").score("红色", pictures(1)).isfinite().all()
+
+
+def test_weights_are_told_apart_and_known_again_in_16_bits(ranker_dir, tmp_path):
+    import shutil
+
+    from rankers.release import main as release
+
+    ranker = load_ranker(ranker_dir)
+    release([str(ranker_dir), str(tmp_path / "short")])
+    shutil.copytree(ranker_dir, tmp_path / "copy")
+    again = [load_ranker(tmp_path / name).identity for name in ("short", "copy")]
+    assert again == [ranker.identity] * 2 and len(ranker.identity) == 64
+    changed = load_ranker(ranker_dir)
+    with torch.no_grad():
+        next(changed.towers.model.parameters()).mul_(1.01)
+    assert changed.identity != ranker.identity
+    assert identities(EnsembleRanker([ranker, changed])) == [ranker.identity, changed.identity]
+    assert identities(object()) == []
