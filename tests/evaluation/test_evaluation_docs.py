@@ -17,7 +17,7 @@ def commands() -> list[str]:
     text = (ROOT / "docs" / "evaluation.md").read_text("utf-8")
     blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.S)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    return [" ".join(shlex.split(line, comments=True)) for line in lines if line.strip()]
+    return [shlex.join(shlex.split(line, comments=True)) for line in lines if line.strip()]
 
 
 def test_there_are_commands_of_every_program():
