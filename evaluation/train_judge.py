@@ -217,7 +217,7 @@ class JudgeTask:
         color = mean_cross_entropy(colors, batch["color"], 0.0)
         right = (kinds.argmax(1) == batch["kind"]).float().mean()
         loss = kind + options.color_weight * color
-        return {"loss": loss, "kind": kind, "color": color, "batch_accuracy": right}
+        return {"loss": loss, "kind_loss": kind, "color_loss": color, "batch_accuracy": right}
 
     def train_size(self, step: int) -> int:
         """The side of the training pictures at that step."""
