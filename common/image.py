@@ -8,13 +8,20 @@ from PIL import Image
 from torch import Tensor
 
 
+def to_levels(image: Image.Image) -> Tensor:
+    """RGB picture -> uint8 (3, S, S): a quarter of the bytes, for the way between processes."""
+    rgb = image if image.mode == "RGB" else image.convert("RGB")
+    return torch.from_numpy(np.ascontiguousarray(np.asarray(rgb).transpose(2, 0, 1)))
+
+
+def from_levels(levels: Tensor) -> Tensor:
+    """uint8 -> float32 in [-1, 1]"""
+    return levels.float().div_(127.5).sub_(1.0)
+
+
 def to_tensor(image: Image.Image) -> Tensor:
     """RGB picture -> float32 (3, S, S) in [-1, 1]."""
-    rgb = image if image.mode == "RGB" else image.convert("RGB")
-    levels = np.ascontiguousarray(
-        np.asarray(rgb).transpose(2, 0, 1)
-    )  # (3, S, S) uint8: turned while it is small
-    return torch.from_numpy(levels).float().div_(127.5).sub_(1.0)
+    return from_levels(to_levels(image))
 
 
 def to_image(tensor: Tensor) -> Image.Image:

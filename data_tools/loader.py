@@ -9,9 +9,6 @@ many processes it runs; which machine needs which shard is not fixed, since the 
 """
 
 import contextlib
-import functools
-import io
-import math
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -24,12 +21,13 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from common.distributed import World
-from common.image import resize_square, to_tensor
+from common.image import from_levels, resize_square, to_levels
 from common.log import say
 from data_tools.images import BadImage
 from data_tools.images import decode as decode_picture
 from data_tools.index import ShardIndex
 from data_tools.remote import ShardUnavailable
+from data_tools.views import read_views
 
 IMAGE_SUFFIXES = ("webp", "jpg", "jpeg", "png")
 Batch = dict[str, Any]
@@ -181,7 +179,7 @@ class _Samples(Dataset):
 
 @dataclass(frozen=True)
 class DecodeImage:
-    """Sample -> image (3, S, S) in [-1, 1], text, key."""
+    """Sample -> image (3, S, S) uint8, text, key; `train_batches` and `eval_batches` make [-1, 1] of it."""
 
     image_size: int
     augment: Augment | None = None
@@ -197,7 +195,7 @@ class DecodeImage:
         image = resize_square(image, self.image_size)
         text = pick_caption(members.get("txt", b""), None if self.first_caption else rng, self.short_share)
         text = self.rewrite(text, rng) if self.rewrite else text
-        return {"image": to_tensor(image), "text": text, "key": index.samples[i].key}
+        return {"image": to_levels(image), "text": text, "key": index.samples[i].key}
 
 
 @dataclass(frozen=True)
@@ -210,41 +208,15 @@ class DecodeTokens:
 
     def __call__(self, index: ShardIndex, i: int, rng: np.random.Generator) -> Batch:
         members = index.read(i, ("ids.npy", "txt"))
-        views = read_views(members["ids.npy"])
+        try:
+            views = read_views(members["ids.npy"])
+        except ValueError as error:
+            raise CorruptSample(str(error)) from error
         view = 0 if self.first_view else int(rng.integers(len(views)))
         text = pick_caption(members.get("txt", b""), None if self.first_view else rng, self.short_share)
         text = self.rewrite(text, rng) if self.rewrite else text
         ids = torch.from_numpy(views[view].astype(np.int64))
         return {"image_ids": ids, "text": text, "key": index.samples[i].key}
-
-
-def read_views(data: bytes) -> np.ndarray:
-    """(A, N) unsigned from the bytes of an .npy file. Raises CorruptSample.
-
-    np.load spends ten times longer on the header than on the array, and all samples of a shard have the same one.
-    """
-    try:
-        if data[:8] == b"\x93NUMPY\x01\x00":  # version 1.0, the only one that small arrays are written in
-            begin = 10 + int.from_bytes(data[8:10], "little")
-            shape, dtype = _npy_layout(data[:begin])
-            views = np.frombuffer(data, dtype, math.prod(shape), begin).reshape(shape)
-        else:
-            views = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise CorruptSample(f"ids.npy is damaged: {error}") from error
-    if views.ndim != 2 or not len(views) or views.dtype.kind != "u":
-        raise CorruptSample(f"ids.npy is {views.dtype} of {views.shape}, not views of unsigned codes")
-    return views
-
-
-@functools.lru_cache(maxsize=64)
-def _npy_layout(header: bytes) -> tuple[tuple[int, ...], np.dtype]:
-    file = io.BytesIO(header)
-    np.lib.format.read_magic(file)
-    shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
-    if is_fortran or dtype.hasobject:
-        raise ValueError("its order or type is another than codes have")
-    return shape, dtype
 
 
 def open_image(data: bytes) -> Image.Image:
@@ -278,6 +250,12 @@ def collate(samples: list[tuple[Batch, list[Loss]]]) -> tuple[Batch, list[Loss]]
         values = [s[0][name] for s in samples]
         batch[name] = torch.stack(values) if isinstance(value, torch.Tensor) else values
     return batch, [loss for s in samples for loss in s[1]]
+
+
+def in_range(batch: Batch) -> Batch:
+    """Images that travelled as uint8 to float32 in [-1, 1]."""
+    image = batch.get("image")
+    return batch if image is None or image.dtype != torch.uint8 else {**batch, "image": from_levels(image)}
 
 
 def train_batches(
@@ -314,7 +292,7 @@ def train_batches(
             losses.add(lost, global_batch_size // world.size)
             if prefetch:
                 prefetch.reach(start_sample + number * global_batch_size)
-            yield batch
+            yield in_range(batch)
 
 
 def _plainly(batches: Iterator[tuple[Batch, list[Loss]]]) -> Iterator[tuple[Batch, list[Loss]]]:
@@ -388,10 +366,10 @@ def eval_batches(
         except ShardUnavailable as error:
             away, last = away + 1, str(error)
         if len(rows) == batch_size:
-            yield collate(rows)[0]
+            yield in_range(collate(rows)[0])
             rows = []
     if rows:
-        yield collate(rows)[0]
+        yield in_range(collate(rows)[0])
     if skipped:
         say(f"left out {skipped} corrupt samples of {index.paths[0].parent}")
     if away:

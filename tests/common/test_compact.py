@@ -44,7 +44,7 @@ def test_plain_precisions(precision):
 
 
 def test_what_does_not_fit_is_named():
-    with pytest.raises(ValueError, match="w does not fit into torch.float16: use --precision bfloat16"):
+    with pytest.raises(ValueError, match=r"w does not fit into torch\.float16: use --precision bfloat16"):
         compact({"w": torch.tensor([1e9])}, "float16")
     with pytest.raises(ValueError, match="unknown precision 'int4'"):
         compact({}, "int4")
@@ -54,5 +54,5 @@ def test_a_lost_part_is_named():
     short = compact(weights(), "int8")
     with pytest.raises(ValueError, match="scales a weight that is not there"):
         widen({n: t for n, t in short.items() if n != "conv.weight"})
-    with pytest.raises(ValueError, match="conv.weight and its scale do not belong together"):
+    with pytest.raises(ValueError, match=r"conv\.weight and its scale do not belong together"):
         widen({**short, "conv.weight" + SCALE: torch.ones(3)})
