@@ -285,14 +285,18 @@ def train_batches(
         prefetch_factor=4 if num_workers else None,
     )
     losses = _Losses(index, max_corrupt_share)
-    batches = _plainly(iter(loader))  # workers fork before a thread starts
+    iterator = iter(loader)  # workers fork before a thread starts
     fetches = index.remote is not None and world.local_rank == 0
-    with Prefetch(index, order, start_sample) if fetches else contextlib.nullcontext() as prefetch:
-        for number, (batch, lost) in enumerate(batches, 1):
-            losses.add(lost, global_batch_size // world.size)
-            if prefetch:
-                prefetch.reach(start_sample + number * global_batch_size)
-            yield in_range(batch)
+    try:
+        with Prefetch(index, order, start_sample) if fetches else contextlib.nullcontext() as prefetch:
+            for number, (batch, lost) in enumerate(_plainly(iterator), 1):
+                losses.add(lost, global_batch_size // world.size)
+                if prefetch:
+                    prefetch.reach(start_sample + number * global_batch_size)
+                yield in_range(batch)
+    finally:
+        if num_workers:  # they ignore SIGTERM: one that were left would keep the interpreter from ending
+            iterator._shutdown_workers()
 
 
 def _plainly(batches: Iterator[tuple[Batch, list[Loss]]]) -> Iterator[tuple[Batch, list[Loss]]]:

@@ -82,7 +82,7 @@ def test_a_full_disk_leaves_the_old_one_and_names_the_space(tmp_path):
         check=True,
     )
     assert done.stdout.startswith(
-        f"{errno.ENOSPC} disk full while writing {tmp_path}/d: 0.0 MiB of it were written and"
+        f"{errno.ENOSPC} disk full while writing {tmp_path}/d: 0.2 MiB of it were written and"
     )
     assert "what was there before is whole" in done.stdout
     assert names(tmp_path) == ["d", "d/old.txt"]

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import multiprocessing
 import shutil
 
 import numpy as np
@@ -201,3 +202,4 @@ def test_a_shard_that_vanishes_in_mid_run_is_named(shards, num_workers, tmp_path
     with pytest.raises((ValueError, FileNotFoundError)) as raised:
         list(itertools.islice(train_batches(index, DecodeImage(16), 4, world(), num_workers=num_workers), 50))
     assert str(raised.value) == f"the shard {gone} has vanished: put it back and run the same command again"
+    assert not multiprocessing.active_children()  # one that were left would keep the interpreter from ending
