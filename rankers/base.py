@@ -76,10 +76,13 @@ class TwoTowerRanker:
         calibration: Any = None,
         batch_size: int = 64,
         cache_size: int = 65536,
+        released_from: str = "",
     ) -> None:
-        """`batch_size`: pictures (or texts) of one forward pass; `cache_size`: picture features kept in memory."""
+        """`batch_size`: pictures (or texts) of one forward pass; `cache_size`: picture features kept in memory;
+        `released_from`: the identity of the weights that these were rounded from, which stays theirs.
+        """
         self.towers, self.calibration, self.batch_size = towers, calibration, batch_size
-        self.cache = FeatureCache(cache_size)
+        self.cache, self.released_from = FeatureCache(cache_size), released_from
 
     @property
     def name(self) -> str:
@@ -87,8 +90,8 @@ class TwoTowerRanker:
 
     @functools.cached_property
     def identity(self) -> str:
-        """Equal for equal weights, whatever directory or precision they were kept in; see `weights_identity`."""
-        return weights_identity(self.towers.model)
+        """Equal for equal weights, whatever directory they were kept in, and for a release of them."""
+        return self.released_from or weights_identity(self.towers.model)
 
     def score(self, text: str, images: Sequence[Image.Image]) -> Tensor:
         """Cosines (N,) in [-1, 1], float32 on the CPU. Raises ValueError without pictures or without text."""
@@ -127,12 +130,11 @@ class TwoTowerRanker:
 
 
 def weights_identity(model: nn.Module) -> str:
-    """Hex sha256 of all names and values, these rounded to float16, in which rankers are given away."""
+    """Hex sha256 of all names and values."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        rounded = tensor.half() if tensor.is_floating_point() else tensor
-        digest.update(f"{name} {tuple(tensor.shape)} ".encode())
-        digest.update(rounded.contiguous().cpu().numpy().tobytes())
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -74,7 +74,8 @@ def own_ranker(name: str | Path, device: str = "auto", precision: str = "auto") 
     directory = checkpoint.resolve(name)
     model, tokenizer = load_model(directory)
     towers = RankerTowers(str(name), model, tokenizer, pick_device(device), precision)
-    return TwoTowerRanker(towers, find_calibration(str(name), directory))
+    calibration = find_calibration(str(name), directory)
+    return TwoTowerRanker(towers, calibration, released_from=model.config.released_from)
 
 
 class OpenClipTowers:

@@ -42,6 +42,8 @@ class ModelConfig:
     """Channel deviations that the image tower expects."""
     resize: Literal["crop", "squash"] = "crop"
     """crop: centre square, Lanczos; squash: the whole picture, bicubic (Chinese-CLIP)."""
+    released_from: str = ""
+    """Identity of the trained weights that these were rounded from; empty as trained."""
 
     def __post_init__(self) -> None:
         if self.architecture == "open_clip" and self.image_tower not in IMAGE_TOWERS:

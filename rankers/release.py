@@ -16,6 +16,7 @@ from common.config import command, parse_options
 from common.files import atomic_directory, size_of
 from common.log import say
 from rankers.calibration import FILE as CALIBRATION
+from rankers.clip import own_ranker
 from rankers.model import KIND, TOWERS
 
 
@@ -42,8 +43,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
         short = compact(checkpoint.read_weights(source), options.precision)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
+    origin = {"released_from": own_ranker(source, device="cpu").identity}
     with atomic_directory(destination) as directory:
-        checkpoint.write_model(directory, KIND, config["model"], short, config["step"])
+        checkpoint.write_model(directory, KIND, {**config["model"], **origin}, short, config["step"])
         shutil.copytree(source / TOWERS, directory / TOWERS)
         for name in (CALIBRATION, "train_config.json"):
             if (source / name).is_file():

@@ -130,16 +130,19 @@ def test_the_default_is_the_newest_run(tmp_path, monkeypatch, ranker_dir):
     assert load_ranker("runs/mine").score("红色", pictures(1)).isfinite().all()
 
 
-def test_weights_are_told_apart_and_known_again_in_16_bits(ranker_dir, tmp_path):
+def test_weights_are_told_apart_and_known_again_in_fewer_bits(ranker_dir, tmp_path):
     import shutil
 
     from rankers.release import main as release
 
     ranker = load_ranker(ranker_dir)
-    release([str(ranker_dir), str(tmp_path / "short")])
+    for precision in ("float16", "bfloat16", "int8"):
+        release([str(ranker_dir), str(tmp_path / precision), "--precision", precision])
+    release([str(tmp_path / "int8"), str(tmp_path / "again")])  # a release of a release
     shutil.copytree(ranker_dir, tmp_path / "copy")
-    again = [load_ranker(tmp_path / name).identity for name in ("short", "copy")]
-    assert again == [ranker.identity] * 2 and len(ranker.identity) == 64
+    names = ("float16", "bfloat16", "int8", "again", "copy")
+    assert {load_ranker(tmp_path / name).identity for name in names} == {ranker.identity}
+    assert len(ranker.identity) == 64
     changed = load_ranker(ranker_dir)
     with torch.no_grad():
         next(changed.towers.model.parameters()).mul_(1.01)
