@@ -1,10 +1,7 @@
-"""The house's rules, read off the tree: import arrows, sizes of files and functions, configs, README commands."""
+"""The house's rules, read off the tree: import arrows, sizes of files and functions, configs."""
 
 import ast
-import re
-import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -120,52 +117,3 @@ def test_every_config_is_read_by_its_command(path: Path):
     module = importlib.import_module(CONFIG_SCRIPTS[stem])
     options = from_mapping(module.Options, yaml.safe_load(path.read_text("utf-8")), where=path.name)
     assert options.loop.num_steps > 0
-
-
-def readme_commands() -> list[str]:
-    commands = []
-    for name in ("README.md", "README.zh.md"):
-        text = (ROOT / name).read_text("utf-8")
-        for block in re.findall(r"```(?:bash|sh)\n(.*?)```", text, flags=re.S):
-            joined = block.replace("\\\n", " ")
-            commands += [
-                line.split("#")[0].strip() for line in joined.splitlines() if line.split("#")[0].strip()
-            ]
-    return sorted(set(commands))
-
-
-def split_command(command: str) -> tuple[list[str], list[str]] | None:
-    """(module or script, its arguments) of a README line that runs one of our programs."""
-    words = shlex.split(command)
-    launchers = {"python": 1, "deepspeed": 1, "torchrun": 1}
-    if words[0] not in launchers:
-        return None
-    rest = words[1:]
-    while rest and rest[0].startswith("--"):  # the launcher's own flags take one value each
-        rest = rest[2:] if "=" not in rest[0] else rest[1:]
-    if rest[0] == "-m":
-        return ["-m", rest[1]], rest[2:]
-    return [rest[0]], rest[1:]
-
-
-@pytest.mark.parametrize("command", readme_commands())
-def test_every_readme_command_is_known(command: str):
-    """A make target that exists, or a program of ours whose help names every flag that the line uses."""
-    if command.startswith("make "):
-        target = command.split()[1]
-        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text("utf-8"), flags=re.M), target
-        return
-    found = split_command(command)
-    assert found is not None or command.split()[0] in ("git", "cd", "pip"), command
-    if found is None:
-        return
-    program, arguments = found
-    shown = subprocess.run(
-        [sys.executable, *program, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    assert shown.returncode == 0, shown.stderr[-500:]
-    for argument in arguments:
-        if argument.startswith("--") and argument != "--config":
-            assert argument.split("=")[0] in shown.stdout, f"{argument} is no flag of {program}"
-        if argument.startswith("configs/"):
-            assert (ROOT / argument).exists(), argument
