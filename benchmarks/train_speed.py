@@ -3,7 +3,7 @@
     python benchmarks/train_speed.py
     python benchmarks/train_speed.py --rounds 20 --contenders ours llama
     python benchmarks/train_speed.py --device cuda --dim 768 --num-layers 15 --num-heads 12 --batch-size 64 \
-        --compile True                                                # about 100M parameters on a GPU
+        --compile                                                # about 100M parameters on a GPU
 
 Every round runs one step of each contender in turn, so that they share the machine's mood; the fastest step of each
 counts. Same sizes, vocabularies, loss positions, precision (bf16 autocast), allocator and threads for all.
@@ -63,7 +63,7 @@ class Options:
     contenders: tuple[Contender, ...] = ("ours", "zero1", "llama", "dalle_pytorch")
     """Who takes part."""
     compile: bool = False
-    """Compile our blocks and the baseline's with torch.compile, as train_dalle.py --compile True does."""
+    """Compile our blocks and the baseline's with torch.compile, as train_dalle.py --compile does."""
     device: str = "cpu"
     """cpu or cuda."""
     report: Path | None = None

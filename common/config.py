@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +26,7 @@ def parse_options(
 
     `embedded`: the config file of the embedded default, read when neither a config nor data of one's own are named.
 
-    Nested dataclasses become `--group.field`. `--local_rank`, which the deepspeed launcher inserts, is dropped:
+    Nested dataclasses become `--group.field`; `--flag` alone means `--flag True`. `--local_rank`, which the deepspeed launcher inserts, is dropped:
     processes read their rank from the environment.
     Raises ValueError or FileNotFoundError for a bad file; an unknown flag exits with code 2 (tyro).
     """
@@ -39,8 +39,26 @@ def parse_options(
     values = read_mapping(path) if path else {}
     default = from_mapping(cls, values, where=str(path)) if path else None
     kwargs = {} if default is None else {"default": default}
+    args = _complete_bare_flags(args, set(_boolean_flags(cls)))
     config = (tyro.conf.FlagConversionOff,)
     return tyro.cli(cls, args=args, description=description, config=config, **kwargs)
+
+
+def _boolean_flags(cls: type, prefix: str = "") -> Iterator[str]:
+    for name, kind in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(kind):
+            yield from _boolean_flags(kind, f"{prefix}{name}.")
+        elif kind is bool:
+            yield f"--{prefix}{name}".replace("_", "-")
+
+
+def _complete_bare_flags(args: list[str], boolean: set[str]) -> list[str]:
+    result = []
+    for i, arg in enumerate(args):
+        result.append(arg)
+        if arg.replace("_", "-") in boolean and args[i + 1 : i + 2] not in (["True"], ["False"]):
+            result.append("True")
+    return result
 
 
 def _drop_local_rank(args: list[str]) -> list[str]:

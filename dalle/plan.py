@@ -285,7 +285,7 @@ def judge(options: PlanOptions, parameters: int, epochs: float, unique: float, m
     if options.gpus and memory > 0.9 * options.gpu_memory:
         warnings.append(
             f"{memory:.0f} GiB a GPU do not fit into {options.gpu_memory:g}: lower --loop.micro-batch-size, set "
-            "--model.gradient-checkpointing True, or shard with --engine deepspeed --deepspeed.zero-stage 3"
+            "--model.gradient-checkpointing, or shard with --engine deepspeed --deepspeed.zero-stage 3"
         )
     return warnings
 

@@ -2,7 +2,7 @@
 
     python -m data_tools.download wukong.csv data/raw
     python -m data_tools.download wukong.csv data/raw --rules wukong-food --concurrency 256 --per-host 16
-    python -m data_tools.download mine.csv data/raw --allow-private True      # a server of your own network
+    python -m data_tools.download mine.csv data/raw --allow-private      # a server of your own network
 
 SRC is a list with a url and a caption column (CSV, TSV, JSONL, parquet). DST gets a tar for each `samples_per_shard`
 rows of the list, `report.json` with the success of each host, and `dropped.jsonl` with the reason of each row that did
@@ -50,7 +50,7 @@ REASONS = CAPTION_REASONS | {
     "image_too_large": "raise --max-bytes to have it",
     "not_an_image": "the answer was no picture, often a page that says so",
     "opted_out": "the site asks not to be used for this (X-Robots-Tag, tdm-reservation)",
-    "private_address": "the url leads into a private network; --allow-private True permits it for a list of your own",
+    "private_address": "the url leads into a private network; --allow-private permits it for a list of your own",
     "no_url": "the row has neither a url nor a picture",
 }
 

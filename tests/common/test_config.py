@@ -65,6 +65,13 @@ def test_a_file_of_every_field_gives_them_back(tmp_path):
     assert from_mapping(Options, to_mapping(options)) == options
 
 
+@pytest.mark.parametrize("flags", [["--resume"], ["--resume", "True"], ["--resume", "--steps", "10"]])
+def test_a_flag_alone_means_true(flags, tmp_path):
+    path = write(tmp_path / "c.yaml", "resume: false\n")
+    assert parse_options(Options, ["--config", str(path), *flags]).resume
+    assert not parse_options(Options, ["--resume", "False"]).resume
+
+
 @pytest.mark.parametrize("flag", [["--local_rank=1"], ["--local-rank", "1"], ["--local_rank", "1"]])
 def test_the_launchers_local_rank_is_ignored(flag):
     assert parse_options(Options, [*flag, "--steps", "3"]).steps == 3
