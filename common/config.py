@@ -26,8 +26,8 @@ def parse_options(
 
     `embedded`: the config file of the embedded default, read when neither a config nor data of one's own are named.
 
-    Nested dataclasses become `--group.field`; `--flag` alone means `--flag True`. `--local_rank`, which the deepspeed launcher inserts, is dropped:
-    processes read their rank from the environment.
+    Nested dataclasses become `--group.field`; `--flag` alone means `--flag True`. `--local_rank`, which the deepspeed
+    launcher inserts, is dropped: processes read their rank from the environment.
     Raises ValueError or FileNotFoundError for a bad file; an unknown flag exits with code 2 (tyro).
     """
     import tyro
