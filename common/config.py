@@ -45,9 +45,13 @@ def parse_options(
 
 
 def _boolean_flags(cls: type, prefix: str = "") -> Iterator[str]:
+    """`--flag` of every field that is True or False; an annotated group may go without its name."""
+    annotated = typing.get_type_hints(cls, include_extras=True)
     for name, kind in typing.get_type_hints(cls).items():
         if dataclasses.is_dataclass(kind):
             yield from _boolean_flags(kind, f"{prefix}{name}.")
+            if annotated[name] is not kind:
+                yield from _boolean_flags(kind, prefix)
         elif kind is bool:
             yield f"--{prefix}{name}".replace("_", "-")
 

@@ -270,7 +270,7 @@ class TestDownload:
         other = server.url.replace("127.0.0.1", "localhost")
         urls = [f"{base}/good/{i}" for i in range(24) for base in (server.url, other)]
         src = write_list(tmp_path / "list.csv", urls)
-        flags = ["--allow-private", "True", "--per-host", "3", "--samples-per-shard", "10"]
+        flags = ["--allow-private", "--per-host", "3", "--samples-per-shard", "10"]
         assert download_main([str(src), str(tmp_path / "out"), *flags])["kept"] == 48
         assert len(most) == 2 and set(most.values()) == {3}
 
