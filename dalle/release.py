@@ -2,6 +2,7 @@
 
     python -m dalle.release runs/dalle release/goods-128 --card.title "Goods at 128 pixels" \\
         --card.data "Clothing (CC0) and Grocery Store (MIT)" --card.licence mit --card.grid out/grid.png
+    python -m dalle.release runs/dalle release/sharper --image-tokenizer runs/vqgan_decoder   # a decoder tuned since
     python -m dalle.release runs/vqgan release/tokenizer                   # any kind of checkpoint
 
 The directory is self-contained: generate.py, `TextToImage.from_pretrained` and `push_to_hub` take it as it is. Rounding
@@ -23,9 +24,10 @@ from common.compact import Precision, compact, widen
 from common.config import command, parse_options
 from common.files import atomic_directory, read_json, sha256_file, write_json
 from common.log import say
+from vq.model import ImageTokenizer
 
 LEFT_OUT = ("training_state", "train_config.json")  # the latter may name somebody's folders
-CARD, GRID = "README.md", "samples.png"
+CARD, GRID, TOKENIZER = "README.md", "samples.png", "image_tokenizer"
 
 
 @dataclass(frozen=True)
@@ -56,13 +58,22 @@ class Options:
     """Directory to write; must not exist."""
     precision: Precision = "float16"
     """Numbers that weights are kept in."""
+    image_tokenizer: str = ""
+    """Tokenizer to draw through, of the same codes: one whose decoder was tuned since; empty: the generator's own."""
     card: Card = field(default_factory=Card)
     """What the card says."""
 
 
-def release(source: str | Path, target: Path, card: Card, precision: Precision = "float16") -> Path:
+def release(
+    source: str | Path,
+    target: Path,
+    card: Card,
+    precision: Precision = "float16",
+    image_tokenizer: str = "",
+) -> Path:
     """Write the released directory. Raises FileNotFoundError or ValueError saying what is wrong."""
     directory = resolve(source)
+    decoder = decoder_of(image_tokenizer, directory) if image_tokenizer else None
     if target.exists():
         raise ValueError(f"{target} exists already: name a new directory")
     if card.grid and not card.grid.is_file():
@@ -72,12 +83,26 @@ def release(source: str | Path, target: Path, card: Card, precision: Precision =
         shutil.copytree(
             directory, temporary, ignore=shutil.ignore_patterns(*LEFT_OUT, CARD), dirs_exist_ok=True
         )
+        if decoder:
+            shutil.rmtree(temporary / TOKENIZER)
+            shutil.copytree(decoder, temporary / TOKENIZER, ignore=shutil.ignore_patterns(*LEFT_OUT, CARD))
         for weights in sorted(temporary.rglob("model.safetensors"), key=lambda p: -len(p.parts)):
             round_weights(weights, precision)
         if card.grid:
             shutil.copyfile(card.grid, temporary / GRID)
         (temporary / CARD).write_text(write_card(temporary, card, figures_of(directory)), encoding="utf-8")
     return target
+
+
+def decoder_of(image_tokenizer: str, directory: Path) -> Path:
+    """The tokenizer's directory. Raises ValueError when its codes are not those that the generator draws."""
+    found = resolve(image_tokenizer)
+    if not (directory / TOKENIZER).is_dir():
+        raise ValueError(f"{directory} is no generator with an image tokenizer: leave --image-tokenizer out")
+    own, other = (ImageTokenizer.from_pretrained(path) for path in (directory / TOKENIZER, found))
+    if own.codes_sha256 != other.codes_sha256:
+        raise ValueError(f"{found} has other codes than the tokenizer that {directory} was trained with")
+    return found
 
 
 def round_weights(path: Path, precision: Precision) -> None:
@@ -92,7 +117,7 @@ def round_weights(path: Path, precision: Precision) -> None:
     if config_path.is_file():
         config = read_json(config_path)
         config["sha256"] = sha256_file(path)
-        tokenizer = path.parent / "image_tokenizer" / "config.json"
+        tokenizer = path.parent / TOKENIZER / "config.json"
         if "image_tokenizer_sha256" in config and tokenizer.is_file():
             config["image_tokenizer_sha256"] = read_json(tokenizer)["sha256"]
         write_json(config_path, config)
@@ -186,7 +211,7 @@ def push_to_hub(directory: Path, repo_id: str, private: bool = True) -> str:
 def main(argv: Sequence[str] | None = None) -> Path:
     """Release; prints the size."""
     options = parse_options(Options, argv, description=__doc__)
-    target = release(options.source, options.target, options.card, options.precision)
+    target = release(options.source, options.target, options.card, options.precision, options.image_tokenizer)
     size = sum(f.stat().st_size for f in target.rglob("*") if f.is_file())
     say(f"{target}: {size / 2**20:.1f} MiB, weights in {options.precision}, card in {target / CARD}")
     return target

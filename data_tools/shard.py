@@ -180,7 +180,7 @@ class Run:
         if shards and not self.config.overwrite:
             raise ValueError(
                 f"{self.config.dst} holds {shards[0]} of another source or of other options: choose another folder, "
-                "or pass --overwrite True to delete its shards"
+                "or pass --overwrite to delete its shards"
             )
         for name in (JOB_FILE, REPORT_FILE, DROPPED_FILE, *shards, *self.target.journal_names()):
             self.target.remove(name)

@@ -7,12 +7,14 @@
 
 The second file gives the ids, first column, and their order; ids are names and are never counted, so they need not be
 contiguous. The picture of an id is `ID.png` (or jpg, webp) in the folder, else `ID/rank00.png`, else `ID/0000.png`,
-else the first line of the folder's `images.jsonl` with this `key`. Written whole or not at all.
+else the line of the folder's `images.jsonl` with this `key`: the best of them by `ranking.json` where rerank.py wrote
+one, else the first. Written whole or not at all.
 """
 
 import base64
 import binascii
 import json
+import math
 import sys
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -113,11 +115,12 @@ def find_pictures(folder: Path, ids: Sequence[str]) -> dict[str, Path]:
 
 
 def _listed(folder: Path) -> dict[str, Path]:
-    """Key to picture from `images.jsonl`, as generate.py writes it: line i is the picture `file`, or number i."""
+    """Key to its best picture from `images.jsonl` of generate.py: line i is the picture `file`, or number i."""
     path = folder / "images.jsonl"
     found: dict[str, Path] = {}
     if not path.is_file():
         return found
+    ranks = _ranks(folder)
     for number, line in enumerate(path.read_text("utf-8").splitlines()):
         try:
             row = json.loads(line)
@@ -125,8 +128,22 @@ def _listed(folder: Path) -> dict[str, Path]:
             raise ValueError(f"{path}:{number + 1} is no JSON: {error}") from error
         picture = folder / Path(str(row.get("file", f"{number:04d}.png"))).name
         if "key" in row and picture.is_file():
-            found.setdefault(str(row["key"]), picture)
+            before = found.setdefault(str(row["key"]), picture)
+            if ranks.get(picture.name, math.inf) < ranks.get(before.name, math.inf):
+                found[str(row["key"])] = picture
     return found
+
+
+def _ranks(folder: Path) -> dict[str, int]:
+    """Picture's name to its place among those of its text, as rerank.py wrote it; empty without a ranking."""
+    path = folder / "ranking.json"
+    if not path.is_file():
+        return {}
+    try:
+        texts = json.loads(path.read_text("utf-8"))["texts"]
+        return {Path(row["file"]).name: int(row["rank"]) for text in texts for row in text["pictures"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no ranking of rerank.py: rank again, or delete it") from error
 
 
 def finished_pictures(config: SubmitConfig, pictures: dict[str, Path]) -> Iterator[tuple[str, bytes]]:

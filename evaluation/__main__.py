@@ -12,7 +12,7 @@ network's name. A ranker that ordered the pictures is refused as their judge.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,54 +21,32 @@ import tyro
 from common.config import command, parse_options, to_mapping
 from common.files import ensure_writable_directory, write_json
 from common.log import say
-from evaluation.features import CACHE
 from evaluation.metrics import (
     Figure,
-    MeasureOptions,
-    Networks,
-    Reference,
     measure_all,
     networks_note,
     refuse_rerankers,
     settings_of,
 )
+from evaluation.options import MeasuringOptions
 from evaluation.report import write_report
 from evaluation.sets import LIKELIHOOD, SampleSet
-from rankers.pairs import AttributeConfig
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(MeasuringOptions):
     """Measure the pictures of a directory."""
 
     out_dir: tyro.conf.Positional[Path] = Path("out")
     """Directory that generate.py wrote, or a folder of pictures, each with its text in a .txt of its name."""
-    reference: str = "data/synthetic"
-    """Folder of image shards with real pictures."""
-    split: str = "val"
-    """Their held-out split: what pictures are compared with."""
-    train_split: str = "train"
-    """Their training split, for memorisation; empty: none."""
-    judge: str = ""
-    """Directory of a judge of kinds and colours (python -m evaluation.train_judge); empty: none."""
-    clip: str = ""
-    """Ranker that scores texts with pictures, see rankers; never the one that reranked; empty: none."""
-    inception: str = ""
-    """File with the Inception weights of FID; empty: torch's hub cache, where they are there."""
     text: str = ""
     """Text of pictures that have none beside them."""
     best_of: int = 0
     """Measure only the best of so many pictures of every text; 0: all pictures."""
     scorer: str = LIKELIHOOD
     """What chooses them: likelihood, or the ranker of ranking.json."""
-    attributes: AttributeConfig = field(default_factory=AttributeConfig)
-    options: MeasureOptions = field(default_factory=MeasureOptions)
-    cache: Path = CACHE
-    """Folder where features of pictures are kept."""
     write_to: Path | None = None
     """Directory for metrics.json and report.html; None: OUT_DIR."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
 
     def __post_init__(self) -> None:
         if self.best_of < 0:
@@ -129,13 +107,13 @@ def chosen(options: Options) -> SampleSet:
 def main(argv: Sequence[str] | None = None) -> list[Figure]:
     """Measure; returns the figures."""
     options = parse_options(Options, argv, description=__doc__)
+    options.check_reference()
     samples = chosen(options)
     destination = ensure_writable_directory(options.write_to or options.out_dir)
-    networks = Networks.load(options.judge, options.clip, options.inception, options.device)
+    networks = options.networks()
     refuse_rerankers(samples, networks)
-    splits = (options.split, options.train_split)
-    reference = Reference.open(options.reference, samples, *splits, attributes=options.attributes)
-    figures, left_out = measure_all(samples, reference, networks, options.options, options.cache)
+    reference = options.real_pictures(samples)
+    figures, left_out = measure_all(samples, reference, networks, options.measure, options.cache)
     settings, judges = settings_of(samples), networks_note(networks)
     show(figures, settings)
     for line in (*judges, *(f"left out {reason}" for reason in left_out)):

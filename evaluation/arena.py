@@ -20,21 +20,16 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from common.checkpoint import newest_run
 from common.config import command, parse_options, to_mapping
 from common.files import ensure_writable_directory, write_json
 from common.log import say
 from dalle.sampling import SamplingOptions
-from data_tools.index import ShardIndex
-from evaluation import goods_judge
 from evaluation.arms import Arm, ArmSpec, open_arm
 from evaluation.attributes import Lexicon
 from evaluation.choice import Curve, check_independent, curve, judged, score_pictures, scorer_of
 from evaluation.drawing import Plan, caption_texts, common_texts, draw_into, prompt_texts
-from evaluation.features import CACHE
 from evaluation.metrics import (
     Figure,
-    MeasureOptions,
     Networks,
     Reference,
     measure_all,
@@ -42,15 +37,15 @@ from evaluation.metrics import (
     paired_difference,
     settings_of,
 )
+from evaluation.options import MeasuringOptions
 from evaluation.parts import generated_part
 from evaluation.sets import SampleSet
 from evaluation.statistics import Interval
 from rankers import load_ranker
-from rankers.pairs import AttributeConfig
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(MeasuringOptions):
     """Compare pipelines on the same prompts and seeds."""
 
     arm: tuple[str, ...] = ()
@@ -66,18 +61,6 @@ class Options:
     """Best of so many; widths above num_images are left out."""
     out: Path = Path("out/arena")
     """Directory for pictures, metrics.json and report.html."""
-    reference: str = ""
-    """Folder of image shards with real pictures."""
-    split: str = "val"
-    """Their held-out split."""
-    train_split: str = "train"
-    """Their training split, for memorisation; empty: none."""
-    judge: str = ""
-    """Judge of kinds and colours (python -m evaluation.train_judge); empty: the newest of runs/, if there is one."""
-    clip: str = ""
-    """Ranker that scores texts with pictures; never the one that chooses; empty: none."""
-    inception: str = ""
-    """File with the Inception weights of FID; empty: torch's hub cache, where they are there."""
     ranker: str = ""
     """Ranker that chooses the best of n, see rankers; empty: the likelihoods of our generators."""
     seed: int = 0
@@ -86,14 +69,8 @@ class Options:
     """How our generators draw, where an arm says nothing else."""
     batch_size: int = 16
     """Pictures drawn side by side; does not change them, but their seconds."""
-    attributes: AttributeConfig = field(default_factory=AttributeConfig)
-    measure: MeasureOptions = field(default_factory=MeasureOptions)
     show_prompts: int = 24
     """Prompts whose pictures stand on the page."""
-    cache: Path = CACHE
-    """Folder where features of pictures are kept."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
 
     def __post_init__(self) -> None:
         for name, least in (("num_images", 1), ("num_prompts", 0), ("batch_size", 1), ("seed", 0)):
@@ -269,26 +246,22 @@ def differences(arms: Sequence[ArmResult]) -> list[Difference]:
 def run(options: Options) -> Match:
     """Draw what is missing, measure, compare. Whatever can be refused is refused before anything is drawn."""
     specs = parse_arms(options)
-    if not options.reference:
-        raise ValueError("name real pictures to compare with: --reference FOLDER_OF_SHARDS")
-    ShardIndex.open(options.reference, options.split)
+    options.check_reference()
     texts = choose_texts(options)
-    judge = options.judge or str(newest_run(goods_judge.KIND) or "")
-    networks = Networks.load(judge, options.clip, options.inception, options.device)
+    networks = options.networks()
     ranker = load_ranker(options.ranker, options.device) if options.ranker else None
     if ranker is not None:
         check_independent(ranker, networks)
     ensure_writable_directory(options.out)
     sets, usable, unusable = draw_all(options, specs, texts)
-    splits = (options.split, options.train_split)
-    reference = Reference.open(options.reference, sets[0], *splits, attributes=options.attributes)
+    reference = options.real_pictures(sets[0])
     arms = [
         measure_arm(options, spec, samples, reference, networks, ranker)
         for spec, samples in zip(specs, sets, strict=True)
     ]
     found = differences(arms)
     judges = tuple(networks_note(networks))
-    options = replace(options, judge=judge)
+    options = replace(options, judge=options.judge_name())
     return Match(
         options,
         tuple(usable),

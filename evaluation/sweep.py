@@ -12,32 +12,27 @@ goes on. Writes OUT/sweep.html, OUT/sweep.json and OUT/winner.yaml, and prints t
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from common.checkpoint import newest_run
 from common.config import command, parse_options, to_mapping
 from common.files import atomic_path, ensure_writable_directory, write_json
 from common.log import say
 from dalle.pipeline import default_checkpoint
 from dalle.sampling import SamplingOptions
-from evaluation import goods_judge
 from evaluation.arena import Difference
 from evaluation.arms import ArmSpec, OwnArm, open_arm
 from evaluation.drawing import Plan, caption_texts, common_texts, draw_into, prompt_texts
-from evaluation.features import CACHE
 from evaluation.figures import PLAIN
 from evaluation.metrics import (
     Figure,
-    MeasureOptions,
-    Networks,
-    Reference,
     measure_all,
     paired_difference,
 )
+from evaluation.options import MeasuringOptions
 from evaluation.sets import SampleSet
 
 KNOBS = ("cfg_scale", "temperature", "top_k", "top_p")
@@ -45,15 +40,13 @@ FLAGS = {name: f"--{name.replace('_', '-')}" for name in KNOBS}
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(MeasuringOptions):
     """Find how a generator draws best."""
 
     checkpoint: str = ""
     """Generator; empty: the one that was trained last."""
-    reference: str = ""
-    """Folder of image shards with real pictures; their captions are the prompts where no file is named."""
     prompts: Path | None = None
-    """File of prompts, see dalle/prompts.py."""
+    """File of prompts, see dalle/prompts.py; None: captions of the reference."""
     cfg_scales: tuple[float, ...] = (1.0, 2.0, 3.0, 4.0, 6.0)
     """Guidance to try."""
     temperatures: tuple[float, ...] = (0.9, 1.0)
@@ -72,25 +65,14 @@ class Options:
     """Other prompts of the report."""
     num_images: int = 4
     """Pictures of each prompt."""
-    split: str = "val"
-    """Held-out split of the reference."""
-    judge: str = ""
-    """Judge of kinds and colours; empty: the newest of runs/, if there is one."""
-    clip: str = ""
-    """Ranker that scores texts with pictures, for the objective clip_score; empty: none."""
-    inception: str = ""
-    """File with the Inception weights of FID; empty: torch's hub cache, where they are there."""
     seed: int = 0
     """Seed of the pictures and of which prompts."""
     batch_size: int = 16
     """Pictures drawn side by side; does not change them."""
-    measure: MeasureOptions = field(default_factory=MeasureOptions)
+    train_split: str = ""
+    """Training split, for memorisation; empty: none, which is no objective."""
     out: Path = Path("out/sweep")
     """Directory for pictures and results."""
-    cache: Path = CACHE
-    """Folder where features of pictures are kept."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
 
     def __post_init__(self) -> None:
         for name in ("search_prompts", "report_prompts", "num_images", "batch_size"):
@@ -258,10 +240,8 @@ def split_texts(options: Options, arm: OwnArm) -> tuple[Plan, Plan]:
 
 def run(options: Options) -> Sweep:
     """Search, then report."""
-    if not options.reference:
-        raise ValueError("name real pictures to compare with: --reference FOLDER_OF_SHARDS")
-    judge = options.judge or str(newest_run(goods_judge.KIND) or "")
-    networks = Networks.load(judge, options.clip, options.inception, options.device)
+    options.check_reference()
+    networks = options.networks()
     checkpoint = options.checkpoint or str(default_checkpoint())
     arm = open_arm(
         ArmSpec("sweep", checkpoint), options.seed, SamplingOptions(), options.batch_size, options.device
@@ -275,8 +255,9 @@ def run(options: Options) -> Sweep:
         name = setting_name(sampling)
         own = OwnArm(arm.pipeline, options.seed, sampling, options.batch_size)
         samples = draw_into(options.out / part / name, name, own, plan)
-        reference = Reference.open(options.reference, samples, options.split, "")
-        figures, _ = measure_all(samples, reference, networks, options.measure, options.cache)
+        figures, _ = measure_all(
+            samples, options.real_pictures(samples), networks, options.measure, options.cache
+        )
         return samples, {figure.name: figure for figure in figures}
 
     stages = search(options, lambda sampling: figures_of("search", first, sampling)[1])
@@ -288,7 +269,14 @@ def run(options: Options) -> Sweep:
         report.append((setting_name(sampling), samples, tuple(figures.values())))
     found = _differences(report) if len(report) > 1 else []
     sizes = (len(first.texts), len(second.texts))
-    return Sweep(replace(options, judge=judge), tuple(stages), winner, tuple(report), tuple(found), sizes)
+    return Sweep(
+        replace(options, judge=options.judge_name()),
+        tuple(stages),
+        winner,
+        tuple(report),
+        tuple(found),
+        sizes,
+    )
 
 
 def _differences(report: Sequence[tuple[str, SampleSet, tuple[Figure, ...]]]) -> list[Difference]:

@@ -42,6 +42,7 @@ from data_tools.synthetic import ensure_synthetic
 from evaluation.goods_judge import JudgeNetwork, JudgeSizes, Vocabulary, save_judge
 from evaluation.judge import degrade
 from evaluation.statistics import wilson
+from rankers.growing import at_size, check_train_sizes, train_size
 from rankers.pairs import AttributeConfig, CropAugment, read_meta, value_of
 
 EMBEDDED = Path("data/synthetic")
@@ -87,10 +88,7 @@ class Options:
     """Processes that decode pictures; 0 decodes in the training process."""
 
     def __post_init__(self) -> None:
-        if not self.train_sizes or min(self.train_sizes) < 32:
-            raise ValueError(
-                f"train_sizes must name sides of at least 32 pixels, not {list(self.train_sizes)}"
-            )
+        check_train_sizes(self.train_sizes)
         if not 0 <= self.degrade <= 1 or not 0 <= self.label_smoothing < 1 or self.color_weight < 0:
             raise ValueError(
                 "degrade must lie in [0, 1], label_smoothing in [0, 1) and color_weight not be negative"
@@ -207,10 +205,8 @@ class JudgeTask:
 
     def losses(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         """Cross-entropies over the pictures whose kind, and whose colour, is known; float32."""
-        options, size = self.options, self.train_size(step)
-        images = batch["image"]
-        if size != images.shape[-1]:
-            images = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
+        options = self.options
+        images = at_size(batch["image"], train_size(options.train_sizes, step, options.loop.num_steps))
         with autocast(self.world.device, options.precision):
             kinds, colors = self.engine.model(images)
         kind = mean_cross_entropy(kinds, batch["kind"], options.label_smoothing)
@@ -218,11 +214,6 @@ class JudgeTask:
         right = (kinds.argmax(1) == batch["kind"]).float().mean()
         loss = kind + options.color_weight * color
         return {"loss": loss, "kind_loss": kind, "color_loss": color, "batch_accuracy": right}
-
-    def train_size(self, step: int) -> int:
-        """The side of the training pictures at that step."""
-        sizes = self.options.train_sizes
-        return sizes[min(len(sizes) - 1, step * len(sizes) // self.options.loop.num_steps)]
 
     @torch.no_grad()
     def evaluate(self, step: int) -> dict[str, float]:

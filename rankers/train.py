@@ -44,6 +44,7 @@ from rankers.base import TwoTowerRanker
 from rankers.calibration import FILE as CALIBRATION
 from rankers.calibration import Lexicon, calibrate, default_lexicon
 from rankers.clip import RankerTowers
+from rankers.growing import at_size, check_train_sizes, train_size
 from rankers.model import RankerModel, save_ranker, takes_any_size
 from rankers.objective import TARGETS, Features, LossWeights, large_batch_step
 from rankers.pairs import AttributeConfig, CropAugment, pair_decoder
@@ -110,10 +111,7 @@ class Options:
     """Processes that decode pictures; 0 decodes in the training process."""
 
     def __post_init__(self) -> None:
-        if not self.train_sizes or min(self.train_sizes) < 32:
-            raise ValueError(
-                f"train_sizes must name sides of at least 32 pixels, not {list(self.train_sizes)}"
-            )
+        check_train_sizes(self.train_sizes)
         if not 0 <= self.unk_insert <= 1:
             raise ValueError(f"unk_insert must lie in [0, 1], not {self.unk_insert}")
         if self.init and self.model != ModelOptions():
@@ -153,10 +151,7 @@ class RankerTask:
         micro_batches = []
         for micro in split_batch(tensors, self.plan.accumulation):
             micro = {name: value.to(device) for name, value in micro.items()}
-            if size != micro["image"].shape[-1]:
-                micro["image"] = F.interpolate(
-                    micro["image"], size=(size, size), mode="bilinear", antialias=True
-                )
+            micro["image"] = at_size(micro["image"], size)
             micro_batches.append(micro)
         seed = (options.loop.seed * 1_000_003 + step) * 131 + self.world.rank
         metrics = large_batch_step(
@@ -190,8 +185,7 @@ class RankerTask:
 
     def train_size(self, step: int) -> int:
         """The side of the training pictures at that step."""
-        sizes = self.options.train_sizes
-        return sizes[min(len(sizes) - 1, step * len(sizes) // self.options.loop.num_steps)]
+        return train_size(self.options.train_sizes, step, self.options.loop.num_steps)
 
     def ranker(self, step: int) -> TwoTowerRanker:
         """The ranker as it is saved, for the step. All processes must call it: under ZeRO the weights are gathered."""

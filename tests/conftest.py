@@ -1,6 +1,10 @@
-"""Shared by all tests: two threads, so that figures do not hang on the machine, and where the real material lies."""
+"""Shared by all tests: one thread, here and in processes started from here, so that figures do not hang on the machine;
+and where the real material lies."""
 
+import os
 from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
@@ -8,7 +12,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 @pytest.fixture

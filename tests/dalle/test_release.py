@@ -16,6 +16,7 @@ from common.files import sha256_file
 from dalle.model import Dalle
 from dalle.pipeline import TextToImage
 from dalle.release import Card, main, push_to_hub, release
+from vq.model import ImageTokenizer
 
 
 @pytest.fixture
@@ -184,3 +185,22 @@ def test_push_says_why_the_hub_refused(generator_dir, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(ValueError, match="cannot push to me/goods"):
         push_to_hub(released, "me/goods")
+
+
+def test_a_decoder_tuned_since_draws_the_same_codes(generator_dir, tmp_path):
+    tuned = ImageTokenizer.from_pretrained(generator_dir / "image_tokenizer")
+    with torch.no_grad():
+        for parameter in tuned.decoder.parameters():
+            parameter.mul_(0.9)
+    for name, tokenizer in (("tuned", tuned), ("other", ImageTokenizer(tuned.config))):
+        (tmp_path / name).mkdir()
+        tokenizer.write(tmp_path / name, 0)
+    target = release(generator_dir, tmp_path / "released", Card(), "float32", str(tmp_path / "tuned"))
+    before, after = (TextToImage.from_pretrained(path, "cpu") for path in (generator_dir, target))
+    ids = [next(iter(p.generate(CAPTIONS[:1], 1))).ids.tolist() for p in (before, after)]
+    assert ids[0] == ids[1]
+    assert before.image_tokenizer.sha256 != after.image_tokenizer.sha256
+    with pytest.raises(ValueError, match="other codes than the tokenizer that"):
+        release(generator_dir, tmp_path / "no", Card(), image_tokenizer=str(tmp_path / "other"))
+    with pytest.raises(ValueError, match="leave --image-tokenizer out"):
+        release(tmp_path / "tuned", tmp_path / "no", Card(), image_tokenizer=str(tmp_path / "tuned"))

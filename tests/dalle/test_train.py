@@ -30,14 +30,6 @@ from vq.model import ImageTokenizer
 ROOT = Path(train_dalle.__file__).parent
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
     """images/, tokenizer/, other/ (another tokenizer), tokens/"""
@@ -170,6 +162,18 @@ def test_accumulation_gives_the_same_losses(made, whole, tmp_path):
     for one, four in zip(metrics(tmp_path / "one"), metrics(tmp_path / "four"), strict=True):
         for name in ("loss", "text_loss", "image_loss", "grad_norm"):
             assert one[name] == pytest.approx(four[name], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_compiled_training_gives_the_plain_losses(made, tmp_path):
+    if not shutil.which("g++"):
+        pytest.skip("torch.compile on a CPU needs g++")
+    calm = ("--model.dropout", "0", "--model.stochastic-depth", "0", "--model.token-dropout", "0")
+    calm += ("--precision", "fp32", "--caption-dropout", "0")
+    for name, more in (("plain", ()), ("compiled", ("--compile",))):
+        train_dalle.main(flags(made, tmp_path / name, *calm, *more, steps=3))
+    plain, compiled = ([row["loss"] for row in metrics(tmp_path / name)] for name in ("plain", "compiled"))
+    assert compiled == pytest.approx(plain, rel=1e-4)
 
 
 def test_pictures_encoded_on_the_fly(made, tmp_path):

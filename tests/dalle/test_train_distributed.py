@@ -10,7 +10,6 @@ import tarfile
 from pathlib import Path
 
 import pytest
-import torch
 from tiny_data import write_image_shards, write_image_tokenizer, write_token_shards
 
 import train_dalle
@@ -68,11 +67,8 @@ def trace(run_dir: Path) -> list[list[float]]:
 @pytest.fixture(scope="module")
 def alone(made, tmp_path_factory) -> list[list[float]]:
     """The trace of one process."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     run_dir = tmp_path_factory.mktemp("alone") / "run"
     train_dalle.main(flags(made, run_dir))
-    torch.set_num_threads(before)
     return trace(run_dir)
 
 

@@ -4,8 +4,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from reference_shards import write_shards
+from tiny_goods import write_ranker
 
 for part in ("dalle", "rankers"):
     sys.path.append(str(Path(__file__).parent.parent / part))
@@ -42,15 +42,4 @@ def judge_dir(shards, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def ranker_dir(tmp_path_factory) -> Path:
-    """A checkpoint of kind ranker with random weights."""
-    from rankers.model import ModelConfig, RankerModel, save_ranker
-    from rankers.text import TextTowerConfig, write_text_tower
-
-    folder = tmp_path_factory.mktemp("ranker")
-    write_text_tower(folder / "t", ["一个红色的马克杯", "蓝色鞋子"], TextTowerConfig(32, 1, 2, 16), None)
-    torch.manual_seed(0)
-    config = ModelConfig(image_tower="resnet-xs", embed_dim=16, image_size=32, max_text_len=16)
-    directory = folder / "checkpoint"
-    directory.mkdir()
-    save_ranker(directory, config, RankerModel(config, folder / "t").state_dict(), folder / "t", 7)
-    return directory
+    return write_ranker(tmp_path_factory.mktemp("ranker"), ["一个红色的马克杯", "蓝色鞋子"])

@@ -3,7 +3,8 @@ import re
 from xml.etree import ElementTree
 
 import pytest
-from reference_shards import COLORS, KINDS, caption, write_out_dir
+from reference_shards import caption, write_out_dir
+from tiny_goods import COLORS, KINDS
 
 from evaluation.arena import join_arms, main
 

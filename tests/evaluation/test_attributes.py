@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFilter
-from reference_shards import COLORS, KINDS, caption, draw
+from reference_shards import caption
+from tiny_goods import COLORS, KINDS, draw
 
 from data_tools.index import ShardIndex
 from evaluation.attributes import (

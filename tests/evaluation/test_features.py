@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from reference_shards import draw
+from tiny_goods import draw
 
 from data_tools.images import BadImage
 from evaluation.features import (
@@ -83,7 +83,8 @@ def test_what_was_computed_once_comes_from_disk(tmp_path):
 
 def test_batches_that_were_done_survive_a_kill(tmp_path):
     code = (
-        "import sys, os\nsys.path[:0] = ['tests/evaluation']\nfrom pathlib import Path\nimport test_features as t\n"
+        "import sys, os\nsys.path[:0] = ['tests', 'tests/evaluation']\n"
+        "from pathlib import Path\nimport test_features as t\n"
         "class Killed(t.Counting):\n"
         "    def features(self, images):\n"
         "        if self.computed == 4: os.kill(os.getpid(), 9)\n"

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageFilter
-from reference_shards import COLORS, KINDS, draw
+from tiny_goods import COLORS, KINDS, draw
 
 from evaluation.features import PerceptualHash
 from evaluation.memorisation import nearest_by_cosine, nearest_by_hash, nearest_training

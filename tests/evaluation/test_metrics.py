@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from reference_shards import COLORS, KINDS, caption, draw, write_out_dir
+from reference_shards import caption, write_out_dir
+from tiny_goods import COLORS, KINDS, draw
 
 from evaluation import agreement
 from evaluation.__main__ import main
@@ -195,7 +196,7 @@ def out(tmp_path) -> Path:
 
 
 def arguments(out: Path, shards: Path, cache: Path, *more: str) -> list[str]:
-    quick = ["--options.draws", "40", "--options.set-draws", "10", "--cache", str(cache)]
+    quick = ["--measure.draws", "40", "--measure.set-draws", "10", "--cache", str(cache)]
     return [str(out), "--reference", str(shards), *quick, *more]
 
 
@@ -265,8 +266,8 @@ def test_the_encoder_that_reranked_is_refused(out, shards, cache, judge_dir, ran
         (["--split", "test", "--judge", "JUDGE"], "no test-*.tar"),
         (["--best-of", "9", "--judge", "JUDGE"], "best of 9 needs 9 pictures"),
         (["--best-of", "2", "--scorer", "x", "--judge", "JUDGE"], "no score 'x'"),
-        (["--options.near", "0", "--judge", "JUDGE"], "near must lie between 0 and 1"),
-        (["--options.draws", "1", "--judge", "JUDGE"], "draws must be at least 20"),
+        (["--measure.near", "0", "--judge", "JUDGE"], "near must lie between 0 and 1"),
+        (["--measure.draws", "1", "--judge", "JUDGE"], "draws must be at least 20"),
         (["--best-of", "-1"], "best_of must be 0"),
         (["--juge", "x"], "Unrecognized"),
     ],

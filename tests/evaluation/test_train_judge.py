@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from reference_shards import COLORS, KINDS, draw
+from tiny_goods import COLORS, KINDS, draw
 
 from common.checkpoint import read_config, read_weights
 from common.config import from_mapping, read_mapping

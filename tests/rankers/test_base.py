@@ -1,7 +1,7 @@
 import pytest
 import torch
 from PIL import Image
-from ranker_samples import draw
+from tiny_goods import draw
 
 from rankers import default_ranker, load_ranker
 from rankers.base import FeatureCache, TwoTowerRanker, as_rgb, content_hash, identities

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from PIL import Image
-from ranker_samples import draw
+from tiny_goods import draw
 from torch.nn import functional as F
 
 from common.checkpoint import read_weights, save_weights

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from ranker_samples import COLORS, KINDS, draw
+from tiny_goods import COLORS, KINDS, draw
 
 from data_tools.index import ShardIndex
 from data_tools.loader import CorruptSample

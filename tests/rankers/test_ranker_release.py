@@ -2,8 +2,8 @@ import json
 
 import pytest
 import torch
-from ranker_samples import draw
 from safetensors.torch import load_file
+from tiny_goods import draw
 
 from rankers import load_ranker
 from rankers.release import main

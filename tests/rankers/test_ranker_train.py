@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranker_samples import draw
+from tiny_goods import draw
 
 from common.checkpoint import read_weights
 from common.config import from_mapping, read_mapping

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from ranker_samples import COLORS, KINDS, draw
+from tiny_goods import COLORS, KINDS, draw
 
 from data_tools.index import ShardIndex
 from rankers import load_ranker

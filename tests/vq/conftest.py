@@ -2,11 +2,8 @@
 
 import io
 import json
-import os
 import tarfile
 from pathlib import Path
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
@@ -15,8 +12,6 @@ from PIL import Image
 
 from vq.autoencoder import FastConfig
 from vq.model import ImageTokenizer, TokenizerConfig
-
-torch.set_num_threads(1)
 
 SMALL_FAST = FastConfig(haar_levels=1, channels=(32, 32), encoder_blocks=(0, 1), decoder_blocks=(0, 1))
 SMALL = TokenizerConfig(image_size=16, fast=SMALL_FAST, codebook_size=16, codebook_dim=4)

@@ -1,0 +1,55 @@
+"""What every command that measures asks for: real pictures, the networks that look, and where their features stay."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from common.checkpoint import newest_run
+from data_tools.index import ShardIndex
+from evaluation import goods_judge
+from evaluation.features import CACHE
+from evaluation.parts import MeasureOptions, Networks, Reference
+from evaluation.sets import SampleSet
+from rankers.pairs import AttributeConfig
+
+
+@dataclass(frozen=True)
+class MeasuringOptions:
+    """Options that evaluation, arena and sweep have in common."""
+
+    reference: str = ""
+    """Folder of image shards with real pictures."""
+    split: str = "val"
+    """Their held-out split: what pictures are compared with."""
+    train_split: str = "train"
+    """Their training split, for memorisation; empty: none."""
+    judge: str = ""
+    """Judge of kinds and colours (python -m evaluation.train_judge); empty: the newest of runs/, if there is one."""
+    clip: str = ""
+    """Ranker that scores texts with pictures, see rankers; never the one that chooses; empty: none."""
+    inception: str = ""
+    """File with the Inception weights of FID; empty: torch's hub cache, where they are there."""
+    attributes: AttributeConfig = field(default_factory=AttributeConfig)
+    measure: MeasureOptions = field(default_factory=MeasureOptions)
+    cache: Path = CACHE
+    """Folder where features of pictures are kept."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+    def check_reference(self) -> None:
+        """Raises ValueError or FileNotFoundError where no real pictures are."""
+        if not self.reference:
+            raise ValueError("name real pictures to compare with: --reference FOLDER_OF_SHARDS")
+        ShardIndex.open(self.reference, self.split)
+
+    def networks(self) -> Networks:
+        """Raises FileNotFoundError or ValueError in one sentence; without any network too."""
+        return Networks.load(self.judge_name(), self.clip, self.inception, self.device)
+
+    def judge_name(self) -> str:
+        """Empty where none is named and none was trained."""
+        return self.judge or str(newest_run(goods_judge.KIND) or "")
+
+    def real_pictures(self, samples: SampleSet) -> Reference:
+        """What the set is compared with."""
+        splits = (self.split, self.train_split)
+        return Reference.open(self.reference, samples, *splits, attributes=self.attributes)
