@@ -30,10 +30,12 @@ FORMAT = 1
 
 
 def save_weights(path: Path, weights: dict[str, Tensor]) -> None:
-    """Raises OSError when the file cannot be written."""
+    """A safetensors file that others may read as they may any new file. Raises OSError when it cannot be written."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    path.touch()
+    mode = path.stat().st_mode  # save_file leaves its own files to their owner alone
     try:
         save_file({n: t.detach().to("cpu").contiguous().clone() for n, t in weights.items()}, str(path))
     except SafetensorError as error:
@@ -41,6 +43,7 @@ def save_weights(path: Path, weights: dict[str, Tensor]) -> None:
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+    path.chmod(mode)
 
 
 def write_model(

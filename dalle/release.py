@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from common.checkpoint import resolve
+from common.checkpoint import resolve, save_weights
 from common.compact import Precision, compact, widen
 from common.config import command, parse_options
 from common.files import atomic_directory, read_json, sha256_file, write_json
@@ -107,10 +107,12 @@ def decoder_of(image_tokenizer: str, directory: Path) -> Path:
 
 def round_weights(path: Path, precision: Precision) -> None:
     """Rewrite in fewer bits, and put the new hash into the config.json beside. Raises ValueError on overflow."""
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     try:
-        save_file(compact(widen(load_file(str(path))), precision), str(path))
+        short = compact(widen(load_file(str(path))), precision)
+        path.unlink()  # a new file, not the old one's permissions
+        save_weights(path, short)
     except ValueError as error:
         raise ValueError(f"{path.parent.name}: {error}") from error
     config_path = path.parent / "config.json"

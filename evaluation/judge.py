@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from common.checkpoint import save_weights
 from common.files import atomic_path, sha256_file
 from common.image import resize_square, to_tensor
 from data_tools.synthetic import KINDS, draw_sample, drawing_fingerprint
@@ -91,7 +91,7 @@ def train_judge(config: JudgeConfig = JudgeConfig(), cache: Path = Path(".cache"
     print(f"kind judge: training on {config.num_train} synthetic pictures, into {path}", flush=True)
     judge = _fit(config)
     with atomic_path(path) as temporary:
-        save_file({n: t.contiguous() for n, t in judge.state_dict().items()}, temporary)
+        save_weights(temporary, judge.state_dict())
     return judge
 
 

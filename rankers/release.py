@@ -47,9 +47,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     with atomic_directory(destination) as directory:
         checkpoint.write_model(directory, KIND, {**config["model"], **origin}, short, config["step"])
         shutil.copytree(source / TOWERS, directory / TOWERS)
-        for name in (CALIBRATION, "train_config.json"):
-            if (source / name).is_file():
-                shutil.copyfile(source / name, directory / name)
+        if (source / CALIBRATION).is_file():
+            shutil.copyfile(source / CALIBRATION, directory / CALIBRATION)
     say(f"wrote {destination}, {size_of(destination) / 2**20:.1f} MiB")
     return destination
 

@@ -38,6 +38,12 @@ def test_a_model_comes_back(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters(), strict=True))
 
 
+def test_others_may_read_weights_as_any_new_file(tmp_path):
+    directory = written(tmp_path / "c")
+    modes = {(directory / name).stat().st_mode for name in ("config.json", "model.safetensors")}
+    assert len(modes) == 1
+
+
 def test_half_precision_is_widened(tmp_path):
     weights = {n: t.bfloat16() for n, t in Net().state_dict().items()}
     read = checkpoint.read_weights(written(tmp_path / "c", weights))

@@ -1,0 +1,43 @@
+"""The models that ship: small, described, and drawing from a fresh clone."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import generate
+import rerank
+from common.checkpoint import read_config
+
+SHIPPED = Path(__file__).parent.parent / "pretrained" / "goods-128"
+
+
+def test_all_of_it_is_at_most_32_mib():
+    assert sum(f.stat().st_size for f in SHIPPED.rglob("*") if f.is_file()) <= 32 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("folder", "kind"),
+    [("generator", "generator"), ("generator/image_tokenizer", "image_tokenizer"), ("ranker", "ranker")],
+)
+def test_checkpoints_are_what_they_say(folder, kind):
+    assert read_config(SHIPPED / folder, kind)["step"] > 0
+    assert not (SHIPPED / folder / "training_state").exists()
+
+
+def test_the_card_names_data_licences_recipe_and_figures():
+    card = (SHIPPED / "generator" / "README.md").read_text("utf-8")
+    for word in ("CC0", "MIT", "train_dalle.py --config configs/goods_128/", "image_bits", "samples.png"):
+        assert word in card, word
+    assert Image.open(SHIPPED / "generator" / "samples.png").width > 500
+
+
+def test_a_fresh_clone_draws_and_ranks_goods(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # nothing was trained here
+    (tmp_path / "pretrained").symlink_to(SHIPPED.parent)
+    generate.main(["一条蓝色牛仔裤", "2", "out", "--device", "cpu"])
+    ranking = rerank.main(["out", "--device", "cpu"])
+    assert ranking
+    rows = Image.open(tmp_path / "out" / "rank00.png").convert("RGB").resize((1, 1)).getpixel((0, 0))
+    assert Image.open(tmp_path / "out" / "rank00.png").size == (128, 128)
+    assert rows[2] > rows[0], "blue"
