@@ -37,7 +37,7 @@ bench-demo: setup
 	$(RUN) -m benchmarks.demo_quality
 
 bench: setup bench-demo
-	for script in benchmarks/*_speed.py; do $(RUN) $$script || exit 1; done
+	for name in train_speed decode_speed tokenizer_speed ranker_speed; do $(RUN) -m benchmarks.$$name || exit 1; done
 
 clean:
 	rm -rf runs data out .cache

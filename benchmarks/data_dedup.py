@@ -1,7 +1,7 @@
 """Near duplicates among a million hashes: seconds, memory, and recall against brute force.
 
-    python benchmarks/data_dedup.py
-    python benchmarks/data_dedup.py --count 100000 --distance 8
+    python -m benchmarks.data_dedup
+    python -m benchmarks.data_dedup --count 100000 --distance 8
 
 Limits (exit code 1 when missed): a million hashes in under 120 s and 2 GiB; recall on 20,000 of them at least 0.999.
 The hashes are random with near copies planted at every distance up to one beyond the set one. Everything runs in one
@@ -14,11 +14,8 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.config import command, parse_options
 from data_tools.dedup import close_pairs, first_twins

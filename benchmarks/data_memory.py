@@ -1,7 +1,7 @@
 """Peak memory of clean, dedup, stats and download against the number of rows: what each row adds, in bytes.
 
-    python benchmarks/data_memory.py                               # half an hour on two cores
-    python benchmarks/data_memory.py --rows 1000 10000 --commands clean dedup
+    python -m benchmarks.data_memory                               # half an hour on two cores
+    python -m benchmarks.data_memory --rows 1000 10000 --commands clean dedup
 
 Each command runs as a user runs it, in its own process on synthetic rows (drawn pictures of 64 pixels, each different).
 No command holds pictures, so a row may add only what has to be known of every row: ids met before, hashes, lengths.
@@ -24,8 +24,6 @@ from typing import Literal
 
 import numpy as np
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.config import command, parse_options
 

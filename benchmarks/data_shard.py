@@ -1,8 +1,8 @@
 """How near the data path is to its limit: TSV to shards, shards to batches, and memory against the number of rows.
 
-    python benchmarks/data_shard.py                       # a quarter of an hour on two cores
-    python benchmarks/data_shard.py --rows 500 --rounds 1 --memory-rows 200 2000
-    python benchmarks/data_shard.py --pictures ../shared/data/goods
+    python -m benchmarks.data_shard                       # a quarter of an hour on two cores
+    python -m benchmarks.data_shard --rows 500 --rounds 1 --memory-rows 200 2000
+    python -m benchmarks.data_shard --pictures ../shared/data/goods
 
 Each speed is a ratio to bare Pillow on the same pictures, in the same run and on as many processes, round by round in
 turn. Two ratios are printed: of wall time, which wants an idle machine, and of processor time, which does not.
@@ -27,8 +27,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.config import command, parse_options
 from common.files import write_json

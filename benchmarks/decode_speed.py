@@ -1,9 +1,9 @@
 """How fast is decoding? One step of each form of the generator against the floor that the machine sets, and a peer.
 
-    python benchmarks/decode_speed.py
-    python benchmarks/decode_speed.py --sizes 26m --batch-sizes 8 --contenders packed_bf16 dalle_pytorch
-    python benchmarks/decode_speed.py --device cuda                     # eager, compiled and CUDA graphs in turn
-    OMP_NUM_THREADS=1 python benchmarks/decode_speed.py --clock cpu     # on a busy machine: processor time, one thread
+    python -m benchmarks.decode_speed
+    python -m benchmarks.decode_speed --sizes 26m --batch-sizes 8 --contenders packed_bf16 dalle_pytorch
+    python -m benchmarks.decode_speed --device cuda                     # eager, compiled and CUDA graphs in turn
+    OMP_NUM_THREADS=1 python -m benchmarks.decode_speed --clock cpu     # on a busy machine: processor time, one thread
 
 The floor of a step is the larger of bytes over bandwidth and operations over peak: bytes are all weights that a step
 reads and the filled half of the cache, in bfloat16; bandwidth is that of reading a buffer of this size; the peak is
@@ -13,19 +13,16 @@ it can be imported, see benchmarks/peer.py.
 """
 
 import json
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-import peer
 import torch
 from torch import Tensor, nn
 
+from benchmarks import peer
 from common.config import command, parse_options
 from common.distributed import pick_device
 from common.files import write_json

@@ -1,7 +1,7 @@
 """What does DeepSpeed cost where it has nothing to shard? One process, the same model, step by step in turn.
 
-    python benchmarks/deepspeed_overhead.py
-    python benchmarks/deepspeed_overhead.py --rounds 20 --stages 1
+    python -m benchmarks.deepspeed_overhead
+    python -m benchmarks.deepspeed_overhead --rounds 20 --stages 1
 
 Each round takes one step of the plain engine and one of each ZeRO stage, in an order that rotates, so that all share
 the machine's mood. Counts the ratio of the fastest steps; the median of the rounds' ratios tells how noisy they were.
@@ -10,13 +10,9 @@ The limit is 1.1 for stage 1.
 
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 

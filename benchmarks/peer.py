@@ -3,7 +3,7 @@
 It needs old packages, so it gets a folder of its own:
     pip install --no-deps --target peers dalle-pytorch==1.6.6 axial_positional_embedding==0.3.12 \
         rotary-embedding-torch==0.9.1 g-mlp-pytorch==0.1.5 omegaconf antlr4-python3-runtime "setuptools<81"
-    PYTHONPATH=peers python benchmarks/train_speed.py
+    PYTHONPATH=peers python -m benchmarks.train_speed
 """
 
 import importlib

@@ -1,7 +1,7 @@
 """How long from a text to ranked PNG files, once everything is loaded? The goal on a GPU is under one second for 8.
 
-    python benchmarks/text_to_ranked.py                                   # the newest generator and ranker
-    python benchmarks/text_to_ranked.py --checkpoint runs/dalle --ranker runs/ranker --device cuda
+    python -m benchmarks.text_to_ranked                                   # the newest generator and ranker
+    python -m benchmarks.text_to_ranked --checkpoint runs/dalle --ranker runs/ranker --device cuda
 
 A service's view: models are loaded and warm, every round takes a new seed, draws, decodes, scores, orders and writes
 rank00.png ... to a temporary folder. Prints the median and the slowest round, and where the time goes.
@@ -9,15 +9,12 @@ rank00.png ... to a temporary folder. Prints the median and the slowest round, a
 
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import tyro
 

@@ -3,20 +3,17 @@
     python -m vq.train_perceptual --data ../shared/data/goods
     python -m vq.train_perceptual --data ../shared/data/goods --loop.run-dir runs/perceptual_eval --loop.seed 1
     python -m vq.train_perceptual --data ../shared/data/goods --loop.run-dir runs/perceptual_caption --target caption
-    python benchmarks/tokenizer_ablation.py --data ../shared/data/goods --num-steps 600
-    python benchmarks/tokenizer_ablation.py --data DATA --rows base no_l2 adversary
+    python -m benchmarks.tokenizer_ablation --data ../shared/data/goods --num-steps 600
+    python -m benchmarks.tokenizer_ablation --data DATA --rows base no_l2 adversary
 
 Every row trains train_vqgan.py into a run directory of its own, so an interrupted table goes on where it stopped. The
 perceptual column is measured with a network of another seed than the one trained with. Writes table.md for docs/LOG.md.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train_vqgan
 from common.config import command, parse_options

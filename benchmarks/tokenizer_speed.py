@@ -1,7 +1,7 @@
 """How fast does the image tokenizer train, against the published architecture in the same run, and where does time go?
 
-    python benchmarks/tokenizer_speed.py                                       # speed and profile, minutes
-    python benchmarks/tokenizer_speed.py --data ../shared/data/goods --train-seconds 600  # quality after equal time
+    python -m benchmarks.tokenizer_speed                                       # speed and profile, minutes
+    python -m benchmarks.tokenizer_speed --data ../shared/data/goods --train-seconds 600  # quality after equal time
 
 Every round times one full training step of each contender in turn (forward, pixel, perceptual and adversarial losses,
 both optimizers, moving average), so that they share the machine's mood; the fastest step of each counts. bf16 autocast,
@@ -15,14 +15,11 @@ not on this machine: the cost is the same.
 """
 
 import copy
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 from torch import Tensor

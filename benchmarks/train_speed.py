@@ -1,8 +1,8 @@
 """How fast is a training step of the generator on this CPU? Against the machine, two peers and DeepSpeed.
 
-    python benchmarks/train_speed.py
-    python benchmarks/train_speed.py --rounds 20 --contenders ours llama
-    python benchmarks/train_speed.py --device cuda --dim 768 --num-layers 15 --num-heads 12 --batch-size 64 \
+    python -m benchmarks.train_speed
+    python -m benchmarks.train_speed --rounds 20 --contenders ours llama
+    python -m benchmarks.train_speed --device cuda --dim 768 --num-layers 15 --num-heads 12 --batch-size 64 \
         --compile                                                # about 100M parameters on a GPU
 
 Every round runs one step of each contender in turn, so that they share the machine's mood; the fastest step of each
@@ -11,20 +11,17 @@ dalle-pytorch takes part where it can be imported, see benchmarks/peer.py.
 """
 
 import json
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-import peer
 import torch
-from llama_baseline import LlamaBaseline
 from torch import Tensor, nn
 
+from benchmarks import peer
+from benchmarks.llama_baseline import LlamaBaseline
 from common.config import command, parse_options
 from common.distributed import DeepSpeedConfig, World, autocast, batch_plan, make_engine, pick_device
 from common.files import write_json

@@ -4,7 +4,6 @@ import ast
 import importlib
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
@@ -54,7 +53,6 @@ def programs_lines() -> list[str]:
 def test_a_command_is_read_by_its_program(line, monkeypatch):
     name, arguments = program_and_arguments(line)
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
     at = [i for i, word in enumerate(arguments) if word in WRITTEN_BY_OTHERS]
     arguments = [word for i, word in enumerate(arguments) if i not in at and i + 1 not in at]
     module = importlib.import_module(f"{name}.__main__" if (ROOT / name).is_dir() else name)
