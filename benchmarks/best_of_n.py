@@ -57,9 +57,9 @@ class Options:
     """Folder of image shards whose held-out captions are the prompts."""
     split: str = "val"
     """Held-out split."""
-    num_prompts: int = 300
+    num_prompts: int = 360
     """Prompts at most; 0: all distinct captions."""
-    recolored: int = 1
+    recolored: int = 2
     """Prompts more of every caption that names a colour, with another colour in its place."""
     num_images: int = 8
     """Pictures of each prompt, of which the ranker takes the best."""
