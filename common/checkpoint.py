@@ -70,7 +70,7 @@ def write_model(
 
 @contextlib.contextmanager
 def new_step_directory(run_dir: Path, step: int) -> Iterator[Path]:
-    """Fill the yielded directory; it becomes `run_dir/step_XXXXXXXX` and `latest` points to it."""
+    """Fill the yielded directory; it becomes that of the step in `run_dir` and `latest` points to it."""
     final = step_directory(run_dir, step)
     with atomic_directory(final) as temporary:
         yield temporary

@@ -75,7 +75,7 @@ def near_pairs(hashes: np.ndarray, max_distance: int) -> Iterator[tuple[np.ndarr
         for i, j in _candidates(bands[band], width, radius):
             close = distances(hashes[i], hashes[j]) <= max_distance
             i, j = i[close], j[close]
-            for earlier, reach in zip(bands[:band], radii, strict=False):  # found there already
+            for earlier, reach in zip(bands[:band], radii[:band], strict=True):  # found there already
                 fresh = np.bitwise_count(earlier[i] ^ earlier[j]) > reach
                 i, j = i[fresh], j[fresh]
             if len(i):

@@ -29,7 +29,7 @@ def dominant_color(image: Image.Image) -> str:
     if sum(votes[:_NUM_COLORED]) < _COLORED_SHARE:
         black, white = votes[_NUM_COLORED:]
         return "black" if black > _BLACK_TO_WHITE * white else "white"
-    vivid = dict(zip(COLOR_RGB, tone_votes(_most_vivid(lab), _NUM_COLORED), strict=False))
+    vivid = dict(zip(list(COLOR_RGB)[:_NUM_COLORED], tone_votes(_most_vivid(lab), _NUM_COLORED), strict=True))
     best = max(vivid, key=vivid.get)
     if best == "brown":  # shaded orange and red look brown, brown never looks like bright orange or red
         bright = max(("orange", "red"), key=vivid.get)

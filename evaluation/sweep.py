@@ -269,14 +269,8 @@ def run(options: Options) -> Sweep:
         report.append((setting_name(sampling), samples, tuple(figures.values())))
     found = _differences(report) if len(report) > 1 else []
     sizes = (len(first.texts), len(second.texts))
-    return Sweep(
-        replace(options, judge=options.judge_name()),
-        tuple(stages),
-        winner,
-        tuple(report),
-        tuple(found),
-        sizes,
-    )
+    options = replace(options, judge=options.judge_name())
+    return Sweep(options, tuple(stages), winner, tuple(report), tuple(found), sizes)
 
 
 def _differences(report: Sequence[tuple[str, SampleSet, tuple[Figure, ...]]]) -> list[Difference]:

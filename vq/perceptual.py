@@ -52,7 +52,7 @@ class FeatureNet(nn.Module):
     def __init__(self, channels: tuple[int, ...], norm: bool = False) -> None:
         super().__init__()
         stages = []
-        for before, width in zip((3, *channels), channels, strict=False):
+        for before, width in zip((3, *channels[:-1]), channels, strict=True):
             stages.append(
                 nn.Sequential(
                     nn.Conv2d(before, width, 4, stride=2, padding=1, bias=not norm),

@@ -350,7 +350,7 @@ class TestClean:
         """As a file, and as a callable: the same rows."""
         src = write_easynlp(tmp_path / "in", 6)
         keys = [r.key for r in open_source(src)]
-        scores = dict(zip(keys, (0.1, 0.5, 0.3, 0.05, 0.9), strict=False))
+        scores = dict(zip(keys[:5], (0.1, 0.5, 0.3, 0.05, 0.9), strict=True))
         text = "".join(json.dumps({"key": k, "score": s}) + "\n" for k, s in scores.items())
         (tmp_path / "scores.jsonl").write_text(text, "utf-8")
         argv = ["--scores", str(tmp_path / "scores.jsonl"), "--min-score", "0.3", "--workers", "0"]
