@@ -4,6 +4,7 @@
     python train_dalle.py --config configs/goods_128/dalle.yaml
     torchrun --nproc_per_node 2 train_dalle.py --config configs/goods_128/dalle.yaml
     deepspeed train_dalle.py --config configs/goods_128/dalle.yaml --deepspeed.zero-stage 2
+    python train_dalle.py --init pretrained/goods-128/generator --data MY_TOKENS      # fine-tuning
 
 The data are token shards (`python -m vq.encode_shards`), or image shards that are encoded on the fly. The same command
 started again goes on from the newest checkpoint in the run directory.
@@ -20,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from common.checkpoint import write_model
+from common.checkpoint import load_weights, resolve, write_model
 from common.config import command, parse_options, to_mapping
 from common.distributed import (
     BatchPlan,
@@ -35,14 +36,14 @@ from common.files import write_json
 from common.image import make_grid
 from common.log import say
 from common.loop import fit
-from common.optim import Ema, adamw, learning_rate
+from common.optim import Ema, learning_rate, make_optimizer
 from dalle import sequence
 from dalle.captions import drop_captions
 from dalle.losses import LossConfig, dalle_loss, position_losses
 from dalle.model import KIND, TRAINING_ONLY, Dalle
 from dalle.pipeline import TextToImage
 from dalle.plan import measure_peak_flops, train_flops
-from dalle.train_data import TrainData, captions
+from dalle.train_data import TrainData, captions, require_tokenizers_of
 from dalle.train_options import Options
 
 
@@ -56,22 +57,23 @@ class GeneratorTask:
         self.options, self.world, self.plan, self.data = options, world, plan, data
         self.text_tokenizer, self.pad_id = data.text_tokenizer, data.text_tokenizer.pad_id
         self.image_tokenizer = data.image_tokenizer.to(world.device)
-        self.config = options.model.config(
+        self.config = options.model_config(
             data.text_tokenizer.vocab_size,
             self.pad_id,
-            options.max_text_len,
             data.image_tokenizer.codebook_size,
             data.image_tokenizer.grid_size,
-            text_head=options.loss.text_weight > 0,
         )
         model = Dalle(self.config).to(world.device)
+        if options.init:
+            require_tokenizers_of(options.init, data)
+            load_weights(model, resolve(options.init))
         self.ema = Ema(model, options.ema_decay) if options.ema_decay else None
         self.finished = Dalle(self.config).to(world.device).eval()  # what evaluation and sample grids look at
         if options.compile:
             model.compile_blocks()
         self.engine = make_engine(
             model,
-            adamw(model, options.optim),
+            make_optimizer(model, options.optim),
             world,
             plan,
             options.optim.grad_clip,
@@ -87,7 +89,7 @@ class GeneratorTask:
         """Captions of the sample grids. Raises ValueError for one that the tokenizer knows nothing of."""
         texts = self.options.sample_texts or self.data.first_texts(4)
         for text in texts:
-            encoded = self.text_tokenizer.encode([text], self.options.max_text_len)
+            encoded = self.text_tokenizer.encode([text], self.config.max_text_len)
             if encoded.num_unknown == encoded.num_pieces:
                 raise ValueError(
                     f"the text tokenizer knows nothing of the caption {text!r}: set --sample-texts"
@@ -121,7 +123,7 @@ class GeneratorTask:
 
     def _encode_texts(self, texts: Sequence[str]) -> Tensor:
         """(B, max_text_len) long on the CPU; captions that are too long are cut and counted."""
-        encoded = self.text_tokenizer.encode(texts, self.options.max_text_len)
+        encoded = self.text_tokenizer.encode(texts, self.config.max_text_len)
         self.num_truncated += encoded.num_truncated
         return encoded.ids
 
@@ -170,7 +172,7 @@ class GeneratorTask:
         for number, batch in enumerate(batches):
             if number % self.world.size != self.world.rank:
                 continue
-            encoded = self.text_tokenizer.encode_batch(batch["text"], self.options.max_text_len)
+            encoded = self.text_tokenizer.encode_batch(batch["text"], self.config.max_text_len)
             text_ids, image_ids = self._to_device(encoded), self._image_ids(batch).to(self.world.device)
             null_ids = sequence.null_captions(len(text_ids), 1, self.pad_id, self.world.device)
             with autocast(self.world.device, self.options.precision):
@@ -286,6 +288,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     loop, world = options.loop, start_world(options.device)
     try:
         plan = batch_plan(loop.global_batch_size, world.size, loop.micro_batch_size)
+        options = options.with_init_tokenizers()
         data = TrainData.prepare(
             loop.run_dir, options.data, options.image_tokenizer, options.text_tokenizer, world, options.remote
         )

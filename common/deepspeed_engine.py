@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from common.distributed import BatchPlan, DeepSpeedConfig, World, split_batch
+from common.distributed import BatchPlan, DeepSpeedConfig, World, require_optimizer, split_batch
+from common.muon import Muon
 
 # Elements that travel at once. A GPU's links want 200 MB; on a CPU 20 MB stay warm, and save a tenth of a small step.
 BUCKET = {"cuda": 50_000_000, "cpu": 5_000_000}
@@ -34,6 +35,11 @@ class DeepSpeedEngine:
         grad_clip: float,
         options: DeepSpeedConfig,
     ) -> None:
+        if isinstance(optimizer, Muon):
+            raise ValueError(
+                f"muon needs whole matrices and ZeRO {options.zero_stage} shards them: add --deepspeed.zero-stage 0 "
+                "or --optim.name adamw"
+            )
         self.raw_model, self.optimizer, self.world, self.stage = model, optimizer, world, options.zero_stage
         self.accumulation = 1
         self._groups = [
@@ -105,10 +111,14 @@ class DeepSpeedEngine:
                     moments[names[parameter]] = {
                         k: v.to("cpu", copy=True) for k, v in (full | shared).items()
                     }
-        return {"moments": moments}
+        return {"moments": moments, "optimizer": "adamw"}
 
     def load_state(self, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Full weights and moments, as any engine's `weights` and `state` gave them, on every process."""
+        """Full weights and moments, as any engine's `weights` and `state` gave them, on every process.
+
+        Raises ValueError for another optimizer's.
+        """
+        require_optimizer(self.optimizer, state)
         for name, tensor in self.raw_model.state_dict(keep_vars=True).items():
             self._set_weight(tensor, weights[name].to(self.world.device))
         names = {p: n for n, p in self.raw_model.named_parameters()}

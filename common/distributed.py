@@ -274,10 +274,11 @@ class PlainEngine:
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 moments[names[parameter]] = dict(self.optimizer.state[parameter])
-        return {"moments": moments}
+        return {"moments": moments, "optimizer": optimizer_name(self.optimizer)}
 
     def load_state(self, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Weights and moments as `weights` and `state` gave them."""
+        """Weights and moments as `weights` and `state` gave them. Raises ValueError for another optimizer's."""
+        require_optimizer(self.optimizer, state)
         self.raw_model.load_state_dict(weights)
         for name, parameter in self.raw_model.named_parameters():
             if name in state["moments"]:
@@ -285,6 +286,18 @@ class PlainEngine:
                 self.optimizer.state[parameter] = {
                     k: v.to(parameter.device, copy=True) for k, v in moments.items()
                 }
+
+
+def optimizer_name(optimizer: torch.optim.Optimizer) -> str:
+    """As `optim.name` has it."""
+    return type(optimizer).__name__.lower()
+
+
+def require_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Raises ValueError where `state` holds another optimizer's moments."""
+    before, now = state.get("optimizer", "adamw"), optimizer_name(optimizer)
+    if before != now:
+        raise ValueError(f"this run was trained with {before}, not with {now}: set --optim.name {before}")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""AdamW groups, the learning-rate curve, and the moving average of weights."""
+"""Optimizers and their groups, the learning-rate curve, and the moving average of weights."""
 
 import math
 from dataclasses import dataclass
@@ -7,11 +7,18 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from common.muon import Muon
+
 
 @dataclass(frozen=True)
 class OptimConfig:
     """Optimizer and schedule."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """adamw, or muon: orthogonal steps for the matrices between embeddings and heads, AdamW for the rest. Muon learns
+    more from a picture and keeps its matrices whole, so ZeRO cannot shard it."""
+    muon_lr_ratio: float = 4.0
+    """Learning rate of Muon's matrices, in those of the rest; an update of either has entries of like size."""
     lr: float = 3e-4
     """Peak learning rate."""
     min_lr_ratio: float = 0.1
@@ -30,6 +37,8 @@ class OptimConfig:
     """Largest gradient norm; 0 leaves it alone."""
 
     def __post_init__(self) -> None:
+        if self.muon_lr_ratio <= 0:
+            raise ValueError(f"muon_lr_ratio must be above 0, not {self.muon_lr_ratio}")
         if self.lr <= 0:
             raise ValueError(f"lr must be above 0, not {self.lr}")
         if not 0 <= self.min_lr_ratio <= 1:
@@ -52,6 +61,40 @@ def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
     else:
         raise ValueError(f"unknown schedule {config.schedule!r}")
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * share)
+
+
+def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """What `config` names. Raises ValueError for muon where the model has no `hidden_layers` to name its matrices."""
+    if config.name == "adamw":
+        return adamw(model, config)
+    if config.name == "muon":
+        return muon(model, config)
+    raise ValueError(f"unknown optimizer {config.name!r}")
+
+
+def muon(model: nn.Module, config: OptimConfig) -> Muon:
+    """Muon for the matrices and kernels of `model.hidden_layers`; weight decay is the same share a step for all."""
+    if not hasattr(model, "hidden_layers"):
+        raise ValueError("optim.name muon is for the generator and the image tokenizer: use adamw here")
+    hidden = {p for layer in model.hidden_layers for p in layer.parameters() if p.ndim >= 2}
+    rest = adamw(model, config).param_groups
+    matrices = [p for p in rest[0]["params"] if p in hidden]
+    for group in rest:
+        group["params"] = [p for p in group["params"] if p not in hidden]
+    orthogonal = {
+        "params": matrices,
+        "weight_decay": config.weight_decay / config.muon_lr_ratio,
+        "lr_scale": config.muon_lr_ratio,
+    }
+    groups = [orthogonal | {"orthogonal": True}]
+    groups += [{"params": g["params"], "weight_decay": g["weight_decay"], "orthogonal": False} for g in rest]
+    return Muon(
+        [g for g in groups if g["params"]],
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=1e-8,
+        fused=True,
+    )
 
 
 def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:

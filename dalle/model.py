@@ -242,6 +242,11 @@ class Dalle(nn.Module):
         self.register_buffer("rotary", table, persistent=False)
         self._init_weights()
 
+    @property
+    def hidden_layers(self) -> list[nn.Module]:
+        """What lies between embeddings and heads: the matrices that Muon trains."""
+        return list(self.blocks)
+
     def _init_weights(self) -> None:
         """Normal of 0.02; the last product of every branch shrunk by depth (GPT-2); embeddings and heads alike."""
         for name, parameter in self.named_parameters():

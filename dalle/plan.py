@@ -17,7 +17,7 @@ from common import checkpoint
 from common.config import command, parse_options
 from common.distributed import Precision, autocast, batch_plan, pick_device
 from common.log import clock, say
-from common.optim import adamw
+from common.optim import make_optimizer
 from dalle import sequence
 from dalle.losses import dalle_loss
 from dalle.model import SIZES, Dalle, DalleConfig
@@ -187,7 +187,7 @@ def dry_run(config: DalleConfig, options: PlanOptions, micro_batch_size: int) ->
     peak = measure_peak_flops(device, options.precision)
     torch.manual_seed(0)
     model = Dalle(config).to(device)
-    optimizer = adamw(model, options.optim)
+    optimizer = make_optimizer(model, options.optim)
     shape = (micro_batch_size, config.max_text_len)
     text_ids = torch.randint(config.text_vocab_size, shape, device=device)
     text_ids[text_ids == config.pad_id] = (config.pad_id + 1) % config.text_vocab_size
@@ -229,10 +229,9 @@ class Plan:
 
 def make_plan(options: PlanOptions) -> Plan:
     """Raises FileNotFoundError or ValueError when the data, a tokenizer or a size cannot be."""
+    options = options.with_init_tokenizers()
     text_vocab_size, codebook_size, grid_size = vocabularies(options)
-    config = options.model.config(
-        text_vocab_size, 0, options.max_text_len, codebook_size, grid_size, options.loss.text_weight > 0
-    )
+    config = options.model_config(text_vocab_size, 0, codebook_size, grid_size)
     loop, processes = options.loop, max(1, options.gpus)
     batches = batch_plan(loop.global_batch_size, processes, loop.micro_batch_size)
     parameters, samples = count_parameters(config), count_samples(options)

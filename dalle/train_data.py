@@ -132,6 +132,22 @@ def _require_same(run_dir: Path, sha256: str, name: str) -> None:
         )
 
 
+def require_tokenizers_of(init: str, data: TrainData) -> None:
+    """Raises ValueError where the generator `init` was trained on other codes or cuts captions otherwise."""
+    directory = checkpoint.resolve(init)
+    image_tokenizer = ImageTokenizer.from_pretrained(directory / "image_tokenizer")
+    if image_tokenizer.codes_sha256 != data.image_tokenizer.codes_sha256:
+        raise ValueError(
+            f"--init {init} was trained on the codes of its own image tokenizer: leave --image-tokenizer out, and "
+            f"encode pictures with `python -m vq.encode_shards {directory / 'image_tokenizer'} IMAGES TOKENS`"
+        )
+    texts, text_tokenizer = data.first_texts(64), TextTokenizer.from_pretrained(directory)
+    if text_tokenizer.encode(texts, 64).ids.tolist() != data.text_tokenizer.encode(texts, 64).ids.tolist():
+        raise ValueError(
+            f"--init {init} cuts captions otherwise: leave --text-tokenizer out, its own is taken over"
+        )
+
+
 def synthetic_tokens(tokenizer: ImageTokenizer, world: World) -> str:
     """The embedded default as token shards of `tokenizer`, made where it is missing."""
     target = Path(f"data/synthetic_tokens_{tokenizer.codes_sha256[:8]}")

@@ -1,13 +1,16 @@
 """The options of a training of the generator: what train_dalle.py reads, and dalle.plan prices."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+from common import checkpoint
+from common.config import to_mapping
 from common.distributed import DeepSpeedConfig, EngineName, Precision
 from common.loop import LoopConfig
 from common.optim import OptimConfig
 from dalle.losses import LossConfig
-from dalle.model import ModelOptions
+from dalle.model import SIZES, TRAINING_ONLY, DalleConfig, ModelOptions, read_model_config
 from dalle.sampling import SamplingOptions
 from data_tools.augment import TextAugment
 from data_tools.crops import CropFlip
@@ -25,6 +28,9 @@ class Options:
     """Stage 1 checkpoint or run directory; empty: that of the run, or the newest one in runs/."""
     text_tokenizer: str = ""
     """Folder or hub id of a tokenizer, or a SentencePiece model; empty: characters learned from the captions."""
+    init: str = ""
+    """Generator whose weights this one starts from: a checkpoint, a run or a hub id. Its sizes and its tokenizers are
+    taken over, so captions and token shards of another tokenizer are refused."""
     max_text_len: int = 32
     """Text tokens, begin and end marks included; longer captions are cut and counted."""
     caption_dropout: float = 0.1
@@ -72,3 +78,46 @@ class Options:
                 f"val_samples must be at least 1 and sample_images at least 0, not {self.val_samples} "
                 f"and {self.sample_images}"
             )
+
+    def with_init_tokenizers(self) -> "Options":
+        """The tokenizers of `init` where none are named. Raises FileNotFoundError or ValueError where there is no such
+        generator."""
+        if not self.init:
+            return self
+        directory = checkpoint.resolve(self.init)
+        read_model_config(directory)
+        return replace(
+            self,
+            image_tokenizer=self.image_tokenizer or str(directory / "image_tokenizer"),
+            text_tokenizer=self.text_tokenizer or str(directory),
+        )
+
+    def model_config(
+        self, text_vocab_size: int, pad_id: int, codebook_size: int, grid_size: int
+    ) -> DalleConfig:
+        """Of the generator to train: `model`, or the sizes of `init`. Raises ValueError where both differ."""
+        if not self.init:
+            vocabularies = (text_vocab_size, pad_id, self.max_text_len, codebook_size, grid_size)
+            return self.model.config(*vocabularies, text_head=self.loss.text_weight > 0)
+        stored = read_model_config(checkpoint.resolve(self.init))
+        asked = self._asked_sizes()
+        asked |= {"text_vocab_size": text_vocab_size, "codebook_size": codebook_size, "grid_size": grid_size}
+        for name, value in asked.items():
+            if value != getattr(stored, name):
+                raise ValueError(
+                    f"--init {self.init} has {name} {getattr(stored, name)}, not {value}: leave sizes and tokenizers "
+                    "out, its own are taken over"
+                )
+        if self.loss.text_weight and not stored.text_head:
+            raise ValueError(f"--init {self.init} has no text head: set --loss.text-weight 0")
+        return replace(stored, **{name: getattr(self.model, name) for name in TRAINING_ONLY})
+
+    def _asked_sizes(self) -> dict[str, Any]:
+        """What of the architecture was asked for: all that is not as it would be by default."""
+        given, default = to_mapping(self.model), to_mapping(ModelOptions())
+        asked = {n: v for n, v in given.items() if v != default[n] and n not in TRAINING_ONLY}
+        if asked.pop("size", None):
+            asked = dict(zip(("dim", "num_layers", "num_heads"), SIZES[self.model.size], strict=True)) | asked
+        if self.max_text_len != Options.max_text_len:
+            asked["max_text_len"] = self.max_text_len
+        return asked

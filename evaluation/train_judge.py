@@ -35,7 +35,7 @@ from common.distributed import (
 from common.image import make_grid, resize_square, to_image, to_tensor
 from common.log import say
 from common.loop import LoopConfig, fit
-from common.optim import Ema, OptimConfig, adamw, learning_rate
+from common.optim import Ema, OptimConfig, learning_rate, make_optimizer
 from data_tools.index import ShardIndex
 from data_tools.loader import IMAGE_SUFFIXES, CorruptSample, eval_batches, open_image, train_batches
 from data_tools.synthetic import ensure_synthetic
@@ -179,7 +179,7 @@ class JudgeTask:
         self.model = JudgeNetwork(*sizes).to(world.device)
         self.finished = JudgeNetwork(*sizes).to(world.device)
         self.ema = Ema(self.model, options.ema_decay)
-        optimizer = adamw(self.model, options.optim)
+        optimizer = make_optimizer(self.model, options.optim)
         self.engine = make_engine(self.model, optimizer, world, plan, options.optim.grad_clip, options.engine)
         self.plan = plan
         self.figures: dict[str, float] = {}

@@ -37,7 +37,7 @@ from common.distributed import (
 from common.image import make_grid, resize_square
 from common.log import say
 from common.loop import LoopConfig, fit
-from common.optim import Ema, OptimConfig, adamw, learning_rate
+from common.optim import Ema, OptimConfig, learning_rate, make_optimizer
 from data_tools.loader import train_batches
 from data_tools.remote import RemoteOptions
 from rankers.base import TwoTowerRanker
@@ -131,7 +131,7 @@ class RankerTask:
         self.finished = RankerModel(self.model.config, data.towers).to(world.device)
         self.engine = make_engine(
             self.model,
-            adamw(self.model, options.optim),
+            make_optimizer(self.model, options.optim),
             world,
             plan,
             options.optim.grad_clip,

@@ -1,5 +1,6 @@
 """The adversary of stage 1 (VQGAN, Esser et al. 2021, section 3.1): when it trains, when it counts, what it weighs."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,21 +96,23 @@ class Adversary:
         rec_gradient: Tensor,
         last_layer: Tensor,
         step: int,
+        view: Callable[[Tensor], Tensor],
     ) -> tuple[Tensor | None, dict[str, float]]:
         """What the adversary adds to the gradient by the reconstruction, or None before its loss counts.
 
-        `leaf`: the reconstruction cut off from the decoder; `rec_gradient`: of the other losses by it.
+        `leaf`: the reconstruction cut off from the decoder; `rec_gradient`: of the other losses by it;
+        `view`: what of a picture is looked at.
         """
         factor = self.config.factor(step)
         if factor == 0:
             return None, {}
         with autocast(self.world.device, self.precision):
-            logits, features = self.model(leaf)
+            logits, features = self.model(view(leaf))
         loss = gen_loss = generator_loss(self.config.loss, logits)
         figures = {"gen_loss": float(gen_loss.detach())}
         if self.config.feature_weight:
             with torch.no_grad(), autocast(self.world.device, self.precision):
-                _, targets = self.model(images)
+                _, targets = self.model(view(images))
             matching = feature_matching_loss(targets, features)
             figures["feature_loss"] = float(matching.detach())
             loss = loss + self.config.feature_weight * matching

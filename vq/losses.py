@@ -6,6 +6,7 @@ Pictures are (B, 3, H, W) in [-1, 1]; every loss is a float32 scalar.
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,7 +30,17 @@ class LossConfig:
     """How much more a pixel of the goods counts than one of the ground (from {key}.mask.png, else from the colour of
     the border); 1: the same."""
 
+    grid_weight: float = 4.0
+    """Weight of the error that repeats from patch to patch, where a perceptual or an adversarial loss is in use."""
+    jitter: int = 8
+    """The perceptual network and the adversary see each batch shifted by 0 to jitter - 1 pixels either way. Strided
+    networks that always stand alike on the patches of the decoder teach it a pattern of dots; 1: no shift."""
+
     def __post_init__(self) -> None:
+        if self.grid_weight < 0:
+            raise ValueError(f"grid_weight must not be negative, not {self.grid_weight}")
+        if self.jitter < 1:
+            raise ValueError(f"jitter must be at least 1, not {self.jitter}")
         if self.perceptual_weight <= 0:
             raise ValueError(
                 f"perceptual_weight must be above 0, not {self.perceptual_weight}: use perceptual none"
@@ -54,6 +65,19 @@ def multiscale_l1(
         coarse = None if weight is None else F.avg_pool2d(weight, scale)
         loss = loss + _weighted_mean(F.avg_pool2d(difference, scale).abs(), coarse)
     return loss
+
+
+def grid_loss(reconstruction: Tensor, images: Tensor, period: int = 8, places: int = 4) -> Tensor:
+    """Mean absolute error of what repeats: the difference averaged over `places` x `places` blocks, pixel by pixel.
+
+    A decoder that writes patches can add the same dots to each, which features of strided networks take for texture;
+    such dots survive this average and detail does not. Pictures smaller than period * places have none to average.
+    """
+    height, width = (side // period * period for side in images.shape[-2:])
+    if min(height, width) < period * places:
+        return reconstruction.new_zeros(())
+    difference = (reconstruction.float() - images.float())[..., :height, :width]
+    return F.avg_pool2d(F.pixel_unshuffle(difference, period), places).abs().mean()
 
 
 def pixel_loss(
@@ -126,6 +150,19 @@ def adaptive_weight(
         return result.float().norm()
 
     return (norm(rec_gradient) / (norm(gen_gradient) + 1e-4)).clamp(max=cap)
+
+
+def shifted(pictures: Tensor, jitter: int, smallest: int, key: tuple[int, int]) -> Tensor:
+    """(B, C, H, W) -> the same without its margins: `jitter` - 1 pixels less each way, rounded down to multiples of 8.
+
+    The corner follows from `key` alone, so that pictures and their reconstructions are cut alike. What would be left
+    with less than `smallest` pixels stays whole.
+    """
+    height, width = ((side - jitter + 1) // 8 * 8 for side in pictures.shape[-2:])
+    if jitter == 1 or min(height, width) < smallest:
+        return pictures
+    top, left = np.random.Generator(np.random.Philox(key=list(key))).integers(jitter, size=2)
+    return pictures[..., top : top + height, left : left + width]
 
 
 def psnr(reconstruction: Tensor, images: Tensor, mask: Tensor | None = None) -> Tensor:

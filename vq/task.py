@@ -7,6 +7,7 @@ one more pass through the perceptual network and the discriminator.
 
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,16 @@ from common import checkpoint
 from common.distributed import BatchPlan, World, autocast, make_engine
 from common.image import stack_rows, to_image
 from common.log import say
-from common.optim import Ema, adamw, learning_rate
+from common.optim import Ema, learning_rate, make_optimizer
 from vq.adversary import Adversary
 from vq.foreground import pixel_weights
-from vq.losses import color_shift, pixel_loss, psnr
+from vq.losses import color_shift, grid_loss, pixel_loss, psnr, shifted
 from vq.model import ImageTokenizer
 from vq.options import Options
 from vq.perceptual import PerceptualDistance, load_perceptual
 from vq.quantizer import CodeUsage, kmeans
+
+SMALLEST_VIEW = 32  # pixels a side; smaller pictures are seen whole
 
 ValBatches = Callable[[int], Iterator[dict[str, Any]]]
 
@@ -48,7 +51,7 @@ class TokenizerTask:
         self._prepare()
         self._train_mode()
         self.model.to(world.device, memory_format=torch.channels_last)
-        optimizer = adamw(self.model, options.optim)
+        optimizer = make_optimizer(self.model, options.optim)
         self.engine = make_engine(self.model, optimizer, world, plan, options.optim.grad_clip, name="plain")
         self.ema = Ema(self.model, options.ema_decay) if options.ema_decay else None
         self.usage = CodeUsage(self.config.codebook_size)
@@ -134,9 +137,10 @@ class TokenizerTask:
         if self.ema:
             self.ema.update(self.model)
         if self.adversary:
-            images = batch["image"].to(self.world.device)
-            fake = torch.cat(reconstructions)
-            totals |= self.adversary.train_step(images, fake, lr / self.options.optim.lr, step)
+            real, fake = self._view(batch["image"].to(self.world.device), step), torch.cat(reconstructions)
+            totals |= self.adversary.train_step(
+                real, self._view(fake, step), lr / self.options.optim.lr, step
+            )
         if self.model.quantizer.has_codebook and not self.options.freeze_codes:
             self._care_for_codebook(batch["image"], step + 1)
         return totals | {"lr": lr}
@@ -162,19 +166,31 @@ class TokenizerTask:
         weights = pixel_weights(images, options.foreground_weight, mask)
         loss = rec_loss = pixel_loss(options.pixel, leaf, images, weights)
         figures = {"loss": 0.0, "rec_loss": float(rec_loss.detach())}
+        if options.grid_weight and (self.perceptual or self.adversary):
+            repeated = grid_loss(leaf, images)
+            figures["grid_loss"] = float(repeated.detach())
+            loss = loss + options.grid_weight * repeated
         if self.perceptual:
             with autocast(self.world.device, self.options.precision):
-                perceptual_loss = self.perceptual(leaf, images).mean()
+                perceptual_loss = self.perceptual(self._view(leaf, step), self._view(images, step)).mean()
             figures["perceptual_loss"] = float(perceptual_loss.detach())
             loss = loss + options.perceptual_weight * perceptual_loss
         figures["loss"] = float(loss.detach())
         (gradient,) = torch.autograd.grad(loss, leaf)
         if self.adversary:
             last_layer = self.model.decoder.last_layer
-            extra, more = self.adversary.gradient(reconstruction, leaf, images, gradient, last_layer, step)
+            view = partial(self._view, step=step)
+            extra, more = self.adversary.gradient(
+                reconstruction, leaf, images, gradient, last_layer, step, view
+            )
             gradient = gradient if extra is None else gradient + extra
             figures |= more
         return gradient, figures
+
+    def _view(self, pictures: Tensor, step: int) -> Tensor:
+        """What the perceptual network and the adversary see of `pictures` at this step."""
+        smallest = max(SMALLEST_VIEW, self.options.adversary.discriminator.smallest_side)
+        return shifted(pictures, self.options.loss.jitter, smallest, (self.options.loop.seed, step))
 
     def _announce(self, step: int) -> None:
         if not self.adversary:

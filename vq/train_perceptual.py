@@ -31,7 +31,7 @@ from common.distributed import (
 )
 from common.log import say
 from common.loop import LoopConfig, fit
-from common.optim import OptimConfig, adamw, learning_rate
+from common.optim import OptimConfig, learning_rate, make_optimizer
 from data_tools.crops import CropFlip
 from data_tools.index import ShardIndex
 from data_tools.loader import IMAGE_SUFFIXES, DecodeImage, eval_batches, train_batches
@@ -122,7 +122,12 @@ class PerceptualTask:
         model = Classifier(options.channels, len(targets.names))
         self.model = model.to(world.device, memory_format=torch.channels_last)
         self.engine = make_engine(
-            self.model, adamw(self.model, options.optim), world, plan, options.optim.grad_clip, name="plain"
+            self.model,
+            make_optimizer(self.model, options.optim),
+            world,
+            plan,
+            options.optim.grad_clip,
+            name="plain",
         )
 
     def train_step(self, batch: dict[str, Any], step: int) -> dict[str, float]:

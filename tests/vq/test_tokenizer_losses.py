@@ -9,10 +9,12 @@ from vq.losses import (
     discriminator_loss,
     feature_matching_loss,
     generator_loss,
+    grid_loss,
     lecam_loss,
     multiscale_l1,
     pixel_loss,
     psnr,
+    shifted,
 )
 
 
@@ -100,3 +102,32 @@ def test_psnr_and_color_shift_by_hand():
         -10 * torch.log10(torch.tensor((2 / 255) ** 2 / 3)).item(), abs=1e-3
     )
     assert color_shift(reconstruction, images).tolist() == [[0, 0, 0], [pytest.approx(2.0), 0, 0]]
+
+
+def test_shifts_cut_a_pair_alike_and_reach_every_phase():
+    rows, columns = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
+    pictures = torch.stack([rows, columns])[None]
+    corners = set()
+    for step in range(900):
+        seen = shifted(pictures, 8, 32, (0, step))
+        assert seen.shape == (1, 2, 56, 56) and torch.equal(seen, shifted(pictures, 8, 32, (0, step)))
+        corners.add((int(seen[0, 0, 0, 0]), int(seen[0, 1, 0, 0])))
+        assert seen[0, 0, 0, 0] + 55 == seen[0, 0, -1, -1]
+    assert len(corners) == 64
+    assert shifted(pictures, 1, 32, (0, 0)) is pictures
+    assert shifted(pictures, 8, 57, (0, 0)) is pictures, "too small to lose its margins"
+    leaf = pictures.clone().requires_grad_()
+    shifted(leaf, 8, 32, (0, 5)).sum().backward()
+    assert float(leaf.grad.sum()) == 2 * 56 * 56
+
+
+def test_grid_loss_is_of_dots_and_not_of_detail():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(2, 3, 64, 64, generator=generator)
+    dots = torch.zeros(64, 64)
+    dots[::4, ::4] = 0.32
+    assert float(grid_loss(images + dots, images)) == pytest.approx(0.32 / 16, rel=1e-4)
+    detail = 0.02 * torch.randn(2, 3, 64, 64, generator=generator)
+    assert float(grid_loss(images + detail, images)) < 0.25 * float(detail.abs().mean()) * 1.1
+    assert float(grid_loss(images[..., :31], images[..., 1:32])) == 0.0, "no 4 x 4 places of 8 pixels"
+    assert float(grid_loss(images[..., :63, :] + 0.5, images[..., :63, :])) == pytest.approx(0.5)

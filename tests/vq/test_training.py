@@ -221,12 +221,12 @@ def test_a_collapse_in_a_run_goes_back_and_the_run_ends_well(train, monkeypatch,
     plain = Adversary.gradient
     blows = []
 
-    def blow_up_once(self, reconstruction, leaf, images, rec_gradient, last_layer, step):
+    def blow_up_once(self, reconstruction, leaf, images, rec_gradient, last_layer, step, view):
         if step == 7 and not blows:
             blows.append(step)
             with torch.no_grad():
                 last_layer.mul_(30)
-        return plain(self, reconstruction, leaf, images, rec_gradient, last_layer, step)
+        return plain(self, reconstruction, leaf, images, rec_gradient, last_layer, step, view)
 
     monkeypatch.setattr(Adversary, "gradient", blow_up_once)
     judge = ["--preset", "vqgan", "--adversary.warmup-steps", "2", "--adversary.ramp-steps", "0"]
