@@ -30,11 +30,12 @@ from data_tools.parallel import cpu_count
 from data_tools.readers import ReaderOptions, open_source
 from data_tools.readers.base import KeyTable
 from data_tools.records import HINTS, Problem, Record, problem
-from data_tools.rewrite import Steps, print_report, rewrite, say
+from data_tools.rewrite import Steps, print_report, rewrite
 from data_tools.rules import CaptionRules, PictureRules, Rules, keyword_path, rules_path
 from data_tools.rules.captions import CAPTION_REASONS, CaptionJudge
 from data_tools.rules.pictures import SIDE, check_shape, measure_flags
 from data_tools.shard import listing_hash
+from data_tools.shard_run import say
 from data_tools.token_count import token_counter
 
 Score = Callable[[str, list[Image.Image]], Sequence[float]]

@@ -29,8 +29,9 @@ from data_tools.parallel import cpu_count
 from data_tools.phash import MAX_DISTANCE, components, near_pairs
 from data_tools.readers import ReaderOptions, Source, open_source
 from data_tools.records import HINTS, Problem, Record, problem
-from data_tools.rewrite import REPORT_FILE, Steps, print_report, rewrite, say
+from data_tools.rewrite import Steps, print_report, rewrite
 from data_tools.shard import listing_hash
+from data_tools.shard_run import REPORT_FILE, say
 from data_tools.signatures import Sign, sign_source
 
 WORK = ".signatures"

@@ -37,9 +37,10 @@ from data_tools.fetch import Fetcher, FetchOptions, check_url
 from data_tools.images import sniff
 from data_tools.readers import Meter, ReaderOptions, Source, open_source
 from data_tools.records import Problem, Record
-from data_tools.rewrite import DROPPED_FILE, REPORT_FILE, print_report, say
+from data_tools.rewrite import print_report
 from data_tools.rules import load_rules
 from data_tools.rules.captions import CAPTION_REASONS, CaptionJudge
+from data_tools.shard_run import DROPPED_FILE, REPORT_FILE, say
 from data_tools.shards import DATASET_FILE, describe_shards
 from data_tools.spool import Spool, read_pictures, write_tar
 from data_tools.targets import JOURNAL, LocalTarget

@@ -10,33 +10,26 @@ the same bytes: `.journal/` holds which rows the finished shards end at, and onl
 """
 
 import hashlib
-import json
 import os
-import re
-import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import tyro
-from tqdm import tqdm
 
 from common.config import command, parse_options, to_mapping
 from common.files import sha256_file
-from data_tools.parallel import cpu_count, ordered_map
+from data_tools.parallel import cpu_count
 from data_tools.prepare import PictureOptions, Prepare
-from data_tools.readers import Meter, Part, ReaderOptions, Source, open_source
+from data_tools.readers import Part, ReaderOptions, Source, open_source
 from data_tools.records import HINTS, Problem, Record, problem
-from data_tools.shards import DATASET_FILE, FORMAT, ShardWriter
+from data_tools.shard_run import DROPPED_FILE, Row, ShardRun, say
+from data_tools.shards import FORMAT
 from data_tools.split import hash_split, read_pairs, split_unit
-from data_tools.targets import JOB_FILE, JOURNAL, Journal, Target, open_target
-
-BATCH = 16  # records a work package: 200 kB of pictures, so that the hand-over costs less than a tenth of the work
-REPORT_FILE, DROPPED_FILE = "report.json", "dropped.jsonl"
-_SHARD = re.compile(r"[^.].*-\d{5,}\.tar")
+from data_tools.targets import Target, open_target
 
 
 @dataclass(frozen=True)
@@ -77,14 +70,6 @@ class ShardConfig:
             )
 
 
-class Row(NamedTuple):
-    """One row on its way: a Record still to prepare, a Problem, or None where its shard is whole already."""
-
-    number: int
-    split: str
-    item: Record | Problem | None
-
-
 def job_of(config: ShardConfig, source: Source) -> dict[str, Any]:
     """What decides the bytes of the result: options, and names and sizes of the source's files."""
     options = to_mapping(config)
@@ -112,11 +97,6 @@ def listing_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def crashed(record: Record) -> Problem:
-    """What becomes of a record whose picture ends its worker process."""
-    return problem(record.where, record.key, "decoder_crashed")
-
-
 def shard(config: ShardConfig) -> dict[str, Any]:
     """Run the conversion; returns the content of report.json. Raises ValueError for what the user has to change."""
     source = open_source(config.src, config.reader)
@@ -133,77 +113,31 @@ def shard(config: ShardConfig) -> dict[str, Any]:
     target = open_target(config.dst)
     try:
         target.lock()
-        return Run(config, source, parts, target).report()
+        run = Run(config, source, target)
+        report = run.report(Prepare(config.picture, config.reader.max_image_bytes))
     finally:
         target.close()
+    if not report["kept"]:
+        raise ValueError(_nothing_kept(config, Counter(report["reasons"])))
+    return report
 
 
-class Run:
-    """One conversion: rows are read here in order, prepared in workers, written here in the same order."""
+class Run(ShardRun):
+    """One conversion: records are prepared in workers and written as they are."""
 
-    def __init__(self, config: ShardConfig, source: Source, parts: tuple[Part, ...], target: Target):
-        self.config, self.source, self.parts, self.target = config, source, parts, target
-        self.job = job_of(config, source)
+    remedy = "choose another folder, or pass --overwrite to delete its shards"
+
+    def __init__(self, config: ShardConfig, source: Source, target: Target):
+        workers = cpu_count() if config.workers < 0 else config.workers
+        sizes = (config.samples_per_shard, config.max_shard_bytes)
+        super().__init__(source, target, config.dst, job_of(config, source), sizes, workers)
+        self.config = config
         self.splits = read_pairs(config.split_file) if config.split_file else {}
-        self.meter = Meter(total=source.num_bytes)
-        self.kept: Counter[str] = Counter()
-        self.reasons: Counter[str] = Counter()
-        self.writers: dict[str, ShardWriter] = {}
 
-    def report(self) -> dict[str, Any]:
-        """Do what is left to do; a finished job is recognised and left alone."""
-        done = self.target.read_json(REPORT_FILE)
-        begun = self.target.read_json(JOB_FILE)
-        if begun is None and done and done["job"] == self.job:
-            self.target.remove(JOURNAL)
-            say(f"{self.config.dst} is complete already, nothing to do")
-            return done
-        if begun != self.job:
-            self._start_afresh()
-        self.journal = Journal(self.target)
-        if self.journal.count:
-            say(f"continuing after {self.journal.count} whole shards, row {self.journal.last_row}")
-        for split in self.journal.shards:
-            self._writer(split)
-        try:
-            self._convert()
-        except BaseException:
-            for writer in self.writers.values():
-                writer.abort()
-            raise
-        return self._finish()
+    def decide(self, row: Row, result: Record) -> Record:
+        return result
 
-    def _start_afresh(self) -> None:
-        """Make the folder empty of shards, which needs --overwrite where there are any, and begin a journal."""
-        names = self.target.names()
-        shards = [name for name in names if _SHARD.fullmatch(name) or name == DATASET_FILE]
-        if shards and not self.config.overwrite:
-            raise ValueError(
-                f"{self.config.dst} holds {shards[0]} of another source or of other options: choose another folder, "
-                "or pass --overwrite to delete its shards"
-            )
-        for name in (JOB_FILE, REPORT_FILE, DROPPED_FILE, *shards, *self.target.journal_names()):
-            self.target.remove(name)
-        self.target.write_json(JOB_FILE, self.job)
-
-    def _rows(self) -> Iterator[Row]:
-        """Every row of the source; what the journal knows is not prepared again."""
-        finished = {split: sum(shards.values()) for split, shards in self.journal.shards.items()}
-        number, seen = 0, Counter()
-        for part in self.parts:
-            for item in self.source.read(part, self.meter):
-                number += 1
-                split = part.split
-                if isinstance(item, Record):
-                    split, item = self._with_split(part, item)
-                if isinstance(item, Record) and number <= self.journal.last_row:
-                    item = self.journal.lost.get(number, item)
-                    if isinstance(item, Record):
-                        seen[split] += 1
-                        item = item if seen[split] > finished.get(split, 0) else None
-                yield Row(number, split, item)
-
-    def _with_split(self, part: Part, record: Record) -> tuple[str, Record | Problem]:
+    def split_of(self, part: Part, record: Record) -> tuple[str, Record | Problem]:
         if self.config.split_file:
             if split := self.splits.get(record.key):
                 return split, record
@@ -214,94 +148,11 @@ class Run:
         group = record.meta.get(self.config.group_by) if self.config.group_by else None
         return hash_split(split_unit(record.key, group), shares, self.config.seed), record
 
-    def _batches(self) -> Iterator[tuple[list[Row], list[Record]]]:
-        rows: list[Row] = []
-        records: list[Record] = []
-        for row in self._rows():
-            rows.append(row)
-            if isinstance(row.item, Record):
-                records.append(row.item)
-            if len(records) == BATCH or len(rows) == 64 * BATCH:
-                yield rows, records
-                rows, records = [], []
-        if rows:
-            yield rows, records
+    def may_delete(self) -> bool:
+        return self.config.overwrite
 
-    def _convert(self) -> None:
-        config = self.config
-        prepare = Prepare(config.picture, config.reader.max_image_bytes)
-        workers = cpu_count() if config.workers < 0 else config.workers
-        path = self.target.staging / f".{DROPPED_FILE}.tmp"
-        with (
-            path.open("w", encoding="utf-8") as dropped,
-            tqdm(unit="B", unit_scale=True, disable=None) as bar,
-        ):
-            for rows, results in ordered_map(prepare, self._batches(), workers, crashed):
-                ready = iter(results)
-                for row in rows:
-                    prepared = isinstance(row.item, Record)
-                    item = next(ready) if prepared else row.item
-                    if isinstance(item, Problem):
-                        dropped.write(json.dumps(item.to_json(), ensure_ascii=False, sort_keys=True) + "\n")
-                    self._consume(row, item, prepared)
-                bar.total = self.meter.total
-                bar.set_postfix(
-                    kept=sum(self.kept.values()), dropped=sum(self.reasons.values()), refresh=False
-                )
-                bar.update(self.meter.done - bar.n)
-        os.replace(path, self.target.staging / DROPPED_FILE)
-
-    def _consume(self, row: Row, item: Record | Problem | None, prepared: bool) -> None:
-        if isinstance(item, Problem):
-            self.reasons[item.reason] += 1
-            if prepared:
-                self.journal.lose(row.number, item)
-            return
-        self.kept[row.split] += 1
-        if item is None:
-            return
-        writer = self._writer(row.split)
-        path = writer.write(item)
-        if path:
-            samples = writer.shards[path.name]
-            self.target.put(path)
-            self.journal.finish(row.split, path.name, samples, row.number)
-            if not sys.stderr.isatty():  # where no bar is drawn
-                share = f" ({self.meter.done / self.meter.total:.0%})" if self.meter.total else ""
-                say(f"{path.name} | row {row.number}{share} | {sum(self.reasons.values())} dropped")
-
-    def _writer(self, split: str) -> ShardWriter:
-        if split not in self.writers:
-            config, shards = self.config, self.journal.shards.get(split, {})
-            sizes = (config.samples_per_shard, config.max_shard_bytes)
-            self.writers[split] = ShardWriter(self.target.staging, split, *sizes, shards=shards)
-        return self.writers[split]
-
-    def _finish(self) -> dict[str, Any]:
-        """The last, shorter shards, then the files about them; the journal goes last, so a kill repeats this."""
-        for writer in self.writers.values():
-            if path := writer.close():
-                self.target.put(path)
-        self.target.put(self.target.staging / DROPPED_FILE)
-        kept, dropped = sum(self.kept.values()), sum(self.reasons.values())
-        report = {
-            "read": kept + dropped,
-            "kept": kept,
-            "dropped": dropped,
-            "reasons": dict(self.reasons),
-            "splits": dict(self.kept),
-            "left_out": [part.split for part in self.source.parts if not part.has_images],
-            "job": self.job,
-        }
-        if kept:
-            self.target.put(self.target.staging / DATASET_FILE)
-        self.target.write_json(REPORT_FILE, report)
-        self.target.remove(JOB_FILE)
-        self.target.remove(JOURNAL)
-        self.target.tidy()
-        if not kept:
-            raise ValueError(_nothing_kept(self.config, self.reasons))
-        return report
+    def more(self) -> dict[str, Any]:
+        return {"left_out": [part.split for part in self.source.parts if not part.has_images]}
 
 
 def _nothing_kept(config: ShardConfig, reasons: Counter) -> str:
@@ -311,11 +162,6 @@ def _nothing_kept(config: ShardConfig, reasons: Counter) -> str:
     total = sum(reasons.values())
     most = f"{count} times {reason} ({HINTS[reason]})"
     return f"none of {total} rows of {config.src} was kept: {most}; see {DROPPED_FILE}"
-
-
-def say(text: str) -> None:
-    """One line an event, beside the progress bar."""
-    print(text, file=sys.stderr, flush=True)
 
 
 @command

@@ -8,6 +8,7 @@ the journal and is done again.
 import json
 import shutil
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -177,7 +178,8 @@ class Journal:
     """What an interrupted run of the same job has finished.
 
     One entry a shard: its split, name and samples, the last row that was consumed when it became whole, and the rows
-    up to it that were lost while their pictures were prepared (those lost in reading are lost again).
+    up to it that were lost while their pictures were prepared (those lost in reading are lost again); and `counts`,
+    what a run counts of kept records, up to that row. Being in one file the two cannot disagree.
     """
 
     def __init__(self, target: Target):
@@ -189,6 +191,7 @@ class Journal:
         self.shards: dict[str, dict[str, int]] = {}
         for entry in entries:
             self.shards.setdefault(entry["split"], {})[entry["shard"]] = entry["samples"]
+        self.counts: Counter[str] = Counter(entries[-1].get("counts", {}) if entries else {})
         self._lost_since: dict[int, Problem] = {}
 
     def lose(self, row: int, item: Problem) -> None:
@@ -200,6 +203,7 @@ class Journal:
         """A shard is whole and in place; `row` is the last one consumed."""
         lost = {str(n): p.to_json() for n, p in self._lost_since.items()}
         entry = {"split": split, "shard": shard, "samples": samples, "row": row, "lost": lost}
+        entry["counts"] = self.counts
         self._target.write_json(f"{JOURNAL}/{self.count:06d}.json", entry)
         self.count += 1
         self._lost_since = {}

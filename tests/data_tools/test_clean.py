@@ -19,12 +19,12 @@ from data_tools.clean import CleanConfig, clean, preset_to_config
 from data_tools.clean import main as clean_main
 from data_tools.readers import open_source
 from data_tools.records import Record
-from data_tools.rewrite import DROPPED_FILE
 from data_tools.rules import CaptionRules, PictureRules, load_rules, rules_path
 from data_tools.rules.captions import CaptionJudge, han_share, special_characters
 from data_tools.rules.lexicon import load_lexicon
 from data_tools.rules.pictures import check_shape, grey256, sharpness, thumbnail_size, tiling
 from data_tools.rules.titles import TitleNormaliser
+from data_tools.shard_run import DROPPED_FILE
 from data_tools.token_count import token_counter
 
 SHARED = Path(__file__).parents[3] / "shared"

@@ -4,7 +4,7 @@ from crashing_work import crash_on_three
 
 from data_tools.parallel import ordered_map
 from data_tools.records import Record
-from data_tools.shard import crashed
+from data_tools.shard_run import crashed
 
 
 def test_a_crashing_decoder_costs_one_record():
