@@ -6,6 +6,8 @@ Cosmos-Tokenizer (arXiv:2501.03575); residual blocks work from there down to the
 followed by the exact inverse transform, so neighbouring pixels of a patch come from orthogonal bands.
 """
 
+import contextlib
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -50,13 +52,46 @@ def haar(x: Tensor) -> Tensor:
     return torch.cat([a + b + c + d, a - b + c - d, a + b - c - d, a - b - c + d], dim=1) * 0.5
 
 
-def inverse_haar(y: Tensor) -> Tensor:
-    """(B, 4C, h, w) -> (B, C, 2h, 2w): the exact inverse of `haar`."""
-    ll, lh, hl, hh = y.chunk(4, dim=1)
-    a, b = ll + lh + hl + hh, ll - lh + hl - hh
-    c, d = ll + lh - hl - hh, ll - lh - hl + hh
-    x = torch.stack([a, b, c, d], dim=2) * 0.5  # (B, C, 4, h, w)
-    return F.pixel_shuffle(x.flatten(1, 2), 2)  # (B, C, 2h, 2w)
+@functools.cache
+def haar_matrix(channels: int, levels: int) -> Tensor:
+    """(n, n) orthonormal, n = channels * 4**levels: a patch of pixels (row, column, channel) -> its bands."""
+    side = 2**levels
+    size = channels * side**2
+    patches = torch.eye(size).view(size, side, side, channels).permute(0, 3, 1, 2)
+    for _ in range(levels):
+        patches = haar(patches)
+    return patches.flatten(1)
+
+
+def to_bands(images: Tensor, levels: int) -> Tensor:
+    """(B, C, H, W) -> (B, C * 4**levels, H / 2**levels, W / 2**levels) float32: all levels of `haar` in one product."""
+    batch, channels, height, width = images.shape
+    side = 2**levels
+    rows = (
+        images.float().permute(0, 2, 3, 1).reshape(batch, height // side, side, width // side, side, channels)
+    )
+    rows = rows.transpose(2, 3).reshape(batch, height // side, width // side, -1)  # (B, h, w, n)
+    with _float32(images.device):
+        bands = rows @ haar_matrix(channels, levels).to(images.device)
+    return bands.permute(0, 3, 1, 2)
+
+
+def from_bands(bands: Tensor, levels: int) -> Tensor:
+    """(B, C * 4**levels, h, w) -> (B, C, h * 2**levels, w * 2**levels) float32: the exact inverse of `to_bands`."""
+    batch, size, height, width = bands.shape
+    side = 2**levels
+    channels = size // side**2
+    with _float32(bands.device):
+        rows = bands.float().permute(0, 2, 3, 1) @ haar_matrix(channels, levels).to(bands.device).t()
+    pixels = rows.view(batch, height, width, side, side, channels).transpose(2, 3)  # (B, h, P, w, P, C)
+    return pixels.reshape(batch, height * side, width * side, channels).permute(0, 3, 1, 2)
+
+
+def _float32(device: torch.device) -> contextlib.AbstractContextManager:
+    """Without autocast; meta tensors, which only have shapes, know none."""
+    if device.type == "meta":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 class ResBlock(nn.Module):
@@ -117,10 +152,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], latent_dim, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = images
-        for _ in range(self.haar_levels):
-            x = haar(x)
-        x = self.conv_in(x)  # (B, C0, S/4, S/4)
+        x = self.conv_in(to_bands(images, self.haar_levels))  # (B, C0, S/4, S/4)
         for block in self.body:
             x = run_block(block, x, self.checkpointing and self.training)  # ends at (B, C, h, w)
         return self.conv_out(F.silu(self.norm_out(x)))  # (B, latent_dim, h, w)
@@ -159,7 +191,5 @@ class Decoder(nn.Module):
 
     def forward(self, latents: Tensor) -> Tensor:
         # Float32 from the bands on: a step of bf16 at the mean of a white patch is a grey level of the picture.
-        x = self.conv_out(self.trunk(latents)).float()  # (B, 48, S/4, S/4)
-        for _ in range(self.haar_levels):
-            x = inverse_haar(x)
-        return x  # (B, 3, S, S)
+        bands = self.conv_out(self.trunk(latents))  # (B, 48, S/4, S/4)
+        return from_bands(bands, self.haar_levels)  # (B, 3, S, S)

@@ -10,7 +10,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from vq.autoencoder import haar
+from vq.autoencoder import to_bands
 from vq.layers import GroupNorm
 
 
@@ -58,9 +58,7 @@ class PatchDiscriminator(nn.Module):
         self.apply(_init)
 
     def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        x = images
-        for _ in range(self.haar_levels):
-            x = haar(x)
+        x = to_bands(images, self.haar_levels)
         features = []
         for layer in self.main:
             x = layer(x)

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+NEAREST_BLOCK = 1024  # points compared with the codebook at once
+
 
 @dataclass(frozen=True)
 class Quantized:
@@ -97,9 +99,11 @@ class VectorQuantizer(nn.Module):
     @staticmethod
     def nearest(z: Tensor, entries: Tensor) -> Tensor:
         """(M, D), (V, D) -> (M,) long: argmin of squared distance."""
-        # (M, V); |z|^2 is the same for all
-        scores = torch.addmm(entries.square().sum(1), z, entries.t(), alpha=-2.0)
-        return scores.argmin(dim=1)
+        # |z|^2 is the same for all. The product carries |e|^2 along, and a block of scores stays in the cache.
+        ones = torch.ones_like(z[:, :1])
+        points = torch.cat([z, ones], dim=1)  # (M, D + 1)
+        codes = torch.cat([-2.0 * entries, entries.square().sum(1, keepdim=True)], dim=1).t()
+        return torch.cat([(block @ codes).argmin(dim=1) for block in points.split(NEAREST_BLOCK)])
 
     def lookup(self, ids: Tensor) -> Tensor:
         """(B, h, w) long -> (B, D, h, w)."""
