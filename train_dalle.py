@@ -1,6 +1,7 @@
 """Stage 2: train the generator on captions and image tokens.
 
     python train_dalle.py                                          # the embedded default, minutes on a CPU
+    python train_dalle.py --config configs/own_128/dalle.yaml --data my_pictures     # a folder, to a generator
     python train_dalle.py --config configs/goods_128/dalle.yaml
     torchrun --nproc_per_node 2 train_dalle.py --config configs/goods_128/dalle.yaml
     deepspeed train_dalle.py --config configs/goods_128/dalle.yaml --deepspeed.zero-stage 2
@@ -39,6 +40,7 @@ from common.loop import fit
 from common.optim import Ema, learning_rate, make_optimizer
 from dalle import sequence
 from dalle.captions import drop_captions
+from dalle.from_pictures import names_pictures, prepare_pictures
 from dalle.losses import LossConfig, dalle_loss, position_losses
 from dalle.model import KIND, TRAINING_ONLY, Dalle
 from dalle.pipeline import TextToImage
@@ -289,6 +291,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     try:
         plan = batch_plan(loop.global_batch_size, world.size, loop.micro_batch_size)
         options = options.with_init_tokenizers()
+        if names_pictures(options.data):
+            options = prepare_pictures(options, world)
         data = TrainData.prepare(
             loop.run_dir, options.data, options.image_tokenizer, options.text_tokenizer, world, options.remote
         )

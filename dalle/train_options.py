@@ -22,7 +22,11 @@ class Options:
     """Stage 2: captions and image tokens -> generator."""
 
     data: str = ""
-    """Token shards or image shards: a folder, http://, s3:// ...; empty: the embedded default, encoded into data/."""
+    """Token shards or image shards: a folder, http://, s3:// ...; or pictures with captions in any format that
+    data_tools.inspect knows: all that is missing is made on the way. Empty: the embedded default."""
+    vqgan_config: str = ""
+    """Recipe of the image tokenizer that is trained where `data` are pictures and no image_tokenizer is named; empty:
+    configs/own_128/vqgan.yaml."""
     remote: RemoteOptions = field(default_factory=RemoteOptions)
     image_tokenizer: str = ""
     """Stage 1 checkpoint or run directory; empty: that of the run, or the newest one in runs/."""
