@@ -36,6 +36,7 @@ ROWS: dict[str, list[str]] = {
     "plain_l1": ["--loss.pixel", "l1"],
     "l2_pixels": ["--loss.pixel", "l2"],
     "no_ema": ["--ema-decay", "0"],
+    "muon": ["--optim.name", "muon"],
     "perceptual": ["--loss.perceptual", "{perceptual}"],
     "perceptual_untrained": ["--loss.perceptual", "{untrained}"],
     "perceptual_caption": ["--loss.perceptual", "{caption}"],

@@ -75,7 +75,7 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimiz
 def muon(model: nn.Module, config: OptimConfig) -> Muon:
     """Muon for the matrices and kernels of `model.hidden_layers`; weight decay is the same share a step for all."""
     if not hasattr(model, "hidden_layers"):
-        raise ValueError("optim.name muon is for the generator and the image tokenizer: use adamw here")
+        raise ValueError("optim.name muon is for the generator and the fast image tokenizer: use adamw here")
     hidden = {p for layer in model.hidden_layers for p in layer.parameters() if p.ndim >= 2}
     rest = adamw(model, config).param_groups
     matrices = [p for p in rest[0]["params"] if p in hidden]

@@ -165,6 +165,11 @@ class ImageTokenizer(nn.Module):
     def codebook_size(self) -> int:
         return self.config.codebook_size
 
+    @property
+    def hidden_layers(self) -> list[nn.Module]:
+        """What lies between the first and the last convolutions: the kernels that Muon trains. Only `fast` has them."""
+        return [self.encoder.body, self.decoder.body]
+
     @functools.cached_property
     def codes_sha256(self) -> str:
         """Identity of the picture -> codes map: hex digest of the encoder's and the quantizer's weights.

@@ -352,3 +352,14 @@ def test_compile_without_a_compiler_is_said(train, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         train("compiled", "--compile", "True")
     assert "compile needs the C++ compiler g++" in capsys.readouterr().err
+
+
+def test_muon_trains_the_kernels_between_the_first_and_the_last(train):
+    rate = ["--optim.lr", "3e-3", "--optim.warmup-steps", "1"]
+    run = train("muon", "--optim.name", "muon", *rate, "--kmeans-step", "0", "--revive-every", "0", steps=20)
+    losses = [row["rec_loss"] for row in rows(run)]
+    assert losses[-1] < 0.9 * losses[0]
+    moments = checkpoint.read_training_state(run / "latest")["task"]["engine"]["moments"]
+    body = {n for n, entry in moments.items() if "momentum" in entry}
+    assert body and all(".body." in n for n in body)
+    assert "exp_avg" in moments["encoder.conv_in.weight"]
