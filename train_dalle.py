@@ -39,7 +39,7 @@ from common.log import say
 from common.loop import fit
 from common.optim import Ema, learning_rate, make_optimizer
 from dalle import sequence
-from dalle.captions import drop_captions
+from dalle.captions import drop_captions, insert_unknown
 from dalle.from_pictures import names_pictures, prepare_pictures
 from dalle.losses import LossConfig, dalle_loss, position_losses
 from dalle.model import KIND, TRAINING_ONLY, Dalle
@@ -104,6 +104,8 @@ class GeneratorTask:
         self.engine.set_lr(lr)
         text_ids = self._encode_texts(batch["text"])  # (B, T)
         salt = (options.loop.seed, step)
+        unknown = (self.text_tokenizer.vocab_size, options.unknown_insert, salt)
+        text_ids = insert_unknown(text_ids, batch["key"], self.pad_id, *unknown)
         text_ids = drop_captions(text_ids, batch["key"], self.pad_id, options.caption_dropout, salt)
         num_targets = self._targets_per_micro_batch(text_ids)
         micro_batches = {"text_ids": text_ids, "image_ids": self._image_ids(batch)}

@@ -1,7 +1,7 @@
-"""What training does to captions: some are hidden, so that the model also learns to draw without text.
+"""What training does to captions: some are hidden, so that the model also learns to draw without text (Ho and Salimans
+2022, classifier-free guidance, algorithm 1), and some get a word that means nothing.
 
-Ho and Salimans 2022 (classifier-free guidance), algorithm 1. The choice is a pure function of (seed, step, key), so it
-does not depend on how many processes share a batch.
+Each choice is a pure function of (seed, step, key), so it does not depend on how many processes share a batch.
 """
 
 import zlib
@@ -22,6 +22,28 @@ def drop_captions(
         return text_ids
     hidden = torch.tensor([_uniform(f"{salt[0]}/{salt[1]}/{key}") < share for key in keys])
     return text_ids.masked_fill(hidden[:, None], pad_id)
+
+
+def insert_unknown(
+    text_ids: Tensor, keys: Sequence[str], pad_id: int, vocab_size: int, share: float, salt: tuple[int, int]
+) -> Tensor:
+    """Put a random piece between the marks of about `share` of the rows: (B, T) long -> (B, T) long.
+
+    Rows that are full or empty stay as they are. salt: (seed, step).
+    """
+    if share == 0:
+        return text_ids
+    text_ids = text_ids.clone()
+    for row, key in zip(text_ids, keys, strict=True):
+        name = f"{salt[0]}/{salt[1]}/{key}/unknown"
+        length = int((row != pad_id).sum())
+        if _uniform(name) >= share or not 2 <= length < len(row):
+            continue
+        place = 1 + int(_uniform(name + "/place") * (length - 1))
+        piece = int(_uniform(name + "/piece") * (vocab_size - 1))
+        row[place + 1 : length + 1] = row[place:length].clone()
+        row[place] = piece + (piece >= pad_id)
+    return text_ids
 
 
 def _uniform(name: str) -> float:

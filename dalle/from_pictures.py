@@ -27,9 +27,11 @@ VIEWS = 6
 
 
 def names_pictures(data: str) -> bool:
-    """Whether `data` is a folder or a file on this machine that holds no shards."""
+    """Whether `data` is a file, or a folder with something in it and no shards, on this machine."""
     path = Path(data)
-    return bool(data) and path.exists() and not any(path.glob("train-*.tar"))
+    if not data or not path.is_dir():
+        return bool(data) and path.is_file()
+    return any(path.iterdir()) and not any(path.glob("train-*.tar"))
 
 
 def prepare_pictures(options: Options, world: World) -> Options:
@@ -67,7 +69,13 @@ def prepare_pictures(options: Options, world: World) -> Options:
 
 
 def _make_shards(source: Path, shards: Path) -> None:
-    parts = open_source(source, ReaderOptions()).parts
+    try:
+        parts = open_source(source, ReaderOptions()).parts
+    except ValueError as error:
+        raise ValueError(
+            f"{source} holds neither shards nor pictures with captions that can be recognised: see what "
+            f"`python -m data_tools.inspect {source}` says"
+        ) from error
     has_val = any(part.split == "val" for part in parts)
     report = shard(ShardConfig(source, str(shards), val_share=0.0 if has_val else VAL_SHARE))
     for reason, count in report["reasons"].items():

@@ -16,13 +16,13 @@ from common.files import atomic_directory, ensure_writable_directory
 from common.log import say
 from dalle.text_tokenizer import TextTokenizer
 from dalle.train_options import Options
+from data_tools.captions import CaptionChoice, pick_caption
 from data_tools.index import ShardIndex
 from data_tools.loader import (
     IMAGE_SUFFIXES,
     DecodeImage,
     DecodeTokens,
     eval_batches,
-    pick_caption,
     train_batches,
 )
 from data_tools.remote import RemoteOptions
@@ -82,13 +82,11 @@ class TrainData:
     ) -> Iterator[dict[str, Any]]:
         """This process's share of every global batch: image_ids (B, N), or image (B, 3, S, S), text, key."""
         text = options.text_augment
-        spoken = {
-            "short_share": options.short_caption_share,
-            "rewrite": text.drawn if text.is_on else None,
-        }
-        decode = DecodeTokens(**spoken)
+        rewrite, facts = text.drawn if text.is_on else None, options.fact_captions
+        choice = CaptionChoice(options.short_caption_share, rewrite, facts if facts.share else None)
+        decode = DecodeTokens(captions=choice)
         if not self.has_tokens:
-            decode = DecodeImage(self.image_tokenizer.image_size, options.augment, **spoken)
+            decode = DecodeImage(self.image_tokenizer.image_size, options.augment, captions=choice)
         seed, workers = options.loop.seed, options.num_workers
         return train_batches(self.train, decode, batch_size, world, seed, start_sample, workers)
 

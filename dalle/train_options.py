@@ -13,6 +13,7 @@ from dalle.losses import LossConfig
 from dalle.model import SIZES, TRAINING_ONLY, DalleConfig, ModelOptions, read_model_config
 from dalle.sampling import SamplingOptions
 from data_tools.augment import TextAugment
+from data_tools.captions import FactCaptions
 from data_tools.crops import CropFlip
 from data_tools.remote import RemoteOptions
 
@@ -41,6 +42,9 @@ class Options:
     """Share of captions hidden in training, which teaches the model to draw without text, for guidance."""
     short_caption_share: float = 0.0
     """Where a picture has several captions: share of the draws that take the shortest; the others take any."""
+    fact_captions: FactCaptions = field(default_factory=FactCaptions)
+    unknown_insert: float = 0.0
+    """Share of captions with a random piece of the vocabulary put in, which teaches to read past unknown words."""
     text_augment: TextAugment = field(default_factory=TextAugment)
     ema_decay: float = 0.999
     """Decay of the moving average of weights that is saved; 0: none."""
@@ -73,6 +77,8 @@ class Options:
     def __post_init__(self) -> None:
         if not 0 <= self.caption_dropout < 1:
             raise ValueError(f"caption_dropout must lie in [0, 1), not {self.caption_dropout}")
+        if not 0 <= self.unknown_insert <= 1:
+            raise ValueError(f"unknown_insert must lie in [0, 1], not {self.unknown_insert}")
         if not 0 <= self.short_caption_share <= 1:
             raise ValueError(f"short_caption_share must lie in [0, 1], not {self.short_caption_share}")
         if self.max_text_len < 3:

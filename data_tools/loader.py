@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from common.distributed import World
 from common.image import from_levels, resize_square, to_levels
 from common.log import say
+from data_tools.captions import ANY_LINE, CaptionChoice
 from data_tools.images import BadImage
 from data_tools.images import decode as decode_picture
 from data_tools.index import ShardIndex
@@ -31,7 +32,6 @@ from data_tools.views import read_views
 
 IMAGE_SUFFIXES = ("webp", "jpg", "jpeg", "png")
 Batch = dict[str, Any]
-Rewrite = Callable[[str, np.random.Generator], str]
 Augment = Callable[[Image.Image, np.random.Generator], Image.Image]
 
 
@@ -184,17 +184,15 @@ class DecodeImage:
     image_size: int
     augment: Augment | None = None
     first_caption: bool = False
-    short_share: float = 0.0  # as in `pick_caption`
-    rewrite: Rewrite | None = None  # says the caption differently
+    captions: CaptionChoice = ANY_LINE
 
     def __call__(self, index: ShardIndex, i: int, rng: np.random.Generator) -> Batch:
-        members = index.read(i, (*IMAGE_SUFFIXES, "txt"))
+        members = index.read(i, (*IMAGE_SUFFIXES, *self.captions.members))
         image = open_image(next((members[s] for s in IMAGE_SUFFIXES if s in members), b""))
         if self.augment is not None:
             image = self.augment(image, rng)
         image = resize_square(image, self.image_size)
-        text = pick_caption(members.get("txt", b""), None if self.first_caption else rng, self.short_share)
-        text = self.rewrite(text, rng) if self.rewrite else text
+        text = self.captions.pick(members, None if self.first_caption else rng)
         return {"image": to_levels(image), "text": text, "key": index.samples[i].key}
 
 
@@ -203,18 +201,16 @@ class DecodeTokens:
     """Token-shard sample -> image_ids (N,), text, key; one of the A views at random, or the first."""
 
     first_view: bool = False
-    short_share: float = 0.0  # as in `pick_caption`
-    rewrite: Rewrite | None = None  # says the caption differently
+    captions: CaptionChoice = ANY_LINE
 
     def __call__(self, index: ShardIndex, i: int, rng: np.random.Generator) -> Batch:
-        members = index.read(i, ("ids.npy", "txt"))
+        members = index.read(i, ("ids.npy", *self.captions.members))
         try:
             views = read_views(members["ids.npy"])
         except ValueError as error:
             raise CorruptSample(str(error)) from error
         view = 0 if self.first_view else int(rng.integers(len(views)))
-        text = pick_caption(members.get("txt", b""), None if self.first_view else rng, self.short_share)
-        text = self.rewrite(text, rng) if self.rewrite else text
+        text = self.captions.pick(members, None if self.first_view else rng)
         ids = torch.from_numpy(views[view].astype(np.int64))
         return {"image_ids": ids, "text": text, "key": index.samples[i].key}
 
@@ -225,21 +221,6 @@ def open_image(data: bytes) -> Image.Image:
         return decode_picture(data)
     except BadImage as error:
         raise CorruptSample(f"{error.reason}: {error.what}" if error.what else error.reason) from error
-
-
-def pick_caption(data: bytes, rng: np.random.Generator | None, short_share: float = 0.0) -> str:
-    """One of the lines, drawn by `rng`, or the first; "" when there is none.
-
-    With probability `short_share` it is the shortest: models that only read long descriptions draw short ones badly.
-    """
-    lines = [line.strip() for line in data.decode("utf-8", errors="replace").splitlines() if line.strip()]
-    if not lines:
-        return ""
-    if rng is None or len(lines) == 1:
-        return lines[0]
-    if short_share and rng.random() < short_share:
-        return min(lines, key=len)
-    return lines[int(rng.integers(len(lines)))]
 
 
 def collate(samples: list[tuple[Batch, list[Loss]]]) -> tuple[Batch, list[Loss]]:

@@ -13,8 +13,8 @@ from common.log import say
 from dalle.outdir import OutDirectory
 from dalle.pipeline import Request
 from dalle.prompts import read_prompts
+from data_tools.captions import pick_caption
 from data_tools.index import ShardIndex
-from data_tools.loader import pick_caption
 from evaluation.arms import Arm
 from evaluation.sets import SampleSet
 from rankers.outdir import LIST

@@ -9,8 +9,9 @@ from typing import Any
 from PIL import Image
 
 from common.image import resize_square
+from data_tools.captions import pick_caption
 from data_tools.index import ShardIndex
-from data_tools.loader import IMAGE_SUFFIXES, CorruptSample, open_image, pick_caption
+from data_tools.loader import IMAGE_SUFFIXES, CorruptSample, open_image
 from rankers.pairs import AttributeConfig, read_meta, value_of
 
 

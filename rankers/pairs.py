@@ -17,8 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 from common.image import resize_square, to_tensor
+from data_tools.captions import pick_caption
 from data_tools.index import ShardIndex
-from data_tools.loader import IMAGE_SUFFIXES, CorruptSample, open_image, pick_caption
+from data_tools.loader import IMAGE_SUFFIXES, CorruptSample, open_image
 from rankers.text import RankerTokenizer, pad_rows
 
 Facts = tuple[int, ...]  # a number for each field's value, 0 where there is none

@@ -9,8 +9,9 @@ from PIL import Image
 from torch import Tensor
 
 from common.log import say
+from data_tools.captions import pick_caption
 from data_tools.index import ShardIndex
-from data_tools.loader import IMAGE_SUFFIXES, CorruptSample, open_image, pick_caption
+from data_tools.loader import IMAGE_SUFFIXES, CorruptSample, open_image
 from rankers.pairs import AttributeConfig, describes, facts_of, number, read_meta, value_of
 
 KS = (1, 5, 10)

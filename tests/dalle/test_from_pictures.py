@@ -94,7 +94,10 @@ def test_a_tokenizer_that_is_named_is_taken(desk, capsys):
 
 @pytest.mark.parametrize(
     ("count", "said"),
-    [(0, "error:"), (3, "holds 3 usable pictures with captions, too few to hold some back for validation")],
+    [
+        (0, "no train-*.tar in few"),
+        (3, "holds 3 usable pictures with captions, too few to hold some back for validation"),
+    ],
 )
 def test_too_few_pictures_are_refused(count, said, desk, capsys):
     write_folder(desk / "few", count)
@@ -102,6 +105,18 @@ def test_too_few_pictures_are_refused(count, said, desk, capsys):
         train_dalle.main(flags(data="few"))
     assert stopped.value.code == 2
     assert said in capsys.readouterr().err
+
+
+def test_what_cannot_be_recognised_is_refused(desk, capsys):
+    (desk / "odd").mkdir()
+    (desk / "odd" / "notes.xyz").write_text("nothing", "utf-8")
+    with pytest.raises(SystemExit) as stopped:
+        train_dalle.main(flags(data="odd"))
+    assert stopped.value.code == 2
+    assert (
+        "odd holds neither shards nor pictures with captions that can be recognised"
+        in capsys.readouterr().err
+    )
 
 
 def test_several_processes_are_refused(desk):

@@ -21,6 +21,7 @@ from common.distributed import start_world
 from dalle.pipeline import TextToImage
 from dalle.train_data import TrainData
 from dalle.train_options import Options
+from data_tools.captions import CaptionChoice
 from data_tools.index import ShardIndex
 from data_tools.loader import DecodeImage
 from data_tools.records import Record
@@ -205,7 +206,7 @@ def test_short_captions_mix(made):
             writer.write(Record(f"{i:06d}", picture(i), "png", ("一个很长的描述", "短"), {}, "test"))
     index, shares = ShardIndex.open(made / "long"), {}
     for share in (0.0, 0.5, 1.0):
-        decode = DecodeImage(16, short_share=share)
+        decode = DecodeImage(16, captions=CaptionChoice(share))
         texts = [decode(index, i % 40, np.random.default_rng(i))["text"] for i in range(400)]
         shares[share] = texts.count("短") / 400
     assert shares == pytest.approx({0.0: 0.5, 0.5: 0.75, 1.0: 1.0}, abs=0.08)

@@ -7,6 +7,7 @@ from PIL import Image, ImageDraw
 
 from common.distributed import World
 from data_tools.augment import Chain, PictureAugment, TextAugment, load_tables, main
+from data_tools.captions import CaptionChoice
 from data_tools.crops import CropFlip
 from data_tools.images import encode
 from data_tools.index import ShardIndex
@@ -166,7 +167,7 @@ class TestInTraining:
 
     def test_the_same_words_on_any_ranks_and_after_a_resume(self, tmp_path):
         index = self.shards(tmp_path)
-        decode = DecodeImage(16, rewrite=TextAugment(0.5, 0.5, 0.5, 0.5).drawn)
+        decode = DecodeImage(16, captions=CaptionChoice(rewrite=TextAugment(0.5, 0.5, 0.5, 0.5).drawn))
         whole = self.batches(index, decode, 0, 9)
         assert len({text for batch in whole for text in batch}) > 4
         assert whole[:3] != whole[3:6], "another epoch says it differently"

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from common.distributed import World
+from data_tools.captions import CaptionChoice, FactCaptions, pick_caption
 from data_tools.crops import CropFlip
 from data_tools.index import ShardIndex
 from data_tools.loader import (
@@ -18,7 +19,6 @@ from data_tools.loader import (
     DecodeTokens,
     Order,
     eval_batches,
-    pick_caption,
     train_batches,
 )
 from data_tools.records import Record
@@ -203,3 +203,26 @@ def test_a_shard_that_vanishes_in_mid_run_is_named(shards, num_workers, tmp_path
         list(itertools.islice(train_batches(index, DecodeImage(16), 4, world(), num_workers=num_workers), 50))
     assert str(raised.value) == f"the shard {gone} has vanished: put it back and run the same command again"
     assert not multiprocessing.active_children()  # one that were left would keep the interpreter from ending
+
+
+def test_facts_stand_for_some_captions(tmp_path):
+    meta = {"kind": "milk", "item": "Arla whole milk", "kids": None, "count": 3}
+    with ShardWriter(tmp_path, "train", samples_per_shard=10) as writer:
+        for i in range(10):
+            record_meta = meta if i else {}
+            writer.write(
+                Record(f"{i}", picture(i), "png", ("a carton of Arla whole milk",), record_meta, "test")
+            )
+    index = ShardIndex.open(tmp_path, "train")
+    facts = FactCaptions(("kind", "item", "kids", "count", "nothing"), 0.5)
+    decode = DecodeImage(8, captions=CaptionChoice(facts=facts))
+    drawn = [decode(index, 5, np.random.default_rng(i))["text"] for i in range(200)]
+    assert set(drawn) == {"milk", "Arla whole milk", "a carton of Arla whole milk"}
+    assert 60 < drawn.count("a carton of Arla whole milk") < 140
+    assert decode(index, 0, np.random.default_rng(1))["text"] == "a carton of Arla whole milk", "no facts"
+    assert (
+        facts.draw(b"{broken", np.random.default_rng(0)) == facts.draw(b"[1]", np.random.default_rng(0)) == ""
+    )
+    for bad in ({"fields": ("kind",)}, {"share": 0.5}, {"fields": ("kind",), "share": 1.5}):
+        with pytest.raises(ValueError, match="fact captions"):
+            FactCaptions(**bad)

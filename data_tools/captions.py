@@ -1,0 +1,74 @@
+"""Which caption of a sample a model reads: one of its lines, a short one, one said differently, or one of its facts."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+Rewrite = Callable[[str, np.random.Generator], str]
+
+
+@dataclass(frozen=True)
+class FactCaptions:
+    """Short captions from what a sample's json says: people type "milk" where every caption names a brand."""
+
+    fields: tuple[str, ...] = ()
+    """Fields of the json that may stand for the caption, such as the kind of goods; one that is there is drawn."""
+    share: float = 0.0
+    """Share of the draws that take one."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"the share of fact captions must lie in [0, 1], not {self.share}")
+        if bool(self.share) != bool(self.fields):
+            raise ValueError("fact captions need fields and a share above 0: give both or neither")
+
+    def draw(self, data: bytes, rng: np.random.Generator) -> str:
+        """From the bytes of the json; "" where none of the fields says anything."""
+        try:
+            meta = json.loads(data or b"{}")
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            return ""
+        found = [meta[name] for name in self.fields if isinstance(meta, dict) and meta.get(name)]
+        words = [word.strip() for word in found if isinstance(word, str)]
+        return words[int(rng.integers(len(words)))] if words else ""
+
+
+@dataclass(frozen=True)
+class CaptionChoice:
+    """What of a sample's texts is read in training; the default is any of its lines."""
+
+    short_share: float = 0.0
+    rewrite: Rewrite | None = None
+    facts: FactCaptions | None = None
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """Files of a sample that `pick` needs."""
+        return ("txt", "json") if self.facts else ("txt",)
+
+    def pick(self, members: Mapping[str, bytes], rng: np.random.Generator | None) -> str:
+        """Without `rng` the first line."""
+        text = pick_caption(members.get("txt", b""), rng, self.short_share)
+        if rng is not None and self.facts and rng.random() < self.facts.share:
+            text = self.facts.draw(members.get("json", b""), rng) or text
+        return self.rewrite(text, rng) if self.rewrite and rng is not None else text
+
+
+ANY_LINE = CaptionChoice()
+
+
+def pick_caption(data: bytes, rng: np.random.Generator | None, short_share: float = 0.0) -> str:
+    """One of the lines, drawn by `rng`, or the first; "" when there is none.
+
+    With probability `short_share` it is the shortest: models that only read long descriptions draw short ones badly.
+    """
+    lines = [line.strip() for line in data.decode("utf-8", errors="replace").splitlines() if line.strip()]
+    if not lines:
+        return ""
+    if rng is None or len(lines) == 1:
+        return lines[0]
+    if short_share and rng.random() < short_share:
+        return min(lines, key=len)
+    return lines[int(rng.integers(len(lines)))]
