@@ -27,11 +27,9 @@ VIEWS = 6
 
 
 def names_pictures(data: str) -> bool:
-    """Whether `data` is a file, or a folder with something in it and no shards, on this machine."""
+    """Whether `data` is a folder or a file on this machine that holds no shards."""
     path = Path(data)
-    if not data or not path.is_dir():
-        return bool(data) and path.is_file()
-    return any(path.iterdir()) and not any(path.glob("train-*.tar"))
+    return bool(data) and path.exists() and not any(path.glob("train-*.tar"))
 
 
 def prepare_pictures(options: Options, world: World) -> Options:

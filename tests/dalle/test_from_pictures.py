@@ -95,7 +95,7 @@ def test_a_tokenizer_that_is_named_is_taken(desk, capsys):
 @pytest.mark.parametrize(
     ("count", "said"),
     [
-        (0, "no train-*.tar in few"),
+        (0, "few holds neither shards nor pictures with captions"),
         (3, "holds 3 usable pictures with captions, too few to hold some back for validation"),
     ],
 )
