@@ -1,6 +1,7 @@
 """Which caption of a sample a model reads: one of its lines, a short one, one said differently, or one of its facts."""
 
 import json
+import string
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -13,26 +14,46 @@ Rewrite = Callable[[str, np.random.Generator], str]
 class FactCaptions:
     """Short captions from what a sample's json says: people type "milk" where every caption names a brand."""
 
-    fields: tuple[str, ...] = ()
-    """Fields of the json that may stand for the caption, such as the kind of goods; one that is there is drawn."""
+    templates: tuple[str, ...] = ()
+    """Captions with fields of the json in braces, such as "{label_zh}" or "{color_zh}{item_zh}"; one is drawn of those
+    whose fields all say something."""
     share: float = 0.0
     """Share of the draws that take one."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.share <= 1:
             raise ValueError(f"the share of fact captions must lie in [0, 1], not {self.share}")
-        if bool(self.share) != bool(self.fields):
-            raise ValueError("fact captions need fields and a share above 0: give both or neither")
+        if bool(self.share) != bool(self.templates):
+            raise ValueError("fact captions need templates and a share above 0: give both or neither")
+        for template in self.templates:
+            if not fields_of(template):
+                raise ValueError(f"the fact caption {template!r} has no field of the json in braces")
 
     def draw(self, data: bytes, rng: np.random.Generator) -> str:
-        """From the bytes of the json; "" where none of the fields says anything."""
+        """From the bytes of the json; "" where no template can be filled."""
         try:
             meta = json.loads(data or b"{}")
         except (json.JSONDecodeError, UnicodeDecodeError):
             return ""
-        found = [meta[name] for name in self.fields if isinstance(meta, dict) and meta.get(name)]
-        words = [word.strip() for word in found if isinstance(word, str)]
-        return words[int(rng.integers(len(words)))] if words else ""
+        known = (
+            {n: v.strip() for n, v in meta.items() if isinstance(v, str)} if isinstance(meta, dict) else {}
+        )
+        fit = [t for t in self.templates if all(known.get(name) for name in fields_of(t))]
+        return fit[int(rng.integers(len(fit)))].format_map(known) if fit else ""
+
+
+def fields_of(template: str) -> list[str]:
+    """Names in braces. Raises ValueError for braces that do not pair or hold more than a name."""
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(f"the fact caption {template!r} is damaged: {error}") from error
+    names = [name for _, name, _, _ in parts if name is not None]
+    if not all(name.isidentifier() for name in names):
+        raise ValueError(
+            f"the fact caption {template!r} may hold names of fields in its braces and nothing else"
+        )
+    return names
 
 
 @dataclass(frozen=True)

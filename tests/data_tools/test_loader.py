@@ -214,7 +214,7 @@ def test_facts_stand_for_some_captions(tmp_path):
                 Record(f"{i}", picture(i), "png", ("a carton of Arla whole milk",), record_meta, "test")
             )
     index = ShardIndex.open(tmp_path, "train")
-    facts = FactCaptions(("kind", "item", "kids", "count", "nothing"), 0.5)
+    facts = FactCaptions(("{kind}", "{item}", "{kids} {kind}", "{count}", "a {nothing}"), 0.5)
     decode = DecodeImage(8, captions=CaptionChoice(facts=facts))
     drawn = [decode(index, 5, np.random.default_rng(i))["text"] for i in range(200)]
     assert set(drawn) == {"milk", "Arla whole milk", "a carton of Arla whole milk"}
@@ -223,6 +223,13 @@ def test_facts_stand_for_some_captions(tmp_path):
     assert (
         facts.draw(b"{broken", np.random.default_rng(0)) == facts.draw(b"[1]", np.random.default_rng(0)) == ""
     )
-    for bad in ({"fields": ("kind",)}, {"share": 0.5}, {"fields": ("kind",), "share": 1.5}):
+    assert (
+        FactCaptions(("a box of {kind}",), 0.5).draw(b'{"kind": " milk"}', np.random.default_rng(0))
+        == "a box of milk"
+    )
+    for bad in ({"templates": ("{kind}",)}, {"share": 0.5}, {"templates": ("{kind}",), "share": 1.5}):
         with pytest.raises(ValueError, match="fact captions"):
             FactCaptions(**bad)
+    for template in ("milk", "{kind", "{kind.__class__}", "{0}", "{}"):
+        with pytest.raises(ValueError, match="the fact caption"):
+            FactCaptions((template,), 0.5)
