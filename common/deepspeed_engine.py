@@ -16,7 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from common.distributed import BatchPlan, DeepSpeedConfig, World, require_optimizer, split_batch
+from common.distributed import (
+    BatchPlan,
+    DeepSpeedConfig,
+    World,
+    optimizer_name,
+    require_optimizer,
+    split_batch,
+)
 from common.muon import Muon
 
 # Elements that travel at once. A GPU's links want 200 MB; on a CPU 20 MB stay warm, and save a tenth of a small step.
@@ -111,7 +118,7 @@ class DeepSpeedEngine:
                     moments[names[parameter]] = {
                         k: v.to("cpu", copy=True) for k, v in (full | shared).items()
                     }
-        return {"moments": moments, "optimizer": "adamw"}
+        return {"moments": moments, "optimizer": optimizer_name(self.optimizer)}
 
     def load_state(self, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Full weights and moments, as any engine's `weights` and `state` gave them, on every process.

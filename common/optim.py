@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -77,41 +77,34 @@ def muon(model: nn.Module, config: OptimConfig) -> Muon:
     if not hasattr(model, "hidden_layers"):
         raise ValueError("optim.name muon is for the generator and the fast image tokenizer: use adamw here")
     hidden = {p for layer in model.hidden_layers for p in layer.parameters() if p.ndim >= 2}
-    rest = adamw(model, config).param_groups
-    matrices = [p for p in rest[0]["params"] if p in hidden]
-    for group in rest:
-        group["params"] = [p for p in group["params"] if p not in hidden]
-    orthogonal = {
-        "params": matrices,
+    decay, plain = decay_groups(model, config)
+    matrices = {
+        "params": [p for p in decay["params"] if p in hidden],
         "weight_decay": config.weight_decay / config.muon_lr_ratio,
         "lr_scale": config.muon_lr_ratio,
+        "orthogonal": True,
     }
-    groups = [orthogonal | {"orthogonal": True}]
-    groups += [{"params": g["params"], "weight_decay": g["weight_decay"], "orthogonal": False} for g in rest]
-    return Muon(
-        [g for g in groups if g["params"]],
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=1e-8,
-        fused=True,
-    )
+    decay["params"] = [p for p in decay["params"] if p not in hidden]
+    groups = [matrices, decay | {"orthogonal": False}, plain | {"orthogonal": False}]
+    return Muon([g for g in groups if g["params"]], **_adam_options(config))
 
 
 def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    return torch.optim.AdamW([g for g in decay_groups(model, config) if g["params"]], **_adam_options(config))
+
+
+def decay_groups(model: nn.Module, config: OptimConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     """Decay for tensors of two or more axes that are no embeddings; none for the rest."""
     embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
     decay, plain = [], []
     for parameter in model.parameters():
         if parameter.requires_grad:
             (decay if parameter.ndim >= 2 and parameter not in embeddings else plain).append(parameter)
-    groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        [g for g in groups if g["params"]],
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=1e-8,
-        fused=True,
-    )
+    return {"params": decay, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}
+
+
+def _adam_options(config: OptimConfig) -> dict[str, Any]:
+    return {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": 1e-8, "fused": True}
 
 
 class Ema:

@@ -35,8 +35,8 @@ def names_pictures(data: str) -> bool:
 def prepare_pictures(options: Options, world: World) -> Options:
     """`options` with token shards for `data`, and the tokenizer that made them.
 
-    Raises ValueError for pictures that cannot be recognised, for too few,
-    and under several processes, which would all do the same.
+    Raises ValueError for pictures that cannot be recognised, for too few, and under several processes, which would
+    all do the same.
     """
     if world.size > 1:
         raise ValueError(

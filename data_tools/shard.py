@@ -26,7 +26,7 @@ from data_tools.parallel import cpu_count
 from data_tools.prepare import PictureOptions, Prepare
 from data_tools.readers import Part, ReaderOptions, Source, open_source
 from data_tools.records import HINTS, Problem, Record, problem
-from data_tools.shard_run import DROPPED_FILE, Row, ShardRun, say
+from data_tools.shard_run import DROPPED_FILE, ShardRun, say
 from data_tools.shards import FORMAT
 from data_tools.split import hash_split, read_pairs, split_unit
 from data_tools.targets import Target, open_target
@@ -133,9 +133,6 @@ class Run(ShardRun):
         super().__init__(source, target, config.dst, job_of(config, source), sizes, workers)
         self.config = config
         self.splits = read_pairs(config.split_file) if config.split_file else {}
-
-    def decide(self, row: Row, result: Record) -> Record:
-        return result
 
     def split_of(self, part: Part, record: Record) -> tuple[str, Record | Problem]:
         if self.config.split_file:

@@ -40,7 +40,7 @@ class Row(NamedTuple):
 class ShardRun:
     """One job. `job` is what decides the result, JSON-ready; `sizes`: samples and bytes of a shard at most.
 
-    A subclass says what is done with a record: `decide`, and where it differs the other hooks.
+    What the work makes of a record is written as it is, unless a subclass fills the hooks.
     """
 
     remedy = "choose an empty folder"  # for a folder that holds other shards
@@ -66,7 +66,7 @@ class ShardRun:
 
     def decide(self, row: Row, result: Any) -> Record | Problem:
         """With the result of the work on the row's record: the record to write, or why not."""
-        raise NotImplementedError
+        return result
 
     def remember(self, record: Record) -> None:
         """Called instead of `decide` for a record that an interrupted run has kept and written."""

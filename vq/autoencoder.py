@@ -53,11 +53,11 @@ def haar(x: Tensor) -> Tensor:
 
 
 @functools.cache
-def haar_matrix(channels: int, levels: int) -> Tensor:
+def haar_matrix(channels: int, levels: int, device: torch.device) -> Tensor:
     """(n, n) orthonormal, n = channels * 4**levels: a patch of pixels (row, column, channel) -> its bands."""
     side = 2**levels
     size = channels * side**2
-    patches = torch.eye(size).view(size, side, side, channels).permute(0, 3, 1, 2)
+    patches = torch.eye(size, device=device).view(size, side, side, channels).permute(0, 3, 1, 2)
     for _ in range(levels):
         patches = haar(patches)
     return patches.flatten(1)
@@ -65,6 +65,8 @@ def haar_matrix(channels: int, levels: int) -> Tensor:
 
 def to_bands(images: Tensor, levels: int) -> Tensor:
     """(B, C, H, W) -> (B, C * 4**levels, H / 2**levels, W / 2**levels) float32: all levels of `haar` in one product."""
+    if levels == 0:
+        return images.float()
     batch, channels, height, width = images.shape
     side = 2**levels
     rows = (
@@ -72,17 +74,19 @@ def to_bands(images: Tensor, levels: int) -> Tensor:
     )
     rows = rows.transpose(2, 3).reshape(batch, height // side, width // side, -1)  # (B, h, w, n)
     with _float32(images.device):
-        bands = rows @ haar_matrix(channels, levels).to(images.device)
+        bands = rows @ haar_matrix(channels, levels, images.device)
     return bands.permute(0, 3, 1, 2)
 
 
 def from_bands(bands: Tensor, levels: int) -> Tensor:
     """(B, C * 4**levels, h, w) -> (B, C, h * 2**levels, w * 2**levels) float32: the exact inverse of `to_bands`."""
+    if levels == 0:
+        return bands.float()
     batch, size, height, width = bands.shape
     side = 2**levels
     channels = size // side**2
     with _float32(bands.device):
-        rows = bands.float().permute(0, 2, 3, 1) @ haar_matrix(channels, levels).to(bands.device).t()
+        rows = bands.float().permute(0, 2, 3, 1) @ haar_matrix(channels, levels, bands.device).t()
     pixels = rows.view(batch, height, width, side, side, channels).transpose(2, 3)  # (B, h, P, w, P, C)
     return pixels.reshape(batch, height * side, width * side, channels).permute(0, 3, 1, 2)
 
