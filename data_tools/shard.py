@@ -125,7 +125,7 @@ def shard(config: ShardConfig) -> dict[str, Any]:
 class Run(ShardRun):
     """One conversion: records are prepared in workers and written as they are."""
 
-    remedy = "choose another folder, or pass --overwrite to delete its shards"
+    remedy = "choose another folder, or delete its shards with data_tools.shard --overwrite"
 
     def __init__(self, config: ShardConfig, source: Source, target: Target):
         workers = cpu_count() if config.workers < 0 else config.workers

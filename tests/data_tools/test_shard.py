@@ -207,7 +207,7 @@ def test_other_options_or_data_need_a_word(tmp_path, capsys):
     for change in (["--quality", "50"], ["--samples-per-shard", "2"]):
         with pytest.raises(SystemExit) as error:
             run(source, tmp_path / "out", *change)
-        assert error.value.code == 2 and "pass --overwrite to" in capsys.readouterr().err
+        assert error.value.code == 2 and "data_tools.shard --overwrite" in capsys.readouterr().err
     assert contents(tmp_path / "out") == before
     run(source, tmp_path / "out", "--samples-per-shard", "2", "--overwrite", "True")
     run(source, tmp_path / "fresh", "--samples-per-shard", "2")
