@@ -33,8 +33,8 @@ class LossConfig:
     grid_weight: float = 4.0
     """Weight of the error that repeats from patch to patch, where a perceptual or an adversarial loss is in use."""
     jitter: int = 8
-    """The perceptual network and the adversary see each batch shifted by 0 to jitter - 1 pixels either way. Strided
-    networks that always stand alike on the patches of the decoder teach it a pattern of dots; 1: no shift."""
+    """The perceptual network and the adversary see each batch shifted by 0 to jitter - 1 pixels either way: a strided
+    network that always stands alike on the pictures is fitted at its own places, not between them; 1: no shift."""
 
     def __post_init__(self) -> None:
         if self.grid_weight < 0:
