@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from common.distributed import BatchPlan, DeepSpeedConfig, World, make_engine
-from common.muon import MOMENTUM, UPDATE_SIZE, Muon, orthogonalized
+from common.muon import MOMENTUM, NEWTON_SCHULZ, ROUNDS, UPDATE_SIZE, Muon, orthogonalized
 from common.optim import OptimConfig, adamw, make_optimizer
 
 ALONE = World(0, 1, 0, torch.device("cpu"), "none")
@@ -35,7 +35,7 @@ def loss_of(model: Net, seed: int) -> torch.Tensor:
     return nn.functional.cross_entropy(model(ids), ids % 5)
 
 
-@pytest.mark.parametrize("shape", [(3, 24, 24), (1, 16, 40), (2, 40, 16)])
+@pytest.mark.parametrize("shape", [(3, 24, 24), (1, 16, 24), (1, 16, 40), (2, 40, 16)])
 def test_singular_values_become_one(shape):
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 1e-3
     values = torch.linalg.svdvals(orthogonalized(matrices).float())
@@ -43,6 +43,20 @@ def test_singular_values_become_one(shape):
     u, _, v = torch.linalg.svd(matrices, full_matrices=False)
     cosine = nn.functional.cosine_similarity(orthogonalized(matrices).float().flatten(1), (u @ v).flatten(1))
     assert cosine.min() > 0.95, "the nearest orthogonal matrix"
+
+
+def test_rounds_put_together_keep_small_singular_values():
+    generator = torch.Generator().manual_seed(0)
+    u, _, v = torch.linalg.svd(torch.randn(2, 32, 96, generator=generator), full_matrices=False)
+    matrices = u * torch.logspace(0, -2.5, 32) @ v  # as steep as the momenta of a trained convolution
+    x = matrices / matrices.norm(dim=(1, 2), keepdim=True)
+    a, b, c = NEWTON_SCHULZ
+    for _ in range(ROUNDS):  # as published, in float32
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    result = orthogonalized(matrices).float()
+    assert nn.functional.cosine_similarity(result.flatten(1), x.flatten(1)).min() > 0.995
+    torch.testing.assert_close(torch.linalg.svdvals(result), torch.linalg.svdvals(x), rtol=0.1, atol=0.05)
 
 
 def test_a_step_is_the_definition():
