@@ -25,6 +25,7 @@ from common.distributed import (
     split_batch,
 )
 from common.muon import Muon
+from common.zero_muon import matrix_shards
 
 # Elements that travel at once. A GPU's links want 200 MB; on a CPU 20 MB stay warm, and save a tenth of a small step.
 BUCKET = {"cuda": 50_000_000, "cpu": 5_000_000}
@@ -42,11 +43,6 @@ class DeepSpeedEngine:
         grad_clip: float,
         options: DeepSpeedConfig,
     ) -> None:
-        if isinstance(optimizer, Muon):
-            raise ValueError(
-                f"muon needs whole matrices and ZeRO {options.zero_stage} shards them: add --deepspeed.zero-stage 0 "
-                "or --optim.name adamw"
-            )
         self.raw_model, self.optimizer, self.world, self.stage = model, optimizer, world, options.zero_stage
         self.accumulation = 1
         self._groups = [
@@ -55,6 +51,8 @@ class DeepSpeedEngine:
         config = zero_config(world.device.type, plan, grad_clip, options)
         with _plain_collectives(world) as deepspeed:
             self.model, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        if isinstance(optimizer, Muon):
+            optimizer.shards = matrix_shards(optimizer, self.model.optimizer, self.stage, world)
 
     def micro_batches(self, batch: dict[str, Any], accumulation: int = 1) -> Iterator[dict[str, Any]]:
         """Slices of the process's batch; gradients meet at the last one, under stages 2 and 3 at each."""

@@ -6,7 +6,8 @@ momentum, found by five Newton-Schulz rounds in bf16. Updates are scaled to the 
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,22 +24,23 @@ class Muon(torch.optim.AdamW):
     """AdamW whose groups with `orthogonal` true take Muon's step instead.
 
     Tall matrices of k times as many rows as columns are k square ones: fused query, key and value projections are
-    told apart so. Convolution kernels (out, in, h, w) are matrices (out, in * h * w).
+    told apart so. Convolution kernels (out, in, h, w) are matrices (out, in * h * w). A parameter with an entry in
+    `shards` is no matrix but this process's flat part of some.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.shards: dict[Tensor, Shard] = {}
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
-        shapes: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
-        for number, group in enumerate(self.param_groups):
-            for parameter in group["params"] if group["orthogonal"] else ():
-                if parameter.grad is not None:
-                    shapes[number, *parameter.shape].append(parameter)
-        for (number, *_), parameters in shapes.items():
-            self._step_matrices(parameters, self.param_groups[number])
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None] if group["orthogonal"] else []
+            if parameters:
+                self._step_matrices(parameters, group)
         super().step(closure)  # the rest: matrices have no gradient any more
 
-    def _step_matrices(self, parameters: Sequence[Tensor], group: dict[str, Any]) -> None:
-        """Parameters of one shape at once: small products cost more in calls than in work."""
+    def _step_matrices(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         gradients = [p.grad for p in parameters]
         for parameter in parameters:
             parameter.grad = None
@@ -47,14 +49,59 @@ class Muon(torch.optim.AdamW):
         momenta = [self.state[p]["momentum"] for p in parameters]
         torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
         torch._foreach_lerp_(gradients, momenta, MOMENTUM)  # Nesterov's look ahead
-        matrices = torch.stack(gradients).flatten(2)  # (P, rows, columns)
-        rows, columns = matrices.shape[1:]
+        whole = [i for i, p in enumerate(parameters) if p not in self.shards]
+        updates = dict(zip(whole, orthogonal_updates([gradients[i] for i in whole]), strict=True))
+        for i, parameter in enumerate(parameters):
+            if parameter in self.shards:
+                updates[i] = self.shards[parameter].update(gradients[i])
+        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(parameters, [updates[i] for i in range(len(parameters))], alpha=-group["lr"])
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a process holds of a matrix: `size` elements from `start` on, standing at `at` in its flat part."""
+
+    start: int
+    size: int
+    at: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A process's flat part of matrices that several processes share, as ZeRO cuts them."""
+
+    pieces: tuple[Piece, ...]
+    gather: Callable[[Tensor], list[Tensor]]
+    """The flat part -> the whole matrix of every piece. All processes call it together."""
+
+    def update(self, flat: Tensor) -> Tensor:
+        """What `orthogonal_updates` gives for the matrices, of it this process's part."""
+        result = torch.zeros_like(flat)
+        updates = orthogonal_updates(self.gather(flat.bfloat16()))
+        for piece, update in zip(self.pieces, updates, strict=True):
+            part = update.flatten()[piece.start : piece.start + piece.size]
+            result[piece.at : piece.at + piece.size] = part
+        return result
+
+
+def orthogonal_updates(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """Of the same shapes, float32, entries of 0.2.
+
+    Those of one shape are done at once: small products cost more in calls than in work.
+    """
+    shapes: dict[torch.Size, list[int]] = defaultdict(list)
+    for i, matrix in enumerate(matrices):
+        shapes[matrix.shape].append(i)
+    updates: dict[int, Tensor] = {}
+    for shape, indices in shapes.items():
+        stacked = torch.stack([matrices[i] for i in indices]).flatten(2)  # (P, rows, columns)
+        rows, columns = stacked.shape[1:]
         side = columns if rows % columns == 0 else rows
-        blocks = matrices.reshape(-1, side, columns)  # (P * k, side, columns)
+        blocks = orthogonalized(stacked.reshape(-1, side, columns))  # (P * k, side, columns)
         size = UPDATE_SIZE * max(side, columns) ** 0.5
-        updates = orthogonalized(blocks).reshape(len(parameters), *parameters[0].shape).to(matrices.dtype)
-        torch._foreach_mul_(list(parameters), 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(list(parameters), list(updates), alpha=-group["lr"] * size)
+        updates |= dict(zip(indices, blocks.float().mul_(size).reshape(len(indices), *shape), strict=True))
+    return [updates[i] for i in range(len(matrices))]
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:

@@ -19,3 +19,9 @@ def tokens(tmp_path_factory) -> Path:
 def plain_run(tokens, tmp_path_factory) -> Path:
     """Run directory of twelve steps on one plain process."""
     return run(tmp_path_factory.mktemp("plain") / "run", tokens)
+
+
+@pytest.fixture(scope="session")
+def muon_run(tokens, tmp_path_factory) -> Path:
+    """The same with Muon."""
+    return run(tmp_path_factory.mktemp("muon") / "run", tokens, "--optim.name", "muon")

@@ -31,7 +31,7 @@ from common.distributed import (
     stop_world,
 )
 from common.loop import LoopConfig, fit
-from common.optim import Ema, OptimConfig, adamw, learning_rate
+from common.optim import Ema, OptimConfig, learning_rate, make_optimizer
 from data_tools.index import ShardIndex
 from data_tools.loader import DecodeTokens, train_batches
 
@@ -86,6 +86,10 @@ class ToyModel(nn.Module):
         self.head.weight = self.embedding.weight
         self.register_buffer("scale", torch.tensor(2.0))
 
+    @property
+    def hidden_layers(self) -> list[nn.Module]:
+        return [self.block]
+
     def forward(self, ids: Tensor) -> Tensor:
         """(B, L) long -> logits (B, L, VOCAB)."""
         mask = nn.Transformer.generate_square_subsequent_mask(ids.shape[1])
@@ -104,7 +108,7 @@ class ToyTask:
         model = ToyModel(options.dropout)
         self.ema = Ema(model, options.ema_decay)
         self.plan = batch_plan(options.loop.global_batch_size, world.size, options.loop.micro_batch_size)
-        optimizer, clip = adamw(model, options.optim), options.optim.grad_clip
+        optimizer, clip = make_optimizer(model, options.optim), options.optim.grad_clip
         self.engine = make_engine(model, optimizer, world, self.plan, clip, options.engine, options.deepspeed)
 
     def train_step(self, batch: dict[str, Any], step: int) -> dict[str, float]:
