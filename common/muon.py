@@ -24,8 +24,8 @@ class Muon(torch.optim.AdamW):
     """AdamW whose groups with `orthogonal` true take Muon's step instead.
 
     Tall matrices of k times as many rows as columns are k square ones: fused query, key and value projections are
-    told apart so. Convolution kernels (out, in, h, w) are matrices (out, in * h * w). A parameter with an entry in
-    `shards` is no matrix but this process's flat part of some.
+    told apart so. Convolution kernels (out, in, h, w) are matrices (out, in * h * w). Where `shards`
+    is filled, a parameter of these groups is no matrix but this process's flat part of some.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -49,13 +49,12 @@ class Muon(torch.optim.AdamW):
         momenta = [self.state[p]["momentum"] for p in parameters]
         torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
         torch._foreach_lerp_(gradients, momenta, MOMENTUM)  # Nesterov's look ahead
-        whole = [i for i, p in enumerate(parameters) if p not in self.shards]
-        updates = dict(zip(whole, orthogonal_updates([gradients[i] for i in whole]), strict=True))
-        for i, parameter in enumerate(parameters):
-            if parameter in self.shards:
-                updates[i] = self.shards[parameter].update(gradients[i])
+        if self.shards:
+            updates = [self.shards[p].update(g) for p, g in zip(parameters, gradients, strict=True)]
+        else:
+            updates = orthogonal_updates(gradients)
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(parameters, [updates[i] for i in range(len(parameters))], alpha=-group["lr"])
+        torch._foreach_add_(parameters, updates, alpha=-group["lr"])
 
 
 @dataclass(frozen=True)
