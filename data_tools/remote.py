@@ -304,8 +304,11 @@ class ShardCache:
                     temporary.unlink(missing_ok=True)
                     raise ShardUnavailable(shard.url, _why(error)) from error
                 time.sleep(self.options.backoff_s * 2**attempt)
-        os.replace(temporary, shard.path)
-        self._evict(shard.path)
+        with self._lock(
+            self.options.folder / "room"
+        ):  # two that come at once must not both take the last place
+            self._make_room(temporary.stat().st_size)
+            os.replace(temporary, shard.path)
 
     def _copy(self, url: str, file: BinaryIO) -> None:
         if url.startswith(PIPE):
@@ -316,7 +319,7 @@ class ShardCache:
         if expected is not None and file.tell() != expected:
             raise OSError(f"ended after {file.tell()} of {expected} bytes")
 
-    def _evict(self, newest: Path) -> None:
+    def _make_room(self, size: int) -> None:
         """Delete the longest unused shards beyond the limit; what is open stays readable until it is closed."""
         if not self.options.cache_gib:
             return
@@ -324,16 +327,15 @@ class ShardCache:
         for path in self.options.folder.glob("*/*.tar"):
             try:
                 status = path.stat()
-            except FileNotFoundError:  # another process was faster
+            except FileNotFoundError:  # deleted by hand
                 continue
             found.append((max(status.st_atime, status.st_mtime), status.st_size, path))
-        room = self.options.cache_gib * 2**30 - sum(size for _, size, _ in found)
-        for _, size, path in sorted(found):
+        room = self.options.cache_gib * 2**30 - size - sum(old_size for _, old_size, _ in found)
+        for _, old_size, path in sorted(found):
             if room >= 0:
                 break
-            if path != newest:
-                path.unlink(missing_ok=True)
-                room += size
+            path.unlink(missing_ok=True)
+            room += old_size
 
 
 def touch(path: Path) -> None:
