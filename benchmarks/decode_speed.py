@@ -34,10 +34,11 @@ from dalle.plan import synchronize
 from dalle.sampling import SamplingOptions, picture_generator, sample_ids
 
 Contender = Literal[
-    "plain_fp32", "plain_bf16", "packed_fp32", "packed_bf16", "packed_int8", "compiled_bf16", "graph_bf16",
+    "plain_fp32", "plain_bf16", "packed_fp32", "packed_bf16", "packed_int8", "native_bf16", "native_int8",
+    "compiled_bf16", "graph_bf16",
     "dalle_pytorch",
 ]  # fmt: skip
-ON_CPU = ("plain_fp32", "packed_fp32", "packed_bf16", "packed_int8", "dalle_pytorch")
+ON_CPU = ("plain_fp32", "packed_bf16", "packed_int8", "native_bf16", "native_int8", "dalle_pytorch")
 ON_GPU = ("plain_bf16", "compiled_bf16", "graph_bf16", "dalle_pytorch")
 TYPES = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8"}
 TEXT_VOCAB, TEXT_LEN, CODES, GRID = 8192, 32, 1024, 16

@@ -1,7 +1,8 @@
 """How a generator is run when it draws: the options, and the forms of a model that the sampling loop takes.
 
     plain     the model as it is, for any device and any model
-    packed    dalle/packed.py: weights packed for the CPU, in 16 or 8 bits
+    native    dalle/native.py: a step is one call of code compiled for the CPU, in 16 or 8 bits
+    packed    dalle/packed.py: weights packed for the CPU, in 32, 16 or 8 bits
     compiled  the decode step under torch.compile: needs a C++ compiler on a CPU; the first picture waits for it
     graph     the decode step replayed as CUDA graphs, one for each quarter of the cache
 
@@ -16,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from common.distributed import has_native_bf16
-from dalle import packed
+from dalle import native, packed
 from dalle.attention import KVCache
 from dalle.model import Dalle
+from dalle.native import NativeDecoder
 from dalle.sampling import ROW_BLOCK, Generator
 
-Engine = Literal["auto", "plain", "packed", "compiled", "graph"]
+Engine = Literal["auto", "plain", "native", "packed", "compiled", "graph"]
 WeightType = Literal["auto", "float32", "bfloat16", "int8"]
 NUM_GRAPHS = 4  # cache lengths that decode steps are captured for: a step reads at most a quarter too much
 
@@ -31,14 +33,15 @@ class FastOptions:
     """How to run the generator; the defaults are the fastest on the machine."""
 
     engine: Engine = "auto"
-    """auto: graph on a GPU, packed on a CPU; plain and compiled on request."""
+    """auto: graph on a GPU; on a CPU native where it can run (AVX512-BF16, a C++ compiler), else packed; plain and
+    compiled on request."""
     weights: WeightType = "auto"
     """Numbers that weights and cache are kept in: auto takes bfloat16 where the machine computes in it. int8 (weights
-    alone, packed engine) is the fastest for one picture at a time, and costs a little accuracy."""
+    alone, native and packed engines) is the fastest for one picture at a time, and costs a little accuracy."""
 
     def __post_init__(self) -> None:
-        if self.weights == "int8" and self.engine not in ("auto", "packed"):
-            raise ValueError(f"int8 weights need the packed engine, not {self.engine}")
+        if self.weights == "int8" and self.engine not in ("auto", "native", "packed"):
+            raise ValueError(f"int8 weights need the native or packed engine, not {self.engine}")
 
 
 def prepare(model: nn.Module, options: FastOptions) -> Generator:
@@ -50,11 +53,11 @@ def prepare(model: nn.Module, options: FastOptions) -> Generator:
         return PlainDecoder(model)
     engine, dtype = options.engine, _dtype(options.weights, device)
     if engine == "auto":
-        engine = "graph" if device.type == "cuda" else "packed" if packed.is_available() else "plain"
-    if engine == "packed":
+        engine = "graph" if device.type == "cuda" else _engine_of_cpu(model, dtype)
+    if engine in ("native", "packed"):
         if device.type != "cpu":
-            raise ValueError(f"the packed engine is for CPUs, the model is on {device}: use plain or graph")
-        return packed.PackedDecoder(model, dtype)
+            raise ValueError(f"the {engine} engine is for CPUs, the model is on {device}: use plain or graph")
+        return (NativeDecoder if engine == "native" else packed.PackedDecoder)(model, dtype)
     if dtype == torch.int8:
         raise ValueError(f"int8 weights are for CPUs, the model is on {device}")
     if engine == "plain":
@@ -66,6 +69,12 @@ def prepare(model: nn.Module, options: FastOptions) -> Generator:
             raise ValueError(f"CUDA graphs need a GPU, the model is on {device}")
         return GraphDecoder(_as_type(model, dtype))
     raise ValueError(f"unknown engine {engine!r}")
+
+
+def _engine_of_cpu(model: Dalle, dtype: torch.dtype) -> Engine:
+    if dtype != torch.float32 and native.fits(model.config) and not native.why_not():
+        return "native"
+    return "packed" if packed.is_available() else "plain"
 
 
 def _dtype(weights: WeightType, device: torch.device) -> torch.dtype:

@@ -59,9 +59,8 @@ class Int8Linear:
     def __init__(self, weight: Tensor, dtype: torch.dtype = torch.int8) -> None:
         if weight.shape[0] % 32 or weight.shape[1] % 32:
             raise ValueError(f"int8 weights need sizes that are multiples of 32, not {tuple(weight.shape)}")
-        scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-8) / 127
-        self.weight = (weight / scale).round().to(torch.int8).contiguous()
-        self.scale = scale[:, 0].to(torch.bfloat16)
+        steps, scale = int8_steps(weight)
+        self.weight, self.scale = steps.to(torch.int8).contiguous(), scale.to(torch.bfloat16)
 
     def __call__(self, x: Tensor) -> Tensor:
         return torch._weight_int8pack_mm(x, self.weight, self.scale)
@@ -91,6 +90,16 @@ class PackedDecoder:
 
     row_multiple = 1
 
+    @staticmethod
+    def layer_types(weights: Weights) -> tuple[type, type, type]:
+        """Of the products, of the gate, and of the head, which stays in 16 bits at least: its rounding goes straight
+        into the probabilities."""
+        return (
+            (Int8Linear, Int8Gate, PackedLinear)
+            if weights == torch.int8
+            else (PackedLinear, PackedGate, PackedLinear)
+        )
+
     def __init__(self, model: Dalle, weights: Weights) -> None:
         if not is_available():
             raise ValueError("this build of torch lacks oneDNN: decode with --fast.engine plain")
@@ -98,14 +107,13 @@ class PackedDecoder:
         self.compute_dtype = torch.bfloat16 if weights == torch.int8 else weights
         # queries and keys are normed and values of order one: float16 holds them with three more bits than bfloat16
         self.cache_dtype = torch.float32 if weights == torch.float32 else torch.float16
-        linear, gate = (Int8Linear, Int8Gate) if weights == torch.int8 else (PackedLinear, PackedGate)
+        linear, gate, head_type = self.layer_types(weights)
         with torch.inference_mode():
             self.text_embed, self.text_in = model.text_embed, model.text_in
             self.image_embed, self.begin_image = model.image_embed.weight.float(), model.begin_image
             self.blocks = [pack_block(block, weights, linear, gate) for block in model.blocks]
             head = model.image_embed.weight if c.tie_image_head else model.image_head.weight
-            # the head stays in 16 bits at least: its rounding goes straight into the probabilities
-            self.head = PackedLinear(fold(head, model.norm), self.compute_dtype)
+            self.head = head_type(fold(head, model.norm), self.compute_dtype)
             self.turns = torch.stack([rotary_with_gains(block, model.rotary) for block in model.blocks])
         self.head_group = torch.tensor([0] * c.num_heads + [1] * c.num_kv_heads)
         self.eps, self.head_eps = (model.norm.eps * c.dim) ** 0.5, (model.norm.eps * c.head_dim) ** 0.5
@@ -184,6 +192,12 @@ class PackedDecoder:
 
     def _logits(self, x: Tensor) -> Tensor:
         return self.head(self._norm(x))
+
+
+def int8_steps(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, K) -> whole numbers from -127 to 127, and what one of them is worth in each row (N,)"""
+    scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-8) / 127
+    return (weight / scale).round(), scale[:, 0].contiguous()
 
 
 def pack_block(block: Block, weights: Weights, linear: type, gate: type) -> PackedBlock:

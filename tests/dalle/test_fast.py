@@ -2,12 +2,22 @@ import pytest
 import torch
 from small_checkpoint import enlarge_
 
+from dalle import native
 from dalle.fast import CompiledDecoder, FastOptions, GraphDecoder, PlainDecoder, prepare
 from dalle.model import Dalle, ModelOptions
+from dalle.native import NativeDecoder
 from dalle.packed import Int8Linear, PackedDecoder
 from dalle.sampling import SamplingOptions, picture_generator, sample_ids
 
 CONFIG = dict(dim=64, num_layers=3, num_heads=4)
+HEADS = [{}, {"num_kv_heads": 2}, {"num_kv_heads": 1, "tie_image_head": True}]
+needs_native = pytest.mark.skipif(bool(native.why_not()), reason=f"no native engine: {native.why_not()}")
+FEW_BITS = [
+    (PackedDecoder, torch.bfloat16, 0.02),
+    (PackedDecoder, torch.int8, 0.05),
+    pytest.param(NativeDecoder, torch.bfloat16, 0.02, marks=needs_native),
+    pytest.param(NativeDecoder, torch.int8, 0.05, marks=needs_native),
+]
 
 
 def make(**changes) -> Dalle:
@@ -40,7 +50,7 @@ def full_logits(model: Dalle) -> torch.Tensor:
     return model(*inputs()).image
 
 
-@pytest.mark.parametrize("changes", [{}, {"num_kv_heads": 2}, {"num_kv_heads": 1, "tie_image_head": True}])
+@pytest.mark.parametrize("changes", HEADS)
 @pytest.mark.parametrize("known", [0, 54, 107])
 def test_packed_steps_equal_a_full_pass(changes, known):
     model = make(**changes)
@@ -50,20 +60,75 @@ def test_packed_steps_equal_a_full_pass(changes, known):
     )
 
 
-@pytest.mark.parametrize(("weights", "share"), [(torch.bfloat16, 0.02), (torch.int8, 0.05)])
-def test_fewer_bits_stay_close(weights, share):
-    model = make()
-    expected = full_logits(model)
-    error = step_logits(PackedDecoder(model, weights), 0) - expected
+@pytest.mark.parametrize(("decoder", "weights", "share"), FEW_BITS)
+@pytest.mark.parametrize("changes", [*HEADS, {"dim": 192, "num_heads": 2}, {"dim": 160, "num_heads": 2}])
+@pytest.mark.parametrize("known", [0, 54])
+def test_fewer_bits_stay_close(decoder, weights, share, changes, known):
+    model = make(**changes)
+    expected = full_logits(model)[:, known:]
+    error = step_logits(decoder(model, weights), known) - expected
     assert 0 < error.std() < share * expected.std()
 
 
-@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16, torch.int8])
-def test_packed_rows_do_not_depend_on_their_company(weights):
-    decoder = PackedDecoder(make(), weights)
+@pytest.mark.parametrize(("decoder", "weights", "share"), [(PackedDecoder, torch.float32, 0), *FEW_BITS])
+def test_rows_do_not_depend_on_their_company(decoder, weights, share):
+    decoder = decoder(make(), weights)
     together = step_logits(decoder, 80)
     for rows in (slice(0, 1), slice(1, 2), slice(2, 5)):
         assert torch.equal(step_logits(decoder, 80, rows), together[rows])
+
+
+@needs_native
+@pytest.mark.parametrize("weights", [torch.bfloat16, torch.int8])
+def test_native_rows_do_not_depend_on_tiles_and_threads(weights):
+    decoder = NativeDecoder(make(), weights)
+    text, image = (t.repeat(6, 1) for t in inputs())  # 30 rows: three tiles
+
+    def logits(rows: slice) -> torch.Tensor:
+        cache = decoder.new_cache(text[rows])
+        decoder.prefill(text[rows], cache)
+        return torch.stack([decoder.decode_step(image[rows, n], n, cache) for n in range(30)])
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        together = logits(slice(0, 30))
+        torch.set_num_threads(1)
+        for rows in (slice(0, 13), slice(13, 30), slice(3, 4)):
+            assert torch.equal(logits(rows), together[:, rows])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_native
+def test_native_refuses_what_it_cannot_do():
+    decoder = NativeDecoder(make(), torch.bfloat16)
+    text, image = inputs()
+    cache = decoder.new_cache(text)
+    decoder.prefill(text, cache)
+    with pytest.raises(IndexError, match="below 31"):
+        decoder.decode_step(torch.tensor([0, 1, 31, 2, 3]), 0, cache)
+    with pytest.raises(ValueError, match="5 ids"):
+        decoder.decode_step(image[:2, 0], 0, cache)
+    with pytest.raises(ValueError, match="take packed"):
+        prepare(make(), FastOptions("native", "float32"))
+    with pytest.raises(ValueError, match="multiple of 32"):
+        prepare(make(dim=48), FastOptions("native", "bfloat16"))
+
+
+def test_without_a_compiler_packed_takes_over(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "false")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for cached in (native._library, native.why_not):
+        cached.cache_clear()
+    try:
+        assert native.why_not()
+        assert type(prepare(make(), FastOptions("auto", "bfloat16"))) is PackedDecoder
+        with pytest.raises(ValueError, match="native engine cannot run here"):
+            prepare(make(), FastOptions("native", "bfloat16"))
+    finally:
+        for cached in (native._library, native.why_not):
+            cached.cache_clear()
 
 
 def test_int8_rounds_to_the_nearest_step():
@@ -80,7 +145,7 @@ def test_the_model_is_left_as_it_is():
     model = make()
     before = {n: t.clone() for n, t in model.state_dict().items()}
     for weights in ("float32", "bfloat16"):
-        for engine in ("plain", "packed"):
+        for engine in ("plain", "packed", "auto"):
             step_logits(prepare(model, FastOptions(engine, weights)), 115)
     assert all(
         torch.equal(t, before[n]) and t.dtype == before[n].dtype for n, t in model.state_dict().items()
@@ -90,12 +155,15 @@ def test_the_model_is_left_as_it_is():
 def test_auto_packs_on_a_cpu_and_plain_is_the_model():
     model = make()
     assert isinstance(prepare(model, FastOptions()), PackedDecoder)
+    assert type(prepare(make(dim=48), FastOptions(weights="bfloat16"))) is PackedDecoder
+    best = PackedDecoder if native.why_not() else NativeDecoder
+    assert type(prepare(model, FastOptions(weights="bfloat16"))) is best
     plain = prepare(model, FastOptions("plain", "float32"))
     assert isinstance(plain, PlainDecoder) and plain.model is model
 
 
 def test_impossible_options_say_so():
-    with pytest.raises(ValueError, match="packed engine"):
+    with pytest.raises(ValueError, match="native or packed engine"):
         FastOptions("plain", "int8")
     with pytest.raises(ValueError, match="GPU"):
         prepare(make(), FastOptions("graph"))

@@ -1,0 +1,244 @@
+"""The decode step of dalle/packed.py as one call of compiled code (native.cpp), for x86 CPUs with AVX512-BF16.
+
+What the operators of PyTorch cost besides their work, about 0.2 ms a layer, falls away. The source is compiled once by
+the machine's own C++ compiler, in seconds, into ~/.cache; without a compiler or such a CPU, `why_not` says so.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from common.log import say
+from dalle import sequence
+from dalle.model import Dalle, DalleConfig
+from dalle.packed import PackedDecoder, Weights, int8_steps
+
+SOURCE = Path(__file__).with_name("native.cpp")
+CPU_FLAGS = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "fma", "f16c")
+GROUP, BLOCK = 32, 16  # as in native.cpp
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = (
+        ("weight", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("inputs", ctypes.c_int64),
+        ("outputs", ctypes.c_int64),
+    )
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = tuple((name, _Linear) for name in ("qkv", "out", "gate_up", "down"))
+
+
+class _Model(ctypes.Structure):
+    _fields_ = (
+        ("layers", ctypes.POINTER(_Layer)),
+        ("head", _Linear),
+        ("image_embed", ctypes.c_void_p),
+        ("turns", ctypes.c_void_p),
+        *(
+            (name, ctypes.c_int64)
+            for name in (
+                "num_layers",
+                "dim",
+                "num_heads",
+                "num_kv_heads",
+                "head_dim",
+                "hidden",
+                "num_positions",
+            )
+        ),
+        ("eps", ctypes.c_float),
+        ("head_eps", ctypes.c_float),
+    )
+
+
+class _Cache(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("keys", "values", "bias", "x", "qkv", "attended", "gated")),
+        *((name, ctypes.c_int64) for name in ("rows", "length", "num_blocks")),
+    )
+
+
+@functools.cache
+def why_not() -> str:
+    """Why this machine cannot run the compiled step; empty where it can. Compiles it at the first call."""
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text().partition("\nflags")[2].partition("\n")[0].split())
+    except OSError:
+        flags = set()
+    if missing := [flag for flag in CPU_FLAGS if flag not in flags]:
+        return f"the CPU lacks {', '.join(missing)}"
+    try:
+        _library()
+    except (OSError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", "") or str(error)
+        return f"compiling {SOURCE.name} failed: {said.strip().splitlines()[0]}"
+    return ""
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    """Raises OSError or SubprocessError where it can be neither found nor compiled."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    if not compiler:
+        raise OSError("no C++ compiler (g++)")
+    flags = [f"-m{flag.replace('_', '')}" for flag in CPU_FLAGS]
+    # no contraction: whether a product and a sum are fused would depend on what the compiler inlines where
+    exact = ("-O3", "-ffp-contract=off", *flags)
+    command = [compiler, "-std=c++17", *exact, "-fopenmp", "-shared", "-fPIC", str(SOURCE)]
+    stamp = hashlib.sha256(SOURCE.read_bytes() + "\0".join(command[:-1]).encode()).hexdigest()[:16]
+    path = Path.home() / ".cache" / "product-painter" / "native" / f"{stamp}.so"
+    if not path.is_file():
+        say("compiling the decode step for this machine, once")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{stamp}.{os.getpid()}.so")
+        subprocess.run([*command, "-o", str(temporary)], check=True, capture_output=True, text=True)
+        os.replace(temporary, path)
+    library = ctypes.CDLL(str(path))
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    for name in ("linear", "gated"):
+        getattr(library, name).argtypes = (pointer, pointer, integer, pointer, ctypes.c_int)
+    library.step.argtypes = (pointer, pointer, pointer, integer, integer, pointer, ctypes.c_int)
+    library.linear.restype = library.gated.restype = None
+    library.step.restype = ctypes.c_bool
+    return library
+
+
+def fits(config: DalleConfig) -> bool:
+    """Whether the widths of a model are whole registers."""
+    return config.dim % GROUP == 0 and config.head_dim % BLOCK == 0 and config.ffn_dim % BLOCK == 0
+
+
+class NativeLinear:
+    """x @ weight.T: x (M, K) bfloat16 -> (M, N) float32."""
+
+    def __init__(self, weight: Tensor, dtype: Weights) -> None:
+        """weight: (N, K), rounded to bfloat16 or to int8 with one scale an output."""
+        outputs, inputs = weight.shape
+        weight = torch.nn.functional.pad(weight.float(), (0, 0, 0, -outputs % GROUP))  # (N', K)
+        self.scale = None
+        if dtype == torch.int8:
+            weight, self.scale = int8_steps(weight)
+        groups = weight.view(-1, 2, GROUP // 2, inputs // 2, 2).permute(0, 3, 1, 2, 4)
+        self.weight = groups.to(dtype).contiguous()  # (N' / 32, K / 2, 2, 16, 2)
+        scale = None if self.scale is None else self.scale.data_ptr()
+        self.struct = _Linear(self.weight.data_ptr(), scale, inputs, outputs)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = torch.empty(len(x), self.struct.outputs)
+        _call(_library().linear, self.struct, x, y)
+        return y
+
+
+class NativeGate(NativeLinear):
+    """silu(x @ gate.T) * (x @ up.T) in bfloat16."""
+
+    def __init__(self, gate_up: Tensor, dtype: Weights) -> None:
+        width = gate_up.shape[1]
+        turns = gate_up.view(2, -1, GROUP // 2, width).transpose(
+            0, 1
+        )  # 16 gates, their 16 factors, 16 gates ...
+        super().__init__(turns.reshape(-1, width), dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = torch.empty(len(x), self.struct.outputs // 2, dtype=torch.bfloat16)
+        _call(_library().gated, self.struct, x, y)
+        return y
+
+
+def _call(function, struct: _Linear, x: Tensor, y: Tensor) -> None:
+    x = x.contiguous()
+    if x.dtype != torch.bfloat16 or x.shape[1] != struct.inputs:
+        raise ValueError(f"expected bfloat16 (M, {struct.inputs}), got {x.dtype} {tuple(x.shape)}")
+    function(ctypes.addressof(struct), x.data_ptr(), len(x), y.data_ptr(), torch.get_num_threads())
+
+
+class NativeCache:
+    """Keys and values as native.cpp has them, and room for a step."""
+
+    def __init__(self, config: DalleConfig, bias: Tensor) -> None:
+        """bias: (R, L) float32, 0 or -inf where a key is padding."""
+        c = config
+        self.bias = bias.contiguous()
+        rows, self.length = bias.shape
+        stored, blocks = rows * c.num_kv_heads, -(-self.length // BLOCK)
+        self.keys = torch.zeros(c.num_layers, stored, blocks, c.head_dim, BLOCK, dtype=torch.float16)
+        self.values = torch.zeros(c.num_layers, stored, self.length + 1, c.head_dim, dtype=torch.float16)
+        x = torch.empty(rows, c.dim)
+        qkv = torch.empty(rows, (c.num_heads + 2 * c.num_kv_heads) * c.head_dim)
+        attended = torch.empty(rows, c.num_heads * c.head_dim, dtype=torch.bfloat16)
+        gated = torch.empty(rows, c.ffn_dim, dtype=torch.bfloat16)
+        self.buffers = (self.keys, self.values, self.bias, x, qkv, attended, gated)
+        self.struct = _Cache(*(t.data_ptr() for t in self.buffers), rows, self.length, blocks)
+
+    def fill(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """The prefix: k and v (R, H_kv, n, K)"""
+        k, v = k.flatten(0, 1), v.flatten(0, 1)
+        n = k.shape[1]
+        self.values[layer, :, :n] = v
+        k = torch.nn.functional.pad(k, (0, 0, 0, -n % BLOCK)).unflatten(1, (-1, BLOCK))
+        self.keys[layer, :, : k.shape[1]] = k.transpose(2, 3)
+
+
+class NativeDecoder(PackedDecoder):
+    """As PackedDecoder, in bfloat16 or int8: the prefix goes through its operators, each step is one call."""
+
+    @staticmethod
+    def layer_types(weights: Weights) -> tuple[type, type, type]:
+        return NativeLinear, NativeGate, NativeLinear
+
+    def __init__(self, model: Dalle, weights: Weights) -> None:
+        """Raises ValueError where the machine or the model's widths do not allow it."""
+        if weights not in (torch.bfloat16, torch.int8):
+            raise ValueError("the native engine computes in bfloat16 or int8: take packed for float32")
+        if reason := why_not():
+            raise ValueError(f"the native engine cannot run here: {reason}")
+        if not fits(model.config):
+            raise ValueError(
+                "the native engine needs a width that is a multiple of 32 and heads of multiples of 16"
+            )
+        super().__init__(model, weights)
+        c = self.config
+        self.turns = self.turns.contiguous()
+        self.image_embed = self.image_embed.contiguous()
+        self.num_positions = self.turns.shape[2]
+        layers = (_Layer(b.qkv.struct, b.out.struct, b.gate.struct, b.down.struct) for b in self.blocks)
+        self.layers = (_Layer * c.num_layers)(*layers)
+        self.struct = _Model(
+            self.layers, self.head.struct, self.image_embed.data_ptr(), self.turns.data_ptr(),
+            c.num_layers, c.dim, c.num_heads, c.num_kv_heads, c.head_dim, c.ffn_dim, self.num_positions,
+            self.eps**2, self.head_eps**2,
+        )  # fmt: skip
+
+    @torch.inference_mode()
+    def new_cache(self, text_ids: Tensor) -> NativeCache:
+        c = self.config
+        bias = sequence.key_bias(sequence.text_mask(text_ids, c.pad_id), c.num_image_tokens, torch.float32)
+        return NativeCache(c, bias[:, 0, 0])
+
+    @torch.inference_mode()
+    def decode_step(self, image_ids: Tensor, position: int, cache: NativeCache) -> Tensor:
+        """As `Dalle.decode_step`: the token drawn at `position` (R,) -> logits (R, V) of the next."""
+        c = self.config
+        if image_ids.shape != (cache.struct.rows,) or not 0 <= position < c.num_image_tokens - 1:
+            raise ValueError(f"expected {cache.struct.rows} ids at a position below {c.num_image_tokens - 1}")
+        image_ids = image_ids.contiguous()
+        logits = torch.empty(len(image_ids), c.codebook_size)
+        row_of_turns = self.num_positions + position - c.num_image_tokens
+        index = position + cache.length - c.num_image_tokens + 1
+        known = _library().step(
+            ctypes.addressof(self.struct), ctypes.addressof(cache.struct), image_ids.data_ptr(), row_of_turns, index,
+            logits.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        if not known:
+            raise IndexError(f"image ids must lie below {c.codebook_size}: {image_ids.tolist()}")
+        return logits
