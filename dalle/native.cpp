@@ -258,7 +258,7 @@ void sum_values(const float* p, const Half* values, int64_t length, int64_t widt
     __m512 even[N], odd[N];
 #pragma GCC unroll 4
     for (int n = 0; n < N; n++) even[n] = odd[n] = _mm512_setzero_ps();
-    for (int64_t i = 0; i < length; i += 2) {  // p is 0 beyond the length, and the cache has a position to spare
+    for (int64_t i = 0; i < length; i += 2) {  // p and values are 0 right beyond the length
         const __m512 first = _mm512_set1_ps(p[i]), second = _mm512_set1_ps(p[i + 1]);
 #pragma GCC unroll 4
         for (int n = 0; n < N; n++) {
@@ -315,9 +315,11 @@ void attend_heads(const Model& m, const Cache& c, int64_t layer, int64_t row_of_
         Half* key = keys + index / BLOCK * width * BLOCK + index % BLOCK;
         for (int64_t k = 0; k < width; k++) key[k * BLOCK] = _cvtss_sh(turned[k], 0);
         const float* value = heads + (m.num_heads + m.num_kv_heads + head) * width;
-        for (int64_t k = 0; k < width; k += 16)
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(values + index * width + k),
-                                _mm512_cvtps_ph(_mm512_loadu_ps(value + k), 0));
+        for (int64_t k = 0; k < width; k += 16) {
+            __m256i* to = reinterpret_cast<__m256i*>(values + index * width + k);
+            _mm256_storeu_si256(to, _mm512_cvtps_ph(_mm512_loadu_ps(value + k), 0));
+            _mm256_storeu_si256(to + width / 16, _mm256_setzero_si256());  // the next may be read with weight 0
+        }
         for (int64_t i = head * share_of_keys; i < (head + 1) * share_of_keys; i++) {
             turn(heads + i * width, plain, rolled, width, m.head_eps, turned);
             attend(turned, keys, values, c.bias + row * c.length, index + 1, width, scores,

@@ -93,7 +93,7 @@ def _library() -> ctypes.CDLL:
         raise OSError("no C++ compiler (g++)")
     flags = [f"-m{flag.replace('_', '')}" for flag in CPU_FLAGS]
     # no contraction: whether a product and a sum are fused would depend on what the compiler inlines where
-    exact = ("-O3", "-ffp-contract=off", *flags)
+    exact = ("-O3", "-ffp-contract=off", "-fno-strict-aliasing", *flags)
     command = [compiler, "-std=c++17", *exact, "-fopenmp", "-shared", "-fPIC", str(SOURCE)]
     stamp = hashlib.sha256(SOURCE.read_bytes() + "\0".join(command[:-1]).encode()).hexdigest()[:16]
     path = Path.home() / ".cache" / "product-painter" / "native" / f"{stamp}.so"
@@ -171,8 +171,8 @@ class NativeCache:
         self.bias = bias.contiguous()
         rows, self.length = bias.shape
         stored, blocks = rows * c.num_kv_heads, -(-self.length // BLOCK)
-        self.keys = torch.zeros(c.num_layers, stored, blocks, c.head_dim, BLOCK, dtype=torch.float16)
-        self.values = torch.zeros(c.num_layers, stored, self.length + 1, c.head_dim, dtype=torch.float16)
+        self.keys = torch.empty(c.num_layers, stored, blocks, c.head_dim, BLOCK, dtype=torch.float16)
+        self.values = torch.empty(c.num_layers, stored, self.length + 1, c.head_dim, dtype=torch.float16)
         x = torch.empty(rows, c.dim)
         qkv = torch.empty(rows, (c.num_heads + 2 * c.num_kv_heads) * c.head_dim)
         attended = torch.empty(rows, c.num_heads * c.head_dim, dtype=torch.bfloat16)
