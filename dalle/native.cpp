@@ -24,6 +24,7 @@ using Half = uint16_t;
 constexpr int64_t GROUP = 32;     // outputs of a group: two registers
 constexpr int64_t BLOCK = 16;     // positions of a block of keys
 constexpr int64_t MAX_TILE = 12;  // rows of a tile: 24 of 32 registers hold sums
+constexpr int64_t PAGE = 4096;
 
 }  // namespace
 
@@ -117,8 +118,8 @@ void multiply_tile(const Bf16* a, int64_t inputs, const Weight* group, int64_t r
     for (int r = 0; r < R; r++) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
     a += row * inputs;
     for (int64_t k = 0; k < inputs; k += 2, group += 2 * GROUP, ahead.next += ahead.stride) {
-        _mm_prefetch(ahead.next, _MM_HINT_T1);
-        _mm_prefetch(ahead.next + 64, _MM_HINT_T1);
+        _mm_prefetch(ahead.next, _MM_HINT_T0);
+        _mm_prefetch(ahead.next + 64, _MM_HINT_T0);
         const __m512bh first = load_pairs(group), last = load_pairs(group + GROUP);
 #pragma GCC unroll 12
         for (int r = 0; r < R; r++) {
@@ -156,14 +157,15 @@ void multiply(const Linear& l, const Bf16* a, int64_t rows, Range range, const S
         };
         const int64_t bytes = size * (l.scale ? sizeof(int8_t) : sizeof(Bf16));
         const char* weight = static_cast<const char*>(l.weight) + g * bytes;
-        const auto ahead = [&](int64_t tile, int64_t tiles) {  // each tile brings its part of the next group
+        const Ahead page_ahead{weight + PAGE, 2 * bytes / l.inputs};
+        const auto group_ahead = [&](int64_t tile, int64_t tiles) {  // each tile brings its part of the next group
             return Ahead{weight + bytes + bytes * tile / tiles, 2 * bytes / l.inputs / tiles};
         };
         const Bf16* group = reinterpret_cast<const Bf16*>(weight);
         if (l.scale) {
             const int8_t* narrow = reinterpret_cast<const int8_t*>(weight);
             if (rows <= 2) {
-                multiply_rows<2>(rows, a, l.inputs, narrow, 0, scaled, ahead(0, 1));
+                multiply_rows<2>(rows, a, l.inputs, narrow, 0, scaled, page_ahead);
                 continue;
             }
             widened.resize(size);
@@ -174,7 +176,8 @@ void multiply(const Linear& l, const Bf16* a, int64_t rows, Range range, const S
         const int64_t tiles = (rows + MAX_TILE - 1) / MAX_TILE;
         for (int64_t t = 0; t < tiles; t++) {
             const Range tile = share(rows, t, tiles);
-            multiply_rows<MAX_TILE>(tile.end - tile.begin, a, l.inputs, group, tile.begin, scaled, ahead(t, tiles));
+            const Ahead ahead = tiles == 1 && !l.scale ? page_ahead : group_ahead(t, tiles);
+            multiply_rows<MAX_TILE>(tile.end - tile.begin, a, l.inputs, group, tile.begin, scaled, ahead);
         }
     }
 }
