@@ -174,6 +174,9 @@ class GumbelQuantizer(nn.Module):
         self.codebook_size, self.codebook_dim, self.config = codebook_size, codebook_dim, config
         self.temperature = config.start_temperature
         self.proj = nn.Conv2d(latent_dim, codebook_size, 1)
+        # logits with a spread of about 2: with PyTorch's 0.2 the first draws are noise and the encoder learns nothing
+        nn.init.normal_(self.proj.weight, std=5 / math.sqrt(latent_dim))
+        nn.init.zeros_(self.proj.bias)
         self.codebook = nn.Embedding(codebook_size, codebook_dim)
 
     def forward(self, latents: Tensor) -> Quantized:

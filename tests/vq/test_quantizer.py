@@ -183,3 +183,10 @@ def test_usage_perplexity_and_dead_codes_by_hand():
     assert usage.figures()["dead_codes"] == 0
     usage.clear()
     assert usage.figures()["usage"] == 0
+
+
+def test_gumbel_starts_with_draws_that_say_something():
+    torch.manual_seed(0)
+    quantizer = GumbelQuantizer(8, 512, 8, GumbelConfig())
+    latents = 0.35 * torch.randn(4, 8, 6, 6)  # as an encoder begins
+    assert 1 < quantizer.proj(latents).std(1).mean() < 3
