@@ -68,20 +68,30 @@ class _Cache(ctypes.Structure):
     )
 
 
+def lacking_flags() -> list[str]:
+    """What of CPU_FLAGS this processor has not."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text().partition("\nflags")[2].partition("\n")[0].split()
+    except OSError:
+        flags = []
+    return [flag for flag in CPU_FLAGS if flag not in flags]
+
+
 @functools.cache
 def why_not() -> str:
     """Why this machine cannot run the compiled step; empty where it can. Compiles it at the first call."""
-    try:
-        flags = set(Path("/proc/cpuinfo").read_text().partition("\nflags")[2].partition("\n")[0].split())
-    except OSError:
-        flags = set()
-    if missing := [flag for flag in CPU_FLAGS if flag not in flags]:
+    if missing := lacking_flags():
         return f"the CPU lacks {', '.join(missing)}"
     try:
         _library()
     except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", "") or str(error)
-        return f"compiling {SOURCE.name} failed: {said.strip().splitlines()[0]}"
+        code = (
+            f"exit code {error.returncode}"
+            if isinstance(error, subprocess.CalledProcessError)
+            else str(error)
+        )
+        said = (getattr(error, "stderr", "") or code).strip().splitlines()
+        return f"compiling {SOURCE.name} failed: {said[0]}"
     return ""
 
 
