@@ -76,7 +76,7 @@ def _engine_of_cpu(model: Dalle, dtype: torch.dtype) -> Engine:
     if dtype != torch.float32 and native.fits(model.config) and not native.lacking_flags():
         if not (reason := native.why_not()):
             return "native"
-        say(f"drawing at half the speed, with the packed engine: {reason}")
+        say(f"drawing two to four times slower, with the packed engine: {reason}")
     return "packed" if packed.is_available() else "plain"
 
 

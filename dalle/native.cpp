@@ -45,7 +45,7 @@ struct Model {
     Linear head;
     const float* image_embed;  // (V, D)
     const float* turns;        // (layers, 2, positions, 2, K): rotary tables with gains, of queries and of keys
-    int64_t num_layers, dim, num_heads, num_kv_heads, head_dim, hidden, num_positions;
+    int64_t num_layers, dim, num_heads, num_kv_heads, head_dim, num_positions;
     float eps, head_eps;  // times D and K
 };
 
@@ -53,7 +53,7 @@ struct Cache {
     Half *keys, *values;  // (layers, R H_kv, ...)
     const float* bias;    // (R, L): 0, or -inf where a key is padding
     float *x, *qkv;       // (R, D), (R, (H + 2 H_kv) K)
-    Bf16 *attended, *gated;  // (R, H K), (R, hidden)
+    Bf16 *attended, *gated;  // (R, H K), (R, N / 2 of gate_up)
     int64_t rows, length, num_blocks;
 };
 

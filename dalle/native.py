@@ -52,7 +52,6 @@ class _Model(ctypes.Structure):
                 "num_heads",
                 "num_kv_heads",
                 "head_dim",
-                "hidden",
                 "num_positions",
             )
         ),
@@ -84,20 +83,17 @@ def why_not() -> str:
         return f"the CPU lacks {', '.join(missing)}"
     try:
         _library()
-    except (OSError, subprocess.SubprocessError) as error:
-        code = (
-            f"exit code {error.returncode}"
-            if isinstance(error, subprocess.CalledProcessError)
-            else str(error)
-        )
-        said = (getattr(error, "stderr", "") or code).strip().splitlines()
-        return f"compiling {SOURCE.name} failed: {said[0]}"
+    except OSError as error:
+        return f"compiling {SOURCE.name} failed: {error}"
+    except subprocess.CalledProcessError as error:
+        said = error.stderr.strip() or f"exit code {error.returncode}"
+        return f"compiling {SOURCE.name} failed: {said.splitlines()[0]}"
     return ""
 
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    """Raises OSError or SubprocessError where it can be neither found nor compiled."""
+    """Raises OSError or CalledProcessError where it can be neither found nor compiled."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     if not compiler:
         raise OSError("no C++ compiler (g++)")
@@ -154,9 +150,8 @@ class NativeGate(NativeLinear):
 
     def __init__(self, gate_up: Tensor, dtype: Weights) -> None:
         width = gate_up.shape[1]
-        turns = gate_up.view(2, -1, GROUP // 2, width).transpose(
-            0, 1
-        )  # 16 gates, their 16 factors, 16 gates ...
+        # 16 gates, their 16 factors, 16 gates ...
+        turns = gate_up.view(2, -1, GROUP // 2, width).transpose(0, 1)
         super().__init__(turns.reshape(-1, width), dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -225,7 +220,7 @@ class NativeDecoder(PackedDecoder):
         self.layers = (_Layer * c.num_layers)(*layers)
         self.struct = _Model(
             self.layers, self.head.struct, self.image_embed.data_ptr(), self.turns.data_ptr(),
-            c.num_layers, c.dim, c.num_heads, c.num_kv_heads, c.head_dim, c.ffn_dim, self.num_positions,
+            c.num_layers, c.dim, c.num_heads, c.num_kv_heads, c.head_dim, self.num_positions,
             self.eps**2, self.head_eps**2,
         )  # fmt: skip
 

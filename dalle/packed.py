@@ -94,11 +94,9 @@ class PackedDecoder:
     def layer_types(weights: Weights) -> tuple[type, type, type]:
         """Of the products, of the gate, and of the head, which stays in 16 bits at least: its rounding goes straight
         into the probabilities."""
-        return (
-            (Int8Linear, Int8Gate, PackedLinear)
-            if weights == torch.int8
-            else (PackedLinear, PackedGate, PackedLinear)
-        )
+        if weights == torch.int8:
+            return Int8Linear, Int8Gate, PackedLinear
+        return PackedLinear, PackedGate, PackedLinear
 
     def __init__(self, model: Dalle, weights: Weights) -> None:
         if not is_available():

@@ -304,9 +304,8 @@ class ShardCache:
                     temporary.unlink(missing_ok=True)
                     raise ShardUnavailable(shard.url, _why(error)) from error
                 time.sleep(self.options.backoff_s * 2**attempt)
-        with self._lock(
-            self.options.folder / "room"
-        ):  # two that come at once must not both take the last place
+        # two that come at once must not both take the last place
+        with self._lock(self.options.folder / "room"):
             self._make_room(temporary.stat().st_size)
             os.replace(temporary, shard.path)
 

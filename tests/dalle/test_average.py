@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_data import write_image_shards, write_image_tokenizer, write_token_shards
+from tiny_data import write_image_tokenizer, write_made
 
 import train_dalle
 from common.checkpoint import read_weights
@@ -17,10 +17,7 @@ from dalle.release import main as release
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
     """tokens/ and three runs: first/, tuned/ that goes on from it, and wide/ of another size."""
-    folder = tmp_path_factory.mktemp("made")
-    write_image_shards(folder / "images")
-    write_image_tokenizer(folder / "tokenizer")
-    write_token_shards(folder / "tokens", folder / "images", folder / "tokenizer")
+    folder = write_made(tmp_path_factory.mktemp("made"))
     tokenizer = ("--image-tokenizer", str(folder / "tokenizer"), "--max-text-len", "24")
     sizes = ("--model.num-layers", "2", "--model.num-heads", "2")
     train(folder, "first", "--model.dim", "16", *sizes, *tokenizer)

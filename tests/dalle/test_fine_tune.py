@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_data import write_image_shards, write_image_tokenizer, write_token_shards
+from tiny_data import write_image_tokenizer, write_made, write_token_shards
 
 import train_dalle
 from common.checkpoint import read_config, read_weights
@@ -15,10 +15,7 @@ from dalle.model import KIND
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
     """images/, tokenizer/, tokens/, and first/: a run of 4 steps."""
-    folder = tmp_path_factory.mktemp("made")
-    write_image_shards(folder / "images")
-    write_image_tokenizer(folder / "tokenizer")
-    write_token_shards(folder / "tokens", folder / "images", folder / "tokenizer")
+    folder = write_made(tmp_path_factory.mktemp("made"))
     sizes = ("--model.dim", "16", "--model.num-layers", "2", "--model.num-heads", "2", "--max-text-len", "24")
     tokenizer = ("--image-tokenizer", str(folder / "tokenizer"))
     assert train_dalle.main([*flags(folder, folder / "first", *sizes, *tokenizer), "--optim.name", "muon"])

@@ -10,7 +10,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from tiny_data import write_image_shards, write_image_tokenizer, write_token_shards
+from tiny_data import write_made
 
 import train_dalle
 
@@ -21,11 +21,7 @@ DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("made")
-    write_image_shards(folder / "images")
-    write_image_tokenizer(folder / "tokenizer")
-    write_token_shards(folder / "tokens", folder / "images", folder / "tokenizer")
-    return folder
+    return write_made(tmp_path_factory.mktemp("made"))
 
 
 def flags(made: Path, run_dir: Path, *more: str, steps: int = 6) -> list[str]:

@@ -51,6 +51,14 @@ def write_image_tokenizer(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+def write_made(folder: Path) -> Path:
+    """images/, an untrained tokenizer/ and their tokens/."""
+    write_image_shards(folder / "images")
+    write_image_tokenizer(folder / "tokenizer")
+    write_token_shards(folder / "tokens", folder / "images", folder / "tokenizer")
+    return folder
+
+
 def write_token_shards(folder: Path, images: Path, tokenizer: Path) -> Path:
     options = Options(str(tokenizer), images, folder, views=2, check=0)
     encode_shards(ImageTokenizer.from_pretrained(tokenizer), options, start_world("cpu"))
