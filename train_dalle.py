@@ -47,6 +47,7 @@ from dalle.pipeline import TextToImage
 from dalle.plan import measure_peak_flops, train_flops
 from dalle.train_data import TrainData, captions, require_tokenizers_of
 from dalle.train_options import Options
+from vq.native import PictureEncoder
 
 
 class GeneratorTask:
@@ -59,6 +60,8 @@ class GeneratorTask:
         self.options, self.world, self.plan, self.data = options, world, plan, data
         self.text_tokenizer, self.pad_id = data.text_tokenizer, data.text_tokenizer.pad_id
         self.image_tokenizer = data.image_tokenizer.to(world.device)
+        if not data.has_tokens:
+            self.encode_pictures = PictureEncoder(self.image_tokenizer, world.device, options.precision)
         self.config = options.model_config(
             data.text_tokenizer.vocab_size,
             self.pad_id,
@@ -141,9 +144,7 @@ class GeneratorTask:
         """(B, N) long: as they came, or encoded now."""
         if self.data.has_tokens:
             return batch["image_ids"]
-        images = batch["image"].to(self.world.device, memory_format=torch.channels_last)
-        with autocast(self.world.device, self.options.precision):
-            return self.image_tokenizer.encode_ids(images)
+        return self.encode_pictures(batch["image"])
 
     def _targets_per_micro_batch(self, text_ids: Tensor) -> float:
         """The mean over all processes, so that any split of the global batch gives the same text loss."""

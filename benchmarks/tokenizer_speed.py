@@ -18,6 +18,7 @@ import copy
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,6 +41,7 @@ from vq.adversary import AdversaryConfig
 from vq.discriminator import DiscriminatorConfig
 from vq.losses import LossConfig, psnr
 from vq.model import ImageTokenizer, TokenizerConfig
+from vq.native import PictureEncoder
 from vq.options import Options as TrainOptions
 from vq.perceptual import FeatureConfig, PerceptualDistance, load_perceptual
 from vq.taming import TamingConfig
@@ -192,24 +194,28 @@ def profile(task: TokenizerTask, batch: dict[str, Tensor]) -> dict[str, float]:
 
 @torch.no_grad()
 def encoding(options: Options, batch_size: int = 64) -> dict[str, float]:
-    """Pictures a second: one by one in float32, and in bf16 channels_last batches as vq.encode_shards does."""
+    """Pictures a second: one by one in float32, in bf16 batches by PyTorch, and as vq.encode_shards encodes."""
     clock = time.perf_counter if options.clock == "wall" else time.process_time
     torch.manual_seed(0)
     model = ImageTokenizer(sizes("fast", options.image_size)).eval()
     images = torch.rand(batch_size, 3, options.image_size, options.image_size) * 2 - 1
-    fast_model = copy.deepcopy(model).to(memory_format=torch.channels_last)
-    fast_images = images.to(memory_format=torch.channels_last)
-    rates = {"one_by_one_float32": [], "batches_bf16": []}
-    for _ in range(options.rounds + 1):
-        started = clock()
-        for i in range(16):
+    fast_model, cpu = copy.deepcopy(model).to(memory_format=torch.channels_last), torch.device("cpu")
+    plain, best = (PictureEncoder(fast_model, cpu, "bf16", engine) for engine in ("plain", "auto"))
+
+    def one_by_one() -> None:
+        for i in range(batch_size // 4):
             model.encode_ids(images[i : i + 1])
-        rates["one_by_one_float32"].append(16 / (clock() - started))
-        started = clock()
-        with torch.autocast("cpu", torch.bfloat16):
-            fast_model.encode_ids(fast_images)
-        rates["batches_bf16"].append(batch_size / (clock() - started))
-    return {name: max(found[1:]) for name, found in rates.items()}
+
+    contenders = {"one_by_one_float32": one_by_one}
+    contenders |= {"batches_bf16": partial(plain, images), "encode_shards": partial(best, images)}
+    rates: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(options.rounds + 1):
+        for name, encode in contenders.items():
+            started = clock()
+            encode()
+            number = batch_size // 4 if encode is one_by_one else batch_size
+            rates[name].append(number / (clock() - started))
+    return {name: max(found[1:]) for name, found in rates.items()} | {"native": best.native is not None}
 
 
 def train(name: Contender, options: Options, pictures_per_second: float) -> dict[str, float]:
@@ -281,10 +287,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         figures[f"fast_over_{name}"] = ratio
         say(f"fast trains {ratio:.1f} times the pictures of {name} a second")
     rates = figures["encoding"] = encoding(options)
-    alone, together = rates["one_by_one_float32"], rates["batches_bf16"]
-    say(
-        f"encoding: {alone:.1f} pictures/s one by one, {together:.1f} in batches, {together / alone:.1f} times"
-    )
+    alone = rates["one_by_one_float32"]
+    for name, engine in (("batches_bf16", "PyTorch"), ("encode_shards", "as vq.encode_shards does")):
+        say(f"encoding: {alone:.1f} pictures/s one by one, {rates[name]:.1f} in bf16 batches, {engine}: "
+            f"{rates[name] / alone:.2f} times")  # fmt: skip
     if options.train_seconds:
         for name in options.contenders:
             result = train(name, options, figures[name]["pictures_per_second"])

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from common.distributed import has_native_bf16
 from common.log import say
+from common.native import lacking_flags
 from dalle import native, packed
 from dalle.attention import KVCache
 from dalle.model import Dalle
@@ -73,7 +74,7 @@ def prepare(model: nn.Module, options: FastOptions) -> Generator:
 
 
 def _engine_of_cpu(model: Dalle, dtype: torch.dtype) -> Engine:
-    if dtype != torch.float32 and native.fits(model.config) and not native.lacking_flags():
+    if dtype != torch.float32 and native.fits(model.config) and not lacking_flags():
         if not (reason := native.why_not()):
             return "native"
         say(f"drawing two to four times slower, with the packed engine: {reason}")

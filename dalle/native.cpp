@@ -4,26 +4,22 @@
 // matrix product, or heads of the attention, so results do not depend on the number of threads; every row of a product
 // is summed in the same order however many rows there are, so a picture does not depend on its company.
 //
-// Weights: groups of 32 outputs, in a group pairs of inputs, in a pair 2 x 16 outputs: (N / 32, K / 2, 2, 16, 2), in
-// bfloat16 or int8. Keys: blocks of 16 positions, transposed: (L / 16, K, 16), float16. Values: (L, K), float16.
+// Weights: see common/avx512.h. Keys: blocks of 16 positions, transposed: (L / 16, K, 16), float16. Values: (L, K), float16.
 
-#include <immintrin.h>
+#include "avx512.h"
+
 #include <omp.h>
 
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
 #include <limits>
 #include <vector>
 
 namespace {
 
-using Bf16 = uint16_t;
 using Half = uint16_t;
 
-constexpr int64_t GROUP = 32;     // outputs of a group: two registers
-constexpr int64_t BLOCK = 16;     // positions of a block of keys
-constexpr int64_t MAX_TILE = 12;  // rows of a tile: 24 of 32 registers hold sums
+constexpr int64_t BLOCK = 16;  // positions of a block of keys
 constexpr int64_t PAGE = 4096;
 
 }  // namespace
@@ -61,54 +57,11 @@ struct Cache {
 
 namespace {
 
-struct Range {
-    int64_t begin, end;
-};
-
-Range share(int64_t total, int64_t thread, int64_t threads) {
-    return {total * thread / threads, total * (thread + 1) / threads};
-}
-
-__m512 exp512(__m512 x) {  // Cephes' expf; 0 below -87
-    const __m512 least = _mm512_set1_ps(-87.0f);
-    const __mmask16 live = _mm512_cmp_ps_mask(x, least, _CMP_GE_OQ);
-    x = _mm512_min_ps(_mm512_max_ps(x, least), _mm512_set1_ps(88.0f));
-    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-    __m512 p = _mm512_set1_ps(1.9875691500e-4f);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
-    p = _mm512_fmadd_ps(_mm512_mul_ps(p, r), r, _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
-    return _mm512_maskz_scalef_ps(live, p, n);
-}
-
-void store_bf16(Bf16* to, __m512 x) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(x));
-}
-
 __m512 load_half(const Half* from) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
 
 // --- matrix products ----------------------------------------------------------------------------------------------
-
-__m512bh load_pairs(const Bf16* from) { return (__m512bh)_mm512_loadu_si512(from); }
-
-__m512bh load_pairs(const int8_t* from) {
-    const __m128i* halves = reinterpret_cast<const __m128i*>(from);
-    const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(halves)));
-    const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(halves + 1)));
-    return _mm512_cvtne2ps_pbh(high, low);
-}
-
-struct Ahead {  // what to bring into the cache meanwhile: two lines a pair of inputs
-    const char* next;
-    int64_t stride;
-};
 
 // Rows of a (R, K) against a group: store(row, first 16 sums, last 16 sums).
 template <int R, typename Weight, typename Store>
@@ -116,19 +69,7 @@ void multiply_tile(const Bf16* a, int64_t inputs, const Weight* group, int64_t r
     __m512 sums[R][2];
 #pragma GCC unroll 12
     for (int r = 0; r < R; r++) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
-    a += row * inputs;
-    for (int64_t k = 0; k < inputs; k += 2, group += 2 * GROUP, ahead.next += ahead.stride) {
-        _mm_prefetch(ahead.next, _MM_HINT_T0);
-        _mm_prefetch(ahead.next + 64, _MM_HINT_T0);
-        const __m512bh first = load_pairs(group), last = load_pairs(group + GROUP);
-#pragma GCC unroll 12
-        for (int r = 0; r < R; r++) {
-            const int32_t pair = *reinterpret_cast<const int32_t*>(a + r * inputs + k);
-            const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
-            sums[r][0] = _mm512_dpbf16_ps(sums[r][0], first, both);
-            sums[r][1] = _mm512_dpbf16_ps(sums[r][1], last, both);
-        }
-    }
+    accumulate<R>(sums, a + row * inputs, inputs, inputs, group, ahead);
 #pragma GCC unroll 12
     for (int r = 0; r < R; r++) store(row + r, sums[r][0], sums[r][1]);
 }
@@ -203,9 +144,7 @@ void add_product(const Linear& l, const Bf16* a, int64_t rows, float* x, Range r
 
 void multiply_gated(const Linear& l, const Bf16* a, int64_t rows, Bf16* y, Range range) {
     multiply(l, a, rows, range, [&](int64_t row, int64_t n, __m512 gate, __m512 factor) {
-        const __m512 minus = _mm512_sub_ps(_mm512_setzero_ps(), gate);
-        const __m512 sigmoid_inverse = _mm512_add_ps(_mm512_set1_ps(1.0f), exp512(minus));
-        store_bf16(y + row * (l.outputs / 2) + n / 2, _mm512_mul_ps(_mm512_div_ps(gate, sigmoid_inverse), factor));
+        store_bf16(y + row * (l.outputs / 2) + n / 2, _mm512_mul_ps(silu512(gate), factor));
     });
 }
 

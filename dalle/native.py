@@ -1,28 +1,23 @@
 """The decode step of dalle/packed.py as one call of compiled code (native.cpp), for x86 CPUs with AVX512-BF16.
 
-What the operators of PyTorch cost besides their work, about 0.2 ms a layer, falls away. The source is compiled once by
-the machine's own C++ compiler, in seconds, into ~/.cache; without a compiler or such a CPU, `why_not` says so.
+What the operators of PyTorch cost besides their work, about 0.2 ms a layer, falls away.
 """
 
 import ctypes
 import functools
-import hashlib
-import os
-import shutil
-import subprocess
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from common.log import say
+from common import native
+from common.native import GROUP
 from dalle import sequence
 from dalle.model import Dalle, DalleConfig
 from dalle.packed import PackedDecoder, Weights, int8_steps
 
 SOURCE = Path(__file__).with_name("native.cpp")
-CPU_FLAGS = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "fma", "f16c")
-GROUP, BLOCK = 32, 16  # as in native.cpp
+BLOCK = 16  # positions of a block of keys, as there
 
 
 class _Linear(ctypes.Structure):
@@ -67,49 +62,14 @@ class _Cache(ctypes.Structure):
     )
 
 
-def lacking_flags() -> list[str]:
-    """What of CPU_FLAGS this processor has not."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text().partition("\nflags")[2].partition("\n")[0].split()
-    except OSError:
-        flags = []
-    return [flag for flag in CPU_FLAGS if flag not in flags]
-
-
-@functools.cache
 def why_not() -> str:
-    """Why this machine cannot run the compiled step; empty where it can. Compiles it at the first call."""
-    if missing := lacking_flags():
-        return f"the CPU lacks {', '.join(missing)}"
-    try:
-        _library()
-    except OSError as error:
-        return f"compiling {SOURCE.name} failed: {error}"
-    except subprocess.CalledProcessError as error:
-        said = error.stderr.strip() or f"exit code {error.returncode}"
-        return f"compiling {SOURCE.name} failed: {said.splitlines()[0]}"
-    return ""
+    """Why this machine cannot run the compiled step; empty where it can."""
+    return native.why_not(SOURCE)
 
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    """Raises OSError or CalledProcessError where it can be neither found nor compiled."""
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-    if not compiler:
-        raise OSError("no C++ compiler (g++)")
-    flags = [f"-m{flag.replace('_', '')}" for flag in CPU_FLAGS]
-    # no contraction: whether a product and a sum are fused would depend on what the compiler inlines where
-    exact = ("-O3", "-ffp-contract=off", "-fno-strict-aliasing", *flags)
-    command = [compiler, "-std=c++17", *exact, "-fopenmp", "-shared", "-fPIC", str(SOURCE)]
-    stamp = hashlib.sha256(SOURCE.read_bytes() + "\0".join(command[:-1]).encode()).hexdigest()[:16]
-    path = Path.home() / ".cache" / "product-painter" / "native" / f"{stamp}.so"
-    if not path.is_file():
-        say("compiling the decode step for this machine, once")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{stamp}.{os.getpid()}.so")
-        subprocess.run([*command, "-o", str(temporary)], check=True, capture_output=True, text=True)
-        os.replace(temporary, path)
-    library = ctypes.CDLL(str(path))
+    library = native.library(SOURCE)
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     for name in ("linear", "gated"):
         getattr(library, name).argtypes = (pointer, pointer, integer, pointer, ctypes.c_int)
@@ -134,8 +94,7 @@ class NativeLinear:
         self.scale = None
         if dtype == torch.int8:
             weight, self.scale = int8_steps(weight)
-        groups = weight.view(-1, 2, GROUP // 2, inputs // 2, 2).permute(0, 3, 1, 2, 4)
-        self.weight = groups.to(dtype).contiguous()  # (N' / 32, K / 2, 2, 16, 2)
+        self.weight = native.group_weights(weight.unsqueeze(1)).to(dtype)  # (N' / 32, 1, K / 2, 2, 16, 2)
         scale = None if self.scale is None else self.scale.data_ptr()
         self.struct = _Linear(self.weight.data_ptr(), scale, inputs, outputs)
 

@@ -9,7 +9,9 @@ holds the identity of its codes: shards of two tokenizers never mix. Whole shard
 
 import io
 import json
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,6 +36,7 @@ from data_tools.remote import RemoteOptions
 from data_tools.shards import ShardWriter, add_to_dataset
 from vq.losses import psnr
 from vq.model import ImageTokenizer
+from vq.native import Engine, PictureEncoder
 
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -61,6 +64,8 @@ class Options:
     """auto, cpu, cuda or cuda:N."""
     precision: Precision = "auto"
     """auto takes bf16 autocast where the machine has it."""
+    engine: Engine = "auto"
+    """native: code compiled once for CPUs with AVX512-BF16; plain: PyTorch; auto: native where it can run."""
 
     def __post_init__(self) -> None:
         for name, low in (("views", 1), ("batch_size", 1), ("check", 0)):
@@ -106,6 +111,7 @@ def encode_shards(tokenizer: ImageTokenizer, options: Options, world: World) -> 
         raise FileNotFoundError(
             f"no train-*.tar in {options.source}: make shards with `python -m data_tools.shard`"
         )
+    encoder = PictureEncoder(tokenizer, world.device, options.precision, options.engine)
     mine = jobs[world.rank :: world.size]
     counts = {"pictures": 0, "skipped": 0, "shards_kept": 0}
     for split, place in mine:
@@ -113,7 +119,7 @@ def encode_shards(tokenizer: ImageTokenizer, options: Options, world: World) -> 
         if done.is_file():
             counts["shards_kept"] += 1
             continue
-        _encode_one(tokenizer, options, world, split, source.fetch(place), counts)
+        _encode_one(encoder, options, world, split, source.fetch(place), counts)
     world.barrier()
     if world.is_main:
         for split in ("train", "val"):
@@ -123,7 +129,7 @@ def encode_shards(tokenizer: ImageTokenizer, options: Options, world: World) -> 
 
 
 def _encode_one(
-    tokenizer: ImageTokenizer, options: Options, world: World, split: str, path: Path, counts: dict[str, int]
+    encoder: PictureEncoder, options: Options, world: World, split: str, path: Path, counts: dict[str, int]
 ) -> None:
     """One input shard -> one output shard under the same name, by way of a folder that is renamed from."""
     index = ShardIndex.open(path, "").require(*IMAGE_SUFFIXES)
@@ -133,12 +139,12 @@ def _encode_one(
         stale.unlink()
     with ShardWriter(work, split, samples_per_shard=len(index)) as writer:
         bar = tqdm(total=len(index), desc=path.name, unit="pictures", disable=not world.is_main)
-        for samples, pictures in _picture_batches(index, options, tokenizer.image_size, views, counts):
-            ids = _encode(tokenizer, pictures.flatten(0, 1), world, options.precision).unflatten(
-                0, (-1, views)
-            )
+        for samples, pictures in _picture_batches(
+            index, options, encoder.tokenizer.image_size, views, counts
+        ):
+            ids = encoder(pictures.flatten(0, 1)).cpu().unflatten(0, (-1, views))
             for i, row in zip(samples, ids, strict=True):
-                writer.write(_record(index, i, row, tokenizer.codebook_size))
+                writer.write(_record(index, i, row, encoder.tokenizer.codebook_size))
             counts["pictures"] += len(samples)
             bar.update(len(samples))
         bar.close()
@@ -151,25 +157,33 @@ def _encode_one(
 def _picture_batches(
     index: ShardIndex, options: Options, image_size: int, views: int, counts: dict[str, int]
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Sample numbers (b,) and their views (b, A, 3, S, S); corrupt pictures are counted and left out."""
-    samples, rows = [], []
+    """Sample numbers (b,) and their views (b, A, 3, S, S); corrupt pictures are counted and left out.
+
+    The pictures of the next batch are opened while one is encoded.
+    """
     each = max(1, options.batch_size // views)
     augment = Chain((options.move, options.augment)) if options.move.is_on else options.augment
-    for i in range(len(index)):
-        members = index.read(i, IMAGE_SUFFIXES)
-        try:
-            image = open_image(next(iter(members.values())))
-        except CorruptSample as error:
-            counts["skipped"] += 1
-            say(f"skipped a corrupt sample ({counts['skipped']} so far): {index.samples[i].key}: {error}")
-            continue
-        samples.append(i)
-        rows.append(torch.stack(list(_views(image, index.samples[i].key, augment, image_size, views))))
-        if len(rows) == each:
-            yield samples, torch.stack(rows)
-            samples, rows = [], []
-    if rows:
-        yield samples, torch.stack(rows)
+
+    def load(i: int) -> Tensor:
+        image = open_image(next(iter(index.read(i, IMAGE_SUFFIXES).values())))
+        return torch.stack(list(_views(image, index.samples[i].key, augment, image_size, views)))
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        ahead = deque((i, pool.submit(load, i)) for i in range(min(2 * each, len(index))))
+        samples, rows = [], []
+        while ahead:
+            i, loaded = ahead.popleft()
+            if i + 2 * each < len(index):
+                ahead.append((i + 2 * each, pool.submit(load, i + 2 * each)))
+            try:
+                rows.append(loaded.result())
+                samples.append(i)
+            except CorruptSample as error:
+                counts["skipped"] += 1
+                say(f"skipped a corrupt sample ({counts['skipped']} so far): {index.samples[i].key}: {error}")
+            if rows and (len(rows) == each or not ahead):
+                yield samples, torch.stack(rows)
+                samples, rows = [], []
 
 
 def _views(image, key: str, augment: Augment, image_size: int, views: int) -> Iterator[Tensor]:
@@ -178,13 +192,6 @@ def _views(image, key: str, augment: Augment, image_size: int, views: int) -> It
     seed = list(key.encode())
     for view in range(1, views):
         yield to_tensor(resize_square(augment(image, np.random.default_rng([view, *seed])), image_size))
-
-
-@torch.no_grad()
-def _encode(tokenizer: ImageTokenizer, images: Tensor, world: World, precision: Precision) -> Tensor:
-    images = images.to(world.device, memory_format=torch.channels_last)
-    with autocast(world.device, precision):
-        return tokenizer.encode_ids(images).cpu()
 
 
 def _record(index: ShardIndex, i: int, ids: Tensor, codebook_size: int) -> Record:

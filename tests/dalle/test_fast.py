@@ -2,6 +2,8 @@ import pytest
 import torch
 from small_checkpoint import enlarge_
 
+import common.native
+from common.native import lacking_flags
 from dalle import native
 from dalle.fast import CompiledDecoder, FastOptions, GraphDecoder, PlainDecoder, prepare
 from dalle.model import Dalle, ModelOptions
@@ -116,11 +118,12 @@ def test_native_refuses_what_it_cannot_do():
         prepare(make(dim=48), FastOptions("native", "bfloat16"))
 
 
-@pytest.mark.skipif(bool(native.lacking_flags()), reason="a CPU without the native engine")
+@pytest.mark.skipif(bool(lacking_flags()), reason="a CPU without the native engine")
 def test_without_a_compiler_packed_takes_over(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("CXX", "false")
     monkeypatch.setenv("HOME", str(tmp_path))
-    for cached in (native._library, native.why_not):
+    compiled = (native._library, common.native.library, common.native.why_not)
+    for cached in compiled:
         cached.cache_clear()
     try:
         assert type(prepare(make(), FastOptions("auto", "bfloat16"))) is PackedDecoder
@@ -128,7 +131,7 @@ def test_without_a_compiler_packed_takes_over(monkeypatch, tmp_path, capsys):
         with pytest.raises(ValueError, match=r"native engine cannot run here: compiling native\.cpp failed"):
             prepare(make(), FastOptions("native", "bfloat16"))
     finally:
-        for cached in (native._library, native.why_not):
+        for cached in compiled:
             cached.cache_clear()
 
 

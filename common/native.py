@@ -1,0 +1,79 @@
+"""Code compiled for the machine it runs on: C++ sources beside our modules, for x86 CPUs with AVX512-BF16.
+
+A source is compiled once by the machine's own compiler, in seconds, into ~/.cache. Without a compiler or such a CPU,
+`why_not` says so, and the caller takes the operators of PyTorch.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from common.log import say
+
+CPU_FLAGS = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "fma", "f16c")
+HEADER = Path(__file__).with_name("avx512.h")
+GROUP = 32  # outputs of a group of weights, as there
+
+
+@functools.cache
+def lacking_flags() -> list[str]:
+    """What of CPU_FLAGS this processor has not."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text().partition("\nflags")[2].partition("\n")[0].split()
+    except OSError:
+        flags = []
+    return [flag for flag in CPU_FLAGS if flag not in flags]
+
+
+@functools.cache
+def why_not(source: Path) -> str:
+    """Why this machine cannot run `source`; empty where it can. Compiles it at the first call."""
+    if missing := lacking_flags():
+        return f"the CPU lacks {', '.join(missing)}"
+    try:
+        library(source)
+    except OSError as error:
+        return f"compiling {source.name} failed: {error}"
+    except subprocess.CalledProcessError as error:
+        said = error.stderr.strip() or f"exit code {error.returncode}"
+        return f"compiling {source.name} failed: {said.splitlines()[0]}"
+    return ""
+
+
+@functools.cache
+def library(source: Path) -> ctypes.CDLL:
+    """`source` compiled and loaded. Raises OSError or CalledProcessError where it can be neither found nor compiled."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    if not compiler:
+        raise OSError("no C++ compiler (g++)")
+    flags = [f"-m{flag.replace('_', '')}" for flag in CPU_FLAGS]
+    # no contraction: whether a product and a sum are fused would depend on what the compiler inlines where
+    exact = ("-O3", "-ffp-contract=off", "-fno-strict-aliasing", *flags)
+    options = ("-std=c++17", *exact, "-fopenmp", "-shared", "-fPIC", f"-I{HEADER.parent}")
+    texts = [path.read_bytes() for path in (HEADER, *sorted(source.parent.glob("*.h")), source)]
+    text = b"".join(texts) + "\0".join([compiler, *exact]).encode()
+    stamp = f"{source.parent.name}-{hashlib.sha256(text).hexdigest()[:16]}"
+    path = Path.home() / ".cache" / "product-painter" / "native" / f"{stamp}.so"
+    if not path.is_file():
+        say(f"compiling {source.parent.name}/{source.name} for this machine, once")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{stamp}.{os.getpid()}.so")
+        command = [compiler, *options, str(source), "-o", str(temporary)]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        os.replace(temporary, path)
+    return ctypes.CDLL(str(path))
+
+
+def group_weights(weight: Tensor) -> Tensor:
+    """(N, T, K), K even -> (N' / 32, T, K / 2, 2, 16, 2): N' = N rounded up to 32, the rest zeros; see avx512.h."""
+    outputs, taps, inputs = weight.shape
+    weight = torch.nn.functional.pad(weight, (0, 0, 0, 0, 0, -outputs % GROUP))
+    groups = weight.view(-1, 2, GROUP // 2, taps, inputs // 2, 2)
+    return groups.permute(0, 3, 4, 1, 2, 5).contiguous()

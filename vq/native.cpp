@@ -1,0 +1,277 @@
+// The encoder of vq/autoencoder.py, and the search for the nearest code, in one call.
+//
+// A thread takes whole pictures, so the codes of a picture depend neither on its company nor on the number of threads.
+// The sum that the blocks add to: (H W, C) float32. Weights of a convolution: (N / 32, taps, C / 2, 2, 16, 2) bfloat16,
+// see common/avx512.h.
+
+#include "convolve.h"
+
+#include <limits>
+#include <vector>
+
+extern "C" {
+
+enum Kind : int64_t { RESIDUAL = 0, DOWN = 1, ATTENTION = 2 };
+
+struct Block {
+    int64_t kind;
+    Norm norm;           // of a residual or attention block
+    Conv first, second;  // 3 x 3 twice; 4 x 4 with stride 2; qkv and out
+};
+
+struct Encoder {
+    const float* bands;  // (n, n'): pixels of a patch (row, column, channel) -> bands; n' = n rounded up to 16
+    const Block* blocks;
+    const float* codes;      // (D + 1, V'): -2 times the codes, transposed, and their squared lengths; or null
+    Conv conv_in, conv_out;  // n inputs, n + 1 for an odd n; D outputs, rounded up
+    Norm norm_out;
+    int64_t patch, num_blocks, head_dim, latent_dim;
+    int64_t num_codes;  // V' = V rounded up to 16, the rest infinitely far
+    int64_t unit;       // whether latents are scaled to length 1 before the search
+};
+
+struct Pictures {
+    const float* pixels;
+    int64_t strides[4];  // of picture, channel, row and column
+    int64_t number, height, width;
+};
+
+}  // extern "C"
+
+namespace {
+
+// --- pictures ---------------------------------------------------------------------------------------------------
+
+// A picture's patches as bands: (H, W, n), the border cleared; room for PATCHES patches
+constexpr int PATCHES = 8;
+
+void to_bands(const Encoder& e, const Pictures& p, int64_t picture, Grid grid, float* room, Bf16* to) {
+    const int64_t side = e.patch, size = 3 * side * side, whole = (size + 15) / 16 * 16;
+    clear_border(to, grid);
+    for (int64_t y = 0; y < grid.height; y++)
+        for (int64_t x = 0; x < grid.width; x += PATCHES) {
+            const int64_t n = std::min<int64_t>(PATCHES, grid.width - x);
+            const float* corner = p.pixels + picture * p.strides[0] + y * side * p.strides[2] + x * side * p.strides[3];
+            float* pixel = room;
+            for (int64_t i = 0; i < n; i++, corner += side * p.strides[3])
+                for (int64_t v = 0; v < side; v++)
+                    for (int64_t u = 0; u < side; u++)
+                        for (int64_t channel = 0; channel < 3; channel++)
+                            *pixel++ = corner[v * p.strides[2] + u * p.strides[3] + channel * p.strides[1]];
+            for (int64_t c = 0; c < grid.channels; c += 16) {
+                __m512 sums[PATCHES];
+                for (int i = 0; i < PATCHES; i++) sums[i] = _mm512_setzero_ps();
+                for (int64_t k = 0; k < size; k++) {
+                    const __m512 bands = _mm512_loadu_ps(e.bands + k * whole + c);
+#pragma GCC unroll 8
+                    for (int i = 0; i < PATCHES; i++)
+                        sums[i] = _mm512_fmadd_ps(_mm512_set1_ps(room[i * size + k]), bands, sums[i]);
+                }
+                const __mmask16 there = grid.channels - c >= 16 ? 0xffff : (1 << (grid.channels - c)) - 1;
+                for (int i = 0; i < n; i++)
+                    _mm256_mask_storeu_epi16(to + grid.at(y, x + i) + c, there, (__m256i)_mm512_cvtneps_pbh(sums[i]));
+            }
+        }
+}
+
+// --- blocks -------------------------------------------------------------------------------------------------------
+
+struct Room {  // of a thread, for a picture
+    std::vector<float> sums, small, scores;
+    std::vector<Bf16> in, middle, queries, rest, keys, values, weights;
+
+    void fit(const Encoder& e, Grid grid) {
+        int64_t most = 0, padded = 0, widest = 0;
+        const auto see = [&](Grid g) {
+            most = std::max(most, (g.height + 2) * (g.width + 2) * g.channels);
+            widest = std::max(widest, g.channels);
+        };
+        see({grid.height, grid.width, e.conv_in.inputs});
+        see(grid);
+        for (const Block* b = e.blocks; b < e.blocks + e.num_blocks; b++) {
+            if (b->kind == DOWN) see(grid = {grid.height / 2, grid.width / 2, b->first.outputs});
+            if (b->kind != ATTENTION) continue;
+            padded = (grid.places() + GROUP - 1) / GROUP * GROUP;
+            queries.resize(grid.places() * grid.channels);
+            rest.resize(2 * grid.places() * grid.channels);
+        }
+        see({grid.height, grid.width, e.conv_out.outputs});
+        sums.resize(most);
+        in.resize(most);
+        middle.resize(most);
+        small.resize(std::max<int64_t>({2 * widest, PATCHES * 3 * e.patch * e.patch}));
+        scores.resize(MAX_TILE * padded);
+        weights.resize(MAX_TILE * padded);
+        keys.assign(padded * e.head_dim, 0);
+        values.assign(padded * e.head_dim, 0);
+    }
+};
+
+void residual(const Block& b, Grid grid, Room& room) {
+    clear_border(room.in.data(), grid);
+    clear_border(room.middle.data(), grid);
+    float* x = room.sums.data();
+    apply_norm<true>(b.norm, x, grid, room.small.data(), room.in.data() + grid.at(0, 0), grid.line());
+    convolve(b.first, room.in.data(), grid.line(), grid.height, grid.width,
+             [&](int64_t y, int64_t place, int64_t n, __m512 first, __m512 last) {
+                 Bf16* to = room.middle.data() + grid.at(y, place) + n;
+                 store_bf16(to, silu512(first));
+                 store_bf16(to + 16, silu512(last));
+             });
+    convolve(b.second, room.middle.data(), grid.line(), grid.height, grid.width, Adder{x, grid.width, grid.channels});
+}
+
+Grid downsample(const Block& b, Grid grid, Room& room) {
+    clear_border(room.in.data(), grid);
+    const float* x = room.sums.data();
+    for (int64_t y = 0; y < grid.height; y++)
+        for (int64_t i = 0; i < grid.width * grid.channels; i += 16, x += 16)
+            store_bf16(room.in.data() + grid.at(y, 0) + i, _mm512_loadu_ps(x));
+    const Grid half{grid.height / 2, grid.width / 2, b.first.outputs};
+    const Putter put{room.sums.data(), half.width, half.channels};
+    convolve(b.first, room.in.data(), grid.line(), half.height, half.width, put);
+    return half;
+}
+
+// Keys and values of a head as weights of products over all places, rounded up to whole groups of zeros
+void pack_head(int64_t head, int64_t width, Grid grid, Room& room) {
+    const int64_t places = grid.places(), pairs = (places + GROUP - 1) / GROUP * GROUP / 2, step = 2 * grid.channels;
+    const Bf16 *key = room.rest.data() + head * width, *value = key + grid.channels;
+    int32_t* keys = reinterpret_cast<int32_t*>(room.keys.data());
+    for (int64_t p = 0; p < places; p += GROUP)
+        for (int64_t k = 0; k < width; k += 2, keys += GROUP)
+            for (int64_t i = 0; i < std::min(GROUP, places - p); i++)
+                keys[i] = *reinterpret_cast<const int32_t*>(key + (p + i) * step + k);
+    for (int64_t k = 0; k < width; k += 16)
+        for (int64_t p = 0; p < places; p += 2) {
+            const auto load = [](const Bf16* from) {
+                return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+            };
+            const Bf16* from = value + p * step + k;
+            const __m512i next = p + 1 < places ? load(from + step) : _mm512_setzero_si512();
+            Bf16* to = room.values.data() + ((k / GROUP * pairs + p / 2) * 2 + k % GROUP / 16) * GROUP;
+            _mm512_storeu_si512(to, _mm512_or_si512(load(from), _mm512_slli_epi32(next, 16)));
+        }
+}
+
+// exp(scores - their maximum) in bfloat16, 0 from `places` to `padded`; returns 1 / their sum
+float soften(const float* scores, int64_t places, int64_t padded, Bf16* weights) {
+    const __m512 nothing = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+    const auto seen = [&](int64_t i) {
+        const __mmask16 there = i + 16 <= places ? 0xffff : i >= places ? 0 : (1 << (places - i)) - 1;
+        return _mm512_mask_loadu_ps(nothing, there, scores + i);
+    };
+    __m512 most = nothing, total = _mm512_setzero_ps();
+    for (int64_t i = 0; i < padded; i += 16) most = _mm512_max_ps(most, seen(i));
+    most = _mm512_set1_ps(_mm512_reduce_max_ps(most));
+    for (int64_t i = 0; i < padded; i += 16) {
+        const __m512 p = exp512(_mm512_sub_ps(seen(i), most));
+        store_bf16(weights + i, p);
+        total = _mm512_add_ps(total, p);
+    }
+    return 1 / _mm512_reduce_add_ps(total);
+}
+
+void attend(int64_t head, int64_t width, Grid grid, Room& room, Bf16* to) {
+    const int64_t places = grid.places(), padded = (places + GROUP - 1) / GROUP * GROUP;
+    const Conv by_keys{room.keys.data(), nullptr, width, padded, 1, 1};
+    const Conv by_values{room.values.data(), nullptr, padded, width, 1, 1};
+    const Putter put{room.scores.data(), 0, padded};
+    float inverse[MAX_TILE];
+    for (int64_t begin = 0; begin < places; begin += MAX_TILE) {
+        const int64_t n = std::min(MAX_TILE, places - begin);
+        convolve(by_keys, room.queries.data() + (head * places + begin) * width, 0, 1, n, put);
+        for (int64_t i = 0; i < n; i++)
+            inverse[i] = soften(room.scores.data() + i * padded, places, padded, room.weights.data() + i * padded);
+        convolve(by_values, room.weights.data(), 0, 1, n,
+                 [&](int64_t, int64_t i, int64_t k, __m512 first, __m512 last) {
+                     Bf16* at = to + (begin + i) * grid.channels + head * width + k;
+                     store_bf16(at, _mm512_mul_ps(first, _mm512_set1_ps(inverse[i])));
+                     store_bf16(at + 16, _mm512_mul_ps(last, _mm512_set1_ps(inverse[i])));
+                 });
+    }
+}
+
+void attention(const Block& b, int64_t width, Grid grid, Room& room) {
+    const int64_t places = grid.places(), channels = grid.channels;
+    float* x = room.sums.data();
+    apply_norm<false>(b.norm, x, {1, places, channels}, room.small.data(), room.in.data(), 0);
+    const __m512 scale = _mm512_set1_ps(1 / std::sqrt(static_cast<float>(width)));
+    convolve(b.first, room.in.data(), 0, 1, places, [&](int64_t, int64_t p, int64_t n, __m512 first, __m512 last) {
+        Bf16* to = room.rest.data() + p * 2 * channels + n - channels;
+        if (n < channels) {
+            to = room.queries.data() + (n / width * places + p) * width + n % width;
+            first = _mm512_mul_ps(first, scale), last = _mm512_mul_ps(last, scale);
+        }
+        store_bf16(to, first);
+        store_bf16(to + 16, last);
+    });
+    for (int64_t head = 0; head < channels / width; head++) {
+        pack_head(head, width, grid, room);
+        attend(head, width, grid, room, room.middle.data());
+    }
+    convolve(b.second, room.middle.data(), 0, 1, places, Adder{x, places, channels});
+}
+
+// --- codes --------------------------------------------------------------------------------------------------------
+
+// The first of the nearest codes to z (D)
+int64_t nearest(const Encoder& e, const float* z) {
+    __m512 least = _mm512_set1_ps(std::numeric_limits<float>::infinity());
+    __m512i which = _mm512_setzero_si512(), number = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    for (int64_t v = 0; v < e.num_codes; v += 16, number = _mm512_add_epi32(number, _mm512_set1_epi32(16))) {
+        __m512 distance = _mm512_loadu_ps(e.codes + e.latent_dim * e.num_codes + v);
+        for (int64_t d = 0; d < e.latent_dim; d++)
+            distance = _mm512_fmadd_ps(_mm512_set1_ps(z[d]), _mm512_loadu_ps(e.codes + d * e.num_codes + v), distance);
+        const __mmask16 nearer = _mm512_cmp_ps_mask(distance, least, _CMP_LT_OQ);
+        least = _mm512_mask_mov_ps(least, nearer, distance);
+        which = _mm512_mask_mov_epi32(which, nearer, number);
+    }
+    const __mmask16 best = _mm512_cmp_ps_mask(least, _mm512_set1_ps(_mm512_reduce_min_ps(least)), _CMP_EQ_OQ);
+    return _mm512_mask_reduce_min_epi32(best, which);
+}
+
+void encode_picture(const Encoder& e, const Pictures& p, int64_t picture, Room& room, float* latents, int64_t* ids) {
+    Grid grid{p.height / e.patch, p.width / e.patch, e.conv_in.outputs};
+    room.fit(e, grid);
+    const Grid bands{grid.height, grid.width, e.conv_in.inputs};
+    to_bands(e, p, picture, bands, room.small.data(), room.in.data());
+    float* x = room.sums.data();
+    convolve(e.conv_in, room.in.data(), bands.line(), grid.height, grid.width, Putter{x, grid.width, grid.channels});
+    for (const Block* b = e.blocks; b < e.blocks + e.num_blocks; b++) {
+        if (b->kind == RESIDUAL) residual(*b, grid, room);
+        if (b->kind == DOWN) grid = downsample(*b, grid, room);
+        if (b->kind == ATTENTION) attention(*b, e.head_dim, grid, room);
+    }
+    const int64_t places = grid.places();
+    apply_norm<true>(e.norm_out, x, {1, places, grid.channels}, room.small.data(), room.in.data(), 0);
+    convolve(e.conv_out, room.in.data(), 0, 1, places, Putter{x, places, e.conv_out.outputs});
+    for (int64_t i = 0; i < places; i++) {
+        float* z = x + i * e.conv_out.outputs;
+        if (!e.codes) {
+            std::copy_n(z, e.latent_dim, latents + (picture * places + i) * e.latent_dim);
+            continue;
+        }
+        float squares = 0;
+        for (int64_t d = 0; d < e.latent_dim; d++) squares += z[d] * z[d];
+        const float length = e.unit ? std::max(std::sqrt(squares), 1e-12f) : 1.0f;
+        for (int64_t d = 0; d < e.latent_dim; d++) z[d] /= length;
+        ids[picture * places + i] = nearest(e, z);
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+// -> ids (B, h w), or latents (B, h w, D) float32 where the encoder has no codes
+void encode(const Encoder* encoder, const Pictures* pictures, float* latents, int64_t* ids, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        static thread_local Room room;
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < pictures->number; i++) encode_picture(*encoder, *pictures, i, room, latents, ids);
+    }
+}
+
+}  // extern "C"
