@@ -1,7 +1,8 @@
 // Convolutions and group norms of vq/native.cpp over one picture.
 //
-// Convolutions are sums over their taps of products of a line of places with the tap's weights: nothing is unfolded.
-// What is convolved: (H + 2, W + 2, C) bfloat16 with a border of zeros; what comes out: whatever `store` makes of it.
+// Kernels of 3 x 3 over even sides go by tiles of 2 x 2 places in 16 products instead of 36 (Winograd's F(2 x 2, 3 x 3);
+// Lavin and Gray 2015, arXiv:1509.09308). Others are sums over their taps of products of a line of places with the tap's
+// weights. What is convolved: (H + 2, W + 2, C) bfloat16 with a border of zeros; what comes out is up to `store`.
 
 #pragma once
 
@@ -9,13 +10,15 @@
 
 #include <algorithm>
 #include <cmath>
+#include <vector>
 
 extern "C" {
 
 struct Conv {
-    const Bf16* weight;  // packed
-    const float* bias;   // (outputs)
-    int64_t inputs, outputs, kernel, stride;  // inputs even, outputs a multiple of 32
+    const Bf16* weight;       // (N / 32, kernel^2, C / 2, 2, 16, 2)
+    const Bf16* transformed;  // (N / 32, 16, C / 2, 2, 16, 2): of a 3 x 3 kernel, for its tiles
+    const float* bias;        // (N) or null
+    int64_t inputs, outputs, kernel, stride;  // C: whole registers where there are tiles, else even; N, of 32
 };
 
 struct Norm {
@@ -83,6 +86,132 @@ void convolve(const Conv& c, const Bf16* in, int64_t line, int64_t height, int64
             }
         }
     }
+}
+
+// --- 3 x 3 by tiles -------------------------------------------------------------------------------------------------
+
+constexpr int64_t TILES = 64;  // of a block: what is made of them stays in the cache
+constexpr int64_t POINTS = 16;
+
+struct Tiles {  // room for a block
+    std::vector<Bf16> in;    // (16, TILES, C), a line more a point: else all points would meet in one set of the cache
+    std::vector<float> out;  // (16, TILES, 32), the same
+    static int64_t in_step(int64_t channels) { return TILES * channels + 32; }
+    static constexpr int64_t OUT_STEP = TILES * GROUP + 16;
+    void fit(int64_t channels) {
+        in.resize(std::max<int64_t>(in.size(), POINTS * in_step(channels)));
+        out.resize(POINTS * OUT_STEP);
+    }
+};
+
+__m512 load_bf16(const Bf16* from) {
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+// 4 x 4 places at `corner` -> 16 points, `step` apart: B^T d B
+void transform_in(const Bf16* corner, int64_t line, int64_t channels, Bf16* to, int64_t step) {
+    for (int64_t c = 0; c < channels; c += 16) {
+        __m512 d[4][4];
+#pragma GCC unroll 4
+        for (int x = 0; x < 4; x++) {
+            __m512 column[4];
+#pragma GCC unroll 4
+            for (int y = 0; y < 4; y++) column[y] = load_bf16(corner + y * line + x * channels + c);
+            d[0][x] = _mm512_sub_ps(column[0], column[2]);
+            d[1][x] = _mm512_add_ps(column[1], column[2]);
+            d[2][x] = _mm512_sub_ps(column[2], column[1]);
+            d[3][x] = _mm512_sub_ps(column[1], column[3]);
+        }
+#pragma GCC unroll 4
+        for (int y = 0; y < 4; y++) {
+            Bf16* at = to + y * 4 * step + c;
+            store_bf16(at, _mm512_sub_ps(d[y][0], d[y][2]));
+            store_bf16(at + step, _mm512_add_ps(d[y][1], d[y][2]));
+            store_bf16(at + 2 * step, _mm512_sub_ps(d[y][2], d[y][1]));
+            store_bf16(at + 3 * step, _mm512_sub_ps(d[y][1], d[y][3]));
+        }
+    }
+}
+
+// 16 points of 16 outputs, `OUT_STEP` apart -> 2 x 2 places: A^T m A
+void transform_out(const float* from, __m512 bias, __m512 (&places)[4]) {
+    __m512 rows[2][4];
+#pragma GCC unroll 4
+    for (int x = 0; x < 4; x++) {
+        __m512 m[4];
+#pragma GCC unroll 4
+        for (int y = 0; y < 4; y++) m[y] = _mm512_loadu_ps(from + (y * 4 + x) * Tiles::OUT_STEP);
+        rows[0][x] = _mm512_add_ps(_mm512_add_ps(m[0], m[1]), m[2]);
+        rows[1][x] = _mm512_sub_ps(_mm512_sub_ps(m[1], m[2]), m[3]);
+    }
+#pragma GCC unroll 2
+    for (int y = 0; y < 2; y++) {
+        const __m512 biased = _mm512_add_ps(bias, rows[y][1]);
+        places[2 * y] = _mm512_add_ps(_mm512_add_ps(biased, rows[y][0]), rows[y][2]);
+        places[2 * y + 1] = _mm512_sub_ps(_mm512_sub_ps(biased, rows[y][2]), rows[y][3]);
+    }
+}
+
+// Rows of a point's tiles against a group of its weights
+template <int R>
+void multiply_tiles(int64_t n, const Bf16* in, int64_t channels, const Bf16* group, Ahead ahead, float* out) {
+    if (n != R) {
+        if constexpr (R > 1) multiply_tiles<R - 1>(n, in, channels, group, ahead, out);
+        return;
+    }
+    __m512 sums[R][2];
+#pragma GCC unroll 12
+    for (int r = 0; r < R; r++) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
+    accumulate<R>(sums, in, channels, channels, group, ahead);
+#pragma GCC unroll 12
+    for (int r = 0; r < R; r++) {
+        _mm512_storeu_ps(out + r * GROUP, sums[r][0]);
+        _mm512_storeu_ps(out + r * GROUP + 16, sums[r][1]);
+    }
+}
+
+// As `convolve`, for 3 x 3 kernels over even sides.
+template <typename Store>
+void convolve_by_tiles(const Conv& c, const Bf16* in, Grid grid, Tiles& room, const Store& store) {
+    const int64_t across = grid.width / 2, size = c.inputs * GROUP, step = Tiles::in_step(c.inputs);
+    const int64_t all = grid.height / 2 * across;
+    for (int64_t begin = 0; begin < all; begin += TILES) {
+        const int64_t number = std::min(TILES, all - begin);
+        for (int64_t i = 0; i < number; i++) {
+            const int64_t y = (begin + i) / across * 2, x = (begin + i) % across * 2;
+            const Bf16* corner = in + y * (grid.width + 2) * c.inputs + x * c.inputs;
+            transform_in(corner, (grid.width + 2) * c.inputs, c.inputs, room.in.data() + i * c.inputs, step);
+        }
+        const int64_t parts = (number + MAX_TILE - 1) / MAX_TILE;
+        for (int64_t g = 0; g < c.outputs / GROUP; g++) {
+            const Bf16* group = c.transformed + g * POINTS * size;
+            for (int64_t point = 0; point < POINTS; point++, group += size)
+                for (int64_t part = 0; part < parts; part++) {
+                    const Range rows = share(number, part, parts);
+                    const Bf16* from = room.in.data() + point * step + rows.begin * c.inputs;
+                    float* to = room.out.data() + point * Tiles::OUT_STEP + rows.begin * GROUP;
+                    const Ahead ahead{reinterpret_cast<const char*>(group + size + size * part / parts), 4 * GROUP / parts};
+                    multiply_tiles<MAX_TILE>(rows.end - rows.begin, from, c.inputs, group, ahead, to);
+                }
+            const __m512 low = _mm512_loadu_ps(c.bias + g * GROUP), high = _mm512_loadu_ps(c.bias + g * GROUP + 16);
+            for (int64_t i = 0; i < number; i++) {
+                __m512 first[4], last[4];
+                transform_out(room.out.data() + i * GROUP, low, first);
+                transform_out(room.out.data() + i * GROUP + 16, high, last);
+                const int64_t y = (begin + i) / across * 2, x = (begin + i) % across * 2;
+                for (int at = 0; at < 4; at++) store(y + at / 2, x + at % 2, g * GROUP, first[at], last[at]);
+            }
+        }
+    }
+}
+
+// 3 x 3 over a grid with its border
+template <typename Store>
+void convolve_grid(const Conv& c, const Bf16* in, Grid grid, Tiles& room, const Store& store) {
+    if (c.transformed && grid.height % 2 == 0 && grid.width % 2 == 0)
+        return convolve_by_tiles(c, in, grid, room, store);
+    convolve(c, in, (grid.width + 2) * c.inputs, grid.height, grid.width, store);
 }
 
 struct Putter {  // of sums into x (lines, width, channels)

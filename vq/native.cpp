@@ -79,12 +79,14 @@ void to_bands(const Encoder& e, const Pictures& p, int64_t picture, Grid grid, f
 struct Room {  // of a thread, for a picture
     std::vector<float> sums, small, scores;
     std::vector<Bf16> in, middle, queries, rest, keys, values, weights;
+    Tiles tiles;
 
     void fit(const Encoder& e, Grid grid) {
         int64_t most = 0, padded = 0, widest = 0;
         const auto see = [&](Grid g) {
             most = std::max(most, (g.height + 2) * (g.width + 2) * g.channels);
             widest = std::max(widest, g.channels);
+            tiles.fit(g.channels);
         };
         see({grid.height, grid.width, e.conv_in.inputs});
         see(grid);
@@ -112,13 +114,13 @@ void residual(const Block& b, Grid grid, Room& room) {
     clear_border(room.middle.data(), grid);
     float* x = room.sums.data();
     apply_norm<true>(b.norm, x, grid, room.small.data(), room.in.data() + grid.at(0, 0), grid.line());
-    convolve(b.first, room.in.data(), grid.line(), grid.height, grid.width,
-             [&](int64_t y, int64_t place, int64_t n, __m512 first, __m512 last) {
-                 Bf16* to = room.middle.data() + grid.at(y, place) + n;
-                 store_bf16(to, silu512(first));
-                 store_bf16(to + 16, silu512(last));
-             });
-    convolve(b.second, room.middle.data(), grid.line(), grid.height, grid.width, Adder{x, grid.width, grid.channels});
+    const auto put_silu = [&](int64_t y, int64_t place, int64_t n, __m512 first, __m512 last) {
+        Bf16* to = room.middle.data() + grid.at(y, place) + n;
+        store_bf16(to, silu512(first));
+        store_bf16(to + 16, silu512(last));
+    };
+    convolve_grid(b.first, room.in.data(), grid, room.tiles, put_silu);
+    convolve_grid(b.second, room.middle.data(), grid, room.tiles, Adder{x, grid.width, grid.channels});
 }
 
 Grid downsample(const Block& b, Grid grid, Room& room) {
@@ -174,8 +176,8 @@ float soften(const float* scores, int64_t places, int64_t padded, Bf16* weights)
 
 void attend(int64_t head, int64_t width, Grid grid, Room& room, Bf16* to) {
     const int64_t places = grid.places(), padded = (places + GROUP - 1) / GROUP * GROUP;
-    const Conv by_keys{room.keys.data(), nullptr, width, padded, 1, 1};
-    const Conv by_values{room.values.data(), nullptr, padded, width, 1, 1};
+    const Conv by_keys{room.keys.data(), nullptr, nullptr, width, padded, 1, 1};
+    const Conv by_values{room.values.data(), nullptr, nullptr, padded, width, 1, 1};
     const Putter put{room.scores.data(), 0, padded};
     float inverse[MAX_TILE];
     for (int64_t begin = 0; begin < places; begin += MAX_TILE) {
@@ -237,6 +239,7 @@ void encode_picture(const Encoder& e, const Pictures& p, int64_t picture, Room& 
     const Grid bands{grid.height, grid.width, e.conv_in.inputs};
     to_bands(e, p, picture, bands, room.small.data(), room.in.data());
     float* x = room.sums.data();
+    // not by tiles: bands are wide apart in size, and sums of them would be rounded more than they
     convolve(e.conv_in, room.in.data(), bands.line(), grid.height, grid.width, Putter{x, grid.width, grid.channels});
     for (const Block* b = e.blocks; b < e.blocks + e.num_blocks; b++) {
         if (b->kind == RESIDUAL) residual(*b, grid, room);

@@ -21,6 +21,7 @@ from vq.quantizer import VectorQuantizer
 SOURCE = Path(__file__).with_name("native.cpp")
 RESIDUAL, DOWN, ATTENTION = range(3)  # kinds of a block, as in native.cpp
 REGISTER = 16  # floats
+KERNEL_TO_TILE = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])  # Winograd's G
 Engine = Literal["auto", "native", "plain"]
 
 _pointer, _integer = ctypes.c_void_p, ctypes.c_int64
@@ -28,8 +29,7 @@ _pointer, _integer = ctypes.c_void_p, ctypes.c_int64
 
 class _Conv(ctypes.Structure):
     _fields_ = (
-        ("weight", _pointer),
-        ("bias", _pointer),
+        *((name, _pointer) for name in ("weight", "transformed", "bias")),
         *((name, _integer) for name in ("inputs", "outputs", "kernel", "stride")),
     )
 
@@ -152,7 +152,8 @@ class NativeEncoder:
 
     def _block(self, block: nn.Module) -> _Block:
         if isinstance(block, ResBlock):
-            return _Block(RESIDUAL, self._norm(block.norm), self._conv(block.conv1), self._conv(block.conv2))
+            first, second = (self._conv(conv, by_tiles=True) for conv in (block.conv1, block.conv2))
+            return _Block(RESIDUAL, self._norm(block.norm), first, second)
         if isinstance(block, AttentionBlock):
             return _Block(ATTENTION, self._norm(block.norm), self._conv(block.qkv), self._conv(block.out))
         if isinstance(block, nn.Conv2d):
@@ -163,14 +164,20 @@ class NativeEncoder:
         weight, bias = self._keep(norm.weight.float()), self._keep(norm.bias.float())
         return _Norm(weight, bias, norm.num_channels, norm.num_groups, norm.eps)
 
-    def _conv(self, conv: nn.Conv2d) -> _Conv:
+    def _conv(self, conv: nn.Conv2d, by_tiles: bool = False) -> _Conv:
         """Inputs are rounded up to whole pairs, outputs to whole groups."""
         kernel, stride = conv.kernel_size[0], conv.stride[0]
         weight = conv.weight.detach().float().flatten(2).transpose(1, 2)  # (N, taps, C)
         weight = nn.functional.pad(weight, (0, weight.shape[2] % 2))
-        packed = native.group_weights(weight).bfloat16()
+        packed = self._keep(native.group_weights(weight).bfloat16())
+        transformed = None
+        if by_tiles:
+            tiles = torch.einsum(
+                "ij,njkc,lk->nilc", KERNEL_TO_TILE, weight.unflatten(1, (3, 3)), KERNEL_TO_TILE
+            )
+            transformed = self._keep(native.group_weights(tiles.flatten(1, 2)).bfloat16())
         bias = nn.functional.pad(conv.bias.detach().float(), (0, -len(conv.bias) % native.GROUP))
-        return _Conv(self._keep(packed), self._keep(bias), weight.shape[2], len(bias), kernel, stride)
+        return _Conv(packed, transformed, self._keep(bias), weight.shape[2], len(bias), kernel, stride)
 
     @staticmethod
     def _codes(quantizer: nn.Module) -> Tensor | None:
