@@ -5,11 +5,11 @@
     python -m benchmarks.decode_speed --device cuda                     # eager, compiled and CUDA graphs in turn
     OMP_NUM_THREADS=1 python -m benchmarks.decode_speed --clock cpu     # on a busy machine: processor time, one thread
 
-The floor of a step is the larger of bytes over bandwidth and operations over peak: bytes are all weights that a step
-reads and the filled half of the cache, in bfloat16; bandwidth is that of reading a buffer of this size; the peak is
-that of a square bfloat16 product; both measured in the same run. Whole pictures are drawn, round by round in turn, and
-the fastest round counts. dalle-pytorch 1.6.6 (26m, same widths and vocabularies, its cache repaired) takes part where
-it can be imported, see benchmarks/peer.py.
+The floor of a step is the larger of two times: reading a buffer as large as all weights that a step reads and the
+filled half of the cache, in bfloat16; and as many operations in square bfloat16 products. Both are done once a token,
+in turn with the drawing of whole pictures, and of each the fastest round counts: what a shared machine's memory gives
+for a millisecond is not what it gives for a picture. dalle-pytorch 1.6.6 (26m, same widths and vocabularies, its cache
+repaired) takes part where it can be imported, see benchmarks/peer.py.
 """
 
 import json
@@ -83,39 +83,34 @@ class Options:
         return clock() - started
 
 
-def bandwidth(options: Options, num_bytes: float) -> float:
-    """Bytes a second of reading a buffer of that size, the best of 12."""
-    buffer = torch.ones(int(num_bytes) // 4, device=options.device)
-    return num_bytes / min(options.seconds(buffer.sum) for _ in range(12))
-
-
-def peak(options: Options, size: int = 2048) -> float:
-    """Operations a second of a square bfloat16 product, the best of 5."""
-    a = torch.randn(size, size, device=options.device).bfloat16()
-    return 2.0 * size**3 / min(options.seconds(lambda: a @ a) for _ in range(5))
-
-
 @dataclass(frozen=True)
 class Floor:
-    """What a step of `rows` rows costs at least, on average over the positions of a picture."""
+    """What a step costs at least, on average over the positions of a picture."""
 
-    memory_seconds: float
-    compute_seconds: float
+    num_bytes: float
+    operations: float
 
-    @property
-    def seconds(self) -> float:
-        return max(self.memory_seconds, self.compute_seconds)
+    def reading(self, options: Options) -> Callable[[], object]:
+        """Reads as many bytes as a picture's steps must."""
+        buffer = torch.ones(int(self.num_bytes) // 4, device=options.device)
+        return lambda: [buffer.sum() for _ in range(GRID**2)]
+
+    def computing(self, options: Options, size: int = 2048) -> Callable[[], object]:
+        """Square bfloat16 products with as many operations as a picture's steps."""
+        a = torch.randn(size, size, device=options.device).bfloat16()
+        times = self.operations * GRID**2 / (2.0 * size**3)
+        rest = a[: max(1, round(size * (times % 1)))]
+        return lambda: [a @ a for _ in range(int(times))] + [rest @ a]
 
 
-def floor(options: Options, model: Dalle, rows: int) -> Floor:
+def floor(model: Dalle, rows: int) -> Floor:
     c = model.config
     weights = sum(m.weight.numel() for m in model.blocks.modules() if isinstance(m, nn.Linear))
     weights += c.codebook_size * c.dim
     filled = TEXT_LEN + c.num_image_tokens / 2
     cache = 2 * c.num_layers * rows * c.num_kv_heads * filled * c.head_dim
-    num_bytes = 2 * (weights + cache)
     operations = 2 * rows * weights + 4 * c.num_layers * rows * c.num_heads * filled * c.head_dim
-    return Floor(num_bytes / bandwidth(options, num_bytes), operations / peak(options))
+    return Floor(2 * (weights + cache), operations)
 
 
 def our_drawing(
@@ -168,11 +163,10 @@ def measure(options: Options, size: SizeName, batch_size: int, cfg_scale: float)
             drawings[name] = peer_drawing(options, config, batch_size, cfg_scale) if size == "26m" else None
         else:
             drawings[name] = our_drawing(options, model, name, batch_size, cfg_scale)
-    floors = [floor(options, model, rows)]
-    best = race(options, {name: draw for name, draw in drawings.items() if draw})
-    floors.append(floor(options, model, rows))
-    memory = min(f.memory_seconds for f in floors)
-    compute = min(f.compute_seconds for f in floors)
+    least = floor(model, rows)
+    limits = {"memory": least.reading(options), "operations": least.computing(options)}
+    best = race(options, limits | {name: draw for name, draw in drawings.items() if draw})
+    memory, compute = (best.pop(name) / GRID**2 for name in limits)
     at_least = max(memory, compute)
     say(
         f"{size}, batch {batch_size}, {'with' if cfg_scale != 1 else 'without'} guidance ({rows} rows) | floor "

@@ -178,13 +178,14 @@ void turn(const float* head, const float* plain, const float* rolled, int64_t wi
     }
 }
 
-// Scores of N blocks of keys: q (K), keys (N, K, 16) -> scores (N, 16)
+// Scores of N blocks of keys: q (K), keys (N, K, 16) -> scores (N, 16); brings as many bytes from `ahead` on
 template <int N>
-void score_blocks(const float* q, const Half* keys, int64_t width, float* scores) {
+void score_blocks(const float* q, const Half* keys, int64_t width, const Half* ahead, float* scores) {
     __m512 sums[N];
 #pragma GCC unroll 4
     for (int n = 0; n < N; n++) sums[n] = _mm512_setzero_ps();
     for (int64_t k = 0; k < width; k++) {
+        for (int n = 0; n < N; n += 2) _mm_prefetch(ahead + (k * N + n) * BLOCK, _MM_HINT_T0);
         const __m512 factor = _mm512_set1_ps(q[k]);
 #pragma GCC unroll 4
         for (int n = 0; n < N; n++)
@@ -196,11 +197,13 @@ void score_blocks(const float* q, const Half* keys, int64_t width, float* scores
 
 // N x 16 channels of the weighted sum of values (length, K); even and odd positions are summed apart
 template <int N>
-void sum_values(const float* p, const Half* values, int64_t length, int64_t width, __m512 scale, Bf16* y) {
+void sum_values(const float* p, const Half* values, int64_t length, int64_t width, const Half* ahead, __m512 scale,
+                Bf16* y) {
     __m512 even[N], odd[N];
 #pragma GCC unroll 4
     for (int n = 0; n < N; n++) even[n] = odd[n] = _mm512_setzero_ps();
     for (int64_t i = 0; i < length; i += 2) {  // p and values are 0 right beyond the length
+        for (int n = 0; n < N; n++) _mm_prefetch(ahead + (i * N + n * 2) * 16, _MM_HINT_T0);
         const __m512 first = _mm512_set1_ps(p[i]), second = _mm512_set1_ps(p[i + 1]);
 #pragma GCC unroll 4
         for (int n = 0; n < N; n++) {
@@ -213,12 +216,12 @@ void sum_values(const float* p, const Half* values, int64_t length, int64_t widt
 }
 
 // softmax(q k^T + bias) v of one query: scores is room for whole blocks
-void attend(const float* q, const Half* keys, const Half* values, const float* bias, int64_t length, int64_t width,
-            float* scores, Bf16* y) {
+void attend(const float* q, const Half* keys, const Half* values, const Half* next_keys, const float* bias,
+            int64_t length, int64_t width, float* scores, Bf16* y) {
     const int64_t blocks = (length + BLOCK - 1) / BLOCK;
     int64_t b = 0;
-    for (; b + 4 <= blocks; b += 4) score_blocks<4>(q, keys + b * width * BLOCK, width, scores + b * BLOCK);
-    for (; b < blocks; b++) score_blocks<1>(q, keys + b * width * BLOCK, width, scores + b * BLOCK);
+    for (; b + 4 <= blocks; b += 4) score_blocks<4>(q, keys + b * width * BLOCK, width, values + b * width * BLOCK, scores + b * BLOCK);
+    for (; b < blocks; b++) score_blocks<1>(q, keys + b * width * BLOCK, width, values + b * width * BLOCK, scores + b * BLOCK);
     const __m512 nothing = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
     __m512 most = nothing, total = _mm512_setzero_ps();
     for (int64_t i = 0; i < length; i += 16) {
@@ -236,8 +239,8 @@ void attend(const float* q, const Half* keys, const Half* values, const float* b
     }
     const __m512 scale = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(total));
     int64_t i = 0;
-    for (; i + 64 <= width; i += 64) sum_values<4>(scores, values + i, length, width, scale, y + i);
-    for (; i < width; i += 16) sum_values<1>(scores, values + i, length, width, scale, y + i);
+    for (; i + 64 <= width; i += 64) sum_values<4>(scores, values + i, length, width, next_keys + i * length, scale, y + i);
+    for (; i < width; i += 16) sum_values<1>(scores, values + i, length, width, next_keys + i * length, scale, y + i);
 }
 
 // Keys and values of kv heads `tasks` go into the cache, and their queries look at it.
@@ -264,7 +267,7 @@ void attend_heads(const Model& m, const Cache& c, int64_t layer, int64_t row_of_
         }
         for (int64_t i = head * share_of_keys; i < (head + 1) * share_of_keys; i++) {
             turn(heads + i * width, plain, rolled, width, m.head_eps, turned);
-            attend(turned, keys, values, c.bias + row * c.length, index + 1, width, scores,
+            attend(turned, keys, values, keys + c.num_blocks * width * BLOCK, c.bias + row * c.length, index + 1, width, scores,
                    c.attended + (row * m.num_heads + i) * width);
         }
     }

@@ -126,10 +126,14 @@ class PackedDecoder:
 
     @torch.inference_mode()
     def prefill(self, text_ids: Tensor, cache: PackedCache, image_ids: Tensor | None = None) -> Tensor:
-        """As `Dalle.prefill`: logits (R, V) of the first unknown image token."""
+        """As `Dalle.prefill`: logits (R, V) of the first unknown image token. Rows that are alike are computed once."""
+        known_ids = text_ids if image_ids is None else torch.cat([text_ids, image_ids], 1)
+        known_ids, which = known_ids.unique(dim=0, return_inverse=True)  # (U, n), (R,)
+        text_ids, image_ids = known_ids.split([text_ids.shape[1], known_ids.shape[1] - text_ids.shape[1]], 1)
         begin = self.begin_image.expand(len(text_ids), 1, -1)
-        known = [self.image_embed[image_ids]] if image_ids is not None else []
-        x = torch.cat([self.text_in(self.text_embed(text_ids)), begin, *known], 1)  # (R, n, D)
+        x = torch.cat(
+            [self.text_in(self.text_embed(text_ids)), begin, self.image_embed[image_ids]], 1
+        )  # (U, n, D)
         rows, n, _ = x.shape
         text_len = text_ids.shape[1]
         visible = sequence.text_mask(text_ids, self.config.pad_id)
@@ -140,10 +144,10 @@ class PackedDecoder:
         x = x.reshape(rows * n, -1)
         for layer, block in enumerate(self.blocks):
             heads = self._heads(x, block, turns[layer].repeat(1, rows, 1, 1))
-            q, k, v = (t.unflatten(0, (rows, n)).transpose(1, 2) for t in heads)  # (R, H or H_kv, n, K)
-            cache.fill(layer, k, v)
+            q, k, v = (t.unflatten(0, (rows, n)).transpose(1, 2) for t in heads)  # (U, H or H_kv, n, K)
+            cache.fill(layer, k[which], v[which])
             self._finish(x, self._attend(q, k, v, bias), block)
-        return self._logits(x.unflatten(0, (rows, n))[:, -1])
+        return self._logits(x.unflatten(0, (rows, n))[:, -1])[which]
 
     @torch.inference_mode()
     def decode_step(self, image_ids: Tensor, position: int, cache: PackedCache) -> Tensor:
