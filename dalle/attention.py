@@ -5,6 +5,7 @@ as in Qwen2-VL's M-RoPE (Wang et al. 2024, section 2.1). QK-norm: Dehghani et al
 Grouped queries: Ainslie et al. 2023.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -40,10 +41,19 @@ class CausalMask:
 
     def __init__(self, visible: Tensor, length: int) -> None:
         """visible: (B, T) bool text positions; length: inputs in all."""
+        self.visible, self.length = visible, length
         self.padding = None if bool(visible.all()) else ~visible
         self.bias = None  # (B, 1, L, L) bfloat16, 0 or -inf: exact in any dtype
         if self.padding is not None and visible.device.type != "cpu":
             self.bias = sequence.attention_bias(visible, length - visible.shape[1], torch.bfloat16)
+
+    @functools.cached_property
+    def key_bias(self) -> Tensor | None:
+        """(B, L) float32: 0, or -inf where a key is padding; None where none is."""
+        if self.padding is None:
+            return None
+        num_image = self.length - self.visible.shape[1]
+        return sequence.key_bias(self.visible, num_image, torch.float32)[:, 0, 0].contiguous()
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
         """q, k, v: (B, H, L, K) -> (B, H, L, K)"""

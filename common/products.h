@@ -1,0 +1,126 @@
+// Products of whole matrices of bfloat16 with matrices that are packed for them, in the cache of one thread.
+//
+// Packed rows: a matrix whose rows are the outputs of a product, (N / 32, K / 2, 32 pairs of inputs). Paired rows: a matrix
+// whose rows are what a product sums over, (N / 32, M / 2, 32 pairs of rows). Both are read by `accumulate`.
+
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+
+#include "avx512.h"
+
+inline int64_t whole_groups(int64_t n) { return (n + GROUP - 1) / GROUP * GROUP; }
+
+inline __m512i load_halves(const Bf16* from) {
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+
+// x (rows, columns), rows `step` apart -> (rows' / 32, columns / 2, 32, 2), rows' whole groups, the rest zeros
+inline void pack_rows(const Bf16* x, int64_t step, int64_t rows, int64_t columns, Bf16* to) {
+    const __m512i places = _mm512_mullo_epi32(
+        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(step * sizeof(Bf16)));
+    for (int64_t row = 0; row < whole_groups(rows); row += 16) {
+        const int64_t left = std::max<int64_t>(rows - row, 0);
+        const __mmask16 there = left >= 16 ? 0xffff : (1 << left) - 1;
+        Bf16* group = to + row / GROUP * columns * GROUP + row % GROUP * 2;
+        for (int64_t c = 0; c < columns; c += 2) {
+            const __m512i pairs =
+                _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), there, places, x + row * step + c, 1);
+            _mm512_storeu_si512(group + c * GROUP, pairs);
+        }
+    }
+}
+
+// x (rows, columns), rows `step` apart -> (columns / 32, pairs, 32, 2); rows beyond the last are zeros
+inline void pair_rows(const Bf16* x, int64_t step, int64_t rows, int64_t pairs, int64_t columns, Bf16* to) {
+    for (int64_t p = 0; p < pairs; p++) {
+        const Bf16* first = x + 2 * p * step;
+        for (int64_t c = 0; c < columns; c += 16) {
+            const __m512i low = 2 * p < rows ? load_halves(first + c) : _mm512_setzero_si512();
+            const __m512i high = 2 * p + 1 < rows ? load_halves(first + step + c) : _mm512_setzero_si512();
+            Bf16* at = to + ((c / GROUP * pairs + p) * GROUP + c % GROUP) * 2;
+            _mm512_storeu_si512(at, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+        }
+    }
+}
+
+template <int R, typename Store>
+void product_tile(int64_t n, const Bf16* a, int64_t step, int64_t inputs, const Bf16* group, Ahead ahead, int64_t row,
+                  const Store& store) {
+    if (n != R) {
+        if constexpr (R > 1) product_tile<R - 1>(n, a, step, inputs, group, ahead, row, store);
+        return;
+    }
+    __m512 sums[R][2];
+#pragma GCC unroll 12
+    for (int r = 0; r < R; r++) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
+    accumulate<R>(sums, a, step, inputs, group, ahead);
+#pragma GCC unroll 12
+    for (int r = 0; r < R; r++) store(row + r, sums[r][0], sums[r][1]);
+}
+
+// a (rows, inputs), rows `step` apart, times groups that are `size` apart: store(row, output, 16 sums, the next 16)
+template <typename Store>
+void product(const Bf16* a, int64_t rows, int64_t step, int64_t inputs, const Bf16* packed, int64_t size, int64_t groups,
+             const Store& store) {
+    const int64_t tiles = (rows + MAX_TILE - 1) / MAX_TILE;
+    for (int64_t g = 0; g < groups; g++, packed += size)
+        for (int64_t t = 0; t < tiles; t++) {
+            const Range tile = share(rows, t, tiles);
+            const Ahead ahead{reinterpret_cast<const char*>(packed + size + size * t / tiles), 4 * GROUP / tiles};
+            const auto put = [&](int64_t row, __m512 first, __m512 last) { store(row, g * GROUP, first, last); };
+            product_tile<MAX_TILE>(tile.end - tile.begin, a + tile.begin * step, step, inputs, packed, ahead, tile.begin,
+                                   put);
+        }
+}
+
+// N columns of `left`, from `column` on, against a group of `right`, both as paired rows
+template <int R, typename Store>
+void outer_tile(int64_t n, const Bf16* left, const Bf16* right, int64_t pairs, int64_t column, const Store& store) {
+    if (n != R) {
+        if constexpr (R > 1) outer_tile<R - 1>(n, left, right, pairs, column, store);
+        return;
+    }
+    __m512 sums[R][2];
+#pragma GCC unroll 12
+    for (int r = 0; r < R; r++) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
+    // a column's pair stands two numbers after that of the column before, the next pair of rows a group later
+    for (int64_t p = 0; p < pairs; p++, left += 2 * GROUP, right += 2 * GROUP) {
+        const __m512bh first = load_pairs(right), last = load_pairs(right + GROUP);
+#pragma GCC unroll 12
+        for (int r = 0; r < R; r++) {
+            const __m512bh both = (__m512bh)_mm512_set1_epi32(*reinterpret_cast<const int32_t*>(left + 2 * (column + r)));
+            sums[r][0] = _mm512_dpbf16_ps(sums[r][0], first, both);
+            sums[r][1] = _mm512_dpbf16_ps(sums[r][1], last, both);
+        }
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < R; r++) store(column + r, sums[r][0], sums[r][1]);
+}
+
+// sums of left^T right: (M, N) and (M, K) as paired rows -> into(n) + k += sums. CAUSAL: column n of `left` is zero above
+// row n, up to whole groups
+template <bool CAUSAL, typename Into>
+void add_outer(const Bf16* left, int64_t columns, const Bf16* right, int64_t width, int64_t pairs, const Into& into) {
+    constexpr int64_t TILES = 3;  // of 11, 11 and 10 columns
+    for (int64_t k = 0; k < width; k += GROUP)
+        for (int64_t n = 0; n < columns; n += GROUP) {
+            const int64_t begin = CAUSAL ? std::min(n / 2, pairs) : 0;
+            const Bf16* a = left + (n * pairs + begin * GROUP) * 2;
+            const Bf16* b = right + (k * pairs + begin * GROUP) * 2;
+            for (int64_t t = 0; t < TILES; t++) {
+                const Range tile = share(GROUP, t, TILES);
+                for (int64_t c = tile.begin; c < tile.end; c++) {
+                    _mm_prefetch(into(n + c) + k, _MM_HINT_T0);
+                    _mm_prefetch(into(n + c) + k + 16, _MM_HINT_T0);
+                }
+                outer_tile<MAX_TILE>(tile.end - tile.begin, a, b, pairs - begin, tile.begin,
+                                     [&](int64_t c, __m512 first, __m512 last) {
+                                         float* to = into(n + c) + k;
+                                         _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), first));
+                                         _mm512_storeu_ps(to + 16, _mm512_add_ps(_mm512_loadu_ps(to + 16), last));
+                                     });
+            }
+        }
+}

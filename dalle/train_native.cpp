@@ -1,0 +1,219 @@
+// A block of the generator, forward and backward, in one call each: what dalle/model.py's Block computes in training.
+//
+// A thread takes whole sequences, so what lies between two products stays in its cache. Each has sums of the weights'
+// gradients of its own, added up at the end: for a given number of threads, results are the same every time.
+// The residual stream is float32; products are of bfloat16 with float32 sums.
+
+#include <omp.h>
+
+#include "train_attention.h"
+
+extern "C" {
+
+struct Input {
+    const float *x, *table;  // (B, L, D), (2, L, K): cosines and signed sines
+    const float* bias;       // (B, L): 0, or -inf where a key is padding; or null
+};
+
+struct Kept {  // of the forward pass for the backward one
+    Bf16 *qkv, *attended, *gate_up;  // (B, L, ...), gates and factors in turns of 16
+    float *middle, *lse;             // (B, L, D) after the attention, (B, H, L) logarithms of the softmax's sums
+};
+
+}  // extern "C"
+
+namespace {
+
+struct Sums {  // gradients of the weights, of one thread
+    Floats all;
+    Weights parts;
+
+    void clear(const Shape& s) {
+        const int64_t sizes[] = {s.qkv() * s.dim, s.dim * s.inner(), 2 * s.ffn * s.dim, s.dim * s.ffn,
+                                 s.dim,           s.dim,             s.head_dim,        s.head_dim};
+        int64_t total = 0;
+        for (int64_t size : sizes) total += size;
+        float* at = room(all, total);
+        std::fill_n(at, total, 0.0f);
+        for (float** part : {&parts.qkv, &parts.out, &parts.gate_up, &parts.down, &parts.attention_norm, &parts.ffn_norm,
+                             &parts.q_norm, &parts.k_norm})
+            *part = at, at += sizes[part - &parts.qkv];
+    }
+};
+
+struct Room {  // of a thread, for a sequence
+    HeadRoom heads;
+    Halves rows, hidden, given, wide, left, right;
+    Floats back, middle;
+};
+
+Packed packed;  // of the block at hand
+std::vector<Sums> sums;
+
+// A sequence's part of everything
+struct Part {
+    const float* x;
+    Sequence sequence;
+    Bf16 *qkv, *attended, *gate_up;
+    float *middle, *lse;
+
+    Part(const Shape& s, const Input& in, const Kept& k, int64_t i)
+        : x(in.x + i * s.length * s.dim),
+          sequence{s.length, in.table, in.table + s.length * s.head_dim, in.bias ? in.bias + i * s.length : nullptr},
+          qkv(k.qkv + i * s.length * s.qkv()),
+          attended(k.attended + i * s.length * s.inner()),
+          gate_up(k.gate_up + i * s.length * 2 * s.ffn),
+          middle(k.middle + i * s.length * s.dim),
+          lse(k.lse + i * s.length * s.heads) {}
+};
+
+auto put_halves(Bf16* to, int64_t width) {
+    return [=](int64_t row, int64_t n, __m512 first, __m512 last) {
+        store_bf16(to + row * width + n, first);
+        store_bf16(to + row * width + n + 16, last);
+    };
+}
+
+auto put_sum(const float* x, float* y, int64_t width) {
+    return [=](int64_t row, int64_t n, __m512 first, __m512 last) {
+        const int64_t at = row * width + n;
+        _mm512_storeu_ps(y + at, _mm512_add_ps(_mm512_loadu_ps(x + at), first));
+        _mm512_storeu_ps(y + at + 16, _mm512_add_ps(_mm512_loadu_ps(x + at + 16), last));
+    };
+}
+
+void forward_sequence(const Shape& s, const Weights& w, const Part& p, Room& r, float* y) {
+    const int64_t L = s.length;
+    Bf16 *rows = room(r.rows, L * s.dim), *hidden = room(r.hidden, L * s.ffn);
+    norm_rows(p.x, w.attention_norm, L, s.dim, s.eps, rows);
+    packed.qkv.multiply(rows, L, put_halves(p.qkv, s.qkv()));
+    attend_forward(s, w, p.sequence, r.heads, p.qkv, p.attended, p.lse);
+    packed.out.multiply(p.attended, L, put_sum(p.x, p.middle, s.dim));
+    norm_rows(p.middle, w.ffn_norm, L, s.dim, s.eps, rows);
+    packed.gate_up.multiply(rows, L, [&](int64_t row, int64_t n, __m512 gate, __m512 factor) {
+        put_halves(p.gate_up, 2 * s.ffn)(row, n, gate, factor);
+        store_bf16(hidden + row * s.ffn + n / 2, _mm512_mul_ps(silu512(gate), factor));
+    });
+    packed.down.multiply(hidden, L, put_sum(p.middle, y, s.dim));
+}
+
+void round_rows(const float* x, int64_t size, Bf16* y) {
+    for (int64_t i = 0; i < size; i += 16) store_bf16(y + i, _mm512_loadu_ps(x + i));
+}
+
+// by (N, K) += left^T right: left (L, N), right (L, K) in bfloat16; ffn: 0, or N are gates and factors in turns
+void add_gradient(const Bf16* left, int64_t n, const Bf16* right, int64_t k, int64_t length, int64_t ffn, Room& r, float* by) {
+    const int64_t pairs = (length + 1) / 2;
+    pair_rows(left, n, length, pairs, n, room(r.left, pairs * n * 2));
+    pair_rows(right, k, length, pairs, k, room(r.right, pairs * k * 2));
+    add_outer<false>(r.left.data(), n, r.right.data(), k, pairs,
+                     [&](int64_t row) { return by + (ffn ? turn_of(row, ffn) : row) * k; });
+}
+
+// Back through one gate and its factor: what comes to their product, of which silu(gate) is a part
+void ungate(Bf16* gate_up, __m512 given, Bf16* back, Bf16* hidden) {
+    const __m512 one = _mm512_set1_ps(1.0f), gate = widen(gate_up), factor = widen(gate_up + 16);
+    const __m512 sigmoid = _mm512_div_ps(one, _mm512_add_ps(one, exp512(_mm512_sub_ps(_mm512_setzero_ps(), gate))));
+    const __m512 silu = _mm512_mul_ps(gate, sigmoid);
+    const __m512 slope = _mm512_fmadd_ps(silu, _mm512_sub_ps(one, sigmoid), sigmoid);
+    store_bf16(back, _mm512_mul_ps(_mm512_mul_ps(given, factor), slope));
+    store_bf16(back + 16, _mm512_mul_ps(given, silu));
+    store_bf16(hidden, _mm512_mul_ps(silu, factor));
+}
+
+// dy (L, D) -> r.middle: what comes to the sum after the attention
+void backward_ffn(const Shape& s, const Weights& w, const Weights& by, const Part& p, Room& r, const float* dy) {
+    const int64_t L = s.length;
+    Bf16 *given = room(r.given, L * s.dim), *hidden = room(r.hidden, L * s.ffn), *wide = room(r.wide, L * 2 * s.ffn);
+    float *back = room(r.back, L * s.dim), *middle = room(r.middle, L * s.dim);
+    round_rows(dy, L * s.dim, given);
+    packed.down.multiply(given, L, [&](int64_t row, int64_t n, __m512 first, __m512 last) {
+        const int64_t at = row * 2 * s.ffn + 2 * n;
+        ungate(p.gate_up + at, first, wide + at, hidden + row * s.ffn + n);
+        ungate(p.gate_up + at + 32, last, wide + at + 32, hidden + row * s.ffn + n + 16);
+    });
+    add_gradient(given, s.dim, hidden, s.ffn, L, 0, r, by.down);
+    Bf16* rows = room(r.rows, L * s.dim);
+    norm_rows(p.middle, w.ffn_norm, L, s.dim, s.eps, rows);
+    add_gradient(wide, 2 * s.ffn, rows, s.dim, L, s.ffn, r, by.gate_up);
+    packed.gate_up.multiply(wide, L, put_floats(back, s.dim));
+    std::copy_n(dy, L * s.dim, middle);
+    for (int64_t i = 0; i < L * s.dim; i += s.dim)
+        unnorm_row<true>(p.middle + i, w.ffn_norm, back + i, s.dim, s.eps, middle + i, by.ffn_norm);
+}
+
+void backward_attention(const Shape& s, const Weights& w, const Weights& by, const Part& p, Room& r, float* dx) {
+    const int64_t L = s.length;
+    Bf16 *given = room(r.given, L * std::max(s.dim, s.inner())), *wide = room(r.wide, L * s.qkv());
+    Bf16* rows = room(r.rows, L * s.dim);
+    float* back = room(r.back, L * s.dim);
+    round_rows(r.middle.data(), L * s.dim, rows);
+    add_gradient(rows, s.dim, p.attended, s.inner(), L, 0, r, by.out);
+    packed.out.multiply(rows, L, put_halves(given, s.inner()));
+    attend_backward(s, w, by, p.sequence, r.heads, p.qkv, p.attended, p.lse, given, wide);
+    norm_rows(p.x, w.attention_norm, L, s.dim, s.eps, rows);
+    add_gradient(wide, s.qkv(), rows, s.dim, L, 0, r, by.qkv);
+    packed.qkv.multiply(wide, L, put_floats(back, s.dim));
+    std::copy_n(r.middle.data(), L * s.dim, dx);
+    for (int64_t i = 0; i < L * s.dim; i += s.dim)
+        unnorm_row<true>(p.x + i, w.attention_norm, back + i, s.dim, s.eps, dx + i, by.attention_norm);
+}
+
+// The gradients of all threads, rows of one after the other, into those that PyTorch sees
+void add_up(const Shape& s, const Weights& gradients, int64_t thread, int64_t threads) {
+    const int64_t sizes[] = {s.qkv() * s.dim, s.dim * s.inner(), 2 * s.ffn * s.dim, s.dim * s.ffn,
+                             s.dim,           s.dim,             s.head_dim,        s.head_dim};
+    float* const* to = &gradients.qkv;
+    for (int64_t part = 0; part < 8; part++) {
+        const Range places = share(sizes[part] / 16, thread, threads);
+        for (int64_t i = places.begin * 16; i < places.end * 16; i += 16) {
+            __m512 sum = _mm512_setzero_ps();
+            for (int64_t t = 0; t < threads; t++) sum = _mm512_add_ps(sum, _mm512_loadu_ps((&sums[t].parts.qkv)[part] + i));
+            _mm512_storeu_ps(to[part] + i, sum);
+        }
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+// x -> y (B, L, D), and what the backward pass needs
+void block_forward(const Shape* shape, const Weights* weights, const Input* input, const Kept* kept, float* y, int threads) {
+    const Shape& s = *shape;
+    packed.fit(s, false);
+#pragma omp parallel num_threads(threads)
+    {
+        static thread_local Room room;
+        packed.pack(s, *weights, false, omp_get_thread_num(), omp_get_num_threads());
+#pragma omp barrier
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < s.batch; i++)
+            forward_sequence(s, *weights, Part(s, *input, *kept, i), room, y + i * s.length * s.dim);
+    }
+}
+
+// dy -> dx (B, L, D), and the gradients of the weights
+void block_backward(const Shape* shape, const Weights* weights, const Input* input, const Kept* kept, const float* dy,
+                    float* dx, const Weights* gradients, int threads) {
+    const Shape& s = *shape;
+    packed.fit(s, true);
+    sums.resize(std::max<size_t>(sums.size(), threads));
+#pragma omp parallel num_threads(threads)
+    {
+        static thread_local Room room;
+        const int64_t thread = omp_get_thread_num(), all = omp_get_num_threads();
+        packed.pack(s, *weights, true, thread, all);
+        sums[thread].clear(s);
+#pragma omp barrier
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < s.batch; i++) {
+            const Part part(s, *input, *kept, i);
+            backward_ffn(s, *weights, sums[thread].parts, part, room, dy + i * s.length * s.dim);
+            backward_attention(s, *weights, sums[thread].parts, part, room, dx + i * s.length * s.dim);
+        }
+        add_up(s, *gradients, thread, all);
+    }
+}
+
+}  // extern "C"

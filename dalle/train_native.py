@@ -1,0 +1,135 @@
+"""A block's forward and backward passes as two calls of compiled code (train_native.cpp), for training on x86 CPUs with
+AVX512-BF16: the same function as `dalle.model.Block`, in bfloat16 products as autocast computes them.
+
+What the operators of PyTorch cost besides their work falls away: each sequence stays in the cache of its core.
+"""
+
+import ctypes
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from common import native
+from common.log import say
+
+if TYPE_CHECKING:
+    from dalle.model import Block
+
+SOURCE = Path(__file__).with_name("train_native.cpp")
+MATRICES = ("qkv", "out", "gate_up", "down")
+GAINS = ("attention_norm", "ffn_norm", "q_norm", "k_norm")
+
+_pointer, _integer = ctypes.c_void_p, ctypes.c_int64
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = (
+        *((name, _integer) for name in ("batch", "length", "dim", "heads", "kv_heads", "head_dim", "ffn")),
+        ("eps", ctypes.c_float),
+        ("head_eps", ctypes.c_float),
+    )
+
+
+class _Weights(ctypes.Structure):
+    _fields_ = tuple((name, _pointer) for name in (*MATRICES, *GAINS))
+
+
+class _Input(ctypes.Structure):
+    _fields_ = tuple((name, _pointer) for name in ("x", "table", "bias"))
+
+
+class _Kept(ctypes.Structure):
+    _fields_ = tuple((name, _pointer) for name in ("qkv", "attended", "gate_up", "middle", "lse"))
+
+
+@functools.cache
+def is_available() -> bool:
+    """Whether this machine can run it; says so where only a compiler is missing."""
+    reason = "" if native.lacking_flags() else native.why_not(SOURCE)
+    if reason:
+        say(f"training slower, with PyTorch's operators: {reason}")
+    return not native.lacking_flags() and not reason
+
+
+def takes(block: "Block", x: Tensor) -> bool:
+    """Whether `run_block` is what `block(x)` should do: training under bf16 autocast on such a CPU, a sequence or more for
+    every thread, whole registers, all weights here (ZeRO-3 keeps parts) and nothing dropped."""
+    if x.device.type != "cpu" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    if not torch.is_autocast_enabled("cpu") or torch.get_autocast_dtype("cpu") != torch.bfloat16:
+        return False
+    a = block.attention
+    if block.training and (block.dropout or block.drop_path or a.dropout):
+        return False
+    widths = (x.shape[2], a.head_dim, block.ffn.out.in_features)
+    weight = a.qkv.weight
+    fits = all(width % native.GROUP == 0 for width in widths) and len(x) >= torch.get_num_threads()
+    return fits and x.dtype == weight.dtype == torch.float32 and weight.ndim == 2 and is_available()
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    library = native.library(SOURCE)
+    library.block_forward.argtypes = (*(_pointer,) * 5, ctypes.c_int)
+    library.block_backward.argtypes = (*(_pointer,) * 7, ctypes.c_int)
+    library.block_forward.restype = library.block_backward.restype = None
+    return library
+
+
+class _BlockFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, shape: _Shape, x: Tensor, table: Tensor, bias: Tensor | None, *weights: Tensor) -> Tensor:
+        s = shape
+        places = s.batch * s.length
+        kept = (
+            x.new_empty(places, (s.heads + 2 * s.kv_heads) * s.head_dim, dtype=torch.bfloat16),
+            x.new_empty(places, s.heads * s.head_dim, dtype=torch.bfloat16),
+            x.new_empty(places, 2 * s.ffn, dtype=torch.bfloat16),
+            x.new_empty(places, s.dim),
+            x.new_empty(s.batch, s.heads, s.length),
+        )
+        y = torch.empty_like(x)
+        _call(
+            _library().block_forward, s, _pointers(_Weights, weights), _pointers(_Input, (x, table, bias)),
+            _pointers(_Kept, kept), y,
+        )  # fmt: skip
+        ctx.save_for_backward(x, table, bias, *weights, *kept)
+        ctx.shape = shape
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, table, bias, *saved = ctx.saved_tensors
+        number = len(MATRICES) + len(GAINS)
+        weights, kept = saved[:number], saved[number:]
+        gradients = [torch.empty_like(w) for w in weights]
+        dy, dx = dy.contiguous(), torch.empty_like(x)
+        _call(
+            _library().block_backward, ctx.shape, _pointers(_Weights, weights), _pointers(_Input, (x, table, bias)),
+            _pointers(_Kept, kept), dy, dx, _pointers(_Weights, gradients),
+        )  # fmt: skip
+        return None, dx, None, None, *gradients
+
+
+def _pointers(kind: type, tensors) -> ctypes.Structure:
+    return kind(*(None if t is None else t.data_ptr() for t in tensors))
+
+
+def _call(function, *arguments: ctypes.Structure | Tensor) -> None:
+    places = (a.data_ptr() if isinstance(a, Tensor) else ctypes.addressof(a) for a in arguments)
+    function(*places, torch.get_num_threads())
+
+
+def run_block(block: "Block", x: Tensor, table: Tensor, bias: Tensor | None) -> Tensor:
+    """`block(x)`: x (B, L, D) float32; table (2, L, K) float32; bias (B, L) float32, -inf at padding, or None."""
+    a, f = block.attention, block.ffn
+    shape = _Shape(
+        x.shape[0], x.shape[1], x.shape[2], a.num_heads, a.num_kv_heads, a.head_dim, f.out.in_features,
+        block.attention_norm.eps, a.q_norm.eps,
+    )  # fmt: skip
+    matrices = (a.qkv.weight, a.out.weight, f.gate_up.weight, f.out.weight)
+    gains = (block.attention_norm.weight, block.ffn_norm.weight, a.q_norm.weight, a.k_norm.weight)
+    return _BlockFunction.apply(shape, x.contiguous(), table.contiguous(), bias, *matrices, *gains)
