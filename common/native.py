@@ -42,8 +42,8 @@ def why_not(source: Path) -> str:
     except OSError as error:
         return f"compiling {source.name} failed: {error}"
     except subprocess.CalledProcessError as error:
-        said = error.stderr.strip() or f"exit code {error.returncode}"
-        return f"compiling {source.name} failed: {said.splitlines()[0]}"
+        said = error.stderr.strip().splitlines() or [f"exit code {error.returncode}"]
+        return f"compiling {source.name} failed: {next((line for line in said if 'error' in line), said[0])}"
     return ""
 
 

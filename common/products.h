@@ -12,37 +12,47 @@
 
 inline int64_t whole_groups(int64_t n) { return (n + GROUP - 1) / GROUP * GROUP; }
 
+// 32 numbers in bfloat16
+inline void store_line(Bf16* to, __m512 first, __m512 last) {
+    _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(last, first));
+}
+
 inline __m512i load_halves(const Bf16* from) {
     return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
 
-// x (rows, columns), rows `step` apart -> (rows' / 32, columns / 2, 32, 2), rows' whole groups, the rest zeros
-inline void pack_rows(const Bf16* x, int64_t step, int64_t rows, int64_t columns, Bf16* to) {
-    const __m512i places = _mm512_mullo_epi32(
-        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(step * sizeof(Bf16)));
+struct Rows {  // a matrix of which 32 numbers of a row lie together
+    const Bf16* first;
+    int64_t step, far;  // from a row to the next, and to the row's next 32 numbers
+    const Bf16* at(int64_t row, int64_t column) const { return first + row * step + column / GROUP * far + column % GROUP; }
+};
+
+inline Rows in_rows(const Bf16* x, int64_t width) { return {x, width, GROUP}; }
+
+// x (rows, columns) -> (rows' / 32, columns / 2, 32, 2), rows' whole groups, the rest zeros
+inline void pack_rows(Rows x, int64_t rows, int64_t columns, Bf16* to) {
+    const __m512i places = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                                              _mm512_set1_epi32(x.step * sizeof(Bf16)));
     for (int64_t row = 0; row < whole_groups(rows); row += 16) {
         const int64_t left = std::max<int64_t>(rows - row, 0);
         const __mmask16 there = left >= 16 ? 0xffff : (1 << left) - 1;
         Bf16* group = to + row / GROUP * columns * GROUP + row % GROUP * 2;
         for (int64_t c = 0; c < columns; c += 2) {
-            const __m512i pairs =
-                _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), there, places, x + row * step + c, 1);
+            const __m512i pairs = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), there, places, x.at(row, c), 1);
             _mm512_storeu_si512(group + c * GROUP, pairs);
         }
     }
 }
 
-// x (rows, columns), rows `step` apart -> (columns / 32, pairs, 32, 2); rows beyond the last are zeros
-inline void pair_rows(const Bf16* x, int64_t step, int64_t rows, int64_t pairs, int64_t columns, Bf16* to) {
-    for (int64_t p = 0; p < pairs; p++) {
-        const Bf16* first = x + 2 * p * step;
+// x (rows, columns) -> `count` pairs of (columns / 32, pairs, 32, 2); rows beyond the last are zeros
+inline void pair_rows(Rows x, int64_t rows, int64_t count, int64_t columns, Bf16* to, int64_t pairs) {
+    for (int64_t p = 0; p < count; p++)
         for (int64_t c = 0; c < columns; c += 16) {
-            const __m512i low = 2 * p < rows ? load_halves(first + c) : _mm512_setzero_si512();
-            const __m512i high = 2 * p + 1 < rows ? load_halves(first + step + c) : _mm512_setzero_si512();
+            const __m512i low = 2 * p < rows ? load_halves(x.at(2 * p, c)) : _mm512_setzero_si512();
+            const __m512i high = 2 * p + 1 < rows ? load_halves(x.at(2 * p + 1, c)) : _mm512_setzero_si512();
             Bf16* at = to + ((c / GROUP * pairs + p) * GROUP + c % GROUP) * 2;
             _mm512_storeu_si512(at, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
         }
-    }
 }
 
 template <int R, typename Store>

@@ -20,16 +20,23 @@ struct HeadRoom {  // of a thread; L' is the length in whole groups
     Floats scores, slopes, few, dkeys, dvalues, dqueries, norms, delta;
 };
 
+// A head of qkv, of which 32 numbers of all places lie together: (H + 2 H_kv) K / 32, L, 32
+Rows head_of(const Bf16* qkv, int64_t head, int64_t length, int64_t width) {
+    return {qkv + head * width * length, GROUP, length * GROUP};
+}
+
 // Queries or keys of a head, normed and turned: (L, K) bfloat16
-void turn_heads(const Shape& s, const Sequence& q, const Bf16* raw, const float* gain, float factor, Floats& few, Bf16* to) {
+void turn_heads(const Shape& s, const Sequence& q, Rows raw, const float* gain, float factor, Floats& few, Bf16* to) {
     for (int64_t t = 0; t < q.length; t++) {
         const int64_t at = t * s.head_dim;
-        turn_head(raw + t * s.qkv(), gain, q.cosine + at, q.sine + at, s.head_dim, s.head_eps, factor,
+        turn_head(raw, t, gain, q.cosine + at, q.sine + at, s.head_dim, s.head_eps, factor,
                   room(few, s.head_dim), to + at);
     }
 }
 
+// Scores of 16 keys, -inf where `row` may not look
 __m512 scores_at(const Sequence& q, const float* scores, int64_t row, int64_t key) {
+    if (!q.bias && key + 16 <= row + 1) return _mm512_loadu_ps(scores + key);
     const int64_t left = std::min(row + 1, q.length) - key;
     const __mmask16 seen = left >= 16 ? 0xffff : left <= 0 ? 0 : (1 << left) - 1;
     __m512 found = _mm512_mask_loadu_ps(_mm512_set1_ps(-std::numeric_limits<float>::infinity()), seen, scores + key);
@@ -58,7 +65,7 @@ auto put_floats(float* to, int64_t width) {
     };
 }
 
-// softmax(q k^T) v of all heads: qkv (L, (H + 2 H_kv) K) -> attended (L, H K), lse (H, L)
+// softmax(q k^T) v of all heads: qkv ((H + 2 H_kv) K / 32, L, 32) -> attended (L, H K), lse (H, L)
 void attend_forward(const Shape& s, const Weights& w, const Sequence& q, HeadRoom& r, const Bf16* qkv, Bf16* attended,
                     float* lse) {
     const int64_t K = s.head_dim, L = q.length, whole = whole_groups(L), shared = s.heads / s.kv_heads;
@@ -67,11 +74,12 @@ void attend_forward(const Shape& s, const Weights& w, const Sequence& q, HeadRoo
     for (int64_t head = 0; head < s.heads; head++) {
         const int64_t kv = head / shared;
         if (head % shared == 0) {
-            turn_heads(s, q, qkv + (s.heads + kv) * K, w.k_norm, 1, r.few, keys);
-            pack_rows(keys, K, L, K, room(r.by_rows, whole * K));
-            pair_rows(qkv + (s.heads + s.kv_heads + kv) * K, s.qkv(), L, whole / 2, K, room(r.by_pairs, whole * K));
+            turn_heads(s, q, head_of(qkv, s.heads + kv, L, K), w.k_norm, 1, r.few, keys);
+            pack_rows(in_rows(keys, K), L, K, room(r.by_rows, whole * K));
+            const Rows values = head_of(qkv, s.heads + s.kv_heads + kv, L, K);
+            pair_rows(values, L, whole / 2, K, room(r.by_pairs, whole * K), whole / 2);
         }
-        turn_heads(s, q, qkv + head * K, w.q_norm, 1 / std::sqrt(static_cast<float>(K)), r.few, queries);
+        turn_heads(s, q, head_of(qkv, head, L, K), w.q_norm, 1 / std::sqrt(static_cast<float>(K)), r.few, queries);
         for (int64_t begin = 0; begin < L; begin += MAX_TILE) {
             const int64_t rows = std::min(MAX_TILE, L - begin), width = whole_groups(begin + rows);
             product(queries + begin * K, rows, K, K, r.by_rows.data(), K * GROUP, width / GROUP, put_floats(scores, width));
@@ -123,9 +131,10 @@ void attend_head_back(const Shape& s, const Weights& w, const Weights& by, const
     float *dqueries = room(r.dqueries, MAX_TILE * K), *delta = room(r.delta, L);
     Bf16 *queries = room(r.queries, L * K), *weights = room(r.weights, MAX_TILE * whole);
     room(r.p_pairs, pairs * whole * 2), room(r.ds_pairs, pairs * whole * 2);
-    turn_heads(s, q, qkv + head * K, w.q_norm, factor, r.few, queries);
-    pair_rows(queries, K, L, pairs, K, room(r.queries_paired, pairs * K * 2));
-    pair_rows(given + head * K, s.inner(), L, pairs, K, room(r.given_paired, pairs * K * 2));
+    const Rows raw = head_of(qkv, head, L, K);
+    turn_heads(s, q, raw, w.q_norm, factor, r.few, queries);
+    pair_rows(in_rows(queries, K), L, pairs, K, room(r.queries_paired, pairs * K * 2), pairs);
+    pair_rows(in_rows(given + head * K, s.inner()), L, pairs, K, room(r.given_paired, pairs * K * 2), pairs);
     for (int64_t t = 0; t < L; t++) {
         __m512 sum = _mm512_setzero_ps();
         for (int64_t k = head * K; k < (head + 1) * K; k += 16)
@@ -140,9 +149,9 @@ void attend_head_back(const Shape& s, const Weights& w, const Weights& by, const
         for (int64_t i = 0; i < rows; i += 2) soften_back(q, r, lse + head * L, begin, i, rows, width, pairs);
         product(weights, rows, width, width, r.keys_paired.data(), whole * GROUP, K / GROUP, put_floats(dqueries, K));
         for (int64_t i = 0; i < rows; i++) {
-            const int64_t at = (begin + i) * K, raw = (begin + i) * s.qkv() + head * K;
-            unturn_head(qkv + raw, w.q_norm, q.cosine + at, q.sine + at, K, s.head_eps, factor, room(r.few, 3 * K),
-                        dqueries + i * K, by.q_norm, dqkv + raw);
+            const int64_t t = begin + i;
+            unturn_head(raw, t, w.q_norm, q.cosine + t * K, q.sine + t * K, K, s.head_eps, factor, room(r.few, 3 * K),
+                        dqueries + i * K, by.q_norm, dqkv + t * s.qkv() + head * K);
         }
     }
     add_outer<true>(r.p_pairs.data(), whole, r.given_paired.data(), K, pairs, [&](int64_t n) { return r.dvalues.data() + n * K; });
@@ -154,22 +163,22 @@ void attend_backward(const Shape& s, const Weights& w, const Weights& by, const 
                      const Bf16* attended, const float* lse, const Bf16* given, Bf16* dqkv) {
     const int64_t K = s.head_dim, L = q.length, whole = whole_groups(L), shared = s.heads / s.kv_heads;
     for (int64_t kv = 0; kv < s.kv_heads; kv++) {
-        const int64_t key = (s.heads + kv) * K, value = key + s.kv_heads * K;
+        const Rows raw = head_of(qkv, s.heads + kv, L, K);
         Bf16* keys = room(r.keys, L * K);
-        turn_heads(s, q, qkv + key, w.k_norm, 1, r.few, keys);
-        pack_rows(keys, K, L, K, room(r.by_rows, whole * K));
-        pair_rows(keys, K, L, whole / 2, K, room(r.keys_paired, whole * K));
-        pack_rows(qkv + value, s.qkv(), L, K, room(r.values_packed, whole * K));
+        turn_heads(s, q, raw, w.k_norm, 1, r.few, keys);
+        pack_rows(in_rows(keys, K), L, K, room(r.by_rows, whole * K));
+        pair_rows(in_rows(keys, K), L, whole / 2, K, room(r.keys_paired, whole * K), whole / 2);
+        pack_rows(head_of(qkv, s.heads + s.kv_heads + kv, L, K), L, K, room(r.values_packed, whole * K));
         std::fill_n(room(r.dkeys, whole * K), whole * K, 0.0f);
         std::fill_n(room(r.dvalues, whole * K), whole * K, 0.0f);
         for (int64_t head = kv * shared; head < (kv + 1) * shared; head++)
             attend_head_back(s, w, by, q, r, head, qkv, attended, lse, given, dqkv);
         for (int64_t t = 0; t < L; t++) {
-            const int64_t raw = t * s.qkv();
-            unturn_head(qkv + raw + key, w.k_norm, q.cosine + t * K, q.sine + t * K, K, s.head_eps, 1, room(r.few, 3 * K),
-                        r.dkeys.data() + t * K, by.k_norm, dqkv + raw + key);
+            Bf16* to = dqkv + t * s.qkv() + (s.heads + kv) * K;
+            unturn_head(raw, t, w.k_norm, q.cosine + t * K, q.sine + t * K, K, s.head_eps, 1, room(r.few, 3 * K),
+                        r.dkeys.data() + t * K, by.k_norm, to);
             for (int64_t k = 0; k < K; k += 16)
-                store_bf16(dqkv + raw + value + k, _mm512_loadu_ps(r.dvalues.data() + t * K + k));
+                store_bf16(to + s.kv_heads * K + k, _mm512_loadu_ps(r.dvalues.data() + t * K + k));
         }
     }
 }

@@ -16,7 +16,8 @@ struct Input {
 };
 
 struct Kept {  // of the forward pass for the backward one
-    Bf16 *qkv, *attended, *gate_up;  // (B, L, ...), gates and factors in turns of 16
+    Bf16 *qkv, *gate_up;  // (B, N / 32, L, 32), gates and factors in turns of 16: read again a group at a time
+    Bf16* attended;       // (B, L, H K)
     float *middle, *lse;             // (B, L, D) after the attention, (B, H, L) logarithms of the softmax's sums
 };
 
@@ -41,9 +42,11 @@ struct Sums {  // gradients of the weights, of one thread
     }
 };
 
+constexpr int64_t CHUNK = 96;  // rows of the feed-forward network's backward pass that stay in the cache, an even number
+
 struct Room {  // of a thread, for a sequence
     HeadRoom heads;
-    Halves rows, hidden, given, wide, left, right;
+    Halves rows, hidden, given, wide, left, right, hidden_pairs;
     Floats back, middle;
 };
 
@@ -68,10 +71,11 @@ struct Part {
 };
 
 auto put_halves(Bf16* to, int64_t width) {
-    return [=](int64_t row, int64_t n, __m512 first, __m512 last) {
-        store_bf16(to + row * width + n, first);
-        store_bf16(to + row * width + n + 16, last);
-    };
+    return [=](int64_t row, int64_t n, __m512 first, __m512 last) { store_line(to + row * width + n, first, last); };
+}
+
+auto put_groups(Bf16* to, int64_t length) {
+    return [=](int64_t row, int64_t n, __m512 first, __m512 last) { store_line(to + n * length + row * GROUP, first, last); };
 }
 
 auto put_sum(const float* x, float* y, int64_t width) {
@@ -86,12 +90,12 @@ void forward_sequence(const Shape& s, const Weights& w, const Part& p, Room& r, 
     const int64_t L = s.length;
     Bf16 *rows = room(r.rows, L * s.dim), *hidden = room(r.hidden, L * s.ffn);
     norm_rows(p.x, w.attention_norm, L, s.dim, s.eps, rows);
-    packed.qkv.multiply(rows, L, put_halves(p.qkv, s.qkv()));
+    packed.qkv.multiply(rows, L, put_groups(p.qkv, L));
     attend_forward(s, w, p.sequence, r.heads, p.qkv, p.attended, p.lse);
     packed.out.multiply(p.attended, L, put_sum(p.x, p.middle, s.dim));
     norm_rows(p.middle, w.ffn_norm, L, s.dim, s.eps, rows);
     packed.gate_up.multiply(rows, L, [&](int64_t row, int64_t n, __m512 gate, __m512 factor) {
-        put_halves(p.gate_up, 2 * s.ffn)(row, n, gate, factor);
+        put_groups(p.gate_up, L)(row, n, gate, factor);
         store_bf16(hidden + row * s.ffn + n / 2, _mm512_mul_ps(silu512(gate), factor));
     });
     packed.down.multiply(hidden, L, put_sum(p.middle, y, s.dim));
@@ -101,58 +105,76 @@ void round_rows(const float* x, int64_t size, Bf16* y) {
     for (int64_t i = 0; i < size; i += 16) store_bf16(y + i, _mm512_loadu_ps(x + i));
 }
 
-// by (N, K) += left^T right: left (L, N), right (L, K) in bfloat16; ffn: 0, or N are gates and factors in turns
-void add_gradient(const Bf16* left, int64_t n, const Bf16* right, int64_t k, int64_t length, int64_t ffn, Room& r, float* by) {
-    const int64_t pairs = (length + 1) / 2;
-    pair_rows(left, n, length, pairs, n, room(r.left, pairs * n * 2));
-    pair_rows(right, k, length, pairs, k, room(r.right, pairs * k * 2));
-    add_outer<false>(r.left.data(), n, r.right.data(), k, pairs,
+// by (N, K) += left^T right, both as paired rows; ffn: 0, or N are gates and factors in turns
+void add_gradient(const Halves& left, int64_t n, const Halves& right, int64_t k, int64_t pairs, int64_t ffn, float* by) {
+    add_outer<false>(left.data(), n, right.data(), k, pairs,
                      [&](int64_t row) { return by + (ffn ? turn_of(row, ffn) : row) * k; });
 }
 
+void pair_all(const Bf16* x, int64_t length, int64_t width, Halves& to) {
+    const int64_t pairs = (length + 1) / 2;
+    pair_rows(in_rows(x, width), length, pairs, width, room(to, pairs * width * 2), pairs);
+}
+
 // Back through one gate and its factor: what comes to their product, of which silu(gate) is a part
-void ungate(Bf16* gate_up, __m512 given, Bf16* back, Bf16* hidden) {
+void ungate(const Bf16* gate_up, __m512 given, Bf16* back, Bf16* hidden) {
     const __m512 one = _mm512_set1_ps(1.0f), gate = widen(gate_up), factor = widen(gate_up + 16);
     const __m512 sigmoid = _mm512_div_ps(one, _mm512_add_ps(one, exp512(_mm512_sub_ps(_mm512_setzero_ps(), gate))));
     const __m512 silu = _mm512_mul_ps(gate, sigmoid);
     const __m512 slope = _mm512_fmadd_ps(silu, _mm512_sub_ps(one, sigmoid), sigmoid);
-    store_bf16(back, _mm512_mul_ps(_mm512_mul_ps(given, factor), slope));
-    store_bf16(back + 16, _mm512_mul_ps(given, silu));
+    store_line(back, _mm512_mul_ps(_mm512_mul_ps(given, factor), slope), _mm512_mul_ps(given, silu));
     store_bf16(hidden, _mm512_mul_ps(silu, factor));
+}
+
+// Some rows, few enough for the cache, from `first` on: r.given (L, D) -> r.back (L, D), which comes to the norm's result
+void backward_ffn_rows(const Shape& s, const Part& p, Room& r, int64_t first, int64_t count) {
+    const int64_t pairs = (s.length + 1) / 2, some = (count + 1) / 2;
+    Bf16 *hidden = room(r.hidden, CHUNK * s.ffn), *wide = room(r.wide, CHUNK * 2 * s.ffn);
+    packed.down.multiply(r.given.data() + first * s.dim, count, [&](int64_t row, int64_t n, __m512 low, __m512 high) {
+        const Bf16* gate_up = p.gate_up + 2 * n * s.length + (first + row) * GROUP;
+        Bf16 *back = wide + row * 2 * s.ffn + 2 * n, *out = hidden + row * s.ffn + n;
+        ungate(gate_up, low, back, out);
+        ungate(gate_up + s.length * GROUP, high, back + GROUP, out + 16);
+    });
+    packed.gate_up.multiply(wide, count, put_floats(r.back.data() + first * s.dim, s.dim));
+    pair_rows(in_rows(hidden, s.ffn), count, some, s.ffn, r.hidden_pairs.data() + first * GROUP, pairs);
+    pair_rows(in_rows(wide, 2 * s.ffn), count, some, 2 * s.ffn, r.left.data() + first * GROUP, pairs);
 }
 
 // dy (L, D) -> r.middle: what comes to the sum after the attention
 void backward_ffn(const Shape& s, const Weights& w, const Weights& by, const Part& p, Room& r, const float* dy) {
-    const int64_t L = s.length;
-    Bf16 *given = room(r.given, L * s.dim), *hidden = room(r.hidden, L * s.ffn), *wide = room(r.wide, L * 2 * s.ffn);
-    float *back = room(r.back, L * s.dim), *middle = room(r.middle, L * s.dim);
-    round_rows(dy, L * s.dim, given);
-    packed.down.multiply(given, L, [&](int64_t row, int64_t n, __m512 first, __m512 last) {
-        const int64_t at = row * 2 * s.ffn + 2 * n;
-        ungate(p.gate_up + at, first, wide + at, hidden + row * s.ffn + n);
-        ungate(p.gate_up + at + 32, last, wide + at + 32, hidden + row * s.ffn + n + 16);
-    });
-    add_gradient(given, s.dim, hidden, s.ffn, L, 0, r, by.down);
+    const int64_t L = s.length, pairs = (L + 1) / 2;
+    room(r.back, L * s.dim), room(r.left, pairs * 4 * s.ffn), room(r.hidden_pairs, pairs * 2 * s.ffn);
+    round_rows(dy, L * s.dim, room(r.given, L * s.dim));
+    for (int64_t first = 0; first < L; first += CHUNK)
+        backward_ffn_rows(s, p, r, first, std::min(CHUNK, L - first));
     Bf16* rows = room(r.rows, L * s.dim);
     norm_rows(p.middle, w.ffn_norm, L, s.dim, s.eps, rows);
-    add_gradient(wide, 2 * s.ffn, rows, s.dim, L, s.ffn, r, by.gate_up);
-    packed.gate_up.multiply(wide, L, put_floats(back, s.dim));
+    pair_all(rows, L, s.dim, r.right);
+    add_gradient(r.left, 2 * s.ffn, r.right, s.dim, pairs, s.ffn, by.gate_up);
+    pair_all(r.given.data(), L, s.dim, r.left);
+    add_gradient(r.left, s.dim, r.hidden_pairs, s.ffn, pairs, 0, by.down);
+    float* middle = room(r.middle, L * s.dim);
     std::copy_n(dy, L * s.dim, middle);
     for (int64_t i = 0; i < L * s.dim; i += s.dim)
-        unnorm_row<true>(p.middle + i, w.ffn_norm, back + i, s.dim, s.eps, middle + i, by.ffn_norm);
+        unnorm_row<true>(p.middle + i, w.ffn_norm, r.back.data() + i, s.dim, s.eps, middle + i, by.ffn_norm);
 }
 
 void backward_attention(const Shape& s, const Weights& w, const Weights& by, const Part& p, Room& r, float* dx) {
-    const int64_t L = s.length;
-    Bf16 *given = room(r.given, L * std::max(s.dim, s.inner())), *wide = room(r.wide, L * s.qkv());
+    const int64_t L = s.length, pairs = (L + 1) / 2;
+    Bf16 *given = room(r.given, L * s.inner()), *wide = room(r.wide, L * s.qkv());
     Bf16* rows = room(r.rows, L * s.dim);
     float* back = room(r.back, L * s.dim);
     round_rows(r.middle.data(), L * s.dim, rows);
-    add_gradient(rows, s.dim, p.attended, s.inner(), L, 0, r, by.out);
+    pair_all(rows, L, s.dim, r.left);
+    pair_all(p.attended, L, s.inner(), r.right);
+    add_gradient(r.left, s.dim, r.right, s.inner(), pairs, 0, by.out);
     packed.out.multiply(rows, L, put_halves(given, s.inner()));
     attend_backward(s, w, by, p.sequence, r.heads, p.qkv, p.attended, p.lse, given, wide);
     norm_rows(p.x, w.attention_norm, L, s.dim, s.eps, rows);
-    add_gradient(wide, s.qkv(), rows, s.dim, L, 0, r, by.qkv);
+    pair_all(wide, L, s.qkv(), r.left);
+    pair_all(rows, L, s.dim, r.right);
+    add_gradient(r.left, s.qkv(), r.right, s.dim, pairs, 0, by.qkv);
     packed.qkv.multiply(wide, L, put_floats(back, s.dim));
     std::copy_n(r.middle.data(), L * s.dim, dx);
     for (int64_t i = 0; i < L * s.dim; i += s.dim)

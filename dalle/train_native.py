@@ -42,7 +42,7 @@ class _Input(ctypes.Structure):
 
 
 class _Kept(ctypes.Structure):
-    _fields_ = tuple((name, _pointer) for name in ("qkv", "attended", "gate_up", "middle", "lse"))
+    _fields_ = tuple((name, _pointer) for name in ("qkv", "gate_up", "attended", "middle", "lse"))
 
 
 @functools.cache
@@ -86,8 +86,8 @@ class _BlockFunction(torch.autograd.Function):
         places = s.batch * s.length
         kept = (
             x.new_empty(places, (s.heads + 2 * s.kv_heads) * s.head_dim, dtype=torch.bfloat16),
-            x.new_empty(places, s.heads * s.head_dim, dtype=torch.bfloat16),
             x.new_empty(places, 2 * s.ffn, dtype=torch.bfloat16),
+            x.new_empty(places, s.heads * s.head_dim, dtype=torch.bfloat16),
             x.new_empty(places, s.dim),
             x.new_empty(s.batch, s.heads, s.length),
         )

@@ -58,9 +58,9 @@ struct Matrix {  // packed to be multiplied with, as it is or transposed
         Bf16* few = room(rounded, GROUP * k);
         for (int64_t g = groups.begin; g < groups.end; g++) {
             round_group(weight, k, g, ffn, few);
-            if (!transposed) pack_rows(few, k, GROUP, k, packed.data() + g * GROUP * k);
+            if (!transposed) pack_rows(in_rows(few, k), GROUP, k, packed.data() + g * GROUP * k);
             for (int64_t c = 0; transposed && c < k; c += GROUP)
-                pair_rows(few + c, k, GROUP, GROUP / 2, GROUP, packed.data() + c * n + g * GROUP * GROUP);
+                pair_rows(in_rows(few + c, k), GROUP, GROUP / 2, GROUP, packed.data() + c * n + g * GROUP * GROUP, 0);
         }
     }
 
@@ -131,10 +131,10 @@ void unnorm_row(const float* x, const float* gain, const float* dy, int64_t widt
     }
 }
 
-// A head normed and turned: raw (K) bfloat16 -> y (K) bfloat16, times `factor`
-void turn_head(const Bf16* raw, const float* gain, const float* cosine, const float* sine, int64_t width, float eps,
+// A head normed and turned: row `t` of raw (L, K) bfloat16 -> y (K) bfloat16, times `factor`
+void turn_head(Rows raw, int64_t t, const float* gain, const float* cosine, const float* sine, int64_t width, float eps,
                float factor, float* few, Bf16* y) {
-    for (int64_t i = 0; i < width; i += 16) _mm512_storeu_ps(few + i, widen(raw + i));
+    for (int64_t i = 0; i < width; i += 16) _mm512_storeu_ps(few + i, widen(raw.at(t, i)));
     const __m512 scale = _mm512_set1_ps(scale_of(few, width, eps) * factor);
     for (int64_t i = 0; i < width; i += 16) {
         const __m512 normed = _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(few + i), scale), _mm512_loadu_ps(gain + i));
@@ -149,7 +149,7 @@ void turn_head(const Bf16* raw, const float* gain, const float* cosine, const fl
 }
 
 // Back through `turn_head`: dy (K) float32 is overwritten; -> raw's gradient in bfloat16
-void unturn_head(const Bf16* raw, const float* gain, const float* cosine, const float* sine, int64_t width, float eps,
+void unturn_head(Rows raw, int64_t t, const float* gain, const float* cosine, const float* sine, int64_t width, float eps,
                  float factor, float* few, float* dy, float* by_gain, Bf16* draw) {
     const int64_t half = width / 2;
     float *turned = few + width, *back = few + 2 * width;
@@ -158,7 +158,7 @@ void unturn_head(const Bf16* raw, const float* gain, const float* cosine, const 
         __m512 sum = _mm512_mul_ps(_mm512_loadu_ps(dy + i), _mm512_loadu_ps(cosine + i));
         sum = _mm512_fmadd_ps(_mm512_loadu_ps(dy + other), _mm512_loadu_ps(sine + other), sum);
         _mm512_storeu_ps(turned + i, _mm512_mul_ps(sum, _mm512_set1_ps(factor)));
-        _mm512_storeu_ps(few + i, widen(raw + i));
+        _mm512_storeu_ps(few + i, widen(raw.at(t, i)));
     }
     unnorm_row<false>(few, gain, turned, width, eps, back, by_gain);
     for (int64_t i = 0; i < width; i += 16) store_bf16(draw + i, _mm512_loadu_ps(back + i));
