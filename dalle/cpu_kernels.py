@@ -100,11 +100,6 @@ class RMSNormFunction(torch.autograd.Function):
         return dx.to(x.dtype), dweight, None
 
 
-def dropout(x: Tensor, p: float) -> Tensor:
-    """Zero about a share p of x and scale the rest to keep the mean."""
-    return x * dropout_mask(x, p)
-
-
 def dropout_mask(like: Tensor, p: float) -> Tensor:
     """0 with probability p, rounded to a multiple of 1/256, else 1 / (1 - p): `like`'s shape and dtype.
 

@@ -18,7 +18,7 @@ from common.checkpoint import load_weights, read_config, resolve
 from common.config import from_mapping
 from dalle import sequence, train_native
 from dalle.attention import Attention, CausalMask, KVCache, RMSNorm, new_cache, on_eager_cpu, rotary_table
-from dalle.cpu_kernels import dropout
+from dalle.cpu_kernels import dropout_mask
 
 KIND = "generator"
 TRAINING_ONLY = (
@@ -210,14 +210,24 @@ class Block(nn.Module):
         return x + self.ffn(self.ffn_norm(x))
 
     def _branch(self, y: Tensor) -> Tensor:
-        if not self.training:
-            return y
-        if self.dropout:
-            y = dropout(y, self.dropout) if on_eager_cpu(y) else F.dropout(y, self.dropout)
-        if self.drop_path:
+        if self.training and self.dropout and not on_eager_cpu(y):
+            y = F.dropout(y, self.dropout)
+        mask = self.branch_mask(y)
+        return y if mask is None else y * mask.to(y.dtype)
+
+    def branch_mask(self, y: Tensor) -> Tensor | None:
+        """What a branch's result is multiplied with in training: (B, L, D) or (B, 1, 1) bfloat16, or None.
+
+        Dropout is a part of it on eager CPUs alone.
+        """
+        mask = None
+        if self.training and self.dropout and on_eager_cpu(y):
+            mask = dropout_mask(torch.empty_like(y, dtype=torch.bfloat16), self.dropout)
+        if self.training and self.drop_path:
             kept = torch.rand(y.shape[0], 1, 1, device=y.device) >= self.drop_path
-            y = y * (kept / (1 - self.drop_path)).to(y.dtype)
-        return y
+            scale = (kept / (1 - self.drop_path)).to(torch.bfloat16)
+            mask = scale if mask is None else mask * scale
+        return mask
 
 
 class Dalle(nn.Module):

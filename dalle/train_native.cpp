@@ -13,6 +13,7 @@ extern "C" {
 struct Input {
     const float *x, *table;  // (B, L, D), (2, L, K): cosines and signed sines
     const float* bias;       // (B, L): 0, or -inf where a key is padding; or null
+    const Bf16 *attention_mask, *ffn_mask;  // (B, L, D): factors of what the two branches add; or null
 };
 
 struct Kept {  // of the forward pass for the backward one
@@ -57,12 +58,15 @@ std::vector<Sums> sums;
 struct Part {
     const float* x;
     Sequence sequence;
+    const Bf16 *attention_mask, *ffn_mask;
     Bf16 *qkv, *attended, *gate_up;
     float *middle, *lse;
 
     Part(const Shape& s, const Input& in, const Kept& k, int64_t i)
         : x(in.x + i * s.length * s.dim),
           sequence{s.length, in.table, in.table + s.length * s.head_dim, in.bias ? in.bias + i * s.length : nullptr},
+          attention_mask(in.attention_mask ? in.attention_mask + i * s.length * s.dim : nullptr),
+          ffn_mask(in.ffn_mask ? in.ffn_mask + i * s.length * s.dim : nullptr),
           qkv(k.qkv + i * s.length * s.qkv()),
           attended(k.attended + i * s.length * s.inner()),
           gate_up(k.gate_up + i * s.length * 2 * s.ffn),
@@ -78,9 +82,10 @@ auto put_groups(Bf16* to, int64_t length) {
     return [=](int64_t row, int64_t n, __m512 first, __m512 last) { store_line(to + n * length + row * GROUP, first, last); };
 }
 
-auto put_sum(const float* x, float* y, int64_t width) {
+auto put_sum(const float* x, const Bf16* mask, float* y, int64_t width) {
     return [=](int64_t row, int64_t n, __m512 first, __m512 last) {
         const int64_t at = row * width + n;
+        if (mask) first = _mm512_mul_ps(first, widen(mask + at)), last = _mm512_mul_ps(last, widen(mask + at + 16));
         _mm512_storeu_ps(y + at, _mm512_add_ps(_mm512_loadu_ps(x + at), first));
         _mm512_storeu_ps(y + at + 16, _mm512_add_ps(_mm512_loadu_ps(x + at + 16), last));
     };
@@ -92,17 +97,20 @@ void forward_sequence(const Shape& s, const Weights& w, const Part& p, Room& r, 
     norm_rows(p.x, w.attention_norm, L, s.dim, s.eps, rows);
     packed.qkv.multiply(rows, L, put_groups(p.qkv, L));
     attend_forward(s, w, p.sequence, r.heads, p.qkv, p.attended, p.lse);
-    packed.out.multiply(p.attended, L, put_sum(p.x, p.middle, s.dim));
+    packed.out.multiply(p.attended, L, put_sum(p.x, p.attention_mask, p.middle, s.dim));
     norm_rows(p.middle, w.ffn_norm, L, s.dim, s.eps, rows);
     packed.gate_up.multiply(rows, L, [&](int64_t row, int64_t n, __m512 gate, __m512 factor) {
         put_groups(p.gate_up, L)(row, n, gate, factor);
         store_bf16(hidden + row * s.ffn + n / 2, _mm512_mul_ps(silu512(gate), factor));
     });
-    packed.down.multiply(hidden, L, put_sum(p.middle, y, s.dim));
+    packed.down.multiply(hidden, L, put_sum(p.middle, p.ffn_mask, y, s.dim));
 }
 
-void round_rows(const float* x, int64_t size, Bf16* y) {
-    for (int64_t i = 0; i < size; i += 16) store_bf16(y + i, _mm512_loadu_ps(x + i));
+void round_rows(const float* x, const Bf16* mask, int64_t size, Bf16* y) {
+    for (int64_t i = 0; i < size; i += 16) {
+        const __m512 part = _mm512_loadu_ps(x + i);
+        store_bf16(y + i, mask ? _mm512_mul_ps(part, widen(mask + i)) : part);
+    }
 }
 
 // by (N, K) += left^T right, both as paired rows; ffn: 0, or N are gates and factors in turns
@@ -145,7 +153,7 @@ void backward_ffn_rows(const Shape& s, const Part& p, Room& r, int64_t first, in
 void backward_ffn(const Shape& s, const Weights& w, const Weights& by, const Part& p, Room& r, const float* dy) {
     const int64_t L = s.length, pairs = (L + 1) / 2;
     room(r.back, L * s.dim), room(r.left, pairs * 4 * s.ffn), room(r.hidden_pairs, pairs * 2 * s.ffn);
-    round_rows(dy, L * s.dim, room(r.given, L * s.dim));
+    round_rows(dy, p.ffn_mask, L * s.dim, room(r.given, L * s.dim));
     for (int64_t first = 0; first < L; first += CHUNK)
         backward_ffn_rows(s, p, r, first, std::min(CHUNK, L - first));
     Bf16* rows = room(r.rows, L * s.dim);
@@ -165,7 +173,7 @@ void backward_attention(const Shape& s, const Weights& w, const Weights& by, con
     Bf16 *given = room(r.given, L * s.inner()), *wide = room(r.wide, L * s.qkv());
     Bf16* rows = room(r.rows, L * s.dim);
     float* back = room(r.back, L * s.dim);
-    round_rows(r.middle.data(), L * s.dim, rows);
+    round_rows(r.middle.data(), p.attention_mask, L * s.dim, rows);
     pair_all(rows, L, s.dim, r.left);
     pair_all(p.attended, L, s.inner(), r.right);
     add_gradient(r.left, s.dim, r.right, s.inner(), pairs, 0, by.out);

@@ -6,6 +6,9 @@ What the operators of PyTorch cost besides their work falls away: each sequence 
 
 import ctypes
 import functools
+import itertools
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +25,7 @@ SOURCE = Path(__file__).with_name("train_native.cpp")
 MATRICES = ("qkv", "out", "gate_up", "down")
 GAINS = ("attention_norm", "ffn_norm", "q_norm", "k_norm")
 
+_one_at_a_time = threading.Lock()
 _pointer, _integer = ctypes.c_void_p, ctypes.c_int64
 
 
@@ -38,7 +42,7 @@ class _Weights(ctypes.Structure):
 
 
 class _Input(ctypes.Structure):
-    _fields_ = tuple((name, _pointer) for name in ("x", "table", "bias"))
+    _fields_ = tuple((name, _pointer) for name in ("x", "table", "bias", "attention_mask", "ffn_mask"))
 
 
 class _Kept(ctypes.Structure):
@@ -55,14 +59,17 @@ def is_available() -> bool:
 
 
 def takes(block: "Block", x: Tensor) -> bool:
-    """Whether `run_block` is what `block(x)` should do: training under bf16 autocast on such a CPU, a sequence or more for
-    every thread, whole registers, all weights here (ZeRO-3 keeps parts) and nothing dropped."""
+    """Whether `run_block` is what `block(x)` should do.
+
+    It is for training under bf16 autocast on such a CPU with a sequence or more for every thread, whole registers, all
+    weights here (ZeRO-3 keeps parts) and no attention weights dropped.
+    """
     if x.device.type != "cpu" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     if not torch.is_autocast_enabled("cpu") or torch.get_autocast_dtype("cpu") != torch.bfloat16:
         return False
     a = block.attention
-    if block.training and (block.dropout or block.drop_path or a.dropout):
+    if block.training and a.dropout:
         return False
     widths = (x.shape[2], a.head_dim, block.ffn.out.in_features)
     weight = a.qkv.weight
@@ -81,7 +88,8 @@ def _library() -> ctypes.CDLL:
 
 class _BlockFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, shape: _Shape, x: Tensor, table: Tensor, bias: Tensor | None, *weights: Tensor) -> Tensor:
+    def forward(ctx, shape: _Shape, inputs: tuple[Tensor | None, ...], x: Tensor, *weights: Tensor) -> Tensor:
+        """inputs: the rotary table, the bias of keys and the masks of both branches"""
         s = shape
         places = s.batch * s.length
         kept = (
@@ -93,34 +101,39 @@ class _BlockFunction(torch.autograd.Function):
         )
         y = torch.empty_like(x)
         _call(
-            _library().block_forward, s, _pointers(_Weights, weights), _pointers(_Input, (x, table, bias)),
+            _library().block_forward, s, _pointers(_Weights, weights), _pointers(_Input, (x, *inputs)),
             _pointers(_Kept, kept), y,
         )  # fmt: skip
-        ctx.save_for_backward(x, table, bias, *weights, *kept)
+        ctx.save_for_backward(x, *inputs, *weights, *kept)
         ctx.shape = shape
         return y
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, table, bias, *saved = ctx.saved_tensors
-        number = len(MATRICES) + len(GAINS)
-        weights, kept = saved[:number], saved[number:]
+        inputs, weights, kept = _split(ctx.saved_tensors, len(_Input._fields_), len(_Weights._fields_))
         gradients = [torch.empty_like(w) for w in weights]
-        dy, dx = dy.contiguous(), torch.empty_like(x)
+        dy, dx = dy.contiguous(), torch.empty_like(inputs[0])
         _call(
-            _library().block_backward, ctx.shape, _pointers(_Weights, weights), _pointers(_Input, (x, table, bias)),
+            _library().block_backward, ctx.shape, _pointers(_Weights, weights), _pointers(_Input, inputs),
             _pointers(_Kept, kept), dy, dx, _pointers(_Weights, gradients),
         )  # fmt: skip
-        return None, dx, None, None, *gradients
+        return None, None, dx, *gradients
 
 
-def _pointers(kind: type, tensors) -> ctypes.Structure:
+def _split(tensors: Sequence[Tensor | None], *sizes: int) -> list[Sequence[Tensor | None]]:
+    """The first of each size, and the rest."""
+    ends = [0, *itertools.accumulate(sizes), len(tensors)]
+    return [tensors[a:b] for a, b in itertools.pairwise(ends)]
+
+
+def _pointers(kind: type, tensors: Sequence[Tensor | None]) -> ctypes.Structure:
     return kind(*(None if t is None else t.data_ptr() for t in tensors))
 
 
 def _call(function, *arguments: ctypes.Structure | Tensor) -> None:
     places = (a.data_ptr() if isinstance(a, Tensor) else ctypes.addressof(a) for a in arguments)
-    function(*places, torch.get_num_threads())
+    with _one_at_a_time:  # packed weights and sums are shared
+        function(*places, torch.get_num_threads())
 
 
 def run_block(block: "Block", x: Tensor, table: Tensor, bias: Tensor | None) -> Tensor:
@@ -132,4 +145,7 @@ def run_block(block: "Block", x: Tensor, table: Tensor, bias: Tensor | None) -> 
     )  # fmt: skip
     matrices = (a.qkv.weight, a.out.weight, f.gate_up.weight, f.out.weight)
     gains = (block.attention_norm.weight, block.ffn_norm.weight, a.q_norm.weight, a.k_norm.weight)
-    return _BlockFunction.apply(shape, x.contiguous(), table.contiguous(), bias, *matrices, *gains)
+    masks = [
+        m if m is None else m.expand_as(x).contiguous() for m in (block.branch_mask(x), block.branch_mask(x))
+    ]
+    return _BlockFunction.apply(shape, (table.contiguous(), bias, *masks), x.contiguous(), *matrices, *gains)

@@ -1,0 +1,150 @@
+"""Compiled training passes of a block against the same block in float32, and against PyTorch's in bfloat16."""
+
+import pytest
+import torch
+
+import common.native
+from common.native import lacking_flags
+from dalle import train_native
+from dalle.attention import CausalMask
+from dalle.model import Dalle, ModelOptions
+
+pytestmark = pytest.mark.skipif(bool(lacking_flags()), reason="a CPU without AVX512-BF16")
+needs_native = pytest.mark.skipif(not train_native.is_available(), reason="no C++ compiler")
+CASES = [
+    dict(num_heads=2, length=40),
+    dict(dim=128, num_heads=4, num_kv_heads=2, length=45, text_lens=(9, 1, 5)),  # padding, and an odd length
+    dict(num_heads=2, dim=128, length=101, text_lens=(20, 3, 20)),  # heads of two registers each
+    dict(num_heads=2, length=64, batch=5, dropout=0.2, stochastic_depth=0.5),
+]
+
+
+def make_block(dim=64, length=40, text_lens=(8, 8, 8), batch=3, seed=0, **changes):
+    """The last block of a model whose gains and matrices all say something, inputs for it, and a gradient."""
+    torch.manual_seed(seed)
+    text_len = max(text_lens)
+    options = ModelOptions(dim=dim, **dict(num_layers=2, num_heads=2) | changes)
+    model = Dalle(options.config(50, 0, text_len, 64, 16)).train()
+    for parameter in model.parameters():
+        mean, spread = (1, 0.2) if parameter.ndim == 1 else (0, parameter.shape[1] ** -0.5)
+        torch.nn.init.normal_(parameter, mean, spread)
+    lens = torch.tensor(text_lens * batch)[:batch]
+    visible = torch.arange(text_len) < lens[:, None]
+    x, dy = torch.randn(2, batch, length, dim).unbind()
+    return model.blocks[1], x, model.rotary[:, :length], CausalMask(visible, length), dy
+
+
+def passes(block, x, table, mask, dy, bf16, native):
+    """The result, and the gradients of the input and of all weights."""
+    block.zero_grad()
+    x = x.clone().requires_grad_()
+    torch.manual_seed(7)
+    with pytest.MonkeyPatch.context() as patch:
+        if not native:
+            patch.setattr(train_native, "takes", lambda *_: False)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            assert not native or train_native.takes(block, x)
+            y = block(x, table, mask)
+    y.backward(dy)
+    return {"y": y.detach(), "x": x.grad} | {n: p.grad.clone() for n, p in block.named_parameters()}
+
+
+@needs_native
+@pytest.mark.parametrize("case", CASES)
+def test_as_exact_as_pytorch_in_bf16(case):
+    inputs = make_block(**case)
+    exact = passes(*inputs, bf16=False, native=False)
+    rounded = passes(*inputs, bf16=True, native=False)
+    found = passes(*inputs, bf16=True, native=True)
+    assert found.keys() == exact.keys() and len(found) == 10
+    for name, expected in exact.items():
+        mine, theirs = ((x[name] - expected).norm() / expected.norm() for x in (found, rounded))
+        assert 0 < mine < min(0.02, 1.2 * theirs), (name, mine, theirs)
+
+
+@needs_native
+def test_the_same_twice_and_in_any_company():
+    inputs = make_block(batch=6)
+    block, x, table, mask, dy = inputs
+    first, second = passes(*inputs, bf16=True, native=True), passes(*inputs, bf16=True, native=True)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    some = slice(2, 5)
+    few = passes(block, x[some], table, CausalMask(mask.visible[some], mask.length), dy[some], True, True)
+    assert torch.equal(few["y"], first["y"][some]) and torch.equal(few["x"], first["x"][some])
+
+
+@needs_native
+def test_padding_is_never_seen():
+    block, x, table, mask, dy = make_block(text_lens=(9, 4, 4))
+    changed = x.clone()
+    changed[1:, 4:9] = 100.0
+    one = passes(block, x, table, mask, dy, bf16=True, native=True)
+    other = passes(block, changed, table, mask, dy, bf16=True, native=True)
+    assert torch.equal(one["y"][:, 9:], other["y"][:, 9:]) and torch.equal(one["y"][0], other["y"][0])
+
+
+@needs_native
+def test_a_model_learns_as_with_pytorch():
+    """The first steps of training, gradient checkpointing included, follow the same path."""
+    losses = {}
+    for native, checkpointing in ((True, False), (True, True), (False, False)):
+        torch.manual_seed(0)
+        sizes = ModelOptions(dim=64, num_layers=2, num_heads=2, gradient_checkpointing=checkpointing)
+        model = Dalle(sizes.config(50, 0, 8, 64, 4)).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        text, image = torch.randint(1, 50, (4, 8)), torch.randint(64, (4, 16))
+        text[1, 3:] = 0
+        trace = []
+        with pytest.MonkeyPatch.context() as patch:
+            if not native:
+                patch.setattr(train_native, "takes", lambda *_: False)
+            for _ in range(12):
+                with torch.autocast("cpu", torch.bfloat16):
+                    logits = model(text, image).image
+                loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), image.flatten())
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                trace.append(float(loss.detach()))
+        losses[native, checkpointing] = trace
+    assert losses[True, False] == losses[True, True]
+    assert losses[True, False] == pytest.approx(losses[False, False], rel=0.02)
+    assert losses[True, False][-1] < 0.8 * losses[True, False][0]
+
+
+@needs_native
+def test_what_it_leaves_to_pytorch():
+    def takes(x_dtype=torch.float32, autocast=True, **changes):
+        block, x, *_ = make_block(**changes)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return train_native.takes(block, x.to(x_dtype))
+
+    assert takes()
+    assert not takes(autocast=False)
+    assert not takes(x_dtype=torch.bfloat16)
+    assert not takes(attention_dropout=0.1)
+    assert not takes(num_heads=4)  # heads of 16
+    assert not takes(dim=96, num_heads=2)
+    assert takes(batch=torch.get_num_threads()) and not takes(batch=torch.get_num_threads() - 1 or 0)
+    with torch.no_grad():
+        assert not takes()
+    block, x, *_ = make_block()
+    block.attention.qkv.weight.data = torch.empty(0)  # as ZeRO-3 leaves it between uses
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not train_native.takes(block, x)
+
+
+def test_without_a_compiler_pytorch_trains(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("CXX", "false")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    compiled = (common.native.library, common.native.why_not, train_native.is_available)
+    for cached in compiled:
+        cached.cache_clear()
+    try:
+        block, x, table, mask, _ = make_block()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert block(x, table, mask).isfinite().all() and not train_native.takes(block, x)
+        assert "compiling train_native.cpp failed: exit code 1" in capsys.readouterr().out
+    finally:
+        for cached in compiled:
+            cached.cache_clear()
