@@ -18,7 +18,7 @@ from torch import Tensor
 from common.log import say
 
 CPU_FLAGS = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "fma", "f16c")
-HEADER = Path(__file__).with_name("avx512.h")
+HEADERS = Path(__file__).parent  # what sources share
 GROUP = 32  # outputs of a group of weights, as there
 
 
@@ -30,6 +30,13 @@ def lacking_flags() -> list[str]:
     except OSError:
         flags = []
     return [flag for flag in CPU_FLAGS if flag not in flags]
+
+
+@functools.cache
+def is_outdone() -> bool:
+    """Whether PyTorch multiplies faster than these sources can: on CPUs with AMX, which has several times the
+    operations. What only waits for the memory, a decode step, is not concerned."""
+    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
 @functools.cache
@@ -56,8 +63,9 @@ def library(source: Path) -> ctypes.CDLL:
     flags = [f"-m{flag.replace('_', '')}" for flag in CPU_FLAGS]
     # no contraction: whether a product and a sum are fused would depend on what the compiler inlines where
     exact = ("-O3", "-ffp-contract=off", "-fno-strict-aliasing", *flags)
-    options = ("-std=c++17", *exact, "-fopenmp", "-shared", "-fPIC", f"-I{HEADER.parent}")
-    texts = [path.read_bytes() for path in (HEADER, *sorted(source.parent.glob("*.h")), source)]
+    options = ("-std=c++17", *exact, "-fopenmp", "-shared", "-fPIC", f"-I{HEADERS}")
+    headers = (*HEADERS.glob("*.h"), *source.parent.glob("*.h"))
+    texts = [path.read_bytes() for path in (*sorted(headers), source)]
     text = b"".join(texts) + "\0".join([compiler, *exact]).encode()
     stamp = f"{source.parent.name}-{hashlib.sha256(text).hexdigest()[:16]}"
     path = Path.home() / ".cache" / "product-painter" / "native" / f"{stamp}.so"

@@ -21,6 +21,8 @@ inline __m512i load_halves(const Bf16* from) {
     return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
 
+inline __m512 widen(const Bf16* from) { return _mm512_castsi512_ps(_mm512_slli_epi32(load_halves(from), 16)); }
+
 struct Rows {  // a matrix of which 32 numbers of a row lie together
     const Bf16* first;
     int64_t step, far;  // from a row to the next, and to the row's next 32 numbers

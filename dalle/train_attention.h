@@ -90,8 +90,7 @@ void attend_forward(const Shape& s, const Weights& w, const Sequence& q, HeadRoo
             product(weights, rows, width, width, r.by_pairs.data(), whole * GROUP, K / GROUP,
                     [&](int64_t i, int64_t k, __m512 first, __m512 last) {
                         Bf16* to = attended + (begin + i) * s.inner() + head * K + k;
-                        store_bf16(to, _mm512_mul_ps(first, _mm512_set1_ps(inverse[i])));
-                        store_bf16(to + 16, _mm512_mul_ps(last, _mm512_set1_ps(inverse[i])));
+                        store_line(to, _mm512_mul_ps(first, _mm512_set1_ps(inverse[i])), _mm512_mul_ps(last, _mm512_set1_ps(inverse[i])));
                     });
         }
     }

@@ -61,12 +61,16 @@ def is_available() -> bool:
 def takes(block: "Block", x: Tensor) -> bool:
     """Whether `run_block` is what `block(x)` should do.
 
-    It is for training under bf16 autocast on such a CPU with a sequence or more for every thread, whole registers, all
-    weights here (ZeRO-3 keeps parts) and no attention weights dropped.
+    It is for training under bf16 autocast on such a CPU, without AMX, with a sequence or more for every thread, whole
+    registers, all weights here (ZeRO-3 keeps parts) and no attention weights dropped.
     """
     if x.device.type != "cpu" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
-    if not torch.is_autocast_enabled("cpu") or torch.get_autocast_dtype("cpu") != torch.bfloat16:
+    if (
+        native.is_outdone()
+        or not torch.is_autocast_enabled("cpu")
+        or torch.get_autocast_dtype("cpu") != torch.bfloat16
+    ):
         return False
     a = block.attention
     if block.training and a.dropout:

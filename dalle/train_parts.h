@@ -33,8 +33,6 @@ T* room(std::vector<T>& buffer, int64_t size) {
     return buffer.data();
 }
 
-__m512 widen(const Bf16* from) { return _mm512_castsi512_ps(_mm512_slli_epi32(load_halves(from), 16)); }
-
 // --- weights ------------------------------------------------------------------------------------------------------
 
 // Row `row` of the product's order: gates and factors of the feed-forward network take turns of 16.

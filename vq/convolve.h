@@ -6,7 +6,7 @@
 
 #pragma once
 
-#include "avx512.h"
+#include "products.h"
 
 #include <algorithm>
 #include <cmath>
@@ -88,6 +88,26 @@ void convolve(const Conv& c, const Bf16* in, int64_t line, int64_t height, int64
     }
 }
 
+struct Putter {  // of sums into x (lines, width, channels)
+    float* x;
+    int64_t width, channels;
+    void operator()(int64_t y, int64_t place, int64_t n, __m512 first, __m512 last) const {
+        float* to = x + (y * width + place) * channels + n;
+        _mm512_storeu_ps(to, first);
+        _mm512_storeu_ps(to + 16, last);
+    }
+};
+
+struct Adder {  // the same, added
+    float* x;
+    int64_t width, channels;
+    void operator()(int64_t y, int64_t place, int64_t n, __m512 first, __m512 last) const {
+        float* to = x + (y * width + place) * channels + n;
+        _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), first));
+        _mm512_storeu_ps(to + 16, _mm512_add_ps(_mm512_loadu_ps(to + 16), last));
+    }
+};
+
 // --- 3 x 3 by tiles -------------------------------------------------------------------------------------------------
 
 constexpr int64_t TILES = 64;  // of a block: what is made of them stays in the cache
@@ -104,11 +124,6 @@ struct Tiles {  // room for a block
     }
 };
 
-__m512 load_bf16(const Bf16* from) {
-    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-}
-
 // 4 x 4 places at `corner` -> 16 points, `step` apart: B^T d B
 void transform_in(const Bf16* corner, int64_t line, int64_t channels, Bf16* to, int64_t step) {
     for (int64_t c = 0; c < channels; c += 16) {
@@ -117,7 +132,7 @@ void transform_in(const Bf16* corner, int64_t line, int64_t channels, Bf16* to, 
         for (int x = 0; x < 4; x++) {
             __m512 column[4];
 #pragma GCC unroll 4
-            for (int y = 0; y < 4; y++) column[y] = load_bf16(corner + y * line + x * channels + c);
+            for (int y = 0; y < 4; y++) column[y] = widen(corner + y * line + x * channels + c);
             d[0][x] = _mm512_sub_ps(column[0], column[2]);
             d[1][x] = _mm512_add_ps(column[1], column[2]);
             d[2][x] = _mm512_sub_ps(column[2], column[1]);
@@ -153,24 +168,6 @@ void transform_out(const float* from, __m512 bias, __m512 (&places)[4]) {
     }
 }
 
-// Rows of a point's tiles against a group of its weights
-template <int R>
-void multiply_tiles(int64_t n, const Bf16* in, int64_t channels, const Bf16* group, Ahead ahead, float* out) {
-    if (n != R) {
-        if constexpr (R > 1) multiply_tiles<R - 1>(n, in, channels, group, ahead, out);
-        return;
-    }
-    __m512 sums[R][2];
-#pragma GCC unroll 12
-    for (int r = 0; r < R; r++) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
-    accumulate<R>(sums, in, channels, channels, group, ahead);
-#pragma GCC unroll 12
-    for (int r = 0; r < R; r++) {
-        _mm512_storeu_ps(out + r * GROUP, sums[r][0]);
-        _mm512_storeu_ps(out + r * GROUP + 16, sums[r][1]);
-    }
-}
-
 // As `convolve`, for 3 x 3 kernels over even sides.
 template <typename Store>
 void convolve_by_tiles(const Conv& c, const Bf16* in, Grid grid, Tiles& room, const Store& store) {
@@ -183,17 +180,13 @@ void convolve_by_tiles(const Conv& c, const Bf16* in, Grid grid, Tiles& room, co
             const Bf16* corner = in + y * (grid.width + 2) * c.inputs + x * c.inputs;
             transform_in(corner, (grid.width + 2) * c.inputs, c.inputs, room.in.data() + i * c.inputs, step);
         }
-        const int64_t parts = (number + MAX_TILE - 1) / MAX_TILE;
         for (int64_t g = 0; g < c.outputs / GROUP; g++) {
             const Bf16* group = c.transformed + g * POINTS * size;
-            for (int64_t point = 0; point < POINTS; point++, group += size)
-                for (int64_t part = 0; part < parts; part++) {
-                    const Range rows = share(number, part, parts);
-                    const Bf16* from = room.in.data() + point * step + rows.begin * c.inputs;
-                    float* to = room.out.data() + point * Tiles::OUT_STEP + rows.begin * GROUP;
-                    const Ahead ahead{reinterpret_cast<const char*>(group + size + size * part / parts), 4 * GROUP / parts};
-                    multiply_tiles<MAX_TILE>(rows.end - rows.begin, from, c.inputs, group, ahead, to);
-                }
+            for (int64_t point = 0; point < POINTS; point++, group += size) {
+                const Putter put{room.out.data() + point * Tiles::OUT_STEP, 0, GROUP};
+                product(room.in.data() + point * step, number, c.inputs, c.inputs, group, size, 1,
+                        [&](int64_t i, int64_t n, __m512 first, __m512 last) { put(0, i, n, first, last); });
+            }
             const __m512 low = _mm512_loadu_ps(c.bias + g * GROUP), high = _mm512_loadu_ps(c.bias + g * GROUP + 16);
             for (int64_t i = 0; i < number; i++) {
                 __m512 first[4], last[4];
@@ -213,26 +206,6 @@ void convolve_grid(const Conv& c, const Bf16* in, Grid grid, Tiles& room, const 
         return convolve_by_tiles(c, in, grid, room, store);
     convolve(c, in, (grid.width + 2) * c.inputs, grid.height, grid.width, store);
 }
-
-struct Putter {  // of sums into x (lines, width, channels)
-    float* x;
-    int64_t width, channels;
-    void operator()(int64_t y, int64_t place, int64_t n, __m512 first, __m512 last) const {
-        float* to = x + (y * width + place) * channels + n;
-        _mm512_storeu_ps(to, first);
-        _mm512_storeu_ps(to + 16, last);
-    }
-};
-
-struct Adder {  // the same, added
-    float* x;
-    int64_t width, channels;
-    void operator()(int64_t y, int64_t place, int64_t n, __m512 first, __m512 last) const {
-        float* to = x + (y * width + place) * channels + n;
-        _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), first));
-        _mm512_storeu_ps(to + 16, _mm512_add_ps(_mm512_loadu_ps(to + 16), last));
-    }
-};
 
 // --- between convolutions -----------------------------------------------------------------------------------------
 

@@ -93,7 +93,7 @@ struct Room {  // of a thread, for a picture
         for (const Block* b = e.blocks; b < e.blocks + e.num_blocks; b++) {
             if (b->kind == DOWN) see(grid = {grid.height / 2, grid.width / 2, b->first.outputs});
             if (b->kind != ATTENTION) continue;
-            padded = (grid.places() + GROUP - 1) / GROUP * GROUP;
+            padded = whole_groups(grid.places());
             queries.resize(grid.places() * grid.channels);
             rest.resize(2 * grid.places() * grid.channels);
         }
@@ -116,8 +116,7 @@ void residual(const Block& b, Grid grid, Room& room) {
     apply_norm<true>(b.norm, x, grid, room.small.data(), room.in.data() + grid.at(0, 0), grid.line());
     const auto put_silu = [&](int64_t y, int64_t place, int64_t n, __m512 first, __m512 last) {
         Bf16* to = room.middle.data() + grid.at(y, place) + n;
-        store_bf16(to, silu512(first));
-        store_bf16(to + 16, silu512(last));
+        store_line(to, silu512(first), silu512(last));
     };
     convolve_grid(b.first, room.in.data(), grid, room.tiles, put_silu);
     convolve_grid(b.second, room.middle.data(), grid, room.tiles, Adder{x, grid.width, grid.channels});
@@ -133,27 +132,6 @@ Grid downsample(const Block& b, Grid grid, Room& room) {
     const Putter put{room.sums.data(), half.width, half.channels};
     convolve(b.first, room.in.data(), grid.line(), half.height, half.width, put);
     return half;
-}
-
-// Keys and values of a head as weights of products over all places, rounded up to whole groups of zeros
-void pack_head(int64_t head, int64_t width, Grid grid, Room& room) {
-    const int64_t places = grid.places(), pairs = (places + GROUP - 1) / GROUP * GROUP / 2, step = 2 * grid.channels;
-    const Bf16 *key = room.rest.data() + head * width, *value = key + grid.channels;
-    int32_t* keys = reinterpret_cast<int32_t*>(room.keys.data());
-    for (int64_t p = 0; p < places; p += GROUP)
-        for (int64_t k = 0; k < width; k += 2, keys += GROUP)
-            for (int64_t i = 0; i < std::min(GROUP, places - p); i++)
-                keys[i] = *reinterpret_cast<const int32_t*>(key + (p + i) * step + k);
-    for (int64_t k = 0; k < width; k += 16)
-        for (int64_t p = 0; p < places; p += 2) {
-            const auto load = [](const Bf16* from) {
-                return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-            };
-            const Bf16* from = value + p * step + k;
-            const __m512i next = p + 1 < places ? load(from + step) : _mm512_setzero_si512();
-            Bf16* to = room.values.data() + ((k / GROUP * pairs + p / 2) * 2 + k % GROUP / 16) * GROUP;
-            _mm512_storeu_si512(to, _mm512_or_si512(load(from), _mm512_slli_epi32(next, 16)));
-        }
 }
 
 // exp(scores - their maximum) in bfloat16, 0 from `places` to `padded`; returns 1 / their sum
@@ -175,22 +153,25 @@ float soften(const float* scores, int64_t places, int64_t padded, Bf16* weights)
 }
 
 void attend(int64_t head, int64_t width, Grid grid, Room& room, Bf16* to) {
-    const int64_t places = grid.places(), padded = (places + GROUP - 1) / GROUP * GROUP;
-    const Conv by_keys{room.keys.data(), nullptr, nullptr, width, padded, 1, 1};
-    const Conv by_values{room.values.data(), nullptr, nullptr, padded, width, 1, 1};
+    const int64_t places = grid.places(), padded = whole_groups(places), step = 2 * grid.channels;
+    const Bf16* key = room.rest.data() + head * width;
+    pack_rows({key, step, GROUP}, places, width, room.keys.data());
+    pair_rows({key + grid.channels, step, GROUP}, places, padded / 2, width, room.values.data(), padded / 2);
     const Putter put{room.scores.data(), 0, padded};
     float inverse[MAX_TILE];
     for (int64_t begin = 0; begin < places; begin += MAX_TILE) {
         const int64_t n = std::min(MAX_TILE, places - begin);
-        convolve(by_keys, room.queries.data() + (head * places + begin) * width, 0, 1, n, put);
+        const Bf16* queries = room.queries.data() + (head * places + begin) * width;
+        product(queries, n, width, width, room.keys.data(), width * GROUP, padded / GROUP,
+                [&](int64_t i, int64_t p, __m512 first, __m512 last) { put(0, i, p, first, last); });
         for (int64_t i = 0; i < n; i++)
             inverse[i] = soften(room.scores.data() + i * padded, places, padded, room.weights.data() + i * padded);
-        convolve(by_values, room.weights.data(), 0, 1, n,
-                 [&](int64_t, int64_t i, int64_t k, __m512 first, __m512 last) {
-                     Bf16* at = to + (begin + i) * grid.channels + head * width + k;
-                     store_bf16(at, _mm512_mul_ps(first, _mm512_set1_ps(inverse[i])));
-                     store_bf16(at + 16, _mm512_mul_ps(last, _mm512_set1_ps(inverse[i])));
-                 });
+        product(room.weights.data(), n, padded, padded, room.values.data(), padded * GROUP, width / GROUP,
+                [&](int64_t i, int64_t k, __m512 first, __m512 last) {
+                    const __m512 scale = _mm512_set1_ps(inverse[i]);
+                    store_line(to + (begin + i) * grid.channels + head * width + k, _mm512_mul_ps(first, scale),
+                               _mm512_mul_ps(last, scale));
+                });
     }
 }
 
@@ -205,13 +186,9 @@ void attention(const Block& b, int64_t width, Grid grid, Room& room) {
             to = room.queries.data() + (n / width * places + p) * width + n % width;
             first = _mm512_mul_ps(first, scale), last = _mm512_mul_ps(last, scale);
         }
-        store_bf16(to, first);
-        store_bf16(to + 16, last);
+        store_line(to, first, last);
     });
-    for (int64_t head = 0; head < channels / width; head++) {
-        pack_head(head, width, grid, room);
-        attend(head, width, grid, room, room.middle.data());
-    }
+    for (int64_t head = 0; head < channels / width; head++) attend(head, width, grid, room, room.middle.data());
     convolve(b.second, room.middle.data(), 0, 1, places, Adder{x, places, channels});
 }
 

@@ -206,7 +206,8 @@ class PictureEncoder:
         in_bf16 = precision == "bf16" or (precision == "auto" and has_native_bf16(device))
         if engine == "native" and (device.type != "cpu" or not in_bf16):
             raise ValueError(f"the native engine computes in bf16 on a CPU, not in {precision} on {device}")
-        wanted = device.type == "cpu" and in_bf16 and fits(tokenizer) and not native.lacking_flags()
+        wanted = device.type == "cpu" and in_bf16 and fits(tokenizer)
+        wanted = wanted and not native.lacking_flags() and not native.is_outdone()
         if engine == "auto" and wanted and (reason := why_not()):
             say(f"encoding slower, with PyTorch's convolutions: {reason}")
         elif engine == "native" or (engine == "auto" and wanted):

@@ -19,6 +19,11 @@ CASES = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def without_amx(monkeypatch):
+    monkeypatch.setattr(common.native, "is_outdone", lambda: False)
+
+
 def make_block(dim=64, length=40, text_lens=(8, 8, 8), batch=3, seed=0, **changes):
     """The last block of a model whose gains and matrices all say something, inputs for it, and a gradient."""
     torch.manual_seed(seed)
@@ -123,6 +128,9 @@ def test_what_it_leaves_to_pytorch():
     assert not takes(autocast=False)
     assert not takes(x_dtype=torch.bfloat16)
     assert not takes(attention_dropout=0.1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common.native, "is_outdone", lambda: True)
+        assert not takes()
     assert not takes(num_heads=4)  # heads of 16
     assert not takes(dim=96, num_heads=2)
     assert takes(batch=torch.get_num_threads()) and not takes(batch=torch.get_num_threads() - 1 or 0)

@@ -113,7 +113,8 @@ def test_what_it_refuses():
         PictureEncoder(make(DEEP), CPU, "fp32", "native")
 
 
-def test_engines():
+def test_engines(monkeypatch):
+    monkeypatch.setattr(common.native, "is_outdone", lambda: False)
     tokenizer, images = make(DEEP), pictures(32, 32)
     expected = tokenizer.encode_ids(images)
     for precision, engine in (("fp32", "auto"), ("fp32", "plain"), ("bf16", "plain")):
@@ -125,10 +126,13 @@ def test_engines():
         )
     by_itself = PictureEncoder(tokenizer, CPU)
     assert (by_itself.native is not None) == (has_native_bf16(CPU) and not native.why_not())
+    monkeypatch.setattr(common.native, "is_outdone", lambda: True)
+    assert PictureEncoder(tokenizer, CPU).native is None
 
 
 @pytest.mark.skipif(bool(common.native.lacking_flags()), reason="a CPU without native encoding")
 def test_without_a_compiler_pytorch_takes_over(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(common.native, "is_outdone", lambda: False)
     monkeypatch.setenv("CXX", "false")
     monkeypatch.setenv("HOME", str(tmp_path))
     compiled = (common.native.library, common.native.why_not)
