@@ -1,7 +1,7 @@
 // Products of whole matrices of bfloat16 with matrices that are packed for them, in the cache of one thread.
 //
-// Packed rows: a matrix whose rows are the outputs of a product, (N / 32, K / 2, 32 pairs of inputs). Paired rows: a matrix
-// whose rows are what a product sums over, (N / 32, M / 2, 32 pairs of rows). Both are read by `accumulate`.
+// Packed rows: a matrix whose rows are the outputs of a product, (N / 32, K / 2, 32 pairs of inputs). Paired rows: a
+// matrix whose rows are what a product sums over, (N / 32, M / 2, 32 pairs of rows). Both are read by `accumulate`.
 
 #pragma once
 
@@ -26,7 +26,9 @@ inline __m512 widen(const Bf16* from) { return _mm512_castsi512_ps(_mm512_slli_e
 struct Rows {  // a matrix of which 32 numbers of a row lie together
     const Bf16* first;
     int64_t step, far;  // from a row to the next, and to the row's next 32 numbers
-    const Bf16* at(int64_t row, int64_t column) const { return first + row * step + column / GROUP * far + column % GROUP; }
+    const Bf16* at(int64_t row, int64_t column) const {
+        return first + row * step + column / GROUP * far + column % GROUP;
+    }
 };
 
 inline Rows in_rows(const Bf16* x, int64_t width) { return {x, width, GROUP}; }
@@ -74,16 +76,16 @@ void product_tile(int64_t n, const Bf16* a, int64_t step, int64_t inputs, const 
 
 // a (rows, inputs), rows `step` apart, times groups that are `size` apart: store(row, output, 16 sums, the next 16)
 template <typename Store>
-void product(const Bf16* a, int64_t rows, int64_t step, int64_t inputs, const Bf16* packed, int64_t size, int64_t groups,
-             const Store& store) {
+void product(const Bf16* a, int64_t rows, int64_t step, int64_t inputs, const Bf16* packed, int64_t size,
+             int64_t groups, const Store& store) {
     const int64_t tiles = (rows + MAX_TILE - 1) / MAX_TILE;
     for (int64_t g = 0; g < groups; g++, packed += size)
         for (int64_t t = 0; t < tiles; t++) {
             const Range tile = share(rows, t, tiles);
             const Ahead ahead{reinterpret_cast<const char*>(packed + size + size * t / tiles), 4 * GROUP / tiles};
             const auto put = [&](int64_t row, __m512 first, __m512 last) { store(row, g * GROUP, first, last); };
-            product_tile<MAX_TILE>(tile.end - tile.begin, a + tile.begin * step, step, inputs, packed, ahead, tile.begin,
-                                   put);
+            product_tile<MAX_TILE>(tile.end - tile.begin, a + tile.begin * step, step, inputs, packed, ahead,
+                                   tile.begin, put);
         }
 }
 
@@ -102,7 +104,8 @@ void outer_tile(int64_t n, const Bf16* left, const Bf16* right, int64_t pairs, i
         const __m512bh first = load_pairs(right), last = load_pairs(right + GROUP);
 #pragma GCC unroll 12
         for (int r = 0; r < R; r++) {
-            const __m512bh both = (__m512bh)_mm512_set1_epi32(*reinterpret_cast<const int32_t*>(left + 2 * (column + r)));
+            const __m512bh both =
+                (__m512bh)_mm512_set1_epi32(*reinterpret_cast<const int32_t*>(left + 2 * (column + r)));
             sums[r][0] = _mm512_dpbf16_ps(sums[r][0], first, both);
             sums[r][1] = _mm512_dpbf16_ps(sums[r][1], last, both);
         }
@@ -111,8 +114,8 @@ void outer_tile(int64_t n, const Bf16* left, const Bf16* right, int64_t pairs, i
     for (int r = 0; r < R; r++) store(column + r, sums[r][0], sums[r][1]);
 }
 
-// sums of left^T right: (M, N) and (M, K) as paired rows -> into(n) + k += sums. CAUSAL: column n of `left` is zero above
-// row n, up to whole groups
+// sums of left^T right: (M, N) and (M, K) as paired rows -> into(n) + k += sums. CAUSAL: column n of `left` is zero
+// above row n, up to whole groups
 template <bool CAUSAL, typename Into>
 void add_outer(const Bf16* left, int64_t columns, const Bf16* right, int64_t width, int64_t pairs, const Into& into) {
     constexpr int64_t TILES = 3;  // of 11, 11 and 10 columns

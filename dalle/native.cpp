@@ -4,7 +4,8 @@
 // matrix product, or heads of the attention, so results do not depend on the number of threads; every row of a product
 // is summed in the same order however many rows there are, so a picture does not depend on its company.
 //
-// Weights: see common/avx512.h. Keys: blocks of 16 positions, transposed: (L / 16, K, 16), float16. Values: (L, K), float16.
+// Weights: see common/avx512.h. Keys: blocks of 16 positions, transposed: (L / 16, K, 16), float16. Values: (L, K),
+// float16.
 
 #include "avx512.h"
 
@@ -46,9 +47,9 @@ struct Model {
 };
 
 struct Cache {
-    Half *keys, *values;  // (layers, R H_kv, ...)
-    const float* bias;    // (R, L): 0, or -inf where a key is padding
-    float *x, *qkv;       // (R, D), (R, (H + 2 H_kv) K)
+    Half *keys, *values;     // (layers, R H_kv, ...)
+    const float* bias;       // (R, L): 0, or -inf where a key is padding
+    float *x, *qkv;          // (R, D), (R, (H + 2 H_kv) K)
     Bf16 *attended, *gated;  // (R, H K), (R, N / 2 of gate_up)
     int64_t rows, length, num_blocks;
 };
@@ -110,8 +111,7 @@ void multiply(const Linear& l, const Bf16* a, int64_t rows, Range range, const S
                 continue;
             }
             widened.resize(size);
-            for (int64_t i = 0; i < size; i += GROUP)
-                _mm512_storeu_si512(&widened[i], (__m512i)load_pairs(narrow + i));
+            for (int64_t i = 0; i < size; i += GROUP) _mm512_storeu_si512(&widened[i], (__m512i)load_pairs(narrow + i));
             group = widened.data();
         }
         const int64_t tiles = (rows + MAX_TILE - 1) / MAX_TILE;
@@ -220,8 +220,10 @@ void attend(const float* q, const Half* keys, const Half* values, const Half* ne
             int64_t length, int64_t width, float* scores, Bf16* y) {
     const int64_t blocks = (length + BLOCK - 1) / BLOCK;
     int64_t b = 0;
-    for (; b + 4 <= blocks; b += 4) score_blocks<4>(q, keys + b * width * BLOCK, width, values + b * width * BLOCK, scores + b * BLOCK);
-    for (; b < blocks; b++) score_blocks<1>(q, keys + b * width * BLOCK, width, values + b * width * BLOCK, scores + b * BLOCK);
+    for (; b + 4 <= blocks; b += 4)
+        score_blocks<4>(q, keys + b * width * BLOCK, width, values + b * width * BLOCK, scores + b * BLOCK);
+    for (; b < blocks; b++)
+        score_blocks<1>(q, keys + b * width * BLOCK, width, values + b * width * BLOCK, scores + b * BLOCK);
     const __m512 nothing = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
     __m512 most = nothing, total = _mm512_setzero_ps();
     for (int64_t i = 0; i < length; i += 16) {
@@ -239,7 +241,8 @@ void attend(const float* q, const Half* keys, const Half* values, const Half* ne
     }
     const __m512 scale = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(total));
     int64_t i = 0;
-    for (; i + 64 <= width; i += 64) sum_values<4>(scores, values + i, length, width, next_keys + i * length, scale, y + i);
+    for (; i + 64 <= width; i += 64)
+        sum_values<4>(scores, values + i, length, width, next_keys + i * length, scale, y + i);
     for (; i < width; i += 16) sum_values<1>(scores, values + i, length, width, next_keys + i * length, scale, y + i);
 }
 
@@ -267,8 +270,8 @@ void attend_heads(const Model& m, const Cache& c, int64_t layer, int64_t row_of_
         }
         for (int64_t i = head * share_of_keys; i < (head + 1) * share_of_keys; i++) {
             turn(heads + i * width, plain, rolled, width, m.head_eps, turned);
-            attend(turned, keys, values, keys + c.num_blocks * width * BLOCK, c.bias + row * c.length, index + 1, width, scores,
-                   c.attended + (row * m.num_heads + i) * width);
+            attend(turned, keys, values, keys + c.num_blocks * width * BLOCK, c.bias + row * c.length, index + 1, width,
+                   scores, c.attended + (row * m.num_heads + i) * width);
         }
     }
 }

@@ -14,7 +14,7 @@ struct Sequence {  // what its heads look at
     const float* bias;           // (L): 0, or -inf where a key is padding; or null
 };
 
-struct HeadRoom {  // of a thread; L' is the length in whole groups
+struct HeadRoom {                                                     // of a thread; L' is the length in whole groups
     Halves queries, keys, values, by_rows, by_pairs, weights, given;  // by_rows: keys packed, by_pairs: values paired
     Halves keys_paired, values_packed, queries_paired, given_paired, p_pairs, ds_pairs;
     Floats scores, slopes, few, dkeys, dvalues, dqueries, norms, delta;
@@ -29,8 +29,8 @@ Rows head_of(const Bf16* qkv, int64_t head, int64_t length, int64_t width) {
 void turn_heads(const Shape& s, const Sequence& q, Rows raw, const float* gain, float factor, Floats& few, Bf16* to) {
     for (int64_t t = 0; t < q.length; t++) {
         const int64_t at = t * s.head_dim;
-        turn_head(raw, t, gain, q.cosine + at, q.sine + at, s.head_dim, s.head_eps, factor,
-                  room(few, s.head_dim), to + at);
+        turn_head(raw, t, gain, q.cosine + at, q.sine + at, s.head_dim, s.head_eps, factor, room(few, s.head_dim),
+                  to + at);
     }
 }
 
@@ -43,7 +43,8 @@ __m512 scores_at(const Sequence& q, const float* scores, int64_t row, int64_t ke
     return q.bias ? _mm512_mask_add_ps(found, seen, found, _mm512_maskz_loadu_ps(seen, q.bias + key)) : found;
 }
 
-// exp(scores - their maximum) of keys up to `row` in bfloat16, 0 beyond; -> the logarithm of the softmax's sum, and 1 / sum
+// exp(scores - their maximum) of keys up to `row` in bfloat16, 0 beyond; -> the logarithm of the softmax's sum, and 1 /
+// sum
 float soften(const Sequence& q, const float* scores, int64_t row, int64_t width, Bf16* weights, float& inverse) {
     __m512 most = _mm512_set1_ps(-std::numeric_limits<float>::infinity()), total = _mm512_setzero_ps();
     for (int64_t i = 0; i < width; i += 16) most = _mm512_max_ps(most, scores_at(q, scores, row, i));
@@ -82,15 +83,18 @@ void attend_forward(const Shape& s, const Weights& w, const Sequence& q, HeadRoo
         turn_heads(s, q, head_of(qkv, head, L, K), w.q_norm, 1 / std::sqrt(static_cast<float>(K)), r.few, queries);
         for (int64_t begin = 0; begin < L; begin += MAX_TILE) {
             const int64_t rows = std::min(MAX_TILE, L - begin), width = whole_groups(begin + rows);
-            product(queries + begin * K, rows, K, K, r.by_rows.data(), K * GROUP, width / GROUP, put_floats(scores, width));
+            product(queries + begin * K, rows, K, K, r.by_rows.data(), K * GROUP, width / GROUP,
+                    put_floats(scores, width));
             float inverse[MAX_TILE];
             Bf16* weights = room(r.weights, MAX_TILE * whole);
             for (int64_t i = 0; i < rows; i++)
-                lse[head * L + begin + i] = soften(q, scores + i * width, begin + i, width, weights + i * width, inverse[i]);
+                lse[head * L + begin + i] =
+                    soften(q, scores + i * width, begin + i, width, weights + i * width, inverse[i]);
             product(weights, rows, width, width, r.by_pairs.data(), whole * GROUP, K / GROUP,
                     [&](int64_t i, int64_t k, __m512 first, __m512 last) {
                         Bf16* to = attended + (begin + i) * s.inner() + head * K + k;
-                        store_line(to, _mm512_mul_ps(first, _mm512_set1_ps(inverse[i])), _mm512_mul_ps(last, _mm512_set1_ps(inverse[i])));
+                        store_line(to, _mm512_mul_ps(first, _mm512_set1_ps(inverse[i])),
+                                   _mm512_mul_ps(last, _mm512_set1_ps(inverse[i])));
                     });
         }
     }
@@ -98,8 +102,8 @@ void attend_forward(const Shape& s, const Weights& w, const Sequence& q, HeadRoo
 
 // Two rows of probabilities and of their gradients, from `scores` and `slopes` = dO v^T, in bfloat16: rows of ds for a
 // product, and both as paired rows. The second row may be missing.
-void soften_back(const Sequence& q, HeadRoom& r, const float* lse, int64_t begin, int64_t i, int64_t rows, int64_t width,
-                 int64_t pairs) {
+void soften_back(const Sequence& q, HeadRoom& r, const float* lse, int64_t begin, int64_t i, int64_t rows,
+                 int64_t width, int64_t pairs) {
     const int64_t row = begin + i;
     const bool both = i + 1 < rows;
     const float *scores = r.scores.data() + i * width, *slopes = r.slopes.data() + i * width;
@@ -111,9 +115,10 @@ void soften_back(const Sequence& q, HeadRoom& r, const float* lse, int64_t begin
             ds[j] = _mm512_mul_ps(p[j], _mm512_sub_ps(_mm512_loadu_ps(slopes + j * width + k), delta));
             store_bf16(r.weights.data() + (i + j) * width + k, ds[j]);
         }
-        const auto pair = [](const __m512 (&x)[2]) {
+        const auto pair = [](const __m512(&x)[2]) {
             const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x[0]));
-            return _mm512_or_si512(low, _mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x[1])), 16));
+            return _mm512_or_si512(low,
+                                   _mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x[1])), 16));
         };
         const int64_t at = ((k / GROUP * pairs + row / 2) * GROUP + k % GROUP) * 2;
         _mm512_storeu_si512(r.p_pairs.data() + at, pair(p));
@@ -143,8 +148,8 @@ void attend_head_back(const Shape& s, const Weights& w, const Weights& by, const
     for (int64_t begin = 0; begin < L; begin += MAX_TILE) {
         const int64_t rows = std::min(MAX_TILE, L - begin), width = whole_groups(begin + rows);
         product(queries + begin * K, rows, K, K, r.by_rows.data(), K * GROUP, width / GROUP, put_floats(scores, width));
-        product(given + begin * s.inner() + head * K, rows, s.inner(), K, r.values_packed.data(), K * GROUP, width / GROUP,
-                put_floats(slopes, width));
+        product(given + begin * s.inner() + head * K, rows, s.inner(), K, r.values_packed.data(), K * GROUP,
+                width / GROUP, put_floats(slopes, width));
         for (int64_t i = 0; i < rows; i += 2) soften_back(q, r, lse + head * L, begin, i, rows, width, pairs);
         product(weights, rows, width, width, r.keys_paired.data(), whole * GROUP, K / GROUP, put_floats(dqueries, K));
         for (int64_t i = 0; i < rows; i++) {
@@ -153,13 +158,15 @@ void attend_head_back(const Shape& s, const Weights& w, const Weights& by, const
                         dqueries + i * K, by.q_norm, dqkv + t * s.qkv() + head * K);
         }
     }
-    add_outer<true>(r.p_pairs.data(), whole, r.given_paired.data(), K, pairs, [&](int64_t n) { return r.dvalues.data() + n * K; });
-    add_outer<true>(r.ds_pairs.data(), whole, r.queries_paired.data(), K, pairs, [&](int64_t n) { return r.dkeys.data() + n * K; });
+    add_outer<true>(r.p_pairs.data(), whole, r.given_paired.data(), K, pairs,
+                    [&](int64_t n) { return r.dvalues.data() + n * K; });
+    add_outer<true>(r.ds_pairs.data(), whole, r.queries_paired.data(), K, pairs,
+                    [&](int64_t n) { return r.dkeys.data() + n * K; });
 }
 
 // given: gradient of `attended` -> dqkv, bfloat16; gradients of the gains are added to `by`
-void attend_backward(const Shape& s, const Weights& w, const Weights& by, const Sequence& q, HeadRoom& r, const Bf16* qkv,
-                     const Bf16* attended, const float* lse, const Bf16* given, Bf16* dqkv) {
+void attend_backward(const Shape& s, const Weights& w, const Weights& by, const Sequence& q, HeadRoom& r,
+                     const Bf16* qkv, const Bf16* attended, const float* lse, const Bf16* given, Bf16* dqkv) {
     const int64_t K = s.head_dim, L = q.length, whole = whole_groups(L), shared = s.heads / s.kv_heads;
     for (int64_t kv = 0; kv < s.kv_heads; kv++) {
         const Rows raw = head_of(qkv, s.heads + kv, L, K);

@@ -11,15 +11,15 @@
 extern "C" {
 
 struct Input {
-    const float *x, *table;  // (B, L, D), (2, L, K): cosines and signed sines
-    const float* bias;       // (B, L): 0, or -inf where a key is padding; or null
+    const float *x, *table;                 // (B, L, D), (2, L, K): cosines and signed sines
+    const float* bias;                      // (B, L): 0, or -inf where a key is padding; or null
     const Bf16 *attention_mask, *ffn_mask;  // (B, L, D): factors of what the two branches add; or null
 };
 
-struct Kept {  // of the forward pass for the backward one
+struct Kept {             // of the forward pass for the backward one
     Bf16 *qkv, *gate_up;  // (B, N / 32, L, 32), gates and factors in turns of 16: read again a group at a time
     Bf16* attended;       // (B, L, H K)
-    float *middle, *lse;             // (B, L, D) after the attention, (B, H, L) logarithms of the softmax's sums
+    float *middle, *lse;  // (B, L, D) after the attention, (B, H, L) logarithms of the softmax's sums
 };
 
 }  // extern "C"
@@ -31,19 +31,20 @@ struct Sums {  // gradients of the weights, of one thread
     Weights parts;
 
     void clear(const Shape& s) {
-        const int64_t sizes[] = {s.qkv() * s.dim, s.dim * s.inner(), 2 * s.ffn * s.dim, s.dim * s.ffn,
-                                 s.dim,           s.dim,             s.head_dim,        s.head_dim};
+        const int64_t sizes[] = {s.qkv() * s.dim, s.dim * s.inner(), 2 * s.ffn * s.dim, s.dim * s.ffn, s.dim,
+                                 s.dim,           s.head_dim,        s.head_dim};
         int64_t total = 0;
         for (int64_t size : sizes) total += size;
         float* at = room(all, total);
         std::fill_n(at, total, 0.0f);
-        for (float** part : {&parts.qkv, &parts.out, &parts.gate_up, &parts.down, &parts.attention_norm, &parts.ffn_norm,
-                             &parts.q_norm, &parts.k_norm})
+        for (float** part : {&parts.qkv, &parts.out, &parts.gate_up, &parts.down, &parts.attention_norm,
+                             &parts.ffn_norm, &parts.q_norm, &parts.k_norm})
             *part = at, at += sizes[part - &parts.qkv];
     }
 };
 
-constexpr int64_t CHUNK = 96;  // rows of the feed-forward network's backward pass that stay in the cache, an even number
+constexpr int64_t CHUNK =
+    96;  // rows of the feed-forward network's backward pass that stay in the cache, an even number
 
 struct Room {  // of a thread, for a sequence
     HeadRoom heads;
@@ -79,7 +80,9 @@ auto put_halves(Bf16* to, int64_t width) {
 }
 
 auto put_groups(Bf16* to, int64_t length) {
-    return [=](int64_t row, int64_t n, __m512 first, __m512 last) { store_line(to + n * length + row * GROUP, first, last); };
+    return [=](int64_t row, int64_t n, __m512 first, __m512 last) {
+        store_line(to + n * length + row * GROUP, first, last);
+    };
 }
 
 auto put_sum(const float* x, const Bf16* mask, float* y, int64_t width) {
@@ -114,7 +117,8 @@ void round_rows(const float* x, const Bf16* mask, int64_t size, Bf16* y) {
 }
 
 // by (N, K) += left^T right, both as paired rows; ffn: 0, or N are gates and factors in turns
-void add_gradient(const Halves& left, int64_t n, const Halves& right, int64_t k, int64_t pairs, int64_t ffn, float* by) {
+void add_gradient(const Halves& left, int64_t n, const Halves& right, int64_t k, int64_t pairs, int64_t ffn,
+                  float* by) {
     add_outer<false>(left.data(), n, right.data(), k, pairs,
                      [&](int64_t row) { return by + (ffn ? turn_of(row, ffn) : row) * k; });
 }
@@ -134,7 +138,8 @@ void ungate(const Bf16* gate_up, __m512 given, Bf16* back, Bf16* hidden) {
     store_bf16(hidden, _mm512_mul_ps(silu, factor));
 }
 
-// Some rows, few enough for the cache, from `first` on: r.given (L, D) -> r.back (L, D), which comes to the norm's result
+// Some rows, few enough for the cache, from `first` on: r.given (L, D) -> r.back (L, D), which comes to the norm's
+// result
 void backward_ffn_rows(const Shape& s, const Part& p, Room& r, int64_t first, int64_t count) {
     const int64_t pairs = (s.length + 1) / 2, some = (count + 1) / 2;
     Bf16 *hidden = room(r.hidden, CHUNK * s.ffn), *wide = room(r.wide, CHUNK * 2 * s.ffn);
@@ -154,8 +159,7 @@ void backward_ffn(const Shape& s, const Weights& w, const Weights& by, const Par
     const int64_t L = s.length, pairs = (L + 1) / 2;
     room(r.back, L * s.dim), room(r.left, pairs * 4 * s.ffn), room(r.hidden_pairs, pairs * 2 * s.ffn);
     round_rows(dy, p.ffn_mask, L * s.dim, room(r.given, L * s.dim));
-    for (int64_t first = 0; first < L; first += CHUNK)
-        backward_ffn_rows(s, p, r, first, std::min(CHUNK, L - first));
+    for (int64_t first = 0; first < L; first += CHUNK) backward_ffn_rows(s, p, r, first, std::min(CHUNK, L - first));
     Bf16* rows = room(r.rows, L * s.dim);
     norm_rows(p.middle, w.ffn_norm, L, s.dim, s.eps, rows);
     pair_all(rows, L, s.dim, r.right);
@@ -191,14 +195,15 @@ void backward_attention(const Shape& s, const Weights& w, const Weights& by, con
 
 // The gradients of all threads, rows of one after the other, into those that PyTorch sees
 void add_up(const Shape& s, const Weights& gradients, int64_t thread, int64_t threads) {
-    const int64_t sizes[] = {s.qkv() * s.dim, s.dim * s.inner(), 2 * s.ffn * s.dim, s.dim * s.ffn,
-                             s.dim,           s.dim,             s.head_dim,        s.head_dim};
+    const int64_t sizes[] = {s.qkv() * s.dim, s.dim * s.inner(), 2 * s.ffn * s.dim, s.dim * s.ffn, s.dim,
+                             s.dim,           s.head_dim,        s.head_dim};
     float* const* to = &gradients.qkv;
     for (int64_t part = 0; part < 8; part++) {
         const Range places = share(sizes[part] / 16, thread, threads);
         for (int64_t i = places.begin * 16; i < places.end * 16; i += 16) {
             __m512 sum = _mm512_setzero_ps();
-            for (int64_t t = 0; t < threads; t++) sum = _mm512_add_ps(sum, _mm512_loadu_ps((&sums[t].parts.qkv)[part] + i));
+            for (int64_t t = 0; t < threads; t++)
+                sum = _mm512_add_ps(sum, _mm512_loadu_ps((&sums[t].parts.qkv)[part] + i));
             _mm512_storeu_ps(to[part] + i, sum);
         }
     }
@@ -209,7 +214,8 @@ void add_up(const Shape& s, const Weights& gradients, int64_t thread, int64_t th
 extern "C" {
 
 // x -> y (B, L, D), and what the backward pass needs
-void block_forward(const Shape* shape, const Weights* weights, const Input* input, const Kept* kept, float* y, int threads) {
+void block_forward(const Shape* shape, const Weights* weights, const Input* input, const Kept* kept, float* y,
+                   int threads) {
     const Shape& s = *shape;
     packed.fit(s, false);
 #pragma omp parallel num_threads(threads)

@@ -96,7 +96,8 @@ struct Packed {
 
 float scale_of(const float* x, int64_t width, float eps) {
     __m512 squares = _mm512_setzero_ps();
-    for (int64_t i = 0; i < width; i += 16) squares = _mm512_fmadd_ps(_mm512_loadu_ps(x + i), _mm512_loadu_ps(x + i), squares);
+    for (int64_t i = 0; i < width; i += 16)
+        squares = _mm512_fmadd_ps(_mm512_loadu_ps(x + i), _mm512_loadu_ps(x + i), squares);
     return 1 / std::sqrt(_mm512_reduce_add_ps(squares) / width + eps);
 }
 
@@ -109,9 +110,11 @@ void norm_rows(const float* x, const float* gain, int64_t rows, int64_t width, f
     }
 }
 
-// What comes back through a norm of one row: dx = or += scale (dy gain - x scale^2 mean(dy gain x)); by_gain += dy x scale
+// What comes back through a norm of one row: dx = or += scale (dy gain - x scale^2 mean(dy gain x)); by_gain += dy x
+// scale
 template <bool ADD>
-void unnorm_row(const float* x, const float* gain, const float* dy, int64_t width, float eps, float* dx, float* by_gain) {
+void unnorm_row(const float* x, const float* gain, const float* dy, int64_t width, float eps, float* dx,
+                float* by_gain) {
     const float scale = scale_of(x, width, eps);
     __m512 sum = _mm512_setzero_ps();
     for (int64_t i = 0; i < width; i += 16) {
@@ -147,8 +150,8 @@ void turn_head(Rows raw, int64_t t, const float* gain, const float* cosine, cons
 }
 
 // Back through `turn_head`: dy (K) float32 is overwritten; -> raw's gradient in bfloat16
-void unturn_head(Rows raw, int64_t t, const float* gain, const float* cosine, const float* sine, int64_t width, float eps,
-                 float factor, float* few, float* dy, float* by_gain, Bf16* draw) {
+void unturn_head(Rows raw, int64_t t, const float* gain, const float* cosine, const float* sine, int64_t width,
+                 float eps, float factor, float* few, float* dy, float* by_gain, Bf16* draw) {
     const int64_t half = width / 2;
     float *turned = few + width, *back = few + 2 * width;
     for (int64_t i = 0; i < width; i += 16) {

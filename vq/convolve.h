@@ -1,8 +1,8 @@
 // Convolutions and group norms of vq/native.cpp over one picture.
 //
-// Kernels of 3 x 3 over even sides go by tiles of 2 x 2 places in 16 products instead of 36 (Winograd's F(2 x 2, 3 x 3);
-// Lavin and Gray 2015, arXiv:1509.09308). Others are sums over their taps of products of a line of places with the tap's
-// weights. What is convolved: (H + 2, W + 2, C) bfloat16 with a border of zeros; what comes out is up to `store`.
+// Kernels of 3 x 3 over even sides go by tiles of 2 x 2 places in 16 products instead of 36 (Winograd's F(2 x 2, 3 x
+// 3); Lavin and Gray 2015, arXiv:1509.09308). Others are sums over their taps of products of a line of places with the
+// tap's weights. What is convolved: (H + 2, W + 2, C) bfloat16 with a border of zeros; what comes out is up to `store`.
 
 #pragma once
 
@@ -15,9 +15,9 @@
 extern "C" {
 
 struct Conv {
-    const Bf16* weight;       // (N / 32, kernel^2, C / 2, 2, 16, 2)
-    const Bf16* transformed;  // (N / 32, 16, C / 2, 2, 16, 2): of a 3 x 3 kernel, for its tiles
-    const float* bias;        // (N) or null
+    const Bf16* weight;                       // (N / 32, kernel^2, C / 2, 2, 16, 2)
+    const Bf16* transformed;                  // (N / 32, 16, C / 2, 2, 16, 2): of a 3 x 3 kernel, for its tiles
+    const float* bias;                        // (N) or null
     int64_t inputs, outputs, kernel, stride;  // C: whole registers where there are tiles, else even; N, of 32
 };
 
@@ -113,7 +113,7 @@ struct Adder {  // the same, added
 constexpr int64_t TILES = 64;  // of a block: what is made of them stays in the cache
 constexpr int64_t POINTS = 16;
 
-struct Tiles {  // room for a block
+struct Tiles {               // room for a block
     std::vector<Bf16> in;    // (16, TILES, C), a line more a point: else all points would meet in one set of the cache
     std::vector<float> out;  // (16, TILES, 32), the same
     static int64_t in_step(int64_t channels) { return TILES * channels + 32; }
@@ -223,7 +223,8 @@ void measure(const Norm& norm, const float* x, int64_t places, float* factor, fl
     const int64_t channels = norm.channels, each = channels / norm.groups;
     for (int64_t c = 0; c < channels; c += 16) {
         __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
-        for (int64_t p = 0; p < places; p++) sums[p & 3] = _mm512_add_ps(sums[p & 3], _mm512_loadu_ps(x + p * channels + c));
+        for (int64_t p = 0; p < places; p++)
+            sums[p & 3] = _mm512_add_ps(sums[p & 3], _mm512_loadu_ps(x + p * channels + c));
         _mm512_storeu_ps(factor + c, _mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3])));
     }
     for (int64_t g = 0; g < channels; g += each) {

@@ -197,7 +197,8 @@ void attention(const Block& b, int64_t width, Grid grid, Room& room) {
 // The first of the nearest codes to z (D)
 int64_t nearest(const Encoder& e, const float* z) {
     __m512 least = _mm512_set1_ps(std::numeric_limits<float>::infinity());
-    __m512i which = _mm512_setzero_si512(), number = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    __m512i which = _mm512_setzero_si512(),
+            number = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     for (int64_t v = 0; v < e.num_codes; v += 16, number = _mm512_add_epi32(number, _mm512_set1_epi32(16))) {
         __m512 distance = _mm512_loadu_ps(e.codes + e.latent_dim * e.num_codes + v);
         for (int64_t d = 0; d < e.latent_dim; d++)
