@@ -126,7 +126,7 @@ void soften_back(const Sequence& q, HeadRoom& r, const float* lse, int64_t begin
     }
 }
 
-// A query head: dq into qkv's gradient, and what it adds to dkeys and dvalues (L', K)
+// A query head: dq into qkv's gradient, and what it adds to dkeys and dvalues, in blocks as `add_outer` has them
 void attend_head_back(const Shape& s, const Weights& w, const Weights& by, const Sequence& q, HeadRoom& r, int64_t head,
                       const Bf16* qkv, const Bf16* attended, const float* lse, const Bf16* given, Bf16* dqkv) {
     const int64_t K = s.head_dim, L = q.length, whole = whole_groups(L), pairs = (L + 1) / 2;
@@ -155,13 +155,11 @@ void attend_head_back(const Shape& s, const Weights& w, const Weights& by, const
         for (int64_t i = 0; i < rows; i++) {
             const int64_t t = begin + i;
             unturn_head(raw, t, w.q_norm, q.cosine + t * K, q.sine + t * K, K, s.head_eps, factor, room(r.few, 3 * K),
-                        dqueries + i * K, by.q_norm, dqkv + t * s.qkv() + head * K);
+                        dqueries + i * K, GROUP, by.q_norm, dqkv + t * s.qkv() + head * K);
         }
     }
-    add_outer<true>(r.p_pairs.data(), whole, r.given_paired.data(), K, pairs,
-                    [&](int64_t n) { return r.dvalues.data() + n * K; });
-    add_outer<true>(r.ds_pairs.data(), whole, r.queries_paired.data(), K, pairs,
-                    [&](int64_t n) { return r.dkeys.data() + n * K; });
+    add_outer<true>(r.p_pairs.data(), whole, r.given_paired.data(), K, pairs, r.dvalues.data());
+    add_outer<true>(r.ds_pairs.data(), whole, r.queries_paired.data(), K, pairs, r.dkeys.data());
 }
 
 // given: gradient of `attended` -> dqkv, bfloat16; gradients of the gains are added to `by`
@@ -182,9 +180,10 @@ void attend_backward(const Shape& s, const Weights& w, const Weights& by, const 
         for (int64_t t = 0; t < L; t++) {
             Bf16* to = dqkv + t * s.qkv() + (s.heads + kv) * K;
             unturn_head(raw, t, w.k_norm, q.cosine + t * K, q.sine + t * K, K, s.head_eps, 1, room(r.few, 3 * K),
-                        r.dkeys.data() + t * K, by.k_norm, to);
+                        r.dkeys.data() + block_row(t), whole * GROUP, by.k_norm, to);
             for (int64_t k = 0; k < K; k += 16)
-                store_bf16(to + s.kv_heads * K + k, _mm512_loadu_ps(r.dvalues.data() + t * K + k));
+                store_bf16(to + s.kv_heads * K + k,
+                           _mm512_loadu_ps(r.dvalues.data() + block_row(t) + k / GROUP * whole * GROUP + k % GROUP));
         }
     }
 }

@@ -6,6 +6,8 @@
 
 #include <omp.h>
 
+#include <array>
+
 #include "train_attention.h"
 
 extern "C" {
@@ -26,23 +28,36 @@ struct Kept {             // of the forward pass for the backward one
 
 namespace {
 
-struct Sums {  // gradients of the weights, of one thread
+struct Size {
+    int64_t rows, columns;  // a gain is one row
+};
+
+// Of the weights, in their order
+std::array<Size, 8> sizes_of(const Shape& s) {
+    return {{{s.qkv(), s.dim},
+             {s.dim, s.inner()},
+             {2 * s.ffn, s.dim},
+             {s.dim, s.ffn},
+             {1, s.dim},
+             {1, s.dim},
+             {1, s.head_dim},
+             {1, s.head_dim}}};
+}
+
+struct Sums {  // gradients of the weights, of one thread; those of matrices in blocks as `add_outer` has them
     Floats all;
     Weights parts;
 
     void clear(const Shape& s) {
-        const int64_t sizes[] = {s.qkv() * s.dim, s.dim * s.inner(), 2 * s.ffn * s.dim, s.dim * s.ffn, s.dim,
-                                 s.dim,           s.head_dim,        s.head_dim};
-        int64_t total = 0;
-        for (int64_t size : sizes) total += size;
+        int64_t total = 0, part = 0;
+        for (const Size& size : sizes_of(s)) total += size.rows * size.columns;
         float* at = room(all, total);
         std::fill_n(at, total, 0.0f);
-        for (float** part : {&parts.qkv, &parts.out, &parts.gate_up, &parts.down, &parts.attention_norm,
-                             &parts.ffn_norm, &parts.q_norm, &parts.k_norm})
-            *part = at, at += sizes[part - &parts.qkv];
+        for (const Size& size : sizes_of(s)) (&parts.qkv)[part++] = at, at += size.rows * size.columns;
     }
 };
 
+constexpr int64_t GATE_UP = 2;  // of the weights
 constexpr int64_t CHUNK =
     96;  // rows of the feed-forward network's backward pass that stay in the cache, an even number
 
@@ -116,11 +131,9 @@ void round_rows(const float* x, const Bf16* mask, int64_t size, Bf16* y) {
     }
 }
 
-// by (N, K) += left^T right, both as paired rows; ffn: 0, or N are gates and factors in turns
-void add_gradient(const Halves& left, int64_t n, const Halves& right, int64_t k, int64_t pairs, int64_t ffn,
-                  float* by) {
-    add_outer<false>(left.data(), n, right.data(), k, pairs,
-                     [&](int64_t row) { return by + (ffn ? turn_of(row, ffn) : row) * k; });
+// by += left^T right, both as paired rows, in blocks
+void add_gradient(const Halves& left, int64_t n, const Halves& right, int64_t k, int64_t pairs, float* by) {
+    add_outer<false>(left.data(), n, right.data(), k, pairs, by);
 }
 
 void pair_all(const Bf16* x, int64_t length, int64_t width, Halves& to) {
@@ -163,9 +176,9 @@ void backward_ffn(const Shape& s, const Weights& w, const Weights& by, const Par
     Bf16* rows = room(r.rows, L * s.dim);
     norm_rows(p.middle, w.ffn_norm, L, s.dim, s.eps, rows);
     pair_all(rows, L, s.dim, r.right);
-    add_gradient(r.left, 2 * s.ffn, r.right, s.dim, pairs, s.ffn, by.gate_up);
+    add_gradient(r.left, 2 * s.ffn, r.right, s.dim, pairs, by.gate_up);
     pair_all(r.given.data(), L, s.dim, r.left);
-    add_gradient(r.left, s.dim, r.hidden_pairs, s.ffn, pairs, 0, by.down);
+    add_gradient(r.left, s.dim, r.hidden_pairs, s.ffn, pairs, by.down);
     float* middle = room(r.middle, L * s.dim);
     std::copy_n(dy, L * s.dim, middle);
     for (int64_t i = 0; i < L * s.dim; i += s.dim)
@@ -180,13 +193,13 @@ void backward_attention(const Shape& s, const Weights& w, const Weights& by, con
     round_rows(r.middle.data(), p.attention_mask, L * s.dim, rows);
     pair_all(rows, L, s.dim, r.left);
     pair_all(p.attended, L, s.inner(), r.right);
-    add_gradient(r.left, s.dim, r.right, s.inner(), pairs, 0, by.out);
+    add_gradient(r.left, s.dim, r.right, s.inner(), pairs, by.out);
     packed.out.multiply(rows, L, put_halves(given, s.inner()));
     attend_backward(s, w, by, p.sequence, r.heads, p.qkv, p.attended, p.lse, given, wide);
     norm_rows(p.x, w.attention_norm, L, s.dim, s.eps, rows);
     pair_all(wide, L, s.qkv(), r.left);
     pair_all(rows, L, s.dim, r.right);
-    add_gradient(r.left, s.qkv(), r.right, s.dim, pairs, 0, by.qkv);
+    add_gradient(r.left, s.qkv(), r.right, s.dim, pairs, by.qkv);
     packed.qkv.multiply(wide, L, put_floats(back, s.dim));
     std::copy_n(r.middle.data(), L * s.dim, dx);
     for (int64_t i = 0; i < L * s.dim; i += s.dim)
@@ -195,17 +208,21 @@ void backward_attention(const Shape& s, const Weights& w, const Weights& by, con
 
 // The gradients of all threads, rows of one after the other, into those that PyTorch sees
 void add_up(const Shape& s, const Weights& gradients, int64_t thread, int64_t threads) {
-    const int64_t sizes[] = {s.qkv() * s.dim, s.dim * s.inner(), 2 * s.ffn * s.dim, s.dim * s.ffn, s.dim,
-                             s.dim,           s.head_dim,        s.head_dim};
-    float* const* to = &gradients.qkv;
-    for (int64_t part = 0; part < 8; part++) {
-        const Range places = share(sizes[part] / 16, thread, threads);
-        for (int64_t i = places.begin * 16; i < places.end * 16; i += 16) {
-            __m512 sum = _mm512_setzero_ps();
-            for (int64_t t = 0; t < threads; t++)
-                sum = _mm512_add_ps(sum, _mm512_loadu_ps((&sums[t].parts.qkv)[part] + i));
-            _mm512_storeu_ps(to[part] + i, sum);
+    int64_t part = 0;
+    for (const Size& size : sizes_of(s)) {
+        const Range rows = share(size.rows, thread, threads);
+        for (int64_t n = rows.begin; n < rows.end; n++) {
+            float* to = (&gradients.qkv)[part] + (part == GATE_UP ? turn_of(n, s.ffn) : n) * size.columns;
+            for (int64_t k = 0; k < size.columns; k += 16) {
+                const int64_t block = k / GROUP * GROUP * size.rows + block_row(n) + k % GROUP;
+                __m512 sum = _mm512_setzero_ps();
+                for (int64_t t = 0; t < threads; t++)
+                    sum =
+                        _mm512_add_ps(sum, _mm512_loadu_ps((&sums[t].parts.qkv)[part] + (size.rows == 1 ? k : block)));
+                _mm512_storeu_ps(to + k, sum);
+            }
         }
+        part++;
     }
 }
 

@@ -149,15 +149,16 @@ void turn_head(Rows raw, int64_t t, const float* gain, const float* cosine, cons
     }
 }
 
-// Back through `turn_head`: dy (K) float32 is overwritten; -> raw's gradient in bfloat16
+// Back through `turn_head`: dy (K) float32, 32 numbers `far` from the next 32 -> raw's gradient in bfloat16
 void unturn_head(Rows raw, int64_t t, const float* gain, const float* cosine, const float* sine, int64_t width,
-                 float eps, float factor, float* few, float* dy, float* by_gain, Bf16* draw) {
+                 float eps, float factor, float* few, const float* dy, int64_t far, float* by_gain, Bf16* draw) {
     const int64_t half = width / 2;
+    const auto given = [&](int64_t i) { return _mm512_loadu_ps(dy + i / GROUP * far + i % GROUP); };
     float *turned = few + width, *back = few + 2 * width;
     for (int64_t i = 0; i < width; i += 16) {
         const int64_t other = i < half ? i + half : i - half;
-        __m512 sum = _mm512_mul_ps(_mm512_loadu_ps(dy + i), _mm512_loadu_ps(cosine + i));
-        sum = _mm512_fmadd_ps(_mm512_loadu_ps(dy + other), _mm512_loadu_ps(sine + other), sum);
+        __m512 sum = _mm512_mul_ps(given(i), _mm512_loadu_ps(cosine + i));
+        sum = _mm512_fmadd_ps(given(other), _mm512_loadu_ps(sine + other), sum);
         _mm512_storeu_ps(turned + i, _mm512_mul_ps(sum, _mm512_set1_ps(factor)));
         _mm512_storeu_ps(few + i, widen(raw.at(t, i)));
     }
