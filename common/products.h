@@ -79,14 +79,20 @@ template <typename Store>
 void product(const Bf16* a, int64_t rows, int64_t step, int64_t inputs, const Bf16* packed, int64_t size,
              int64_t groups, const Store& store) {
     const int64_t tiles = (rows + MAX_TILE - 1) / MAX_TILE;
-    for (int64_t g = 0; g < groups; g++, packed += size)
+    for (int64_t g = 0; g < groups; g++, packed += size) {
+        const auto put = [&](int64_t row, __m512 first, __m512 last) { store(row, g * GROUP, first, last); };
+        const char* next = reinterpret_cast<const char*>(packed + size);
+        if (tiles == 1) {  // without a division
+            product_tile<MAX_TILE>(rows, a, step, inputs, packed, Ahead{next, 4 * GROUP}, 0, put);
+            continue;
+        }
         for (int64_t t = 0; t < tiles; t++) {
             const Range tile = share(rows, t, tiles);
-            const Ahead ahead{reinterpret_cast<const char*>(packed + size + size * t / tiles), 4 * GROUP / tiles};
-            const auto put = [&](int64_t row, __m512 first, __m512 last) { store(row, g * GROUP, first, last); };
+            const Ahead ahead{next + 2 * size * t / tiles, 4 * GROUP / tiles};
             product_tile<MAX_TILE>(tile.end - tile.begin, a + tile.begin * step, step, inputs, packed, ahead,
                                    tile.begin, put);
         }
+    }
 }
 
 // N columns of `left`, from `column` on, against a group of `right`, both as paired rows
@@ -124,6 +130,7 @@ void add_outer(const Bf16* left, int64_t columns, const Bf16* right, int64_t wid
             const int64_t begin = CAUSAL ? std::min(n / 2, pairs) : 0;
             const Bf16* a = left + (n * pairs + begin * GROUP) * 2;
             const Bf16* b = right + (k * pairs + begin * GROUP) * 2;
+#pragma GCC unroll 3
             for (int64_t t = 0; t < TILES; t++) {
                 const Range tile = share(GROUP, t, TILES);
                 for (int64_t i = tile.begin * GROUP; i < tile.end * GROUP; i += 16) _mm_prefetch(sums + i, _MM_HINT_T0);

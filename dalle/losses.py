@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dalle.model import DalleOutput
+from dalle.train_native import cross_entropy
 
 
 @dataclass(frozen=True)
@@ -68,25 +69,25 @@ def dalle_loss(
     text = output.image.new_zeros((), dtype=torch.float32)
     if output.text is not None:
         # a sum: a batch of null captions alone must give 0 with a gradient, not NaN
-        text = F.cross_entropy(output.text.float(), text_targets, reduction="sum") / max(1.0, num_targets)
+        text = cross_entropy(output.text, text_targets).sum() / max(1.0, num_targets)
     total = config.text_weight * text + config.image_weight * objective
     return Losses(total / (config.text_weight + config.image_weight), text, image)
 
 
 def image_cross_entropy(logits: Tensor, image_ids: Tensor, config: LossConfig) -> tuple[Tensor, Tensor]:
     """(B, N, V), (B, N) -> plain cross-entropy for the log, and the objective with smoothing and z-loss."""
-    logits, targets = logits.flatten(0, 1).float(), image_ids.flatten()  # (B N, V)
-    plain = F.cross_entropy(logits, targets)
+    logits, targets = logits.flatten(0, 1), image_ids.flatten()  # (B N, V)
+    plain = cross_entropy(logits, targets).mean()
     objective = plain
     if config.label_smoothing:
-        smooth = F.cross_entropy(logits, targets, label_smoothing=config.label_smoothing)
+        smooth = F.cross_entropy(logits.float(), targets, label_smoothing=config.label_smoothing)
         plain, objective = plain.detach(), smooth
     if config.z_loss:
-        objective = objective + config.z_loss * logits.logsumexp(-1).square().mean()
+        objective = objective + config.z_loss * logits.float().logsumexp(-1).square().mean()
     return plain, objective
 
 
 def position_losses(logits: Tensor, image_ids: Tensor) -> Tensor:
     """Summed cross-entropy of each image position over the batch: (B, N, V), (B, N) -> (N,) float32"""
-    losses = F.cross_entropy(logits.flatten(0, 1).float(), image_ids.flatten(), reduction="none")
+    losses = cross_entropy(logits.flatten(0, 1), image_ids.flatten())
     return losses.view(image_ids.shape).sum(0)

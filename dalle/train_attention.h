@@ -43,6 +43,16 @@ __m512 scores_at(const Sequence& q, const float* scores, int64_t row, int64_t ke
     return q.bias ? _mm512_mask_add_ps(found, seen, found, _mm512_maskz_loadu_ps(seen, q.bias + key)) : found;
 }
 
+// exp(x) for x <= 0, to the few digits that bfloat16 has; 0 below -104
+__m512 exp_few(__m512 x) {
+    x = _mm512_mul_ps(_mm512_max_ps(x, _mm512_set1_ps(-150.0f)), _mm512_set1_ps(1.44269504f));
+    const __m512 n = _mm512_roundscale_ps(x, 0), r = _mm512_sub_ps(x, n);  // 2^x = 2^n 2^r
+    __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(9.6181291e-3f), r, _mm512_set1_ps(5.5504109e-2f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.4022651e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.9314718e-1f));
+    return _mm512_scalef_ps(_mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f)), n);
+}
+
 // exp(scores - their maximum) of keys up to `row` in bfloat16, 0 beyond; -> the logarithm of the softmax's sum, and 1 /
 // sum
 float soften(const Sequence& q, const float* scores, int64_t row, int64_t width, Bf16* weights, float& inverse) {
@@ -50,7 +60,7 @@ float soften(const Sequence& q, const float* scores, int64_t row, int64_t width,
     for (int64_t i = 0; i < width; i += 16) most = _mm512_max_ps(most, scores_at(q, scores, row, i));
     const float top = _mm512_reduce_max_ps(most);
     for (int64_t i = 0; i < width; i += 16) {
-        const __m512 p = exp512(_mm512_sub_ps(scores_at(q, scores, row, i), _mm512_set1_ps(top)));
+        const __m512 p = exp_few(_mm512_sub_ps(scores_at(q, scores, row, i), _mm512_set1_ps(top)));
         store_bf16(weights + i, p);
         total = _mm512_add_ps(total, p);
     }
@@ -111,7 +121,7 @@ void soften_back(const Sequence& q, HeadRoom& r, const float* lse, int64_t begin
         __m512 p[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()}, ds[2] = {p[0], p[0]};
         for (int64_t j = 0; j < 1 + both; j++) {
             const __m512 above = _mm512_set1_ps(lse[row + j]), delta = _mm512_set1_ps(r.delta[row + j]);
-            p[j] = exp512(_mm512_sub_ps(scores_at(q, scores + j * width, row + j, k), above));
+            p[j] = exp_few(_mm512_sub_ps(scores_at(q, scores + j * width, row + j, k), above));
             ds[j] = _mm512_mul_ps(p[j], _mm512_sub_ps(_mm512_loadu_ps(slopes + j * width + k), delta));
             store_bf16(r.weights.data() + (i + j) * width + k, ds[j]);
         }

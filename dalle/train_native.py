@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from common import native
@@ -87,6 +88,24 @@ def _library() -> ctypes.CDLL:
     library.block_forward.argtypes = (*(_pointer,) * 5, ctypes.c_int)
     library.block_backward.argtypes = (*(_pointer,) * 7, ctypes.c_int)
     library.block_forward.restype = library.block_backward.restype = None
+    library.entropy_forward.argtypes = (
+        _pointer,
+        _pointer,
+        _integer,
+        _integer,
+        _pointer,
+        _pointer,
+        ctypes.c_int,
+    )
+    library.entropy_backward.argtypes = (
+        _pointer,
+        _pointer,
+        _integer,
+        _integer,
+        *(_pointer,) * 3,
+        ctypes.c_int,
+    )
+    library.entropy_forward.restype, library.entropy_backward.restype = ctypes.c_bool, None
     return library
 
 
@@ -153,3 +172,35 @@ def run_block(block: "Block", x: Tensor, table: Tensor, bias: Tensor | None) -> 
         m if m is None else m.expand_as(x).contiguous() for m in (block.branch_mask(x), block.branch_mask(x))
     ]
     return _BlockFunction.apply(shape, (table.contiguous(), bias, *masks), x.contiguous(), *matrices, *gains)
+
+
+class _EntropyFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits: Tensor, targets: Tensor) -> Tensor:
+        losses, lse = torch.empty(2, len(logits)).unbind()
+        known = _library().entropy_forward(
+            logits.data_ptr(), targets.data_ptr(), *logits.shape, losses.data_ptr(), lse.data_ptr(),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        if not known:
+            raise IndexError(f"targets must lie in [0, {logits.shape[1]})")
+        ctx.save_for_backward(logits, targets, lse)
+        return losses
+
+    @staticmethod
+    def backward(ctx, dlosses: Tensor) -> tuple[Tensor, None]:
+        logits, targets, lse = ctx.saved_tensors
+        dlosses, dlogits = dlosses.contiguous(), torch.empty_like(logits)
+        _library().entropy_backward(
+            logits.data_ptr(), targets.data_ptr(), *logits.shape, lse.data_ptr(), dlosses.data_ptr(),
+            dlogits.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        return dlogits, None
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Of each row, computed in float32: (M, V), (M,) long -> (M,) float32"""
+    compiled = logits.device.type == "cpu" and logits.dtype == torch.bfloat16 and logits.shape[1] % 16 == 0
+    if compiled and not torch.compiler.is_compiling() and is_available():
+        return _EntropyFunction.apply(logits.contiguous(), targets.contiguous())
+    return F.cross_entropy(logits.float(), targets, reduction="none")

@@ -89,6 +89,23 @@ def test_padding_is_never_seen():
 
 
 @needs_native
+@pytest.mark.parametrize("width", [16, 1024, 8192])
+def test_cross_entropy_is_pytorchs(width):
+    torch.manual_seed(0)
+    logits = (torch.randn(37, width) * 4).bfloat16().requires_grad_()
+    targets, weights = torch.randint(width, (37,)), torch.rand(37)
+    losses = train_native.cross_entropy(logits, targets)
+    expected = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
+    mine, theirs = (torch.autograd.grad((x * weights).sum(), logits)[0] for x in (losses, expected))
+    assert mine.dtype == torch.bfloat16
+    torch.testing.assert_close(mine, theirs, rtol=0.01, atol=1e-6)
+    assert train_native.cross_entropy(logits[:0], targets[:0]).shape == (0,)
+    with pytest.raises(IndexError, match="targets must lie"):
+        train_native.cross_entropy(logits, targets + width)
+
+
+@needs_native
 def test_a_model_learns_as_with_pytorch():
     """The first steps of training, gradient checkpointing included, follow the same path."""
     losses = {}
