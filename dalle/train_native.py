@@ -26,6 +26,7 @@ SOURCE = Path(__file__).with_name("train_native.cpp")
 MATRICES = ("qkv", "out", "gate_up", "down")
 GAINS = ("attention_norm", "ffn_norm", "q_norm", "k_norm")
 
+MOST_SUMS = 2**29  # gradients of all threads: 2 GiB
 _one_at_a_time = threading.Lock()
 _pointer, _integer = ctypes.c_void_p, ctypes.c_int64
 
@@ -63,7 +64,8 @@ def takes(block: "Block", x: Tensor) -> bool:
     """Whether `run_block` is what `block(x)` should do.
 
     It is for training under bf16 autocast on such a CPU, without AMX, with a sequence or more for every thread, whole
-    registers, all weights here (ZeRO-3 keeps parts) and no attention weights dropped.
+    registers, all weights here (ZeRO-3 keeps parts), no attention weights dropped, and gradients of the matrices that
+    every thread can have for itself.
     """
     if x.device.type != "cpu" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
@@ -76,10 +78,16 @@ def takes(block: "Block", x: Tensor) -> bool:
     a = block.attention
     if block.training and a.dropout:
         return False
+    matrices, threads = (
+        (a.qkv.weight, a.out.weight, block.ffn.gate_up.weight, block.ffn.out.weight),
+        torch.get_num_threads(),
+    )
+    if any(m.ndim != 2 or m.dtype != torch.float32 for m in matrices) or x.dtype != torch.float32:
+        return False
     widths = (x.shape[2], a.head_dim, block.ffn.out.in_features)
-    weight = a.qkv.weight
-    fits = all(width % native.GROUP == 0 for width in widths) and len(x) >= torch.get_num_threads()
-    return fits and x.dtype == weight.dtype == torch.float32 and weight.ndim == 2 and is_available()
+    if any(width % native.GROUP for width in widths) or len(x) < threads:
+        return False
+    return threads * sum(m.numel() for m in matrices) <= MOST_SUMS and is_available()
 
 
 @functools.cache

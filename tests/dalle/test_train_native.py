@@ -148,6 +148,9 @@ def test_what_it_leaves_to_pytorch():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(common.native, "is_outdone", lambda: True)
         assert not takes()
+        patch.setattr(common.native, "is_outdone", lambda: False)
+        patch.setattr(train_native, "MOST_SUMS", 1000)
+        assert not takes()
     assert not takes(num_heads=4)  # heads of 16
     assert not takes(dim=96, num_heads=2)
     assert takes(batch=torch.get_num_threads()) and not takes(batch=torch.get_num_threads() - 1 or 0)
