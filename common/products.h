@@ -33,19 +33,50 @@ struct Rows {  // a matrix of which 32 numbers of a row lie together
 
 inline Rows in_rows(const Bf16* x, int64_t width) { return {x, width, GROUP}; }
 
+// 16 x 16 numbers of 32 bits, transposed
+inline void transpose(__m512i (&x)[16]) {
+    __m512i y[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+        y[2 * i] = _mm512_unpacklo_epi32(x[2 * i], x[2 * i + 1]);
+        y[2 * i + 1] = _mm512_unpackhi_epi32(x[2 * i], x[2 * i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        x[4 * i] = _mm512_unpacklo_epi64(y[4 * i], y[4 * i + 2]);
+        x[4 * i + 1] = _mm512_unpackhi_epi64(y[4 * i], y[4 * i + 2]);
+        x[4 * i + 2] = _mm512_unpacklo_epi64(y[4 * i + 1], y[4 * i + 3]);
+        x[4 * i + 3] = _mm512_unpackhi_epi64(y[4 * i + 1], y[4 * i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        y[i] = _mm512_shuffle_i32x4(x[i], x[4 + i], 0x88);
+        y[4 + i] = _mm512_shuffle_i32x4(x[i], x[4 + i], 0xdd);
+        y[8 + i] = _mm512_shuffle_i32x4(x[8 + i], x[12 + i], 0x88);
+        y[12 + i] = _mm512_shuffle_i32x4(x[8 + i], x[12 + i], 0xdd);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        x[i] = _mm512_shuffle_i32x4(y[i], y[8 + i], 0x88);
+        x[4 + i] = _mm512_shuffle_i32x4(y[4 + i], y[12 + i], 0x88);
+        x[8 + i] = _mm512_shuffle_i32x4(y[i], y[8 + i], 0xdd);
+        x[12 + i] = _mm512_shuffle_i32x4(y[4 + i], y[12 + i], 0xdd);
+    }
+}
+
 // x (rows, columns) -> (rows' / 32, columns / 2, 32, 2), rows' whole groups, the rest zeros
 inline void pack_rows(Rows x, int64_t rows, int64_t columns, Bf16* to) {
-    const __m512i places = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
-                                              _mm512_set1_epi32(x.step * sizeof(Bf16)));
-    for (int64_t row = 0; row < whole_groups(rows); row += 16) {
-        const int64_t left = std::max<int64_t>(rows - row, 0);
-        const __mmask16 there = left >= 16 ? 0xffff : (1 << left) - 1;
-        Bf16* group = to + row / GROUP * columns * GROUP + row % GROUP * 2;
-        for (int64_t c = 0; c < columns; c += 2) {
-            const __m512i pairs = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), there, places, x.at(row, c), 1);
-            _mm512_storeu_si512(group + c * GROUP, pairs);
+    for (int64_t row = 0; row < whole_groups(rows); row += 16)
+        for (int64_t c = 0; c < columns; c += GROUP) {
+            __m512i pairs[16];
+#pragma GCC unroll 16
+            for (int i = 0; i < 16; i++)
+                pairs[i] = row + i < rows ? _mm512_loadu_si512(x.at(row + i, c)) : _mm512_setzero_si512();
+            transpose(pairs);
+            Bf16* group = to + row / GROUP * columns * GROUP + row % GROUP * 2 + c * GROUP;
+#pragma GCC unroll 16
+            for (int i = 0; i < 16; i++) _mm512_storeu_si512(group + i * 2 * GROUP, pairs[i]);
         }
-    }
 }
 
 // x (rows, columns) -> `count` pairs of (columns / 32, pairs, 32, 2); rows beyond the last are zeros
