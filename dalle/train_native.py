@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from dalle.model import Block
 
 SOURCE = Path(__file__).with_name("train_native.cpp")
-MATRICES = ("qkv", "out", "gate_up", "down")
-GAINS = ("attention_norm", "ffn_norm", "q_norm", "k_norm")
-
 MOST_SUMS = 2**29  # gradients of all threads: 2 GiB
 _one_at_a_time = threading.Lock()
 _pointer, _integer = ctypes.c_void_p, ctypes.c_int64
@@ -40,7 +37,10 @@ class _Shape(ctypes.Structure):
 
 
 class _Weights(ctypes.Structure):
-    _fields_ = tuple((name, _pointer) for name in (*MATRICES, *GAINS))
+    _fields_ = tuple(
+        (name, _pointer)
+        for name in ("qkv", "out", "gate_up", "down", "attention_norm", "ffn_norm", "q_norm", "k_norm")
+    )
 
 
 class _Input(ctypes.Structure):
@@ -69,23 +69,14 @@ def takes(block: "Block", x: Tensor) -> bool:
     """
     if x.device.type != "cpu" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
-    if (
-        native.is_outdone()
-        or not torch.is_autocast_enabled("cpu")
-        or torch.get_autocast_dtype("cpu") != torch.bfloat16
-    ):
+    in_bf16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    attention, ffn, threads = block.attention, block.ffn, torch.get_num_threads()
+    if not in_bf16 or native.is_outdone() or (block.training and attention.dropout) or len(x) < threads:
         return False
-    a = block.attention
-    if block.training and a.dropout:
+    matrices = attention.qkv.weight, attention.out.weight, ffn.gate_up.weight, ffn.out.weight
+    if x.dtype != torch.float32 or any(m.ndim != 2 or m.dtype != torch.float32 for m in matrices):
         return False
-    matrices, threads = (
-        (a.qkv.weight, a.out.weight, block.ffn.gate_up.weight, block.ffn.out.weight),
-        torch.get_num_threads(),
-    )
-    if any(m.ndim != 2 or m.dtype != torch.float32 for m in matrices) or x.dtype != torch.float32:
-        return False
-    widths = (x.shape[2], a.head_dim, block.ffn.out.in_features)
-    if any(width % native.GROUP for width in widths) or len(x) < threads:
+    if any(width % native.GROUP for width in (x.shape[2], attention.head_dim, ffn.out.in_features)):
         return False
     return threads * sum(m.numel() for m in matrices) <= MOST_SUMS and is_available()
 
@@ -96,23 +87,9 @@ def _library() -> ctypes.CDLL:
     library.block_forward.argtypes = (*(_pointer,) * 5, ctypes.c_int)
     library.block_backward.argtypes = (*(_pointer,) * 7, ctypes.c_int)
     library.block_forward.restype = library.block_backward.restype = None
-    library.entropy_forward.argtypes = (
-        _pointer,
-        _pointer,
-        _integer,
-        _integer,
-        _pointer,
-        _pointer,
-        ctypes.c_int,
-    )
-    library.entropy_backward.argtypes = (
-        _pointer,
-        _pointer,
-        _integer,
-        _integer,
-        *(_pointer,) * 3,
-        ctypes.c_int,
-    )
+    logits = (_pointer, _pointer, _integer, _integer)  # and targets, rows, width
+    library.entropy_forward.argtypes = (*logits, _pointer, _pointer, ctypes.c_int)
+    library.entropy_backward.argtypes = (*logits, _pointer, _pointer, _pointer, ctypes.c_int)
     library.entropy_forward.restype, library.entropy_backward.restype = ctypes.c_bool, None
     return library
 

@@ -208,7 +208,7 @@ int64_t nearest(const Encoder& e, const float* z) {
         which = _mm512_mask_mov_epi32(which, nearer, number);
     }
     const __mmask16 best = _mm512_cmp_ps_mask(least, _mm512_set1_ps(_mm512_reduce_min_ps(least)), _CMP_EQ_OQ);
-    return _mm512_mask_reduce_min_epi32(best, which);
+    return best ? _mm512_mask_reduce_min_epi32(best, which) : 0;  // no distance is a number
 }
 
 void encode_picture(const Encoder& e, const Pictures& p, int64_t picture, Room& room, float* latents, int64_t* ids) {

@@ -89,6 +89,21 @@ def test_padding_is_never_seen():
 
 
 @needs_native
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_no_number_shows(value):
+    """The trainer stops at a loss that is not finite: none of the passes may hide it."""
+    block, x, table, mask, dy = make_block()
+    x[1, 7, 5] = value
+    found = passes(block, x, table, mask, dy, bf16=True, native=True)
+    assert not found["y"][1, 7].isfinite().all() and found["y"][0].isfinite().all()
+    assert not found["attention.qkv.weight"].isfinite().all()
+    logits = torch.randn(4, 64).bfloat16()
+    logits[2] = value
+    losses = train_native.cross_entropy(logits, torch.arange(4))
+    assert losses[[0, 1, 3]].isfinite().all() and not losses[2].isfinite()
+
+
+@needs_native
 @pytest.mark.parametrize("width", [16, 1024, 8192])
 def test_cross_entropy_is_pytorchs(width):
     torch.manual_seed(0)

@@ -100,6 +100,16 @@ def test_another_size_of_picture_after_a_larger_one():
 
 
 @needs_native
+def test_pixels_that_are_no_numbers_get_codes():
+    images = pictures(16, 16)
+    images[2] = float("nan")
+    encoder = NativeEncoder(make(DEEP))
+    ids = encoder.encode_ids(images)
+    assert ids.min() >= 0 and ids.max() < 64
+    assert torch.equal(ids[[0, 1, 3, 4]], encoder.encode_ids(images[[0, 1, 3, 4]]))
+
+
+@needs_native
 def test_what_it_refuses():
     with pytest.raises(ValueError, match="multiples of 4"):
         NativeEncoder(make(DEEP)).encode_ids(pictures(18, 16))
