@@ -131,11 +131,6 @@ void round_rows(const float* x, const Bf16* mask, int64_t size, Bf16* y) {
     }
 }
 
-// by += left^T right, both as paired rows, in blocks
-void add_gradient(const Halves& left, int64_t n, const Halves& right, int64_t k, int64_t pairs, float* by) {
-    add_outer<false>(left.data(), n, right.data(), k, pairs, by);
-}
-
 void pair_all(const Bf16* x, int64_t length, int64_t width, Halves& to) {
     const int64_t pairs = (length + 1) / 2;
     pair_rows(in_rows(x, width), length, pairs, width, room(to, pairs * width * 2), pairs);
@@ -176,9 +171,9 @@ void backward_ffn(const Shape& s, const Weights& w, const Weights& by, const Par
     Bf16* rows = room(r.rows, L * s.dim);
     norm_rows(p.middle, w.ffn_norm, L, s.dim, s.eps, rows);
     pair_all(rows, L, s.dim, r.right);
-    add_gradient(r.left, 2 * s.ffn, r.right, s.dim, pairs, by.gate_up);
+    add_outer<false>(r.left.data(), 2 * s.ffn, r.right.data(), s.dim, pairs, by.gate_up);
     pair_all(r.given.data(), L, s.dim, r.left);
-    add_gradient(r.left, s.dim, r.hidden_pairs, s.ffn, pairs, by.down);
+    add_outer<false>(r.left.data(), s.dim, r.hidden_pairs.data(), s.ffn, pairs, by.down);
     float* middle = room(r.middle, L * s.dim);
     std::copy_n(dy, L * s.dim, middle);
     for (int64_t i = 0; i < L * s.dim; i += s.dim)
@@ -193,13 +188,13 @@ void backward_attention(const Shape& s, const Weights& w, const Weights& by, con
     round_rows(r.middle.data(), p.attention_mask, L * s.dim, rows);
     pair_all(rows, L, s.dim, r.left);
     pair_all(p.attended, L, s.inner(), r.right);
-    add_gradient(r.left, s.dim, r.right, s.inner(), pairs, by.out);
+    add_outer<false>(r.left.data(), s.dim, r.right.data(), s.inner(), pairs, by.out);
     packed.out.multiply(rows, L, put_halves(given, s.inner()));
     attend_backward(s, w, by, p.sequence, r.heads, p.qkv, p.attended, p.lse, given, wide);
     norm_rows(p.x, w.attention_norm, L, s.dim, s.eps, rows);
     pair_all(wide, L, s.qkv(), r.left);
     pair_all(rows, L, s.dim, r.right);
-    add_gradient(r.left, s.qkv(), r.right, s.dim, pairs, by.qkv);
+    add_outer<false>(r.left.data(), s.qkv(), r.right.data(), s.dim, pairs, by.qkv);
     packed.qkv.multiply(wide, L, put_floats(back, s.dim));
     std::copy_n(r.middle.data(), L * s.dim, dx);
     for (int64_t i = 0; i < L * s.dim; i += s.dim)

@@ -54,10 +54,11 @@ class _Kept(ctypes.Structure):
 @functools.cache
 def is_available() -> bool:
     """Whether this machine can run it; says so where only a compiler is missing."""
-    reason = "" if native.lacking_flags() else native.why_not(SOURCE)
-    if reason:
+    if native.lacking_flags():
+        return False
+    if reason := native.why_not(SOURCE):
         say(f"training slower, with PyTorch's operators: {reason}")
-    return not native.lacking_flags() and not reason
+    return not reason
 
 
 def takes(block: "Block", x: Tensor) -> bool:

@@ -9,6 +9,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 import torch
 
+from common import native
+
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 
@@ -31,3 +33,19 @@ def roberta() -> Path:
     if not path.is_dir():
         pytest.skip(f"no tokenizer vocabulary at {path}")
     return path
+
+
+@pytest.fixture
+def no_compiler(monkeypatch, tmp_path):
+    """A machine whose compiler fails, and which has nothing compiled yet."""
+    from dalle import train_native
+
+    monkeypatch.setenv("CXX", "false")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(native, "is_outdone", lambda: False)
+    compiled = (native.library, native.why_not, train_native.is_available)
+    for cached in compiled:
+        cached.cache_clear()
+    yield
+    for cached in compiled:
+        cached.cache_clear()

@@ -33,6 +33,7 @@ from vq.data import open_pictures
 from vq.foreground import border_mask
 from vq.losses import color_shift, psnr
 from vq.model import ImageTokenizer
+from vq.native import PictureEncoder
 from vq.perceptual import PerceptualDistance, load_perceptual
 from vq.quantizer import CodeUsage
 
@@ -153,8 +154,9 @@ def evaluate(
     perceptual = _perceptual(options, device)
     frechet = FrechetMeter(perceptual, device)
     totals = Totals(CodeUsage(tokenizer.codebook_size))
+    encoder = PictureEncoder(tokenizer, device, options.precision)
     for batch in _batches(options, options.image_size or tokenizer.image_size):
-        _add(totals, batch, tokenizer, perceptual, frechet, options, device)
+        _add(totals, batch, encoder, perceptual, frechet, options, device)
     if not totals.rows:
         raise ValueError(f"none of the pictures in {options.data} could be read")
     rows, shift = totals.rows, torch.cat(totals.shifts)
@@ -203,7 +205,7 @@ def _batches(options: Options, image_size: int) -> Iterator[dict[str, Any]]:
 def _add(
     totals: Totals,
     batch: dict[str, Any],
-    tokenizer: ImageTokenizer,
+    encoder: PictureEncoder,
     perceptual: PerceptualDistance | None,
     frechet: FrechetMeter,
     options: Options,
@@ -211,13 +213,13 @@ def _add(
 ) -> None:
     from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
-    images = batch["image"].to(device, memory_format=torch.channels_last)
+    images, tokenizer = batch["image"].to(device, memory_format=torch.channels_last), encoder.tokenizer
     grid = (images.shape[-2] // tokenizer.downsample_factor, images.shape[-1] // tokenizer.downsample_factor)
     with autocast(device, options.precision):
         if not totals.rows:  # the first pass allocates and chooses kernels: untimed
-            tokenizer.decode_ids(tokenizer.encode_ids(images), grid)
+            tokenizer.decode_ids(encoder(images), grid)
         started = _clock(device)
-        ids = tokenizer.encode_ids(images)
+        ids = encoder(images)
         encoded = _clock(device)
         decoded = tokenizer.decode_ids(ids, grid)
         ended = _clock(device)

@@ -101,11 +101,11 @@ struct Room {  // of a thread, for a picture
         sums.resize(most);
         in.resize(most);
         middle.resize(most);
-        small.resize(std::max<int64_t>({2 * widest, PATCHES * 3 * e.patch * e.patch}));
+        small.resize(std::max(2 * widest, PATCHES * 3 * e.patch * e.patch));
         scores.resize(MAX_TILE * padded);
         weights.resize(MAX_TILE * padded);
-        keys.assign(padded * e.head_dim, 0);
-        values.assign(padded * e.head_dim, 0);
+        keys.resize(padded * e.head_dim);
+        values.resize(padded * e.head_dim);
     }
 };
 

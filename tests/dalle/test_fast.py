@@ -2,7 +2,6 @@ import pytest
 import torch
 from small_checkpoint import enlarge_
 
-import common.native
 from common.native import lacking_flags
 from dalle import native
 from dalle.fast import CompiledDecoder, FastOptions, GraphDecoder, PlainDecoder, prepare
@@ -119,20 +118,11 @@ def test_native_refuses_what_it_cannot_do():
 
 
 @pytest.mark.skipif(bool(lacking_flags()), reason="a CPU without the native engine")
-def test_without_a_compiler_packed_takes_over(monkeypatch, tmp_path, capsys):
-    monkeypatch.setenv("CXX", "false")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    compiled = (native._library, common.native.library, common.native.why_not)
-    for cached in compiled:
-        cached.cache_clear()
-    try:
-        assert type(prepare(make(), FastOptions("auto", "bfloat16"))) is PackedDecoder
-        assert "packed engine: compiling native.cpp failed: exit code 1" in capsys.readouterr().out
-        with pytest.raises(ValueError, match=r"native engine cannot run here: compiling native\.cpp failed"):
-            prepare(make(), FastOptions("native", "bfloat16"))
-    finally:
-        for cached in compiled:
-            cached.cache_clear()
+def test_without_a_compiler_packed_takes_over(no_compiler, capsys):
+    assert type(prepare(make(), FastOptions("auto", "bfloat16"))) is PackedDecoder
+    assert "packed engine: compiling native.cpp failed: exit code 1" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"native engine cannot run here: compiling native\.cpp failed"):
+        prepare(make(), FastOptions("native", "bfloat16"))
 
 
 def test_int8_rounds_to_the_nearest_step():

@@ -76,6 +76,15 @@ def test_the_same_twice_and_in_any_company():
     some = slice(2, 5)
     few = passes(block, x[some], table, CausalMask(mask.visible[some], mask.length), dy[some], True, True)
     assert torch.equal(few["y"], first["y"][some]) and torch.equal(few["x"], first["x"][some])
+    try:
+        torch.set_num_threads(3)
+        shared = passes(*inputs, bf16=True, native=True)
+        again = passes(*inputs, bf16=True, native=True)
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(shared[name], again[name]) for name in shared)
+    assert torch.equal(shared["y"], first["y"]) and torch.equal(shared["x"], first["x"])
+    torch.testing.assert_close(shared, first, rtol=1e-4, atol=1e-3)  # weights: sums in another order
 
 
 @needs_native
@@ -177,17 +186,8 @@ def test_what_it_leaves_to_pytorch():
         assert not train_native.takes(block, x)
 
 
-def test_without_a_compiler_pytorch_trains(monkeypatch, tmp_path, capsys):
-    monkeypatch.setenv("CXX", "false")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    compiled = (common.native.library, common.native.why_not, train_native.is_available)
-    for cached in compiled:
-        cached.cache_clear()
-    try:
-        block, x, table, mask, _ = make_block()
-        with torch.autocast("cpu", torch.bfloat16):
-            assert block(x, table, mask).isfinite().all() and not train_native.takes(block, x)
-        assert "compiling train_native.cpp failed: exit code 1" in capsys.readouterr().out
-    finally:
-        for cached in compiled:
-            cached.cache_clear()
+def test_without_a_compiler_pytorch_trains(no_compiler, capsys):
+    block, x, table, mask, _ = make_block()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert block(x, table, mask).isfinite().all() and not train_native.takes(block, x)
+    assert "compiling train_native.cpp failed: exit code 1" in capsys.readouterr().out
