@@ -45,6 +45,20 @@ inline __m512 silu512(__m512 x) {
     return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), exp512(minus)));
 }
 
+// 2^x to the few digits that bfloat16 has, 0 where not `live`
+inline __m512 power_of_two(__m512 x, __mmask16 live) {
+    const __m512 r = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);  // 2^x = 2^floor(x) 2^r
+    __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(7.8024537e-2f), r, _mm512_set1_ps(2.2606720e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.9583349e-1f));
+    return _mm512_maskz_scalef_ps(live, _mm512_fmadd_ps(p, r, _mm512_set1_ps(9.9992523e-1f)), x);
+}
+
+// 1 / (1 + e^-x) to as many digits
+inline __m512 sigmoid_few(__m512 x) {
+    const __m512 power = power_of_two(_mm512_mul_ps(x, _mm512_set1_ps(-1.44269504f)), 0xffff);
+    return _mm512_rcp14_ps(_mm512_add_ps(_mm512_set1_ps(1.0f), power));
+}
+
 inline void store_bf16(Bf16* to, __m512 x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(x));
 }
@@ -61,15 +75,23 @@ inline __m512bh load_pairs(const int8_t* from) {
 struct Ahead {  // what to bring into the cache meanwhile: two lines a pair of inputs
     const char* next;
     int64_t stride;
+    void bring() {
+        _mm_prefetch(next, _MM_HINT_T0);
+        _mm_prefetch(next + 64, _MM_HINT_T0);
+        next += stride;
+    }
+};
+
+struct Nothing {  // to bring: all is there
+    void bring() {}
 };
 
 // sums += rows against a group: R rows of `inputs` numbers, `step` apart.
-template <int R, typename Weight>
+template <int R, typename Weight, typename Next = Nothing>
 inline void accumulate(__m512 (&sums)[R][2], const Bf16* rows, int64_t step, int64_t inputs, const Weight* group,
-                       Ahead ahead) {
-    for (int64_t k = 0; k < inputs; k += 2, group += 2 * GROUP, ahead.next += ahead.stride) {
-        _mm_prefetch(ahead.next, _MM_HINT_T0);
-        _mm_prefetch(ahead.next + 64, _MM_HINT_T0);
+                       Next next = {}) {
+    for (int64_t k = 0; k < inputs; k += 2, group += 2 * GROUP) {
+        next.bring();
         const __m512bh first = load_pairs(group), last = load_pairs(group + GROUP);
 #pragma GCC unroll 12
         for (int r = 0; r < R; r++) {

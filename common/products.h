@@ -90,17 +90,17 @@ inline void pair_rows(Rows x, int64_t rows, int64_t count, int64_t columns, Bf16
         }
 }
 
-template <int R, typename Store>
-void product_tile(int64_t n, const Bf16* a, int64_t step, int64_t inputs, const Bf16* group, Ahead ahead, int64_t row,
+template <int R, typename Next, typename Store>
+void product_tile(int64_t n, const Bf16* a, int64_t step, int64_t inputs, const Bf16* group, Next next, int64_t row,
                   const Store& store) {
     if (n != R) {
-        if constexpr (R > 1) product_tile<R - 1>(n, a, step, inputs, group, ahead, row, store);
+        if constexpr (R > 1) product_tile<R - 1>(n, a, step, inputs, group, next, row, store);
         return;
     }
     __m512 sums[R][2];
 #pragma GCC unroll 12
     for (int r = 0; r < R; r++) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
-    accumulate<R>(sums, a, step, inputs, group, ahead);
+    accumulate<R>(sums, a, step, inputs, group, next);
 #pragma GCC unroll 12
     for (int r = 0; r < R; r++) store(row + r, sums[r][0], sums[r][1]);
 }
@@ -114,7 +114,7 @@ void product(const Bf16* a, int64_t rows, int64_t step, int64_t inputs, const Bf
         const auto put = [&](int64_t row, __m512 first, __m512 last) { store(row, g * GROUP, first, last); };
         const char* next = reinterpret_cast<const char*>(packed + size);
         if (tiles == 1) {  // without a division
-            product_tile<MAX_TILE>(rows, a, step, inputs, packed, Ahead{next, 4 * GROUP}, 0, put);
+            product_tile<MAX_TILE>(rows, a, step, inputs, packed, Nothing{}, 0, put);
             continue;
         }
         for (int64_t t = 0; t < tiles; t++) {

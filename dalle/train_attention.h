@@ -14,10 +14,12 @@ struct Sequence {  // what its heads look at
     const float* bias;           // (L): 0, or -inf where a key is padding; or null
 };
 
-struct HeadRoom {                                                     // of a thread; L' is the length in whole groups
-    Halves queries, keys, values, by_rows, by_pairs, weights, given;  // by_rows: keys packed, by_pairs: values paired
-    Halves keys_paired, values_packed, queries_paired, given_paired, p_pairs, ds_pairs;
-    Floats scores, slopes, few, dkeys, dvalues, dqueries, norms, delta;
+struct HeadRoom {                      // of a thread; L' is the length in whole groups
+    Halves queries, keys, given;       // (L, K): a head's, in rows
+    Halves by_rows, by_pairs;          // (L', K): keys packed, values paired
+    Halves keys_paired, values_packed, queries_paired, given_paired, weights, p_pairs, ds_pairs;
+    Floats dkeys, dvalues, dqueries, above, delta;
+    std::vector<uint32_t> real;  // (L' / 32): keys that are no padding, a bit each
 };
 
 // A head of qkv, of which 32 numbers of all places lie together: (H + 2 H_kv) K / 32, L, 32
@@ -25,48 +27,28 @@ Rows head_of(const Bf16* qkv, int64_t head, int64_t length, int64_t width) {
     return {qkv + head * width * length, GROUP, length * GROUP};
 }
 
-// Queries or keys of a head, normed and turned: (L, K) bfloat16
-void turn_heads(const Shape& s, const Sequence& q, Rows raw, const float* gain, float factor, Floats& few, Bf16* to) {
-    for (int64_t t = 0; t < q.length; t++) {
-        const int64_t at = t * s.head_dim;
-        turn_head(raw, t, gain, q.cosine + at, q.sine + at, s.head_dim, s.head_eps, factor, room(few, s.head_dim),
-                  to + at);
-    }
+// Scores are binary logarithms.
+Turns query_turns(const Shape& s, const Weights& w, const Sequence& q, float unit) {
+    return {w.q_norm, q.cosine, q.sine, s.head_eps, unit / std::sqrt(static_cast<float>(s.head_dim))};
 }
 
-// Scores of 16 keys, -inf where `row` may not look
-__m512 scores_at(const Sequence& q, const float* scores, int64_t row, int64_t key) {
-    if (!q.bias && key + 16 <= row + 1) return _mm512_loadu_ps(scores + key);
-    const int64_t left = std::min(row + 1, q.length) - key;
-    const __mmask16 seen = left >= 16 ? 0xffff : left <= 0 ? 0 : (1 << left) - 1;
-    __m512 found = _mm512_mask_loadu_ps(_mm512_set1_ps(-std::numeric_limits<float>::infinity()), seen, scores + key);
-    return q.bias ? _mm512_mask_add_ps(found, seen, found, _mm512_maskz_loadu_ps(seen, q.bias + key)) : found;
+Turns key_turns(const Shape& s, const Weights& w, const Sequence& q, float unit) {
+    return {w.k_norm, q.cosine, q.sine, s.head_eps, unit};
 }
 
-// exp(x) for x <= 0, to the few digits that bfloat16 has; 0 below -104
-__m512 exp_few(__m512 x) {
-    x = _mm512_mul_ps(_mm512_max_ps(x, _mm512_set1_ps(-150.0f)), _mm512_set1_ps(1.44269504f));
-    const __m512 n = _mm512_roundscale_ps(x, 0), r = _mm512_sub_ps(x, n);  // 2^x = 2^n 2^r
-    __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(9.6181291e-3f), r, _mm512_set1_ps(5.5504109e-2f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.4022651e-1f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.9314718e-1f));
-    return _mm512_scalef_ps(_mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f)), n);
+constexpr float LOG2_E = 1.44269504f, LN_2 = 0.69314718f;
+constexpr float MOST_EXPONENT = 100;  // sums of 2^x and their products with values stay finite
+
+void note_keys(const Sequence& q, std::vector<uint32_t>& real) {
+    real.assign(whole_groups(q.length) / GROUP, 0);
+    for (int64_t key = 0; key < q.length; key++)
+        if (!q.bias || q.bias[key] == 0) real[key / GROUP] |= 1u << key % GROUP;
 }
 
-// exp(scores - their maximum) of keys up to `row` in bfloat16, 0 beyond; -> the logarithm of the softmax's sum, and 1 /
-// sum
-float soften(const Sequence& q, const float* scores, int64_t row, int64_t width, Bf16* weights, float& inverse) {
-    __m512 most = _mm512_set1_ps(-std::numeric_limits<float>::infinity()), total = _mm512_setzero_ps();
-    for (int64_t i = 0; i < width; i += 16) most = _mm512_max_ps(most, scores_at(q, scores, row, i));
-    const float top = _mm512_reduce_max_ps(most);
-    for (int64_t i = 0; i < width; i += 16) {
-        const __m512 p = exp_few(_mm512_sub_ps(scores_at(q, scores, row, i), _mm512_set1_ps(top)));
-        store_bf16(weights + i, p);
-        total = _mm512_add_ps(total, p);
-    }
-    const float sum = _mm512_reduce_add_ps(total);
-    inverse = 1 / sum;
-    return top + std::log(sum);
+// The keys of a group that `row` looks at
+uint32_t seen_by(const HeadRoom& r, int64_t row, int64_t group) {
+    const int64_t left = std::clamp<int64_t>(row + 1 - group * GROUP, 0, GROUP);
+    return r.real[group] & static_cast<uint32_t>((1ull << left) - 1);
 }
 
 auto put_floats(float* to, int64_t width) {
@@ -76,30 +58,75 @@ auto put_floats(float* to, int64_t width) {
     };
 }
 
-// softmax(q k^T) v of all heads: qkv ((H + 2 H_kv) K / 32, L, 32) -> attended (L, H K), lse (H, L)
+struct Softmax {  // of the rows of a tile
+    float top[MAX_TILE];      // what is taken from a row's scores
+    __m512 total[MAX_TILE];   // sums of 2^(scores - top), 16 to be added up
+};
+
+// Weights of some rows of queries, from `row` on, for a group of keys; they go to r.weights, rows `width` apart
+template <int R>
+void weigh_tile(int64_t n, HeadRoom& r, int64_t row, int64_t group, int64_t width, int64_t K, Softmax& softmax) {
+    if (n != R) {
+        if constexpr (R > 1) weigh_tile<R - 1>(n, r, row, group, width, K, softmax);
+        return;
+    }
+    __m512 scores[R][2];
+#pragma GCC unroll 12
+    for (int i = 0; i < R; i++) scores[i][0] = scores[i][1] = _mm512_set1_ps(-softmax.top[i]);
+    accumulate<R>(scores, r.queries.data() + row * K, K, K, r.by_rows.data() + group * K * GROUP);
+    Bf16* weights = r.weights.data() + group * GROUP;
+#pragma GCC unroll 12
+    for (int i = 0; i < R; i++) {
+        const uint32_t seen = seen_by(r, row + i, group);
+        const __m512 low = power_of_two(scores[i][0], seen), high = power_of_two(scores[i][1], seen >> 16);
+        softmax.total[i] = _mm512_add_ps(softmax.total[i], _mm512_add_ps(low, high));
+        store_line(weights + i * width, low, high);
+    }
+}
+
+// The largest score of each row, which may be too large to be an exponent
+void find_tops(const HeadRoom& r, int64_t row, int64_t rows, int64_t width, int64_t K, float* tops) {
+    std::fill_n(tops, rows, -std::numeric_limits<float>::infinity());
+    product(r.queries.data() + row * K, rows, K, K, r.by_rows.data(), K * GROUP, width / GROUP,
+            [&](int64_t i, int64_t key, __m512 first, __m512 last) {
+                const uint32_t seen = seen_by(r, row + i, key / GROUP);
+                const __m512 low = _mm512_mask_max_ps(_mm512_set1_ps(tops[i]), seen, _mm512_set1_ps(tops[i]), first);
+                tops[i] = _mm512_reduce_max_ps(_mm512_mask_max_ps(low, seen >> 16, low, last));
+            });
+}
+
+float largest(const float* x, int64_t width) {
+    return std::abs(*std::max_element(x, x + width, [](float a, float b) { return std::abs(a) < std::abs(b); }));
+}
+
+// softmax(q k^T) v of all heads: qkv ((H + 2 H_kv) K / 32, L, 32) -> attended (L, H K), lse (H, L) of base 2
 void attend_forward(const Shape& s, const Weights& w, const Sequence& q, HeadRoom& r, const Bf16* qkv, Bf16* attended,
                     float* lse) {
     const int64_t K = s.head_dim, L = q.length, whole = whole_groups(L), shared = s.heads / s.kv_heads;
-    Bf16 *queries = room(r.queries, L * K), *keys = room(r.keys, L * K);
-    float* scores = room(r.scores, MAX_TILE * whole);
+    Bf16 *queries = room(r.queries, L * K), *keys = room(r.keys, L * K), *weights = room(r.weights, MAX_TILE * whole);
+    // a normed head is no longer than sqrt(K) times its largest gain
+    const bool moderate = std::sqrt(K) * LOG2_E * largest(w.q_norm, K) * largest(w.k_norm, K) < MOST_EXPONENT;
+    note_keys(q, r.real);
     for (int64_t head = 0; head < s.heads; head++) {
         const int64_t kv = head / shared;
         if (head % shared == 0) {
-            turn_heads(s, q, head_of(qkv, s.heads + kv, L, K), w.k_norm, 1, r.few, keys);
+            turn_rows(head_of(qkv, s.heads + kv, L, K), L, K, key_turns(s, w, q, 1), keys);
             pack_rows(in_rows(keys, K), L, K, room(r.by_rows, whole * K));
             const Rows values = head_of(qkv, s.heads + s.kv_heads + kv, L, K);
             pair_rows(values, L, whole / 2, K, room(r.by_pairs, whole * K), whole / 2);
         }
-        turn_heads(s, q, head_of(qkv, head, L, K), w.q_norm, 1 / std::sqrt(static_cast<float>(K)), r.few, queries);
+        turn_rows(head_of(qkv, head, L, K), L, K, query_turns(s, w, q, LOG2_E), queries);
         for (int64_t begin = 0; begin < L; begin += MAX_TILE) {
             const int64_t rows = std::min(MAX_TILE, L - begin), width = whole_groups(begin + rows);
-            product(queries + begin * K, rows, K, K, r.by_rows.data(), K * GROUP, width / GROUP,
-                    put_floats(scores, width));
+            Softmax softmax = {};
+            if (!moderate) find_tops(r, begin, rows, width, K, softmax.top);
+            for (int64_t group = 0; group < width / GROUP; group++)
+                weigh_tile<MAX_TILE>(rows, r, begin, group, width, K, softmax);
             float inverse[MAX_TILE];
-            Bf16* weights = room(r.weights, MAX_TILE * whole);
-            for (int64_t i = 0; i < rows; i++)
-                lse[head * L + begin + i] =
-                    soften(q, scores + i * width, begin + i, width, weights + i * width, inverse[i]);
+            for (int64_t i = 0; i < rows; i++) {
+                const float sum = _mm512_reduce_add_ps(softmax.total[i]);
+                inverse[i] = 1 / sum, lse[head * L + begin + i] = softmax.top[i] + std::log2(sum);
+            }
             product(weights, rows, width, width, r.by_pairs.data(), whole * GROUP, K / GROUP,
                     [&](int64_t i, int64_t k, __m512 first, __m512 last) {
                         Bf16* to = attended + (begin + i) * s.inner() + head * K + k;
@@ -110,63 +137,94 @@ void attend_forward(const Shape& s, const Weights& w, const Sequence& q, HeadRoo
     }
 }
 
-// Two rows of probabilities and of their gradients, from `scores` and `slopes` = dO v^T, in bfloat16: rows of ds for a
-// product, and both as paired rows. The second row may be missing.
-void soften_back(const Sequence& q, HeadRoom& r, const float* lse, int64_t begin, int64_t i, int64_t rows,
-                 int64_t width, int64_t pairs) {
-    const int64_t row = begin + i;
-    const bool both = i + 1 < rows;
-    const float *scores = r.scores.data() + i * width, *slopes = r.slopes.data() + i * width;
-    for (int64_t k = 0; k < width; k += 16) {
-        __m512 p[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()}, ds[2] = {p[0], p[0]};
-        for (int64_t j = 0; j < 1 + both; j++) {
-            const __m512 above = _mm512_set1_ps(lse[row + j]), delta = _mm512_set1_ps(r.delta[row + j]);
-            p[j] = exp_few(_mm512_sub_ps(scores_at(q, scores + j * width, row + j, k), above));
-            ds[j] = _mm512_mul_ps(p[j], _mm512_sub_ps(_mm512_loadu_ps(slopes + j * width + k), delta));
-            store_bf16(r.weights.data() + (i + j) * width + k, ds[j]);
-        }
-        const auto pair = [](const __m512(&x)[2]) {
-            const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x[0]));
-            return _mm512_or_si512(low,
-                                   _mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x[1])), 16));
-        };
-        const int64_t at = ((k / GROUP * pairs + row / 2) * GROUP + k % GROUP) * 2;
-        _mm512_storeu_si512(r.p_pairs.data() + at, pair(p));
-        _mm512_storeu_si512(r.ds_pairs.data() + at, pair(ds));
+// Two rows of 32 numbers -> 32 pairs
+void store_pairs(Bf16* to, __m512bh first, __m512bh second) {
+    const __m512i turns = _mm512_set1_epi32(0x00200000);  // one of the first, one of the second
+    const __m512i places = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i low = _mm512_add_epi32(_mm512_mullo_epi32(places, _mm512_set1_epi32(0x00010001)), turns);
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(0x00100010));
+    _mm512_storeu_si512(to, _mm512_permutex2var_epi16((__m512i)first, low, (__m512i)second));
+    _mm512_storeu_si512(to + GROUP, _mm512_permutex2var_epi16((__m512i)first, high, (__m512i)second));
+}
+
+struct BackTile {  // some rows of a query head against a group of keys
+    int64_t begin, row, group;  // the first row of ds that is kept, the first row here, the group
+    int64_t head_dim, width, pairs;
+};
+
+// Probabilities of R rows, an even number, and the gradients ds of their scores: ds in rows, both as paired rows
+template <int R>
+void back_tile(int64_t n, HeadRoom& r, const BackTile& t) {
+    if (n != R) {
+        if constexpr (R > 2) back_tile<R - 2>(n, r, t);
+        return;
     }
+    __m512 p[R][2], ds[R][2];
+#pragma GCC unroll 6
+    for (int i = 0; i < R; i++) {
+        p[i][0] = p[i][1] = _mm512_set1_ps(-r.above[t.row + i]);
+        ds[i][0] = ds[i][1] = _mm512_set1_ps(-r.delta[t.row + i]);
+    }
+    const int64_t K = t.head_dim, size = K * GROUP;
+    accumulate<R>(p, r.queries.data() + t.row * K, K, K, r.by_rows.data() + t.group * size);
+    accumulate<R>(ds, r.given.data() + t.row * K, K, K, r.values_packed.data() + t.group * size);
+    Bf16* rows = r.weights.data() + (t.row - t.begin) * t.width + t.group * GROUP;
+    const int64_t pair = (t.group * t.pairs + t.row / 2) * 2 * GROUP;
+#pragma GCC unroll 3
+    for (int i = 0; i < R; i += 2) {
+        __m512bh lines[2][2];
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; j++) {
+            const uint32_t seen = seen_by(r, t.row + i + j, t.group);
+            const __m512 low = power_of_two(p[i + j][0], seen), high = power_of_two(p[i + j][1], seen >> 16);
+            lines[0][j] = _mm512_cvtne2ps_pbh(high, low);
+            lines[1][j] = _mm512_cvtne2ps_pbh(_mm512_mul_ps(high, ds[i + j][1]), _mm512_mul_ps(low, ds[i + j][0]));
+            _mm512_storeu_si512(rows + (i + j) * t.width, (__m512i)lines[1][j]);
+        }
+        store_pairs(r.p_pairs.data() + pair + i * GROUP, lines[0][0], lines[0][1]);
+        store_pairs(r.ds_pairs.data() + pair + i * GROUP, lines[1][0], lines[1][1]);
+    }
+}
+
+// What comes to a head's result, in rows and as paired rows, its product with the result, and the logarithms; a row of
+// zeros makes the rows even
+void take_given(const Shape& s, HeadRoom& r, int64_t head, const Bf16* attended, const float* lse, const Bf16* given) {
+    const int64_t K = s.head_dim, L = s.length, pairs = (L + 1) / 2;
+    Bf16* rows = room(r.given, 2 * pairs * K);
+    float *delta = room(r.delta, 2 * pairs), *above = room(r.above, 2 * pairs);
+    for (int64_t t = 0; t < L; t++) {
+        __m512 sum = _mm512_setzero_ps();
+        for (int64_t k = 0; k < K; k += 16) {
+            const int64_t at = t * s.inner() + head * K + k;
+            sum = _mm512_fmadd_ps(widen(given + at), widen(attended + at), sum);
+        }
+        std::copy_n(given + t * s.inner() + head * K, K, rows + t * K);
+        delta[t] = _mm512_reduce_add_ps(sum), above[t] = lse[head * L + t];
+    }
+    if (L % 2) std::fill_n(rows + L * K, K, 0), delta[L] = above[L] = 0;
+    pair_rows(in_rows(rows, K), L, pairs, K, room(r.given_paired, pairs * K * 2), pairs);
 }
 
 // A query head: dq into qkv's gradient, and what it adds to dkeys and dvalues, in blocks as `add_outer` has them
 void attend_head_back(const Shape& s, const Weights& w, const Weights& by, const Sequence& q, HeadRoom& r, int64_t head,
-                      const Bf16* qkv, const Bf16* attended, const float* lse, const Bf16* given, Bf16* dqkv) {
+                      const Bf16* qkv, Bf16* dqkv) {
     const int64_t K = s.head_dim, L = q.length, whole = whole_groups(L), pairs = (L + 1) / 2;
-    const float factor = 1 / std::sqrt(static_cast<float>(K));
-    float *scores = room(r.scores, MAX_TILE * whole), *slopes = room(r.slopes, MAX_TILE * whole);
-    float *dqueries = room(r.dqueries, MAX_TILE * K), *delta = room(r.delta, L);
-    Bf16 *queries = room(r.queries, L * K), *weights = room(r.weights, MAX_TILE * whole);
+    float* dqueries = room(r.dqueries, MAX_TILE * K);
+    Bf16 *queries = room(r.queries, 2 * pairs * K), *weights = room(r.weights, MAX_TILE * whole);
     room(r.p_pairs, pairs * whole * 2), room(r.ds_pairs, pairs * whole * 2);
     const Rows raw = head_of(qkv, head, L, K);
-    turn_heads(s, q, raw, w.q_norm, factor, r.few, queries);
+    turn_rows(raw, L, K, query_turns(s, w, q, LOG2_E), queries);
+    if (L % 2) std::fill_n(queries + L * K, K, 0);
     pair_rows(in_rows(queries, K), L, pairs, K, room(r.queries_paired, pairs * K * 2), pairs);
-    pair_rows(in_rows(given + head * K, s.inner()), L, pairs, K, room(r.given_paired, pairs * K * 2), pairs);
-    for (int64_t t = 0; t < L; t++) {
-        __m512 sum = _mm512_setzero_ps();
-        for (int64_t k = head * K; k < (head + 1) * K; k += 16)
-            sum = _mm512_fmadd_ps(widen(given + t * s.inner() + k), widen(attended + t * s.inner() + k), sum);
-        delta[t] = _mm512_reduce_add_ps(sum);
-    }
     for (int64_t begin = 0; begin < L; begin += MAX_TILE) {
-        const int64_t rows = std::min(MAX_TILE, L - begin), width = whole_groups(begin + rows);
-        product(queries + begin * K, rows, K, K, r.by_rows.data(), K * GROUP, width / GROUP, put_floats(scores, width));
-        product(given + begin * s.inner() + head * K, rows, s.inner(), K, r.values_packed.data(), K * GROUP,
-                width / GROUP, put_floats(slopes, width));
-        for (int64_t i = 0; i < rows; i += 2) soften_back(q, r, lse + head * L, begin, i, rows, width, pairs);
+        constexpr int64_t FEW = MAX_TILE / 2;
+        const int64_t rows = std::min(MAX_TILE, L - begin), width = whole_groups(begin + rows), end = begin + rows;
+        for (int64_t group = 0; group < width / GROUP; group++)
+            for (int64_t row = begin; row < end; row += FEW)
+                back_tile<FEW>(std::min(FEW, (end - row + 1) / 2 * 2), r, {begin, row, group, K, width, pairs});
         product(weights, rows, width, width, r.keys_paired.data(), whole * GROUP, K / GROUP, put_floats(dqueries, K));
-        for (int64_t i = 0; i < rows; i++) {
-            const int64_t t = begin + i;
-            unturn_head(raw, t, w.q_norm, q.cosine + t * K, q.sine + t * K, K, s.head_eps, factor, room(r.few, 3 * K),
-                        dqueries + i * K, GROUP, by.q_norm, dqkv + t * s.qkv() + head * K);
-        }
+        unturn_rows(raw, {begin, end}, K, query_turns(s, w, q, 1), [=](int64_t t) { return dqueries + (t - begin) * K; },
+                    GROUP, by.q_norm, dqkv + head * K, s.qkv());
     }
     add_outer<true>(r.p_pairs.data(), whole, r.given_paired.data(), K, pairs, r.dvalues.data());
     add_outer<true>(r.ds_pairs.data(), whole, r.queries_paired.data(), K, pairs, r.dkeys.data());
@@ -176,25 +234,29 @@ void attend_head_back(const Shape& s, const Weights& w, const Weights& by, const
 void attend_backward(const Shape& s, const Weights& w, const Weights& by, const Sequence& q, HeadRoom& r,
                      const Bf16* qkv, const Bf16* attended, const float* lse, const Bf16* given, Bf16* dqkv) {
     const int64_t K = s.head_dim, L = q.length, whole = whole_groups(L), shared = s.heads / s.kv_heads;
+    note_keys(q, r.real);
     for (int64_t kv = 0; kv < s.kv_heads; kv++) {
         const Rows raw = head_of(qkv, s.heads + kv, L, K);
         Bf16* keys = room(r.keys, L * K);
-        turn_heads(s, q, raw, w.k_norm, 1, r.few, keys);
+        turn_rows(raw, L, K, key_turns(s, w, q, 1), keys);
         pack_rows(in_rows(keys, K), L, K, room(r.by_rows, whole * K));
         pair_rows(in_rows(keys, K), L, whole / 2, K, room(r.keys_paired, whole * K), whole / 2);
         pack_rows(head_of(qkv, s.heads + s.kv_heads + kv, L, K), L, K, room(r.values_packed, whole * K));
-        std::fill_n(room(r.dkeys, whole * K), whole * K, 0.0f);
+        float* dkeys = room(r.dkeys, whole * K);
+        std::fill_n(dkeys, whole * K, 0.0f);
         std::fill_n(room(r.dvalues, whole * K), whole * K, 0.0f);
-        for (int64_t head = kv * shared; head < (kv + 1) * shared; head++)
-            attend_head_back(s, w, by, q, r, head, qkv, attended, lse, given, dqkv);
-        for (int64_t t = 0; t < L; t++) {
-            Bf16* to = dqkv + t * s.qkv() + (s.heads + kv) * K;
-            unturn_head(raw, t, w.k_norm, q.cosine + t * K, q.sine + t * K, K, s.head_eps, 1, room(r.few, 3 * K),
-                        r.dkeys.data() + block_row(t), whole * GROUP, by.k_norm, to);
-            for (int64_t k = 0; k < K; k += 16)
-                store_bf16(to + s.kv_heads * K + k,
-                           _mm512_loadu_ps(r.dvalues.data() + block_row(t) + k / GROUP * whole * GROUP + k % GROUP));
+        for (int64_t head = kv * shared; head < (kv + 1) * shared; head++) {
+            take_given(s, r, head, attended, lse, given);
+            attend_head_back(s, w, by, q, r, head, qkv, dqkv);
         }
+        Bf16* to = dqkv + (s.heads + kv) * K;
+        unturn_rows(raw, {0, L}, K, key_turns(s, w, q, LN_2), [=](int64_t t) { return dkeys + block_row(t); },
+                    whole * GROUP, by.k_norm, to, s.qkv());
+        for (int64_t t = 0; t < L; t++)
+            for (int64_t k = 0; k < K; k += GROUP) {
+                const float* from = r.dvalues.data() + block_row(t) + k * whole;
+                store_line(to + s.kv_heads * K + t * s.qkv() + k, _mm512_loadu_ps(from), _mm512_loadu_ps(from + 16));
+            }
     }
 }
 

@@ -119,7 +119,7 @@ void forward_sequence(const Shape& s, const Weights& w, const Part& p, Room& r, 
     norm_rows(p.middle, w.ffn_norm, L, s.dim, s.eps, rows);
     packed.gate_up.multiply(rows, L, [&](int64_t row, int64_t n, __m512 gate, __m512 factor) {
         put_groups(p.gate_up, L)(row, n, gate, factor);
-        store_bf16(hidden + row * s.ffn + n / 2, _mm512_mul_ps(silu512(gate), factor));
+        store_bf16(hidden + row * s.ffn + n / 2, _mm512_mul_ps(_mm512_mul_ps(gate, sigmoid_few(gate)), factor));
     });
     packed.down.multiply(hidden, L, put_sum(p.middle, p.ffn_mask, y, s.dim));
 }
@@ -139,8 +139,7 @@ void pair_all(const Bf16* x, int64_t length, int64_t width, Halves& to) {
 // Back through one gate and its factor: what comes to their product, of which silu(gate) is a part
 void ungate(const Bf16* gate_up, __m512 given, Bf16* back, Bf16* hidden) {
     const __m512 one = _mm512_set1_ps(1.0f), gate = widen(gate_up), factor = widen(gate_up + 16);
-    const __m512 sigmoid = _mm512_div_ps(one, _mm512_add_ps(one, exp512(_mm512_sub_ps(_mm512_setzero_ps(), gate))));
-    const __m512 silu = _mm512_mul_ps(gate, sigmoid);
+    const __m512 sigmoid = sigmoid_few(gate), silu = _mm512_mul_ps(gate, sigmoid);
     const __m512 slope = _mm512_fmadd_ps(silu, _mm512_sub_ps(one, sigmoid), sigmoid);
     store_line(back, _mm512_mul_ps(_mm512_mul_ps(given, factor), slope), _mm512_mul_ps(given, silu));
     store_bf16(hidden, _mm512_mul_ps(silu, factor));
@@ -177,7 +176,7 @@ void backward_ffn(const Shape& s, const Weights& w, const Weights& by, const Par
     float* middle = room(r.middle, L * s.dim);
     std::copy_n(dy, L * s.dim, middle);
     for (int64_t i = 0; i < L * s.dim; i += s.dim)
-        unnorm_row<true>(p.middle + i, w.ffn_norm, r.back.data() + i, s.dim, s.eps, middle + i, by.ffn_norm);
+        unnorm_row(p.middle + i, w.ffn_norm, r.back.data() + i, s.dim, s.eps, middle + i, by.ffn_norm);
 }
 
 void backward_attention(const Shape& s, const Weights& w, const Weights& by, const Part& p, Room& r, float* dx) {
@@ -198,7 +197,7 @@ void backward_attention(const Shape& s, const Weights& w, const Weights& by, con
     packed.qkv.multiply(wide, L, put_floats(back, s.dim));
     std::copy_n(r.middle.data(), L * s.dim, dx);
     for (int64_t i = 0; i < L * s.dim; i += s.dim)
-        unnorm_row<true>(p.x + i, w.attention_norm, back + i, s.dim, s.eps, dx + i, by.attention_norm);
+        unnorm_row(p.x + i, w.attention_norm, back + i, s.dim, s.eps, dx + i, by.attention_norm);
 }
 
 // The gradients of all threads, rows of one after the other, into those that PyTorch sees

@@ -94,14 +94,19 @@ struct Packed {
 
 // --- norms and rotary positions -----------------------------------------------------------------------------------
 
-float scale_of(const float* x, int64_t width, float eps) {
-    __m512 squares = _mm512_setzero_ps();
-    for (int64_t i = 0; i < width; i += 16)
-        squares = _mm512_fmadd_ps(_mm512_loadu_ps(x + i), _mm512_loadu_ps(x + i), squares);
+// 1 / rms of `width` numbers, of their squares' sums
+float inverse_rms(__m512 squares, int64_t width, float eps) {
     const float mean = _mm512_reduce_add_ps(squares) / width + eps;
     const __m128 wide = _mm_set_ss(mean);
     const float guess = _mm_cvtss_f32(_mm_rsqrt14_ss(wide, wide));  // 14 bits, and a step of Newton's: 27
     return guess * (1.5f - 0.5f * mean * guess * guess);
+}
+
+float scale_of(const float* x, int64_t width, float eps) {
+    __m512 squares = _mm512_setzero_ps();
+    for (int64_t i = 0; i < width; i += 16)
+        squares = _mm512_fmadd_ps(_mm512_loadu_ps(x + i), _mm512_loadu_ps(x + i), squares);
+    return inverse_rms(squares, width, eps);
 }
 
 // x / rms(x) * gain in bfloat16, rows of `width`
@@ -113,9 +118,7 @@ void norm_rows(const float* x, const float* gain, int64_t rows, int64_t width, f
     }
 }
 
-// What comes back through a norm of one row: dx = or += scale (dy gain - x scale^2 mean(dy gain x)); by_gain += dy x
-// scale
-template <bool ADD>
+// What comes back through a norm of one row: dx += scale (dy gain - x scale^2 mean(dy gain x)); by_gain += dy x scale
 void unnorm_row(const float* x, const float* gain, const float* dy, int64_t width, float eps, float* dx,
                 float* by_gain) {
     const float scale = scale_of(x, width, eps);
@@ -128,45 +131,86 @@ void unnorm_row(const float* x, const float* gain, const float* dy, int64_t widt
     const __m512 slope = _mm512_set1_ps(-_mm512_reduce_add_ps(sum) / width * scale * scale * scale);
     for (int64_t i = 0; i < width; i += 16) {
         const __m512 direct = _mm512_mul_ps(_mm512_loadu_ps(dy + i), _mm512_loadu_ps(gain + i));
-        __m512 back = _mm512_mul_ps(_mm512_loadu_ps(x + i), slope);
-        back = _mm512_fmadd_ps(direct, _mm512_set1_ps(scale), back);
-        if (ADD) back = _mm512_add_ps(back, _mm512_loadu_ps(dx + i));
-        _mm512_storeu_ps(dx + i, back);
+        const __m512 back = _mm512_fmadd_ps(_mm512_loadu_ps(x + i), slope, _mm512_loadu_ps(dx + i));
+        _mm512_storeu_ps(dx + i, _mm512_fmadd_ps(direct, _mm512_set1_ps(scale), back));
     }
 }
 
-// A head normed and turned: row `t` of raw (L, K) bfloat16 -> y (K) bfloat16, times `factor`
-void turn_head(Rows raw, int64_t t, const float* gain, const float* cosine, const float* sine, int64_t width, float eps,
-               float factor, float* few, Bf16* y) {
-    for (int64_t i = 0; i < width; i += 16) _mm512_storeu_ps(few + i, widen(raw.at(t, i)));
-    const __m512 scale = _mm512_set1_ps(scale_of(few, width, eps) * factor);
-    for (int64_t i = 0; i < width; i += 16) {
-        const __m512 normed = _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(few + i), scale), _mm512_loadu_ps(gain + i));
-        _mm512_storeu_ps(few + i, normed);
-    }
-    const int64_t half = width / 2;
-    for (int64_t i = 0; i < width; i += 16) {
-        const int64_t other = i < half ? i + half : i - half;
-        const __m512 straight = _mm512_mul_ps(_mm512_loadu_ps(few + i), _mm512_loadu_ps(cosine + i));
-        store_bf16(y + i, _mm512_fmadd_ps(_mm512_loadu_ps(few + other), _mm512_loadu_ps(sine + i), straight));
-    }
+struct Turns {  // norms and rotary positions of a kind of heads
+    const float *gain, *cosine, *sine;  // (K), (L, K), (L, K)
+    float eps, factor;                  // of what is normed and turned
+};
+
+constexpr int64_t MOST_WIDTH = 128;  // of a head: 8 registers
+
+// f(registers of a head), a constant
+template <typename F>
+void with_registers(int64_t width, const F& f) {
+    if (width == 32) return f(std::integral_constant<int, 2>());
+    if (width == 64) return f(std::integral_constant<int, 4>());
+    if (width == 96) return f(std::integral_constant<int, 6>());
+    f(std::integral_constant<int, 8>());
 }
 
-// Back through `turn_head`: dy (K) float32, 32 numbers `far` from the next 32 -> raw's gradient in bfloat16
-void unturn_head(Rows raw, int64_t t, const float* gain, const float* cosine, const float* sine, int64_t width,
-                 float eps, float factor, float* few, const float* dy, int64_t far, float* by_gain, Bf16* draw) {
-    const int64_t half = width / 2;
-    const auto given = [&](int64_t i) { return _mm512_loadu_ps(dy + i / GROUP * far + i % GROUP); };
-    float *turned = few + width, *back = few + 2 * width;
-    for (int64_t i = 0; i < width; i += 16) {
-        const int64_t other = i < half ? i + half : i - half;
-        __m512 sum = _mm512_mul_ps(given(i), _mm512_loadu_ps(cosine + i));
-        sum = _mm512_fmadd_ps(given(other), _mm512_loadu_ps(sine + other), sum);
-        _mm512_storeu_ps(turned + i, _mm512_mul_ps(sum, _mm512_set1_ps(factor)));
-        _mm512_storeu_ps(few + i, widen(raw.at(t, i)));
-    }
-    unnorm_row<false>(few, gain, turned, width, eps, back, by_gain);
-    for (int64_t i = 0; i < width; i += 16) store_bf16(draw + i, _mm512_loadu_ps(back + i));
+// Rows of a head normed and turned: raw (L, K) bfloat16 -> y (L, K) bfloat16
+void turn_rows(Rows raw, int64_t rows, int64_t width, const Turns& turns, Bf16* y) {
+    with_registers(width, [&](auto registers) {
+        constexpr int N = registers, HALF = N / 2;
+        for (int64_t t = 0; t < rows; t++) {
+            __m512 x[N], squares = _mm512_setzero_ps();
+#pragma GCC unroll 8
+            for (int i = 0; i < N; i++) x[i] = widen(raw.at(t, 16 * i)), squares = _mm512_fmadd_ps(x[i], x[i], squares);
+            const __m512 scale = _mm512_set1_ps(inverse_rms(squares, 16 * N, turns.eps) * turns.factor);
+#pragma GCC unroll 8
+            for (int i = 0; i < N; i++)
+                x[i] = _mm512_mul_ps(_mm512_mul_ps(x[i], scale), _mm512_loadu_ps(turns.gain + 16 * i));
+#pragma GCC unroll 8
+            for (int i = 0; i < N; i++) {
+                const int64_t at = (t * N + i) * 16;
+                const __m512 straight = _mm512_mul_ps(x[i], _mm512_loadu_ps(turns.cosine + at));
+                const __m512 sine = _mm512_loadu_ps(turns.sine + at);
+                store_bf16(y + at, _mm512_fmadd_ps(x[(i + HALF) % N], sine, straight));
+            }
+        }
+    });
+}
+
+// Back through `turn_rows`: dy (L, K) in float32, a row of it from `given(t)` on and its next 32 numbers `far` further;
+// raw's gradient goes to `draw`, rows `step` apart
+template <typename Given>
+void unturn_rows(Rows raw, Range rows, int64_t width, const Turns& turns, const Given& given, int64_t far,
+                 float* by_gain, Bf16* draw, int64_t step) {
+    with_registers(width, [&](auto registers) {
+        constexpr int N = registers, HALF = N / 2;
+        __m512 gain[N], by[N];
+#pragma GCC unroll 8
+        for (int i = 0; i < N; i++) gain[i] = _mm512_loadu_ps(turns.gain + 16 * i), by[i] = _mm512_setzero_ps();
+        for (int64_t t = rows.begin; t < rows.end; t++) {
+            const float* dy = given(t);
+            __m512 x[N], back[N], squares = _mm512_setzero_ps(), sum = _mm512_setzero_ps();
+#pragma GCC unroll 8
+            for (int i = 0; i < N; i++) x[i] = widen(raw.at(t, 16 * i)), squares = _mm512_fmadd_ps(x[i], x[i], squares);
+            const float scale = inverse_rms(squares, 16 * N, turns.eps);
+#pragma GCC unroll 8
+            for (int i = 0; i < N; i++) {
+                const int other = (i + HALF) % N;
+                const auto from = [&](int j) { return _mm512_loadu_ps(dy + j / 2 * far + j % 2 * 16); };
+                const auto at = [&](const float* table, int j) { return _mm512_loadu_ps(table + (t * N + j) * 16); };
+                back[i] = _mm512_mul_ps(from(i), at(turns.cosine, i));
+                back[i] = _mm512_fmadd_ps(from(other), at(turns.sine, other), back[i]);
+                back[i] = _mm512_mul_ps(back[i], _mm512_set1_ps(scale * turns.factor));
+                by[i] = _mm512_fmadd_ps(back[i], x[i], by[i]);
+                back[i] = _mm512_mul_ps(back[i], gain[i]);
+                sum = _mm512_fmadd_ps(back[i], x[i], sum);
+            }
+            const __m512 slope = _mm512_set1_ps(-_mm512_reduce_add_ps(sum) / (16 * N) * scale * scale);
+#pragma GCC unroll 8
+            for (int i = 0; i < N; i++) store_bf16(draw + t * step + 16 * i, _mm512_fmadd_ps(x[i], slope, back[i]));
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < N; i++)
+            _mm512_storeu_ps(by_gain + 16 * i, _mm512_add_ps(_mm512_loadu_ps(by_gain + 16 * i), by[i]));
+    });
 }
 
 }  // namespace
