@@ -119,7 +119,7 @@ void product(const Bf16* a, int64_t rows, int64_t step, int64_t inputs, const Bf
         }
         for (int64_t t = 0; t < tiles; t++) {
             const Range tile = share(rows, t, tiles);
-            const Ahead ahead{next + 2 * size * t / tiles, 4 * GROUP / tiles};
+            const Ahead ahead{next + 2 * inputs * GROUP * t / tiles, 4 * GROUP / tiles};
             product_tile<MAX_TILE>(tile.end - tile.begin, a + tile.begin * step, step, inputs, packed, ahead,
                                    tile.begin, put);
         }

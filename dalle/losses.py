@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dalle.model import DalleOutput
-from dalle.train_native import cross_entropy
+from dalle.train_heads import cross_entropy
 
 
 @dataclass(frozen=True)

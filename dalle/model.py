@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from common.checkpoint import load_weights, read_config, resolve
 from common.config import from_mapping
-from dalle import sequence, train_native
+from dalle import sequence, train_heads, train_native
 from dalle.attention import Attention, CausalMask, KVCache, RMSNorm, new_cache, on_eager_cpu, rotary_table
 from dalle.cpu_kernels import dropout_mask
 
@@ -284,9 +284,7 @@ class Dalle(nn.Module):
                 x = checkpoint(block, x, table, mask, use_reentrant=False)
             else:
                 x = block(x, table, mask)
-        text_len = text_ids.shape[1]
-        image_logits = self.image_logits(x[:, text_len:])  # (B, N, V)
-        return DalleOutput(image_logits, self._text_logits(x[:, :text_len], text_ids))
+        return self._outputs(x, text_ids)
 
     def compile_blocks(self) -> None:
         """Forward passes of the blocks under torch.compile: one compilation for all of them, names stay."""
@@ -329,19 +327,32 @@ class Dalle(nn.Module):
             x = block.decode(x, table, bias, cache, layer, index)
         return self.image_logits(x[:, -1])
 
+    @property
+    def _image_weight(self) -> Tensor:
+        return self.image_embed.weight if self.config.tie_image_head else self.image_head.weight
+
+    @property
+    def _text_weight(self) -> Tensor:
+        return self.text_embed.weight if self.config.tie_text_head else self.text_head.weight
+
     def image_logits(self, x: Tensor) -> Tensor:
         """Last hidden states (..., D) -> (..., V)"""
-        weight = self.image_embed.weight if self.config.tie_image_head else self.image_head.weight
-        return F.linear(self.norm(x), weight)
+        return F.linear(self.norm(x), self._image_weight)
 
-    def _text_logits(self, x: Tensor, text_ids: Tensor) -> Tensor | None:
-        """Only where a token follows: (B, T, D) -> (M, V)"""
-        if not self.config.text_head:
-            return None
-        x = x[sequence.text_target_mask(text_ids, self.config.pad_id)]  # (M, D)
-        x = self.text_out(self.norm(x))
-        weight = self.text_embed.weight if self.config.tie_text_head else self.text_head.weight
-        return F.linear(x, weight)
+    def _outputs(self, x: Tensor, text_ids: Tensor) -> DalleOutput:
+        """Last hidden states (B, T + N, D) -> logits of text, only where a token follows, and of image tokens."""
+        text_len, image_weight = text_ids.shape[1], self._image_weight
+        mask = sequence.text_target_mask(text_ids, self.config.pad_id) if self.config.text_head else None
+        weights = [image_weight] + [self._text_weight] * (mask is not None)
+        if (mask is None or isinstance(self.text_out, nn.Identity)) and train_heads.takes(x, weights):
+            places = torch.arange(x.shape[0] * x.shape[1]).view(x.shape[:2])  # (B, T + N)
+            rows = [places[:, text_len:].flatten()] + ([] if mask is None else [places[:, :text_len][mask]])
+            image, *text = train_heads.run_heads(x.flatten(0, 1), self.norm.weight, self.norm.eps, weights, rows)
+            return DalleOutput(image.view(len(x), -1, len(image_weight)), text[0] if text else None)
+        text = None
+        if mask is not None:
+            text = F.linear(self.text_out(self.norm(x[:, :text_len][mask])), self._text_weight)
+        return DalleOutput(self.image_logits(x[:, text_len:]), text)
 
     def _inputs(self, text_ids: Tensor, image_ids: Tensor) -> tuple[Tensor, Tensor, CausalMask]:
         """(B, T) and (B, n) -> embeddings (B, T + 1 + n, D), rotary table, attention mask"""

@@ -14,9 +14,9 @@ struct Sequence {  // what its heads look at
     const float* bias;           // (L): 0, or -inf where a key is padding; or null
 };
 
-struct HeadRoom {                      // of a thread; L' is the length in whole groups
-    Halves queries, keys, given;       // (L, K): a head's, in rows
-    Halves by_rows, by_pairs;          // (L', K): keys packed, values paired
+struct HeadRoom {                 // of a thread; L' is the length in whole groups
+    Halves queries, keys, given;  // (L, K): a head's, in rows
+    Halves by_rows, by_pairs;     // (L', K): keys packed, values paired
     Halves keys_paired, values_packed, queries_paired, given_paired, weights, p_pairs, ds_pairs;
     Floats dkeys, dvalues, dqueries, above, delta;
     std::vector<uint32_t> real;  // (L' / 32): keys that are no padding, a bit each
@@ -58,9 +58,9 @@ auto put_floats(float* to, int64_t width) {
     };
 }
 
-struct Softmax {  // of the rows of a tile
-    float top[MAX_TILE];      // what is taken from a row's scores
-    __m512 total[MAX_TILE];   // sums of 2^(scores - top), 16 to be added up
+struct Softmax {             // of the rows of a tile
+    float top[MAX_TILE];     // what is taken from a row's scores
+    __m512 total[MAX_TILE];  // sums of 2^(scores - top), 16 to be added up
 };
 
 // Weights of some rows of queries, from `row` on, for a group of keys; they go to r.weights, rows `width` apart
@@ -147,7 +147,7 @@ void store_pairs(Bf16* to, __m512bh first, __m512bh second) {
     _mm512_storeu_si512(to + GROUP, _mm512_permutex2var_epi16((__m512i)first, high, (__m512i)second));
 }
 
-struct BackTile {  // some rows of a query head against a group of keys
+struct BackTile {               // some rows of a query head against a group of keys
     int64_t begin, row, group;  // the first row of ds that is kept, the first row here, the group
     int64_t head_dim, width, pairs;
 };
@@ -223,8 +223,9 @@ void attend_head_back(const Shape& s, const Weights& w, const Weights& by, const
             for (int64_t row = begin; row < end; row += FEW)
                 back_tile<FEW>(std::min(FEW, (end - row + 1) / 2 * 2), r, {begin, row, group, K, width, pairs});
         product(weights, rows, width, width, r.keys_paired.data(), whole * GROUP, K / GROUP, put_floats(dqueries, K));
-        unturn_rows(raw, {begin, end}, K, query_turns(s, w, q, 1), [=](int64_t t) { return dqueries + (t - begin) * K; },
-                    GROUP, by.q_norm, dqkv + head * K, s.qkv());
+        unturn_rows(
+            raw, {begin, end}, K, query_turns(s, w, q, 1), [=](int64_t t) { return dqueries + (t - begin) * K; }, GROUP,
+            by.q_norm, dqkv + head * K, s.qkv());
     }
     add_outer<true>(r.p_pairs.data(), whole, r.given_paired.data(), K, pairs, r.dvalues.data());
     add_outer<true>(r.ds_pairs.data(), whole, r.queries_paired.data(), K, pairs, r.dkeys.data());
@@ -250,8 +251,9 @@ void attend_backward(const Shape& s, const Weights& w, const Weights& by, const 
             attend_head_back(s, w, by, q, r, head, qkv, dqkv);
         }
         Bf16* to = dqkv + (s.heads + kv) * K;
-        unturn_rows(raw, {0, L}, K, key_turns(s, w, q, LN_2), [=](int64_t t) { return dkeys + block_row(t); },
-                    whole * GROUP, by.k_norm, to, s.qkv());
+        unturn_rows(
+            raw, {0, L}, K, key_turns(s, w, q, LN_2), [=](int64_t t) { return dkeys + block_row(t); }, whole * GROUP,
+            by.k_norm, to, s.qkv());
         for (int64_t t = 0; t < L; t++)
             for (int64_t k = 0; k < K; k += GROUP) {
                 const float* from = r.dvalues.data() + block_row(t) + k * whole;

@@ -232,7 +232,7 @@ void block_forward(const Shape* shape, const Weights* weights, const Input* inpu
 #pragma omp parallel num_threads(threads)
     {
         static thread_local Room room;
-        packed.pack(s, *weights, false, omp_get_thread_num(), omp_get_num_threads());
+        packed.pack(s, *weights, omp_get_thread_num(), omp_get_num_threads());
 #pragma omp barrier
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < s.batch; i++)
@@ -250,7 +250,7 @@ void block_backward(const Shape* shape, const Weights* weights, const Input* inp
     {
         static thread_local Room room;
         const int64_t thread = omp_get_thread_num(), all = omp_get_num_threads();
-        packed.pack(s, *weights, true, thread, all);
+        packed.pack(s, *weights, thread, all);
         sums[thread].clear(s);
 #pragma omp barrier
 #pragma omp for schedule(static)
@@ -260,43 +260,6 @@ void block_backward(const Shape* shape, const Weights* weights, const Input* inp
             backward_attention(s, *weights, sums[thread].parts, part, room, dx + i * s.length * s.dim);
         }
         add_up(s, *gradients, thread, all);
-    }
-}
-
-// Cross-entropies: logits (M, V) bfloat16, targets (M) -> losses and logarithms of the softmax's sums (M); false for a
-// target out of range
-bool entropy_forward(const Bf16* logits, const int64_t* targets, int64_t rows, int64_t width, float* losses, float* lse,
-                     int threads) {
-    if (std::any_of(targets, targets + rows, [=](int64_t target) { return target < 0 || target >= width; }))
-        return false;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t row = 0; row < rows; row++) {
-        const Bf16* x = logits + row * width;
-        __m512 most = widen(x), total = _mm512_setzero_ps();
-        for (int64_t i = 16; i < width; i += 16) most = _mm512_max_ps(most, widen(x + i));
-        const float top = _mm512_reduce_max_ps(most);
-        for (int64_t i = 0; i < width; i += 16)
-            total = _mm512_add_ps(total, exp512(_mm512_sub_ps(widen(x + i), _mm512_set1_ps(top))));
-        lse[row] = top + std::log(_mm512_reduce_add_ps(total));
-        const int32_t bits = static_cast<int32_t>(x[targets[row]]) << 16;
-        losses[row] = lse[row] - _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(bits)));
-    }
-    return true;
-}
-
-// Their gradient: dlosses (M) -> dlogits (M, V) bfloat16
-void entropy_backward(const Bf16* logits, const int64_t* targets, int64_t rows, int64_t width, const float* lse,
-                      const float* dlosses, Bf16* dlogits, int threads) {
-    const __m512i places = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t row = 0; row < rows; row++) {
-        const __m512 scale = _mm512_set1_ps(dlosses[row]), above = _mm512_set1_ps(lse[row]);
-        for (int64_t i = 0; i < width; i += 16) {
-            const int64_t at = row * width + i;
-            const __m512 p = exp512(_mm512_sub_ps(widen(logits + at), above));
-            const __mmask16 hit = _mm512_cmpeq_epi32_mask(places, _mm512_set1_epi32(targets[row] - i));
-            store_bf16(dlogits + at, _mm512_mul_ps(_mm512_mask_sub_ps(p, hit, p, _mm512_set1_ps(1.0f)), scale));
-        }
     }
 }
 

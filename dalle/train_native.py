@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from common import native
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from dalle.model import Block
 
 SOURCE = Path(__file__).with_name("train_native.cpp")
+MOST_HEAD_DIM = 128  # eight registers
 MOST_SUMS = 2**29  # gradients of all threads: 2 GiB
 _one_at_a_time = threading.Lock()
 _pointer, _integer = ctypes.c_void_p, ctypes.c_int64
@@ -61,6 +61,14 @@ def is_available() -> bool:
     return not reason
 
 
+def is_training_in_bf16(x: Tensor) -> bool:
+    """Whether gradients are wanted of what bf16 autocast computes from `x` on a CPU without AMX."""
+    if x.device.type != "cpu" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    in_bf16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    return in_bf16 and not native.is_outdone()
+
+
 def takes(block: "Block", x: Tensor) -> bool:
     """Whether `run_block` is what `block(x)` should do.
 
@@ -68,16 +76,15 @@ def takes(block: "Block", x: Tensor) -> bool:
     registers, all weights here (ZeRO-3 keeps parts), no attention weights dropped, and gradients of the matrices that
     every thread can have for itself.
     """
-    if x.device.type != "cpu" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return False
-    in_bf16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
     attention, ffn, threads = block.attention, block.ffn, torch.get_num_threads()
-    if not in_bf16 or native.is_outdone() or (block.training and attention.dropout) or len(x) < threads:
+    if not is_training_in_bf16(x) or (block.training and attention.dropout) or len(x) < threads:
         return False
     matrices = attention.qkv.weight, attention.out.weight, ffn.gate_up.weight, ffn.out.weight
     if x.dtype != torch.float32 or any(m.ndim != 2 or m.dtype != torch.float32 for m in matrices):
         return False
     if any(width % native.GROUP for width in (x.shape[2], attention.head_dim, ffn.out.in_features)):
+        return False
+    if attention.head_dim > MOST_HEAD_DIM:
         return False
     return threads * sum(m.numel() for m in matrices) <= MOST_SUMS and is_available()
 
@@ -88,10 +95,6 @@ def _library() -> ctypes.CDLL:
     library.block_forward.argtypes = (*(_pointer,) * 5, ctypes.c_int)
     library.block_backward.argtypes = (*(_pointer,) * 7, ctypes.c_int)
     library.block_forward.restype = library.block_backward.restype = None
-    logits = (_pointer, _pointer, _integer, _integer)  # and targets, rows, width
-    library.entropy_forward.argtypes = (*logits, _pointer, _pointer, ctypes.c_int)
-    library.entropy_backward.argtypes = (*logits, _pointer, _pointer, _pointer, ctypes.c_int)
-    library.entropy_forward.restype, library.entropy_backward.restype = ctypes.c_bool, None
     return library
 
 
@@ -109,7 +112,7 @@ class _BlockFunction(torch.autograd.Function):
             x.new_empty(s.batch, s.heads, s.length),
         )
         y = torch.empty_like(x)
-        _call(
+        call(
             _library().block_forward, s, _pointers(_Weights, weights), _pointers(_Input, (x, *inputs)),
             _pointers(_Kept, kept), y,
         )  # fmt: skip
@@ -122,7 +125,7 @@ class _BlockFunction(torch.autograd.Function):
         inputs, weights, kept = _split(ctx.saved_tensors, len(_Input._fields_), len(_Weights._fields_))
         gradients = [torch.empty_like(w) for w in weights]
         dy, dx = dy.contiguous(), torch.empty_like(inputs[0])
-        _call(
+        call(
             _library().block_backward, ctx.shape, _pointers(_Weights, weights), _pointers(_Input, inputs),
             _pointers(_Kept, kept), dy, dx, _pointers(_Weights, gradients),
         )  # fmt: skip
@@ -139,10 +142,14 @@ def _pointers(kind: type, tensors: Sequence[Tensor | None]) -> ctypes.Structure:
     return kind(*(None if t is None else t.data_ptr() for t in tensors))
 
 
-def _call(function, *arguments: ctypes.Structure | Tensor) -> None:
-    places = (a.data_ptr() if isinstance(a, Tensor) else ctypes.addressof(a) for a in arguments)
-    with _one_at_a_time:  # packed weights and sums are shared
-        function(*places, torch.get_num_threads())
+def call(function, *arguments: ctypes.Structure | ctypes.Array | Tensor | int) -> None:
+    """Of compiled code, with addresses of tensors and structures; one call at a time, since packed weights are shared."""
+
+    def place(a) -> int:
+        return a.data_ptr() if isinstance(a, Tensor) else a if isinstance(a, int) else ctypes.addressof(a)
+
+    with _one_at_a_time:
+        function(*map(place, arguments), torch.get_num_threads())
 
 
 def run_block(block: "Block", x: Tensor, table: Tensor, bias: Tensor | None) -> Tensor:
@@ -158,35 +165,3 @@ def run_block(block: "Block", x: Tensor, table: Tensor, bias: Tensor | None) -> 
         m if m is None else m.expand_as(x).contiguous() for m in (block.branch_mask(x), block.branch_mask(x))
     ]
     return _BlockFunction.apply(shape, (table.contiguous(), bias, *masks), x.contiguous(), *matrices, *gains)
-
-
-class _EntropyFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logits: Tensor, targets: Tensor) -> Tensor:
-        losses, lse = torch.empty(2, len(logits)).unbind()
-        known = _library().entropy_forward(
-            logits.data_ptr(), targets.data_ptr(), *logits.shape, losses.data_ptr(), lse.data_ptr(),
-            torch.get_num_threads(),
-        )  # fmt: skip
-        if not known:
-            raise IndexError(f"targets must lie in [0, {logits.shape[1]})")
-        ctx.save_for_backward(logits, targets, lse)
-        return losses
-
-    @staticmethod
-    def backward(ctx, dlosses: Tensor) -> tuple[Tensor, None]:
-        logits, targets, lse = ctx.saved_tensors
-        dlosses, dlogits = dlosses.contiguous(), torch.empty_like(logits)
-        _library().entropy_backward(
-            logits.data_ptr(), targets.data_ptr(), *logits.shape, lse.data_ptr(), dlosses.data_ptr(),
-            dlogits.data_ptr(), torch.get_num_threads(),
-        )  # fmt: skip
-        return dlogits, None
-
-
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Of each row, computed in float32: (M, V), (M,) long -> (M,) float32"""
-    compiled = logits.device.type == "cpu" and logits.dtype == torch.bfloat16 and logits.shape[1] % 16 == 0
-    if compiled and not torch.compiler.is_compiling() and is_available():
-        return _EntropyFunction.apply(logits.contiguous(), targets.contiguous())
-    return F.cross_entropy(logits.float(), targets, reduction="none")

@@ -38,38 +38,54 @@ T* room(std::vector<T>& buffer, int64_t size) {
 // Row `row` of the product's order: gates and factors of the feed-forward network take turns of 16.
 int64_t turn_of(int64_t row, int64_t ffn) { return row / GROUP * 16 + row % 16 + (row % GROUP < 16 ? 0 : ffn); }
 
-// Rows 32 g .. 32 g + 31 of a matrix in bfloat16; ffn: 0, or its gates and factors in turns
-void round_group(const float* weight, int64_t columns, int64_t g, int64_t ffn, Bf16* to) {
-    for (int64_t i = 0; i < GROUP; i++) {
+// `count` rows of a matrix from 32 g on in bfloat16, up to 32 of them, the rest zeros; ffn: 0, or its gates and factors
+// in turns
+void round_group(const float* weight, int64_t count, int64_t columns, int64_t g, int64_t ffn, Bf16* to) {
+    for (int64_t i = 0; i < std::min(count, GROUP); i++) {
         const int64_t row = g * GROUP + i;
         const float* from = weight + (ffn ? turn_of(row, ffn) : row) * columns;
         for (int64_t c = 0; c < columns; c += 16) store_bf16(to + i * columns + c, _mm512_loadu_ps(from + c));
     }
+    if (count < GROUP) std::fill(to + count * columns, to + GROUP * columns, 0);
 }
 
-struct Matrix {  // packed to be multiplied with, as it is or transposed
+struct Matrix {  // (N, K) packed to be multiplied with, as it is or transposed; N is rounded up to whole groups
     Halves packed;
-    int64_t rows, columns;
+    int64_t n, k;
+    bool transposed;
 
-    void pack(const float* weight, int64_t n, int64_t k, int64_t ffn, bool transposed, Range groups) {
+    void fit(int64_t rows, int64_t columns, bool turned) {
+        n = rows, k = columns, transposed = turned;
+        room(packed, whole_groups(n) * k);
+    }
+
+    // A part of it: groups of 32 rows of `weight`
+    void pack(const float* weight, int64_t ffn, int64_t thread, int64_t threads) {
         static thread_local Halves rounded;
         Bf16* few = room(rounded, GROUP * k);
+        const Range groups = share(whole_groups(n) / GROUP, thread, threads);
         for (int64_t g = groups.begin; g < groups.end; g++) {
-            round_group(weight, k, g, ffn, few);
+            round_group(weight, n - g * GROUP, k, g, ffn, few);
             if (!transposed) pack_rows(in_rows(few, k), GROUP, k, packed.data() + g * GROUP * k);
             for (int64_t c = 0; transposed && c < k; c += GROUP)
-                pair_rows(in_rows(few + c, k), GROUP, GROUP / 2, GROUP, packed.data() + c * n + g * GROUP * GROUP, 0);
+                pair_rows(in_rows(few + c, k), GROUP, GROUP / 2, GROUP,
+                          packed.data() + c * whole_groups(n) + g * GROUP * GROUP, 0);
         }
     }
 
-    void fit(int64_t n, int64_t k, bool transposed) {
-        room(packed, n * k);
-        rows = transposed ? k : n, columns = transposed ? n : k;
+    // a (count, inputs), rows `step` apart: some of the inputs, from `first` on
+    template <typename Store>
+    void multiply_some(const Bf16* a, int64_t count, int64_t step, int64_t first, int64_t inputs,
+                       const Store& store) const {
+        const int64_t size = GROUP * (transposed ? whole_groups(n) : k);
+        product(a, count, step, inputs, packed.data() + first * GROUP, size, whole_groups(transposed ? k : n) / GROUP,
+                store);
     }
 
     template <typename Store>
     void multiply(const Bf16* a, int64_t count, const Store& store) const {
-        product(a, count, columns, columns, packed.data(), columns * GROUP, rows / GROUP, store);
+        const int64_t inputs = transposed ? n : k;
+        multiply_some(a, count, inputs, 0, inputs, store);
     }
 };
 
@@ -83,12 +99,11 @@ struct Packed {
         down.fit(s.dim, s.ffn, transposed);
     }
 
-    void pack(const Shape& s, const Weights& w, bool transposed, int64_t thread, int64_t threads) {
-        const auto part = [&](int64_t n) { return share(n / GROUP, thread, threads); };
-        qkv.pack(w.qkv, s.qkv(), s.dim, 0, transposed, part(s.qkv()));
-        out.pack(w.out, s.dim, s.inner(), 0, transposed, part(s.dim));
-        gate_up.pack(w.gate_up, 2 * s.ffn, s.dim, s.ffn, transposed, part(2 * s.ffn));
-        down.pack(w.down, s.dim, s.ffn, 0, transposed, part(s.dim));
+    void pack(const Shape& s, const Weights& w, int64_t thread, int64_t threads) {
+        qkv.pack(w.qkv, 0, thread, threads);
+        out.pack(w.out, 0, thread, threads);
+        gate_up.pack(w.gate_up, s.ffn, thread, threads);
+        down.pack(w.down, 0, thread, threads);
     }
 };
 
@@ -136,7 +151,7 @@ void unnorm_row(const float* x, const float* gain, const float* dy, int64_t widt
     }
 }
 
-struct Turns {  // norms and rotary positions of a kind of heads
+struct Turns {                          // norms and rotary positions of a kind of heads
     const float *gain, *cosine, *sine;  // (K), (L, K), (L, K)
     float eps, factor;                  // of what is normed and turned
 };

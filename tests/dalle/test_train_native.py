@@ -5,7 +5,7 @@ import torch
 
 import common.native
 from common.native import lacking_flags
-from dalle import train_native
+from dalle import train_heads, train_native
 from dalle.attention import CausalMask
 from dalle.model import Dalle, ModelOptions
 
@@ -108,7 +108,7 @@ def test_what_is_no_number_shows(value):
     assert not found["attention.qkv.weight"].isfinite().all()
     logits = torch.randn(4, 64).bfloat16()
     logits[2] = value
-    losses = train_native.cross_entropy(logits, torch.arange(4))
+    losses = train_heads.cross_entropy(logits, torch.arange(4))
     assert losses[[0, 1, 3]].isfinite().all() and not losses[2].isfinite()
 
 
@@ -118,15 +118,15 @@ def test_cross_entropy_is_pytorchs(width):
     torch.manual_seed(0)
     logits = (torch.randn(37, width) * 4).bfloat16().requires_grad_()
     targets, weights = torch.randint(width, (37,)), torch.rand(37)
-    losses = train_native.cross_entropy(logits, targets)
+    losses = train_heads.cross_entropy(logits, targets)
     expected = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
     mine, theirs = (torch.autograd.grad((x * weights).sum(), logits)[0] for x in (losses, expected))
     assert mine.dtype == torch.bfloat16
     torch.testing.assert_close(mine, theirs, rtol=0.01, atol=1e-6)
-    assert train_native.cross_entropy(logits[:0], targets[:0]).shape == (0,)
+    assert train_heads.cross_entropy(logits[:0], targets[:0]).shape == (0,)
     with pytest.raises(IndexError, match="targets must lie"):
-        train_native.cross_entropy(logits, targets + width)
+        train_heads.cross_entropy(logits, targets + width)
 
 
 @needs_native
