@@ -36,7 +36,7 @@ constexpr int64_t COLUMNS = 256;  // those whose weights' gradients are: whole g
 
 struct Room {  // of a thread
     Halves normed, left;
-    Floats back, sums, by_gain;
+    Floats scales, back, sums;
 };
 
 struct Blocks {  // of rows: as many for every thread
@@ -59,14 +59,17 @@ __m512 widen_some(const Bf16* from, int64_t count, __m512 rest) {
     return _mm512_mask_mov_ps(rest, within(count), _mm512_castsi512_ps(wide));
 }
 
-void norm_block(const Hidden& h, const Head& head, Range rows, Bf16* to) {
-    for (int64_t i = rows.begin; i < rows.end; i++, to += h.dim)
-        norm_rows(h.x + head.rows[i] * h.dim, h.gain, 1, h.dim, h.eps, to);
+// Rows of the last hidden states, normed; 1 / rms of each goes to room.scales
+const Bf16* norm_block(const Hidden& h, const Head& head, Range rows, Room& r) {
+    Bf16* to = room(r.normed, ROWS * h.dim);
+    float* scales = room(r.scales, ROWS);
+    for (int64_t i = rows.begin; i < rows.end; i++)
+        norm_rows(h.x + head.rows[i] * h.dim, 1, h.dim, h.eps, to + (i - rows.begin) * h.dim, scales + i - rows.begin);
+    return to;
 }
 
-void forward_block(const Hidden& h, const Head& head, Range rows, Room& room_) {
-    Bf16* normed = room(room_.normed, ROWS * h.dim);
-    norm_block(h, head, rows, normed);
+void forward_block(const Hidden& h, const Head& head, Range rows, Room& r) {
+    const Bf16* normed = norm_block(h, head, rows, r);
     Bf16* logits = head.logits + rows.begin * head.width;
     packed.multiply(normed, rows.end - rows.begin, [&](int64_t row, int64_t n, __m512 first, __m512 last) {
         Bf16* to = logits + row * head.width + n;
@@ -76,11 +79,10 @@ void forward_block(const Hidden& h, const Head& head, Range rows, Room& room_) {
     });
 }
 
-// Into dx, and the norm's gradient; keeps the rows, normed and paired
-void backward_block(const Hidden& h, const Head& head, int64_t block, Range rows, Room& r, float* dx, float* by_gain) {
+// Into dx; keeps the rows, normed and paired
+void backward_block(const Hidden& h, const Head& head, int64_t block, Range rows, Room& r, float* dx) {
     const int64_t count = rows.end - rows.begin, pairs = (count + 1) / 2, D = h.dim, V = head.width;
-    Bf16* normed = room(r.normed, ROWS * D);
-    norm_block(h, head, rows, normed);
+    const Bf16* normed = norm_block(h, head, rows, r);
     pair_rows(in_rows(normed, D), count, pairs, D, paired.data() + block * ROWS * D, pairs);
     float* back = room(r.back, ROWS * D);
     std::fill_n(back, count * D, 0.0f);
@@ -93,7 +95,7 @@ void backward_block(const Hidden& h, const Head& head, int64_t block, Range rows
                              });
     for (int64_t i = 0; i < count; i++) {
         const int64_t at = head.rows[rows.begin + i] * D;
-        unnorm_row(h.x + at, h.gain, back + i * D, D, h.eps, dx + at, by_gain);
+        unnorm_row(normed + i * D, r.scales[i], back + i * D, D, dx + at, dx + at);
     }
 }
 
@@ -111,7 +113,8 @@ void pair_columns(const Head& head, Range rows, int64_t begin, int64_t columns, 
 }
 
 // Gradients of some rows of the weight
-void backward_weight(const Hidden& h, const Head& head, const Blocks& blocks, int64_t begin, int64_t columns, Room& r) {
+void backward_weight(const Hidden& h, const Head& head, const Blocks& blocks, int64_t begin, int64_t columns, Room& r,
+                     float* by_gain) {
     const int64_t D = h.dim;
     Bf16* left = room(r.left, ROWS * columns);
     float* sums = room(r.sums, columns * D);
@@ -122,8 +125,11 @@ void backward_weight(const Hidden& h, const Head& head, const Blocks& blocks, in
         add_outer<false>(left, columns, paired.data() + block * ROWS * D, D, (rows.end - rows.begin + 1) / 2, sums);
     }
     for (int64_t n = 0; n < std::min(columns, head.width - begin); n++)
-        for (int64_t k = 0; k < D; k += GROUP)
-            std::copy_n(sums + k * columns + block_row(n), GROUP, head.gradient + (begin + n) * D + k);
+        for (int64_t k = 0; k < D; k += 16) {
+            const int64_t row = (begin + n) * D;
+            const __m512 by = _mm512_loadu_ps(sums + k / GROUP * GROUP * columns + block_row(n) + k % GROUP);
+            _mm512_storeu_ps(head.gradient + row + k, by_gained(by, head.weight + row + k, h.gain + k, by_gain + k));
+        }
 }
 
 // All of a head's backward pass that a thread does
@@ -131,11 +137,11 @@ void backward_head(const Hidden& h, const Head& head, int64_t thread, int64_t th
     const Blocks blocks(head.count, threads);
     const Range mine = share(blocks.count, thread, threads),
                 groups = share(whole_groups(head.width) / GROUP, thread, threads);
-    for (int64_t block = mine.begin; block < mine.end; block++)
-        backward_block(h, head, block, blocks.at(block), r, dx, by_gains[thread].data());
+    for (int64_t block = mine.begin; block < mine.end; block++) backward_block(h, head, block, blocks.at(block), r, dx);
 #pragma omp barrier
     for (int64_t begin = groups.begin * GROUP; begin < groups.end * GROUP; begin += COLUMNS)
-        backward_weight(h, head, blocks, begin, std::min(COLUMNS, groups.end * GROUP - begin), r);
+        backward_weight(h, head, blocks, begin, std::min(COLUMNS, groups.end * GROUP - begin), r,
+                        by_gains[thread].data());
 }
 
 }  // namespace
@@ -149,7 +155,7 @@ void heads_forward(const Hidden* hidden, const Head* heads, int64_t count, int t
         {
             static thread_local Room room;
             const int64_t thread = omp_get_thread_num(), all = omp_get_num_threads();
-            packed.pack(head->weight, 0, thread, all);
+            packed.pack(head->weight, {0, hidden->gain}, thread, all);
 #pragma omp barrier
             const Blocks blocks(head->count, all);
             const Range mine = share(blocks.count, thread, all);
@@ -178,7 +184,7 @@ void heads_backward(const Hidden* hidden, const Head* heads, int64_t count, floa
 #pragma omp barrier
 #pragma omp single
             packed.fit(head->width, D, true);
-            packed.pack(head->weight, 0, thread, all);
+            packed.pack(head->weight, {0, hidden->gain}, thread, all);
 #pragma omp barrier
             backward_head(*hidden, *head, thread, all, room, dx);
         }

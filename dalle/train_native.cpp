@@ -21,7 +21,8 @@ struct Input {
 struct Kept {             // of the forward pass for the backward one
     Bf16 *qkv, *gate_up;  // (B, N / 32, L, 32), gates and factors in turns of 16: read again a group at a time
     Bf16* attended;       // (B, L, H K)
-    float *middle, *lse;  // (B, L, D) after the attention, (B, H, L) logarithms of the softmax's sums
+    Bf16 *first, *last;   // (B, L, D): normed, before the attention and before the feed-forward network
+    float *scales, *lse;  // (2, B, L) of the norms, (B, H, L) logarithms of the softmax's sums
 };
 
 }  // extern "C"
@@ -29,8 +30,10 @@ struct Kept {             // of the forward pass for the backward one
 namespace {
 
 struct Size {
-    int64_t rows, columns;  // a gain is one row
+    int64_t rows, columns;  // gains are one row
 };
+
+constexpr int64_t MATRICES = 4, GATE_UP = 2;  // of the weights
 
 // Of the weights, in their order
 std::array<Size, 8> sizes_of(const Shape& s) {
@@ -53,11 +56,10 @@ struct Sums {  // gradients of the weights, of one thread; those of matrices in 
         for (const Size& size : sizes_of(s)) total += size.rows * size.columns;
         float* at = room(all, total);
         std::fill_n(at, total, 0.0f);
-        for (const Size& size : sizes_of(s)) (&parts.qkv)[part++] = at, at += size.rows * size.columns;
+        for (const Size& size : sizes_of(s)) parts.all()[part++] = at, at += size.rows * size.columns;
     }
 };
 
-constexpr int64_t GATE_UP = 2;  // of the weights
 constexpr int64_t CHUNK =
     96;  // rows of the feed-forward network's backward pass that stay in the cache, an even number
 
@@ -75,18 +77,21 @@ struct Part {
     const float* x;
     Sequence sequence;
     const Bf16 *attention_mask, *ffn_mask;
-    Bf16 *qkv, *attended, *gate_up;
-    float *middle, *lse;
+    Bf16 *qkv, *attended, *gate_up, *first, *last;
+    float *first_scales, *last_scales, *lse;
 
     Part(const Shape& s, const Input& in, const Kept& k, int64_t i)
-        : x(in.x + i * s.length * s.dim),
+        : x(in.x ? in.x + i * s.length * s.dim : nullptr),
           sequence{s.length, in.table, in.table + s.length * s.head_dim, in.bias ? in.bias + i * s.length : nullptr},
           attention_mask(in.attention_mask ? in.attention_mask + i * s.length * s.dim : nullptr),
           ffn_mask(in.ffn_mask ? in.ffn_mask + i * s.length * s.dim : nullptr),
           qkv(k.qkv + i * s.length * s.qkv()),
           attended(k.attended + i * s.length * s.inner()),
           gate_up(k.gate_up + i * s.length * 2 * s.ffn),
-          middle(k.middle + i * s.length * s.dim),
+          first(k.first + i * s.length * s.dim),
+          last(k.last + i * s.length * s.dim),
+          first_scales(k.scales + i * s.length),
+          last_scales(k.scales + (s.batch + i) * s.length),
           lse(k.lse + i * s.length * s.heads) {}
 };
 
@@ -111,17 +116,18 @@ auto put_sum(const float* x, const Bf16* mask, float* y, int64_t width) {
 
 void forward_sequence(const Shape& s, const Weights& w, const Part& p, Room& r, float* y) {
     const int64_t L = s.length;
-    Bf16 *rows = room(r.rows, L * s.dim), *hidden = room(r.hidden, L * s.ffn);
-    norm_rows(p.x, w.attention_norm, L, s.dim, s.eps, rows);
-    packed.qkv.multiply(rows, L, put_groups(p.qkv, L));
+    Bf16* hidden = room(r.hidden, L * s.ffn);
+    float* middle = room(r.middle, L * s.dim);
+    norm_rows(p.x, L, s.dim, s.eps, p.first, p.first_scales);
+    packed.qkv.multiply(p.first, L, put_groups(p.qkv, L));
     attend_forward(s, w, p.sequence, r.heads, p.qkv, p.attended, p.lse);
-    packed.out.multiply(p.attended, L, put_sum(p.x, p.attention_mask, p.middle, s.dim));
-    norm_rows(p.middle, w.ffn_norm, L, s.dim, s.eps, rows);
-    packed.gate_up.multiply(rows, L, [&](int64_t row, int64_t n, __m512 gate, __m512 factor) {
+    packed.out.multiply(p.attended, L, put_sum(p.x, p.attention_mask, middle, s.dim));
+    norm_rows(middle, L, s.dim, s.eps, p.last, p.last_scales);
+    packed.gate_up.multiply(p.last, L, [&](int64_t row, int64_t n, __m512 gate, __m512 factor) {
         put_groups(p.gate_up, L)(row, n, gate, factor);
         store_bf16(hidden + row * s.ffn + n / 2, _mm512_mul_ps(_mm512_mul_ps(gate, sigmoid_few(gate)), factor));
     });
-    packed.down.multiply(hidden, L, put_sum(p.middle, p.ffn_mask, y, s.dim));
+    packed.down.multiply(hidden, L, put_sum(middle, p.ffn_mask, y, s.dim));
 }
 
 void round_rows(const float* x, const Bf16* mask, int64_t size, Bf16* y) {
@@ -161,63 +167,73 @@ void backward_ffn_rows(const Shape& s, const Part& p, Room& r, int64_t first, in
     pair_rows(in_rows(wide, 2 * s.ffn), count, some, 2 * s.ffn, r.left.data() + first * GROUP, pairs);
 }
 
-// dy (L, D) -> r.middle: what comes to the sum after the attention
+// dy (L, D) -> r.middle: what comes to the sum after the attention, and r.rows, what of it comes to the attention
 void backward_ffn(const Shape& s, const Weights& w, const Weights& by, const Part& p, Room& r, const float* dy) {
     const int64_t L = s.length, pairs = (L + 1) / 2;
     room(r.back, L * s.dim), room(r.left, pairs * 4 * s.ffn), room(r.hidden_pairs, pairs * 2 * s.ffn);
     round_rows(dy, p.ffn_mask, L * s.dim, room(r.given, L * s.dim));
     for (int64_t first = 0; first < L; first += CHUNK) backward_ffn_rows(s, p, r, first, std::min(CHUNK, L - first));
-    Bf16* rows = room(r.rows, L * s.dim);
-    norm_rows(p.middle, w.ffn_norm, L, s.dim, s.eps, rows);
-    pair_all(rows, L, s.dim, r.right);
+    pair_all(p.last, L, s.dim, r.right);
     add_outer<false>(r.left.data(), 2 * s.ffn, r.right.data(), s.dim, pairs, by.gate_up);
     pair_all(r.given.data(), L, s.dim, r.left);
     add_outer<false>(r.left.data(), s.dim, r.hidden_pairs.data(), s.ffn, pairs, by.down);
     float* middle = room(r.middle, L * s.dim);
-    std::copy_n(dy, L * s.dim, middle);
-    for (int64_t i = 0; i < L * s.dim; i += s.dim)
-        unnorm_row(p.middle + i, w.ffn_norm, r.back.data() + i, s.dim, s.eps, middle + i, by.ffn_norm);
+    Bf16* rows = room(r.rows, L * s.dim);
+    for (int64_t t = 0, at = 0; t < L; t++, at += s.dim) {
+        unnorm_row(p.last + at, p.last_scales[t], r.back.data() + at, s.dim, dy + at, middle + at);
+        round_rows(middle + at, p.attention_mask ? p.attention_mask + at : nullptr, s.dim, rows + at);
+    }
 }
 
 void backward_attention(const Shape& s, const Weights& w, const Weights& by, const Part& p, Room& r, float* dx) {
     const int64_t L = s.length, pairs = (L + 1) / 2;
     Bf16 *given = room(r.given, L * s.inner()), *wide = room(r.wide, L * s.qkv());
-    Bf16* rows = room(r.rows, L * s.dim);
     float* back = room(r.back, L * s.dim);
-    round_rows(r.middle.data(), p.attention_mask, L * s.dim, rows);
-    pair_all(rows, L, s.dim, r.left);
+    pair_all(r.rows.data(), L, s.dim, r.left);
     pair_all(p.attended, L, s.inner(), r.right);
     add_outer<false>(r.left.data(), s.dim, r.right.data(), s.inner(), pairs, by.out);
-    packed.out.multiply(rows, L, put_halves(given, s.inner()));
+    packed.out.multiply(r.rows.data(), L, put_halves(given, s.inner()));
     attend_backward(s, w, by, p.sequence, r.heads, p.qkv, p.attended, p.lse, given, wide);
-    norm_rows(p.x, w.attention_norm, L, s.dim, s.eps, rows);
     pair_all(wide, L, s.qkv(), r.left);
-    pair_all(rows, L, s.dim, r.right);
+    pair_all(p.first, L, s.dim, r.right);
     add_outer<false>(r.left.data(), s.qkv(), r.right.data(), s.dim, pairs, by.qkv);
     packed.qkv.multiply(wide, L, put_floats(back, s.dim));
-    std::copy_n(r.middle.data(), L * s.dim, dx);
-    for (int64_t i = 0; i < L * s.dim; i += s.dim)
-        unnorm_row(p.x + i, w.attention_norm, back + i, s.dim, s.eps, dx + i, by.attention_norm);
+    for (int64_t t = 0, at = 0; t < L; t++, at += s.dim)
+        unnorm_row(p.first + at, p.first_scales[t], back + at, s.dim, r.middle.data() + at, dx + at);
 }
 
-// The gradients of all threads, rows of one after the other, into those that PyTorch sees
-void add_up(const Shape& s, const Weights& gradients, int64_t thread, int64_t threads) {
-    int64_t part = 0;
-    for (const Size& size : sizes_of(s)) {
-        const Range rows = share(size.rows, thread, threads);
-        for (int64_t n = rows.begin; n < rows.end; n++) {
-            float* to = (&gradients.qkv)[part] + (part == GATE_UP ? turn_of(n, s.ffn) : n) * size.columns;
-            for (int64_t k = 0; k < size.columns; k += 16) {
-                const int64_t block = k / GROUP * GROUP * size.rows + block_row(n) + k % GROUP;
-                __m512 sum = _mm512_setzero_ps();
-                for (int64_t t = 0; t < threads; t++)
-                    sum =
-                        _mm512_add_ps(sum, _mm512_loadu_ps((&sums[t].parts.qkv)[part] + (size.rows == 1 ? k : block)));
-                _mm512_storeu_ps(to + k, sum);
-            }
+// The gradients of a matrix, rows of one after the other, from all threads into one that PyTorch sees
+void add_up_matrix(const Shape& s, int64_t part, const float* weight, const float* gain, float* gradient,
+                   float* by_gain, int64_t thread, int64_t threads) {
+    const Size size = sizes_of(s)[part];
+    const Range rows = share(size.rows, thread, threads);
+    for (int64_t n = rows.begin; n < rows.end; n++) {
+        const int64_t row = (part == GATE_UP ? turn_of(n, s.ffn) : n) * size.columns;
+        for (int64_t k = 0; k < size.columns; k += 16) {
+            const int64_t block = k / GROUP * GROUP * size.rows + block_row(n) + k % GROUP;
+            __m512 sum = _mm512_setzero_ps();
+            for (int64_t t = 0; t < threads; t++)
+                sum = _mm512_add_ps(sum, _mm512_loadu_ps(sums[t].parts.all()[part] + block));
+            if (gain) sum = by_gained(sum, weight + row + k, gain + k, by_gain + k);
+            _mm512_storeu_ps(gradient + row + k, sum);
         }
-        part++;
     }
+}
+
+void add_up(const Shape& s, const Weights& w, const Weights& gradients, int64_t thread, int64_t threads) {
+    const Weights& by = sums[thread].parts;
+    add_up_matrix(s, 0, w.qkv, w.attention_norm, gradients.qkv, by.attention_norm, thread, threads);
+    add_up_matrix(s, 1, w.out, nullptr, gradients.out, nullptr, thread, threads);
+    add_up_matrix(s, 2, w.gate_up, w.ffn_norm, gradients.gate_up, by.ffn_norm, thread, threads);
+    add_up_matrix(s, 3, w.down, nullptr, gradients.down, nullptr, thread, threads);
+#pragma omp barrier
+#pragma omp single
+    for (int64_t part = MATRICES; part < static_cast<int64_t>(sizes_of(s).size()); part++)
+        for (int64_t k = 0; k < sizes_of(s)[part].columns; k++) {
+            float sum = 0;
+            for (int64_t t = 0; t < threads; t++) sum += sums[t].parts.all()[part][k];
+            gradients.all()[part][k] = sum;
+        }
 }
 
 }  // namespace
@@ -259,7 +275,7 @@ void block_backward(const Shape* shape, const Weights* weights, const Input* inp
             backward_ffn(s, *weights, sums[thread].parts, part, room, dy + i * s.length * s.dim);
             backward_attention(s, *weights, sums[thread].parts, part, room, dx + i * s.length * s.dim);
         }
-        add_up(s, *gradients, thread, all);
+        add_up(s, *weights, *gradients, thread, all);
     }
 }
 

@@ -48,7 +48,7 @@ class _Input(ctypes.Structure):
 
 
 class _Kept(ctypes.Structure):
-    _fields_ = tuple((name, _pointer) for name in ("qkv", "gate_up", "attended", "middle", "lse"))
+    _fields_ = tuple((name, _pointer) for name in ("qkv", "gate_up", "attended", "first", "last", "scales", "lse"))
 
 
 @functools.cache
@@ -108,7 +108,9 @@ class _BlockFunction(torch.autograd.Function):
             x.new_empty(places, (s.heads + 2 * s.kv_heads) * s.head_dim, dtype=torch.bfloat16),
             x.new_empty(places, 2 * s.ffn, dtype=torch.bfloat16),
             x.new_empty(places, s.heads * s.head_dim, dtype=torch.bfloat16),
-            x.new_empty(places, s.dim),
+            x.new_empty(places, s.dim, dtype=torch.bfloat16),
+            x.new_empty(places, s.dim, dtype=torch.bfloat16),
+            x.new_empty(2, places),
             x.new_empty(s.batch, s.heads, s.length),
         )
         y = torch.empty_like(x)
@@ -116,17 +118,18 @@ class _BlockFunction(torch.autograd.Function):
             _library().block_forward, s, _pointers(_Weights, weights), _pointers(_Input, (x, *inputs)),
             _pointers(_Kept, kept), y,
         )  # fmt: skip
-        ctx.save_for_backward(x, *inputs, *weights, *kept)
+        ctx.save_for_backward(*inputs, *weights, *kept)
         ctx.shape = shape
         return y
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, weights, kept = _split(ctx.saved_tensors, len(_Input._fields_), len(_Weights._fields_))
+        inputs, weights, kept = _split(ctx.saved_tensors, len(_Input._fields_) - 1, len(_Weights._fields_))
         gradients = [torch.empty_like(w) for w in weights]
-        dy, dx = dy.contiguous(), torch.empty_like(inputs[0])
+        dy = dy.contiguous()
+        dx = torch.empty_like(dy)
         call(
-            _library().block_backward, ctx.shape, _pointers(_Weights, weights), _pointers(_Input, inputs),
+            _library().block_backward, ctx.shape, _pointers(_Weights, weights), _pointers(_Input, (None, *inputs)),
             _pointers(_Kept, kept), dy, dx, _pointers(_Weights, gradients),
         )  # fmt: skip
         return None, None, dx, *gradients

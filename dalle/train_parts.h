@@ -18,6 +18,8 @@ struct Shape {
 
 struct Weights {  // (N, K) and (K), float32, as PyTorch has them; of gradients the same
     float *qkv, *out, *gate_up, *down, *attention_norm, *ffn_norm, *q_norm, *k_norm;
+    float** all() { return &qkv; }
+    float* const* all() const { return &qkv; }
 };
 
 }  // extern "C"
@@ -38,13 +40,21 @@ T* room(std::vector<T>& buffer, int64_t size) {
 // Row `row` of the product's order: gates and factors of the feed-forward network take turns of 16.
 int64_t turn_of(int64_t row, int64_t ffn) { return row / GROUP * 16 + row % 16 + (row % GROUP < 16 ? 0 : ffn); }
 
-// `count` rows of a matrix from 32 g on in bfloat16, up to 32 of them, the rest zeros; ffn: 0, or its gates and factors
-// in turns
-void round_group(const float* weight, int64_t count, int64_t columns, int64_t g, int64_t ffn, Bf16* to) {
+// What is done to a matrix when it is packed
+struct Packing {
+    int64_t ffn = 0;              // or its rows are gates and factors, which take turns
+    const float* gain = nullptr;  // of each column, of the norm that comes before
+};
+
+// `count` rows of a matrix from 32 g on in bfloat16, up to 32 of them, the rest zeros
+void round_group(const float* weight, int64_t count, int64_t columns, int64_t g, const Packing& how, Bf16* to) {
     for (int64_t i = 0; i < std::min(count, GROUP); i++) {
         const int64_t row = g * GROUP + i;
-        const float* from = weight + (ffn ? turn_of(row, ffn) : row) * columns;
-        for (int64_t c = 0; c < columns; c += 16) store_bf16(to + i * columns + c, _mm512_loadu_ps(from + c));
+        const float* from = weight + (how.ffn ? turn_of(row, how.ffn) : row) * columns;
+        for (int64_t c = 0; c < columns; c += 16) {
+            const __m512 part = _mm512_loadu_ps(from + c);
+            store_bf16(to + i * columns + c, how.gain ? _mm512_mul_ps(part, _mm512_loadu_ps(how.gain + c)) : part);
+        }
     }
     if (count < GROUP) std::fill(to + count * columns, to + GROUP * columns, 0);
 }
@@ -60,12 +70,12 @@ struct Matrix {  // (N, K) packed to be multiplied with, as it is or transposed;
     }
 
     // A part of it: groups of 32 rows of `weight`
-    void pack(const float* weight, int64_t ffn, int64_t thread, int64_t threads) {
+    void pack(const float* weight, const Packing& how, int64_t thread, int64_t threads) {
         static thread_local Halves rounded;
         Bf16* few = room(rounded, GROUP * k);
         const Range groups = share(whole_groups(n) / GROUP, thread, threads);
         for (int64_t g = groups.begin; g < groups.end; g++) {
-            round_group(weight, n - g * GROUP, k, g, ffn, few);
+            round_group(weight, n - g * GROUP, k, g, how, few);
             if (!transposed) pack_rows(in_rows(few, k), GROUP, k, packed.data() + g * GROUP * k);
             for (int64_t c = 0; transposed && c < k; c += GROUP)
                 pair_rows(in_rows(few + c, k), GROUP, GROUP / 2, GROUP,
@@ -100,10 +110,10 @@ struct Packed {
     }
 
     void pack(const Shape& s, const Weights& w, int64_t thread, int64_t threads) {
-        qkv.pack(w.qkv, 0, thread, threads);
-        out.pack(w.out, 0, thread, threads);
-        gate_up.pack(w.gate_up, s.ffn, thread, threads);
-        down.pack(w.down, 0, thread, threads);
+        qkv.pack(w.qkv, {0, w.attention_norm}, thread, threads);
+        out.pack(w.out, {}, thread, threads);
+        gate_up.pack(w.gate_up, {s.ffn, w.ffn_norm}, thread, threads);
+        down.pack(w.down, {}, thread, threads);
     }
 };
 
@@ -117,38 +127,35 @@ float inverse_rms(__m512 squares, int64_t width, float eps) {
     return guess * (1.5f - 0.5f * mean * guess * guess);
 }
 
-float scale_of(const float* x, int64_t width, float eps) {
-    __m512 squares = _mm512_setzero_ps();
-    for (int64_t i = 0; i < width; i += 16)
-        squares = _mm512_fmadd_ps(_mm512_loadu_ps(x + i), _mm512_loadu_ps(x + i), squares);
-    return inverse_rms(squares, width, eps);
-}
-
-// x / rms(x) * gain in bfloat16, rows of `width`
-void norm_rows(const float* x, const float* gain, int64_t rows, int64_t width, float eps, Bf16* y) {
+// x / rms(x) in bfloat16, rows of `width`, and 1 / rms(x). The gains that follow are in the weights.
+void norm_rows(const float* x, int64_t rows, int64_t width, float eps, Bf16* y, float* scales) {
     for (int64_t r = 0; r < rows; r++, x += width, y += width) {
-        const __m512 scale = _mm512_set1_ps(scale_of(x, width, eps));
+        __m512 squares = _mm512_setzero_ps();
         for (int64_t i = 0; i < width; i += 16)
-            store_bf16(y + i, _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(x + i), scale), _mm512_loadu_ps(gain + i)));
+            squares = _mm512_fmadd_ps(_mm512_loadu_ps(x + i), _mm512_loadu_ps(x + i), squares);
+        scales[r] = inverse_rms(squares, width, eps);
+        for (int64_t i = 0; i < width; i += GROUP) {
+            const __m512 scale = _mm512_set1_ps(scales[r]), last = _mm512_loadu_ps(x + i + 16);
+            store_line(y + i, _mm512_mul_ps(_mm512_loadu_ps(x + i), scale), _mm512_mul_ps(last, scale));
+        }
     }
 }
 
-// What comes back through a norm of one row: dx += scale (dy gain - x scale^2 mean(dy gain x)); by_gain += dy x scale
-void unnorm_row(const float* x, const float* gain, const float* dy, int64_t width, float eps, float* dx,
-                float* by_gain) {
-    const float scale = scale_of(x, width, eps);
+// What comes back through a norm of one row, y = x scale: dx = given + scale (dy - y mean(dy y))
+void unnorm_row(const Bf16* y, float scale, const float* dy, int64_t width, const float* given, float* dx) {
     __m512 sum = _mm512_setzero_ps();
+    for (int64_t i = 0; i < width; i += 16) sum = _mm512_fmadd_ps(_mm512_loadu_ps(dy + i), widen(y + i), sum);
+    const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / width);
     for (int64_t i = 0; i < width; i += 16) {
-        const __m512 product = _mm512_mul_ps(_mm512_loadu_ps(dy + i), _mm512_loadu_ps(x + i));
-        sum = _mm512_fmadd_ps(product, _mm512_loadu_ps(gain + i), sum);
-        _mm512_storeu_ps(by_gain + i, _mm512_fmadd_ps(product, _mm512_set1_ps(scale), _mm512_loadu_ps(by_gain + i)));
+        const __m512 back = _mm512_fnmadd_ps(widen(y + i), mean, _mm512_loadu_ps(dy + i));
+        _mm512_storeu_ps(dx + i, _mm512_fmadd_ps(back, _mm512_set1_ps(scale), _mm512_loadu_ps(given + i)));
     }
-    const __m512 slope = _mm512_set1_ps(-_mm512_reduce_add_ps(sum) / width * scale * scale * scale);
-    for (int64_t i = 0; i < width; i += 16) {
-        const __m512 direct = _mm512_mul_ps(_mm512_loadu_ps(dy + i), _mm512_loadu_ps(gain + i));
-        const __m512 back = _mm512_fmadd_ps(_mm512_loadu_ps(x + i), slope, _mm512_loadu_ps(dx + i));
-        _mm512_storeu_ps(dx + i, _mm512_fmadd_ps(direct, _mm512_set1_ps(scale), back));
-    }
+}
+
+// The gradient of 16 weights behind a gain, from that of their products with it; adds to that of the gain
+__m512 by_gained(__m512 by, const float* weight, const float* gain, float* by_gain) {
+    _mm512_storeu_ps(by_gain, _mm512_fmadd_ps(by, _mm512_loadu_ps(weight), _mm512_loadu_ps(by_gain)));
+    return _mm512_mul_ps(by, _mm512_loadu_ps(gain));
 }
 
 struct Turns {                          // norms and rotary positions of a kind of heads

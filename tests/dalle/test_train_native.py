@@ -64,7 +64,8 @@ def test_as_exact_as_pytorch_in_bf16(case):
     assert found.keys() == exact.keys() and len(found) == 10
     for name, expected in exact.items():
         mine, theirs = ((x[name] - expected).norm() / expected.norm() for x in (found, rounded))
-        assert 0 < mine < min(0.02, 1.2 * theirs), (name, mine, theirs)
+        most = 1.2 if expected.ndim > 1 else 1.6  # gains of heads are few numbers
+        assert 0 < mine < min(0.02, most * theirs), (name, mine, theirs)
 
 
 @needs_native
