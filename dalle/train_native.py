@@ -98,47 +98,67 @@ def _library() -> ctypes.CDLL:
     return library
 
 
+class _Buffers:
+    """Memory that forward passes fill and backward passes give back, so that no step needs fresh pages: those cost more
+    than some of the products."""
+
+    def __init__(self) -> None:
+        self._free: list[Tensor] = []
+
+    def take(self, size: int) -> Tensor:
+        """-> (size or more,) bytes"""
+        buffer = self._free.pop() if self._free else None
+        return buffer if buffer is not None and len(buffer) >= size else torch.empty(size, dtype=torch.uint8)
+
+    def give_back(self, buffer: Tensor) -> None:
+        self._free.append(buffer)
+
+
+_buffers = _Buffers()
+
+
+def _kept_sizes(s: _Shape) -> list[int]:
+    """Bytes of what a forward pass keeps, in the order of `_Kept`, whole cache lines each."""
+    places = s.batch * s.length
+    halves = ((s.heads + 2 * s.kv_heads) * s.head_dim, 2 * s.ffn, s.heads * s.head_dim, s.dim, s.dim)
+    return [-(-size // 64) * 64 for size in (*(2 * n * places for n in halves), 8 * places, 4 * s.heads * places)]
+
+
+def _kept(s: _Shape, buffer: Tensor) -> _Kept:
+    """The parts of a buffer."""
+    return _Kept(*(buffer.data_ptr() + start for start in itertools.accumulate([0, *_kept_sizes(s)[:-1]])))
+
+
 class _BlockFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, shape: _Shape, inputs: tuple[Tensor | None, ...], x: Tensor, *weights: Tensor) -> Tensor:
         """inputs: the rotary table, the bias of keys and the masks of both branches"""
-        s = shape
-        places = s.batch * s.length
-        kept = (
-            x.new_empty(places, (s.heads + 2 * s.kv_heads) * s.head_dim, dtype=torch.bfloat16),
-            x.new_empty(places, 2 * s.ffn, dtype=torch.bfloat16),
-            x.new_empty(places, s.heads * s.head_dim, dtype=torch.bfloat16),
-            x.new_empty(places, s.dim, dtype=torch.bfloat16),
-            x.new_empty(places, s.dim, dtype=torch.bfloat16),
-            x.new_empty(2, places),
-            x.new_empty(s.batch, s.heads, s.length),
-        )
+        buffer = _buffers.take(sum(_kept_sizes(shape)))
         y = torch.empty_like(x)
         call(
-            _library().block_forward, s, _pointers(_Weights, weights), _pointers(_Input, (x, *inputs)),
-            _pointers(_Kept, kept), y,
+            _library().block_forward, shape, _pointers(_Weights, weights), _pointers(_Input, (x, *inputs)),
+            _kept(shape, buffer), y,
         )  # fmt: skip
-        ctx.save_for_backward(*inputs, *weights, *kept)
-        ctx.shape = shape
+        ctx.save_for_backward(*inputs, *weights)
+        ctx.shape, ctx.buffer = shape, buffer
         return y
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, weights, kept = _split(ctx.saved_tensors, len(_Input._fields_) - 1, len(_Weights._fields_))
+        if ctx.buffer is None:
+            raise RuntimeError("a compiled block goes back once: what its forward pass kept is gone")
+        saved, count = ctx.saved_tensors, len(_Input._fields_) - 1
+        inputs, weights = saved[:count], saved[count:]
         gradients = [torch.empty_like(w) for w in weights]
         dy = dy.contiguous()
         dx = torch.empty_like(dy)
         call(
             _library().block_backward, ctx.shape, _pointers(_Weights, weights), _pointers(_Input, (None, *inputs)),
-            _pointers(_Kept, kept), dy, dx, _pointers(_Weights, gradients),
+            _kept(ctx.shape, ctx.buffer), dy, dx, _pointers(_Weights, gradients),
         )  # fmt: skip
+        _buffers.give_back(ctx.buffer)
+        ctx.buffer = None
         return None, None, dx, *gradients
-
-
-def _split(tensors: Sequence[Tensor | None], *sizes: int) -> list[Sequence[Tensor | None]]:
-    """The first of each size, and the rest."""
-    ends = [0, *itertools.accumulate(sizes), len(tensors)]
-    return [tensors[a:b] for a, b in itertools.pairwise(ends)]
 
 
 def _pointers(kind: type, tensors: Sequence[Tensor | None]) -> ctypes.Structure:
