@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <array>
 #include <limits>
 
 #include "train_parts.h"
@@ -205,6 +206,14 @@ void take_given(const Shape& s, HeadRoom& r, int64_t head, const Bf16* attended,
     pair_rows(in_rows(rows, K), L, pairs, K, room(r.given_paired, pairs * K * 2), pairs);
 }
 
+// What the head after this one reads, by as many times as there are tiles
+std::array<Coming, 3> next_heads(const Shape& s, const Sequence& q, int64_t head, const Bf16* qkv) {
+    const int64_t size = q.length * s.head_dim, tiles = (q.length + MAX_TILE - 1) / MAX_TILE;
+    const int64_t kv = s.heads + head * s.kv_heads / s.heads + 1, last = s.heads + 2 * s.kv_heads;
+    const auto coming = [=](int64_t n) { return Coming(n < last ? qkv + n * size : nullptr, size, tiles); };
+    return {coming(head + 1), coming(kv), coming(kv + s.kv_heads)};
+}
+
 // A query head: dq into qkv's gradient, and what it adds to dkeys and dvalues, in blocks as `add_outer` has them
 void attend_head_back(const Shape& s, const Weights& w, const Weights& by, const Sequence& q, HeadRoom& r, int64_t head,
                       const Bf16* qkv, Bf16* dqkv) {
@@ -216,7 +225,9 @@ void attend_head_back(const Shape& s, const Weights& w, const Weights& by, const
     turn_rows(raw, L, K, query_turns(s, w, q, LOG2_E), queries);
     if (L % 2) std::fill_n(queries + L * K, K, 0);
     pair_rows(in_rows(queries, K), L, pairs, K, room(r.queries_paired, pairs * K * 2), pairs);
+    std::array<Coming, 3> next = next_heads(s, q, head, qkv);
     for (int64_t begin = 0; begin < L; begin += MAX_TILE) {
+        for (Coming& coming : next) coming.bring();
         constexpr int64_t FEW = MAX_TILE / 2;
         const int64_t rows = std::min(MAX_TILE, L - begin), width = whole_groups(begin + rows), end = begin + rows;
         for (int64_t group = 0; group < width / GROUP; group++)

@@ -74,7 +74,7 @@ std::vector<Sums> sums;
 
 // A sequence's part of everything
 struct Part {
-    const float* x;
+    const float *x, *next;
     Sequence sequence;
     const Bf16 *attention_mask, *ffn_mask;
     Bf16 *qkv, *attended, *gate_up, *first, *last;
@@ -82,6 +82,7 @@ struct Part {
 
     Part(const Shape& s, const Input& in, const Kept& k, int64_t i)
         : x(in.x ? in.x + i * s.length * s.dim : nullptr),
+          next(in.x && i + 1 < s.batch ? x + s.length * s.dim : nullptr),
           sequence{s.length, in.table, in.table + s.length * s.head_dim, in.bias ? in.bias + i * s.length : nullptr},
           attention_mask(in.attention_mask ? in.attention_mask + i * s.length * s.dim : nullptr),
           ffn_mask(in.ffn_mask ? in.ffn_mask + i * s.length * s.dim : nullptr),
@@ -127,7 +128,8 @@ void forward_sequence(const Shape& s, const Weights& w, const Part& p, Room& r, 
         put_groups(p.gate_up, L)(row, n, gate, factor);
         store_bf16(hidden + row * s.ffn + n / 2, _mm512_mul_ps(_mm512_mul_ps(gate, sigmoid_few(gate)), factor));
     });
-    packed.down.multiply(hidden, L, put_sum(middle, p.ffn_mask, y, s.dim));
+    Coming next(p.next, L * s.dim, L * s.dim / GROUP);
+    packed.down.multiply(hidden, L, meanwhile(next, put_sum(middle, p.ffn_mask, y, s.dim)));
 }
 
 void round_rows(const float* x, const Bf16* mask, int64_t size, Bf16* y) {
@@ -159,10 +161,13 @@ void backward_ffn_rows(const Shape& s, const Part& p, Room& r, int64_t first, in
     packed.down.multiply(r.given.data() + first * s.dim, count, [&](int64_t row, int64_t n, __m512 low, __m512 high) {
         const Bf16* gate_up = p.gate_up + 2 * n * s.length + (first + row) * GROUP;
         Bf16 *back = wide + row * 2 * s.ffn + 2 * n, *out = hidden + row * s.ffn + n;
+        _mm_prefetch(gate_up + 2 * s.length * GROUP, _MM_HINT_T0);
+        _mm_prefetch(gate_up + 3 * s.length * GROUP, _MM_HINT_T0);
         ungate(gate_up, low, back, out);
         ungate(gate_up + s.length * GROUP, high, back + GROUP, out + 16);
     });
-    packed.gate_up.multiply(wide, count, put_floats(r.back.data() + first * s.dim, s.dim));
+    Coming last(p.last + first * s.dim, count * s.dim, count * s.dim / GROUP);
+    packed.gate_up.multiply(wide, count, meanwhile(last, put_floats(r.back.data() + first * s.dim, s.dim)));
     pair_rows(in_rows(hidden, s.ffn), count, some, s.ffn, r.hidden_pairs.data() + first * GROUP, pairs);
     pair_rows(in_rows(wide, 2 * s.ffn), count, some, 2 * s.ffn, r.left.data() + first * GROUP, pairs);
 }
@@ -189,15 +194,17 @@ void backward_attention(const Shape& s, const Weights& w, const Weights& by, con
     const int64_t L = s.length, pairs = (L + 1) / 2;
     Bf16 *given = room(r.given, L * s.inner()), *wide = room(r.wide, L * s.qkv());
     float* back = room(r.back, L * s.dim);
+    Coming attended(p.attended, L * s.inner(), L * s.inner() / GROUP);
+    packed.out.multiply(r.rows.data(), L, meanwhile(attended, put_halves(given, s.inner())));
     pair_all(r.rows.data(), L, s.dim, r.left);
     pair_all(p.attended, L, s.inner(), r.right);
     add_outer<false>(r.left.data(), s.dim, r.right.data(), s.inner(), pairs, by.out);
-    packed.out.multiply(r.rows.data(), L, put_halves(given, s.inner()));
     attend_backward(s, w, by, p.sequence, r.heads, p.qkv, p.attended, p.lse, given, wide);
+    Coming normed(p.first, L * s.dim, L * s.dim / GROUP);
+    packed.qkv.multiply(wide, L, meanwhile(normed, put_floats(back, s.dim)));
     pair_all(wide, L, s.qkv(), r.left);
     pair_all(p.first, L, s.dim, r.right);
     add_outer<false>(r.left.data(), s.qkv(), r.right.data(), s.dim, pairs, by.qkv);
-    packed.qkv.multiply(wide, L, put_floats(back, s.dim));
     for (int64_t t = 0, at = 0; t < L; t++, at += s.dim)
         unnorm_row(p.first + at, p.first_scales[t], back + at, s.dim, r.middle.data() + at, dx + at);
 }

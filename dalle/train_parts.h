@@ -35,6 +35,30 @@ T* room(std::vector<T>& buffer, int64_t size) {
     return buffer.data();
 }
 
+struct Coming {  // memory that is needed soon: a product has time to bring it into the cache
+    const char *next, *end;
+    int64_t lines;  // at a time
+
+    // `size` numbers, by as many times
+    template <typename T>
+    Coming(const T* from, int64_t size, int64_t times)
+        : next(reinterpret_cast<const char*>(from)),
+          end(next + (from ? size * static_cast<int64_t>(sizeof(T)) : 0)),
+          lines((size * static_cast<int64_t>(sizeof(T)) / 64 + times - 1) / times) {}
+
+    void bring() {
+        for (int64_t i = 0; i < lines && next < end; i++, next += 64) _mm_prefetch(next, _MM_HINT_T1);
+    }
+};
+
+template <typename Store>
+auto meanwhile(Coming& coming, const Store& store) {
+    return [&coming, store](int64_t row, int64_t n, __m512 first, __m512 last) {
+        store(row, n, first, last);
+        coming.bring();
+    };
+}
+
 // --- weights ------------------------------------------------------------------------------------------------------
 
 // Row `row` of the product's order: gates and factors of the feed-forward network take turns of 16.
