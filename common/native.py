@@ -4,9 +4,11 @@ A source is compiled once by the machine's own compiler, in seconds, into ~/.cac
 `why_not` says so, and the caller takes the operators of PyTorch.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
+import mmap
 import os
 import shutil
 import subprocess
@@ -19,6 +21,7 @@ from common.log import say
 
 CPU_FLAGS = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "fma", "f16c")
 HEADERS = Path(__file__).parent  # what sources share
+HUGE_PAGE = 2**21
 GROUP = 32  # outputs of a group of weights, as there
 
 
@@ -77,6 +80,16 @@ def library(source: Path) -> ctypes.CDLL:
         subprocess.run(command, check=True, capture_output=True, text=True)
         os.replace(temporary, path)
     return ctypes.CDLL(str(path))
+
+
+def memory(size: int) -> Tensor:
+    """(size,) bytes, on huge pages where the kernel has them: what is read at a stride misses them less."""
+    whole = -(-size // HUGE_PAGE) * HUGE_PAGE
+    pages = mmap.mmap(-1, whole + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    raw = torch.frombuffer(pages, dtype=torch.uint8)
+    return raw[-raw.data_ptr() % HUGE_PAGE :][:size]
 
 
 def group_weights(weight: Tensor) -> Tensor:

@@ -108,7 +108,7 @@ class _Buffers:
     def take(self, size: int) -> Tensor:
         """-> (size or more,) bytes"""
         buffer = self._free.pop() if self._free else None
-        return buffer if buffer is not None and len(buffer) >= size else torch.empty(size, dtype=torch.uint8)
+        return buffer if buffer is not None and len(buffer) >= size else native.memory(size)
 
     def give_back(self, buffer: Tensor) -> None:
         self._free.append(buffer)
