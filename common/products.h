@@ -152,18 +152,18 @@ void outer_tile(int64_t n, const Bf16* left, const Bf16* right, int64_t pairs, i
 }
 
 // sums += left^T right: (M, N) and (M, K) as paired rows; sums (K / 32, N / 32, 32, 32), blocks of 32 rows of 32.
-// CAUSAL: column n of `left` is zero above row n, up to whole groups
+// CAUSAL: column n of `left` is zero above row n
 template <bool CAUSAL>
 void add_outer(const Bf16* left, int64_t columns, const Bf16* right, int64_t width, int64_t pairs, float* sums) {
     constexpr int64_t TILES = 3;  // of 11, 11 and 10 columns
     for (int64_t k = 0; k < width; k += GROUP)
         for (int64_t n = 0; n < columns; n += GROUP, sums += GROUP * GROUP) {
-            const int64_t begin = CAUSAL ? std::min(n / 2, pairs) : 0;
-            const Bf16* a = left + (n * pairs + begin * GROUP) * 2;
-            const Bf16* b = right + (k * pairs + begin * GROUP) * 2;
 #pragma GCC unroll 3
             for (int64_t t = 0; t < TILES; t++) {
                 const Range tile = share(GROUP, t, TILES);
+                const int64_t begin = CAUSAL ? std::min((n + tile.begin) / 2, pairs) : 0;
+                const Bf16* a = left + (n * pairs + begin * GROUP) * 2;
+                const Bf16* b = right + (k * pairs + begin * GROUP) * 2;
                 for (int64_t i = tile.begin * GROUP; i < tile.end * GROUP; i += 16) _mm_prefetch(sums + i, _MM_HINT_T0);
                 outer_tile<MAX_TILE>(tile.end - tile.begin, a, b, pairs - begin, tile.begin,
                                      [&](int64_t c, __m512 first, __m512 last) {

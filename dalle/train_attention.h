@@ -9,6 +9,8 @@
 
 namespace {
 
+int64_t even(int64_t n) { return n + n % 2; }
+
 struct Sequence {  // what its heads look at
     int64_t length;
     const float *cosine, *sine;  // (L, K)
@@ -128,7 +130,7 @@ void attend_forward(const Shape& s, const Weights& w, const Sequence& q, HeadRoo
                 const float sum = _mm512_reduce_add_ps(softmax.total[i]);
                 inverse[i] = 1 / sum, lse[head * L + begin + i] = softmax.top[i] + std::log2(sum);
             }
-            product(weights, rows, width, width, r.by_pairs.data(), whole * GROUP, K / GROUP,
+            product(weights, rows, width, even(begin + rows), r.by_pairs.data(), whole * GROUP, K / GROUP,
                     [&](int64_t i, int64_t k, __m512 first, __m512 last) {
                         Bf16* to = attended + (begin + i) * s.inner() + head * K + k;
                         store_line(to, _mm512_mul_ps(first, _mm512_set1_ps(inverse[i])),
@@ -233,7 +235,7 @@ void attend_head_back(const Shape& s, const Weights& w, const Weights& by, const
         for (int64_t group = 0; group < width / GROUP; group++)
             for (int64_t row = begin; row < end; row += FEW)
                 back_tile<FEW>(std::min(FEW, (end - row + 1) / 2 * 2), r, {begin, row, group, K, width, pairs});
-        product(weights, rows, width, width, r.keys_paired.data(), whole * GROUP, K / GROUP, put_floats(dqueries, K));
+        product(weights, rows, width, even(begin + rows), r.keys_paired.data(), whole * GROUP, K / GROUP, put_floats(dqueries, K));
         unturn_rows(
             raw, {begin, end}, K, query_turns(s, w, q, 1), [=](int64_t t) { return dqueries + (t - begin) * K; }, GROUP,
             by.q_norm, dqkv + head * K, s.qkv());
