@@ -68,7 +68,7 @@ struct Softmax {             // of the rows of a tile
 
 // Weights of some rows of queries, from `row` on, for a group of keys; they go to r.weights, rows `width` apart
 template <int R>
-void weigh_tile(int64_t n, HeadRoom& r, int64_t row, int64_t group, int64_t width, int64_t K, Softmax& softmax) {
+[[gnu::flatten]] void weigh_tile(int64_t n, HeadRoom& r, int64_t row, int64_t group, int64_t width, int64_t K, Softmax& softmax) {
     if (n != R) {
         if constexpr (R > 1) weigh_tile<R - 1>(n, r, row, group, width, K, softmax);
         return;
@@ -157,7 +157,7 @@ struct BackTile {               // some rows of a query head against a group of 
 
 // Probabilities of R rows, an even number, and the gradients ds of their scores: ds in rows, both as paired rows
 template <int R>
-void back_tile(int64_t n, HeadRoom& r, const BackTile& t) {
+[[gnu::flatten]] void back_tile(int64_t n, HeadRoom& r, const BackTile& t) {
     if (n != R) {
         if constexpr (R > 2) back_tile<R - 2>(n, r, t);
         return;
