@@ -14,6 +14,14 @@ using Bf16 = uint16_t;
 constexpr int64_t GROUP = 32;     // outputs of a group: two registers
 constexpr int64_t MAX_TILE = 12;  // rows of a tile: 24 of 32 registers hold sums
 
+// A thread's own variable, looked up here and not again and again where registers are full, as GCC would
+template <typename T>
+inline T& once(T& own) {
+    T* at = &own;
+    asm("" : "+r"(at));
+    return *at;
+}
+
 struct Range {
     int64_t begin, end;
 };

@@ -91,8 +91,8 @@ inline void pair_rows(Rows x, int64_t rows, int64_t count, int64_t columns, Bf16
 }
 
 template <int R, typename Next, typename Store>
-[[gnu::flatten]] void product_tile(int64_t n, const Bf16* a, int64_t step, int64_t inputs, const Bf16* group, Next next, int64_t row,
-                  const Store& store) {
+[[gnu::flatten]] void product_tile(int64_t n, const Bf16* a, int64_t step, int64_t inputs, const Bf16* group, Next next,
+                                   int64_t row, const Store& store) {
     if (n != R) {
         if constexpr (R > 1) product_tile<R - 1>(n, a, step, inputs, group, next, row, store);
         return;
@@ -128,7 +128,8 @@ void product(const Bf16* a, int64_t rows, int64_t step, int64_t inputs, const Bf
 
 // N columns of `left`, from `column` on, against a group of `right`, both as paired rows
 template <int R, typename Store>
-[[gnu::flatten]] void outer_tile(int64_t n, const Bf16* left, const Bf16* right, int64_t pairs, int64_t column, const Store& store) {
+[[gnu::flatten]] void outer_tile(int64_t n, const Bf16* left, const Bf16* right, int64_t pairs, int64_t column,
+                                 const Store& store) {
     if (n != R) {
         if constexpr (R > 1) outer_tile<R - 1>(n, left, right, pairs, column, store);
         return;

@@ -66,7 +66,8 @@ __m512 load_half(const Half* from) {
 
 // Rows of a (R, K) against a group: store(row, first 16 sums, last 16 sums).
 template <int R, typename Weight, typename Store>
-void multiply_tile(const Bf16* a, int64_t inputs, const Weight* group, int64_t row, const Store& store, Ahead ahead) {
+[[gnu::flatten]] void multiply_tile(const Bf16* a, int64_t inputs, const Weight* group, int64_t row, const Store& store,
+                                    Ahead ahead) {
     __m512 sums[R][2];
 #pragma GCC unroll 12
     for (int r = 0; r < R; r++) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
@@ -85,7 +86,8 @@ void multiply_rows(int64_t n, const Bf16* a, int64_t inputs, const Weight* group
 // Outputs of groups `range` for all rows: store(row, first output, its 16 sums, the next 16 sums).
 template <typename Store>
 void multiply(const Linear& l, const Bf16* a, int64_t rows, Range range, const Store& store) {
-    static thread_local std::vector<Bf16> widened;
+    static thread_local std::vector<Bf16> own;
+    std::vector<Bf16>& widened = once(own);
     const int64_t size = l.inputs * GROUP;
     for (int64_t g = range.begin; g < range.end; g++) {
         __m512 low = _mm512_set1_ps(1.0f), high = low;
@@ -248,7 +250,8 @@ void attend(const float* q, const Half* keys, const Half* values, const Half* ne
 
 // Keys and values of kv heads `tasks` go into the cache, and their queries look at it.
 void attend_heads(const Model& m, const Cache& c, int64_t layer, int64_t row_of_turns, int64_t index, Range tasks) {
-    static thread_local std::vector<float> room;
+    static thread_local std::vector<float> own;
+    std::vector<float>& room = once(own);
     const int64_t width = m.head_dim, stored = c.rows * m.num_kv_heads, share_of_keys = m.num_heads / m.num_kv_heads;
     room.resize(c.num_blocks * BLOCK + width);
     float *scores = room.data() + width, *turned = room.data();
@@ -302,7 +305,8 @@ bool step(const Model* model, const Cache* cache, const int64_t* ids, int64_t ro
     if (std::any_of(ids, ids + c.rows, [&](int64_t id) { return id < 0 || id >= m.head.outputs; })) return false;
 #pragma omp parallel num_threads(threads)
     {
-        static thread_local std::vector<Bf16> normed;  // each thread norms all rows itself: cheaper than waiting
+        static thread_local std::vector<Bf16> own;  // each thread norms all rows itself: cheaper than waiting
+        std::vector<Bf16>& normed = once(own);
         normed.resize(c.rows * m.dim);
         const int64_t thread = omp_get_thread_num(), all = omp_get_num_threads();
         const auto groups = [&](const Linear& l) { return share(num_groups(l), thread, all); };

@@ -68,7 +68,8 @@ struct Softmax {             // of the rows of a tile
 
 // Weights of some rows of queries, from `row` on, for a group of keys; they go to r.weights, rows `width` apart
 template <int R>
-[[gnu::flatten]] void weigh_tile(int64_t n, HeadRoom& r, int64_t row, int64_t group, int64_t width, int64_t K, Softmax& softmax) {
+[[gnu::flatten]] void weigh_tile(int64_t n, HeadRoom& r, int64_t row, int64_t group, int64_t width, int64_t K,
+                                 Softmax& softmax) {
     if (n != R) {
         if constexpr (R > 1) weigh_tile<R - 1>(n, r, row, group, width, K, softmax);
         return;
@@ -235,7 +236,8 @@ void attend_head_back(const Shape& s, const Weights& w, const Weights& by, const
         for (int64_t group = 0; group < width / GROUP; group++)
             for (int64_t row = begin; row < end; row += FEW)
                 back_tile<FEW>(std::min(FEW, (end - row + 1) / 2 * 2), r, {begin, row, group, K, width, pairs});
-        product(weights, rows, width, even(begin + rows), r.keys_paired.data(), whole * GROUP, K / GROUP, put_floats(dqueries, K));
+        product(weights, rows, width, even(begin + rows), r.keys_paired.data(), whole * GROUP, K / GROUP,
+                put_floats(dqueries, K));
         unturn_rows(
             raw, {begin, end}, K, query_turns(s, w, q, 1), [=](int64_t t) { return dqueries + (t - begin) * K; }, GROUP,
             by.q_norm, dqkv + head * K, s.qkv());

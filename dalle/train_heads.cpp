@@ -48,8 +48,7 @@ struct Blocks {  // of rows: as many for every thread
 
 Matrix packed;                 // of the head at hand
 Halves paired;                 // its rows, normed: of each block (D / 32, ROWS / 2, 32, 2)
-std::vector<Floats> by_gains;  // of each thread, as the rooms
-std::vector<Room> rooms;
+std::vector<Floats> by_gains;  // of each thread
 
 // Of 16 numbers, those that are there
 __mmask16 within(int64_t count) { return count >= 16 ? 0xffff : (1 << count) - 1; }
@@ -150,13 +149,13 @@ void backward_head(const Hidden& h, const Head& head, int64_t thread, int64_t th
 extern "C" {
 
 void heads_forward(const Hidden* hidden, const Head* heads, int64_t count, int threads) {
-    rooms.resize(std::max<size_t>(rooms.size(), threads));
     for (const Head* head = heads; head < heads + count; head++) {
         packed.fit(head->width, hidden->dim, false);
 #pragma omp parallel num_threads(threads)
         {
             const int64_t thread = omp_get_thread_num(), all = omp_get_num_threads();
-            Room& room = rooms[thread];
+            static thread_local Room own;
+            Room& room = once(own);
             packed.pack(head->weight, {0, hidden->gain}, thread, all);
 #pragma omp barrier
             const Blocks blocks(head->count, all);
@@ -170,7 +169,6 @@ void heads_forward(const Hidden* hidden, const Head* heads, int64_t count, int t
 // dx (R, D), and the gradients of the gain and of the heads' weights
 void heads_backward(const Hidden* hidden, const Head* heads, int64_t count, float* dx, float* by_gain, int threads) {
     const int64_t D = hidden->dim;
-    rooms.resize(std::max<size_t>(rooms.size(), threads));
     by_gains.resize(std::max<size_t>(by_gains.size(), threads));
     for (Floats& by : by_gains) by.assign(D, 0.0f);
     int64_t rows = 0;
@@ -180,7 +178,8 @@ void heads_backward(const Hidden* hidden, const Head* heads, int64_t count, floa
 #pragma omp parallel num_threads(threads)
     {
         const int64_t thread = omp_get_thread_num(), all = omp_get_num_threads();
-        Room& room = rooms[thread];
+        static thread_local Room own;
+        Room& room = once(own);
         const Range mine = share(hidden->rows * D, thread, all);
         std::fill(dx + mine.begin, dx + mine.end, 0.0f);
         for (const Head* head = heads; head < heads + count; head++) {

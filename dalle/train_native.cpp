@@ -70,8 +70,7 @@ struct Room {  // of a thread, for a sequence
 };
 
 Packed packed;  // of the block at hand
-std::vector<Sums> sums;   // of each thread, as the rooms: thread_local would be looked up where registers are full
-std::vector<Room> rooms;
+std::vector<Sums> sums;
 
 // A sequence's part of everything
 struct Part {
@@ -253,10 +252,10 @@ void block_forward(const Shape* shape, const Weights* weights, const Input* inpu
                    int threads) {
     const Shape& s = *shape;
     packed.fit(s, false);
-    rooms.resize(std::max<size_t>(rooms.size(), threads));
 #pragma omp parallel num_threads(threads)
     {
-        Room& room = rooms[omp_get_thread_num()];
+        static thread_local Room own;
+        Room& room = once(own);
         packed.pack(s, *weights, omp_get_thread_num(), omp_get_num_threads());
 #pragma omp barrier
 #pragma omp for schedule(static)
@@ -270,12 +269,12 @@ void block_backward(const Shape* shape, const Weights* weights, const Input* inp
                     float* dx, const Weights* gradients, int threads) {
     const Shape& s = *shape;
     packed.fit(s, true);
-    rooms.resize(std::max<size_t>(rooms.size(), threads));
     sums.resize(std::max<size_t>(sums.size(), threads));
 #pragma omp parallel num_threads(threads)
     {
         const int64_t thread = omp_get_thread_num(), all = omp_get_num_threads();
-        Room& room = rooms[thread];
+        static thread_local Room own;
+        Room& room = once(own);
         packed.pack(s, *weights, thread, all);
         sums[thread].clear(s);
 #pragma omp barrier

@@ -42,8 +42,8 @@ struct Grid {
 
 // R places from `in` on, `step` apart, by lines `taps` of the kernel: store(place, first 16 sums, last 16 sums).
 template <int R, typename Store>
-void convolve_tile(const Conv& c, const Bf16* in, int64_t step, int64_t line, Range taps, const Bf16* group,
-                   const Store& store) {
+[[gnu::flatten]] void convolve_tile(const Conv& c, const Bf16* in, int64_t step, int64_t line, Range taps,
+                                    const Bf16* group, const Store& store) {
     __m512 sums[R][2];
 #pragma GCC unroll 12
     for (int r = 0; r < R; r++) sums[r][0] = sums[r][1] = _mm512_setzero_ps();

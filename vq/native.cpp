@@ -249,7 +249,8 @@ extern "C" {
 void encode(const Encoder* encoder, const Pictures* pictures, float* latents, int64_t* ids, int threads) {
 #pragma omp parallel num_threads(threads)
     {
-        static thread_local Room room;
+        static thread_local Room own;
+        Room& room = once(own);
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < pictures->number; i++) encode_picture(*encoder, *pictures, i, room, latents, ids);
     }
