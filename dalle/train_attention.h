@@ -141,16 +141,6 @@ void attend_forward(const Shape& s, const Weights& w, const Sequence& q, HeadRoo
     }
 }
 
-// Two rows of 32 numbers -> 32 pairs
-void store_pairs(Bf16* to, __m512bh first, __m512bh second) {
-    const __m512i turns = _mm512_set1_epi32(0x00200000);  // one of the first, one of the second
-    const __m512i places = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i low = _mm512_add_epi32(_mm512_mullo_epi32(places, _mm512_set1_epi32(0x00010001)), turns);
-    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(0x00100010));
-    _mm512_storeu_si512(to, _mm512_permutex2var_epi16((__m512i)first, low, (__m512i)second));
-    _mm512_storeu_si512(to + GROUP, _mm512_permutex2var_epi16((__m512i)first, high, (__m512i)second));
-}
-
 struct BackTile {               // some rows of a query head against a group of keys
     int64_t begin, row, group;  // the first row of ds that is kept, the first row here, the group
     int64_t head_dim, width, pairs;

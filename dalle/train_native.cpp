@@ -144,32 +144,44 @@ void pair_all(const Bf16* x, int64_t length, int64_t width, Halves& to) {
     pair_rows(in_rows(x, width), length, pairs, width, room(to, pairs * width * 2), pairs);
 }
 
-// Back through one gate and its factor: what comes to their product, of which silu(gate) is a part
-void ungate(const Bf16* gate_up, __m512 given, Bf16* back, Bf16* hidden) {
+// Back through 16 gates and their factors: what comes to their product, of which silu(gate) is a part, and that product
+__m512bh ungate(const Bf16* gate_up, __m512 given, __m512& hidden) {
     const __m512 one = _mm512_set1_ps(1.0f), gate = widen(gate_up), factor = widen(gate_up + 16);
     const __m512 sigmoid = sigmoid_few(gate), silu = _mm512_mul_ps(gate, sigmoid);
     const __m512 slope = _mm512_fmadd_ps(silu, _mm512_sub_ps(one, sigmoid), sigmoid);
-    store_line(back, _mm512_mul_ps(_mm512_mul_ps(given, factor), slope), _mm512_mul_ps(given, silu));
-    store_bf16(hidden, _mm512_mul_ps(silu, factor));
+    hidden = _mm512_mul_ps(silu, factor);
+    return _mm512_cvtne2ps_pbh(_mm512_mul_ps(given, silu), _mm512_mul_ps(_mm512_mul_ps(given, factor), slope));
 }
 
-// Some rows, few enough for the cache, from `first` on: r.given (L, D) -> r.back (L, D), which comes to the norm's
-// result
+// Some rows, few enough for the cache, from `first`, an even number, on: r.given (L, D) -> r.back (L, D), which comes
+// to the norm's result, and what the products with weights were of as paired rows
 void backward_ffn_rows(const Shape& s, const Part& p, Room& r, int64_t first, int64_t count) {
-    const int64_t pairs = (s.length + 1) / 2, some = (count + 1) / 2;
-    Bf16 *hidden = room(r.hidden, CHUNK * s.ffn), *wide = room(r.wide, CHUNK * 2 * s.ffn);
+    const int64_t pairs = (s.length + 1) / 2, line = GROUP * s.length;
+    Bf16* wide = room(r.wide, CHUNK * 2 * s.ffn);
+    __m512bh even[3];  // of the row before
     packed.down.multiply(r.given.data() + first * s.dim, count, [&](int64_t row, int64_t n, __m512 low, __m512 high) {
         const Bf16* gate_up = p.gate_up + 2 * n * s.length + (first + row) * GROUP;
-        Bf16 *back = wide + row * 2 * s.ffn + 2 * n, *out = hidden + row * s.ffn + n;
-        _mm_prefetch(gate_up + 2 * s.length * GROUP, _MM_HINT_T0);
-        _mm_prefetch(gate_up + 3 * s.length * GROUP, _MM_HINT_T0);
-        ungate(gate_up, low, back, out);
-        ungate(gate_up + s.length * GROUP, high, back + GROUP, out + 16);
+        _mm_prefetch(gate_up + 2 * line, _MM_HINT_T0);
+        _mm_prefetch(gate_up + 3 * line, _MM_HINT_T0);
+        __m512 hidden[2];
+        __m512bh lines[3] = {ungate(gate_up, low, hidden[0]), ungate(gate_up + line, high, hidden[1])};
+        lines[2] = _mm512_cvtne2ps_pbh(hidden[1], hidden[0]);
+        _mm512_storeu_si512(wide + row * 2 * s.ffn + 2 * n, (__m512i)lines[0]);
+        _mm512_storeu_si512(wide + row * 2 * s.ffn + 2 * n + GROUP, (__m512i)lines[1]);
+        const bool odd = row % 2;
+        if (!odd && row + 1 < count) {
+            std::copy_n(lines, 3, even);
+            return;
+        }
+        const __m512bh none = (__m512bh)_mm512_setzero_si512();
+        Bf16* left = r.left.data() + (2 * n * pairs + (first + row) / 2 * GROUP) * 2;
+        Bf16* right = r.hidden_pairs.data() + (n * pairs + (first + row) / 2 * GROUP) * 2;
+        store_pairs(left, odd ? even[0] : lines[0], odd ? lines[0] : none);
+        store_pairs(left + 2 * GROUP * pairs, odd ? even[1] : lines[1], odd ? lines[1] : none);
+        store_pairs(right, odd ? even[2] : lines[2], odd ? lines[2] : none);
     });
     Coming last(p.last + first * s.dim, count * s.dim, count * s.dim / GROUP);
     packed.gate_up.multiply(wide, count, meanwhile(last, put_floats(r.back.data() + first * s.dim, s.dim)));
-    pair_rows(in_rows(hidden, s.ffn), count, some, s.ffn, r.hidden_pairs.data() + first * GROUP, pairs);
-    pair_rows(in_rows(wide, 2 * s.ffn), count, some, 2 * s.ffn, r.left.data() + first * GROUP, pairs);
 }
 
 // dy (L, D) -> r.middle: what comes to the sum after the attention, and r.rows, what of it comes to the attention
