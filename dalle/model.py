@@ -327,31 +327,26 @@ class Dalle(nn.Module):
             x = block.decode(x, table, bias, cache, layer, index)
         return self.image_logits(x[:, -1])
 
-    @property
-    def _image_weight(self) -> Tensor:
-        return self.image_embed.weight if self.config.tie_image_head else self.image_head.weight
-
-    @property
-    def _text_weight(self) -> Tensor:
-        return self.text_embed.weight if self.config.tie_text_head else self.text_head.weight
+    def _head_weights(self) -> list[Tensor]:
+        """Of images, and of text where there is such a head."""
+        c = self.config
+        weights = [self.image_embed.weight if c.tie_image_head else self.image_head.weight]
+        if c.text_head:
+            weights.append(self.text_embed.weight if c.tie_text_head else self.text_head.weight)
+        return weights
 
     def image_logits(self, x: Tensor) -> Tensor:
         """Last hidden states (..., D) -> (..., V)"""
-        return F.linear(self.norm(x), self._image_weight)
+        return F.linear(self.norm(x), self._head_weights()[0])
 
     def _outputs(self, x: Tensor, text_ids: Tensor) -> DalleOutput:
-        """Last hidden states (B, T + N, D) -> logits of text, only where a token follows, and of image tokens."""
-        text_len, image_weight = text_ids.shape[1], self._image_weight
+        """Last hidden states (B, T + N, D) -> logits of image tokens, and of text where text follows."""
+        text_len, weights, text = text_ids.shape[1], self._head_weights(), None
         mask = sequence.text_target_mask(text_ids, self.config.pad_id) if self.config.text_head else None
-        weights = [image_weight] + [self._text_weight] * (mask is not None)
         if (mask is None or isinstance(self.text_out, nn.Identity)) and train_heads.takes(x, weights):
-            places = torch.arange(x.shape[0] * x.shape[1]).view(x.shape[:2])  # (B, T + N)
-            rows = [places[:, text_len:].flatten()] + ([] if mask is None else [places[:, :text_len][mask]])
-            image, *text = train_heads.run_heads(x.flatten(0, 1), self.norm.weight, self.norm.eps, weights, rows)
-            return DalleOutput(image.view(len(x), -1, len(image_weight)), text[0] if text else None)
-        text = None
+            return DalleOutput(*train_heads.run_both(x, self.norm, weights, text_len, mask))
         if mask is not None:
-            text = F.linear(self.text_out(self.norm(x[:, :text_len][mask])), self._text_weight)
+            text = F.linear(self.text_out(self.norm(x[:, :text_len][mask])), weights[1])
         return DalleOutput(self.image_logits(x[:, text_len:]), text)
 
     def _inputs(self, text_ids: Tensor, image_ids: Tensor) -> tuple[Tensor, Tensor, CausalMask]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from common import native
 from dalle import train_native
@@ -33,7 +33,6 @@ class _Head(ctypes.Structure):
     )
 
 
-@functools.cache
 def is_available() -> bool:
     """Whether this machine can run it."""
     return train_native.is_available() and not native.why_not(SOURCE)
@@ -68,7 +67,10 @@ class _HeadsFunction(torch.autograd.Function):
         )
         gradients = [None] * len(weights)
         train_native.call(
-            _library().heads_forward, _hidden(x, gain, eps), _heads(weights, rows, logits, gradients), len(weights)
+            _library().heads_forward,
+            _hidden(x, gain, eps),
+            _heads(weights, rows, logits, gradients),
+            len(weights),
         )
         ctx.save_for_backward(x, gain, *rows, *weights)
         ctx.eps = eps
@@ -79,11 +81,15 @@ class _HeadsFunction(torch.autograd.Function):
     def backward(ctx, *dlogits: Tensor | None):
         x, gain, *others = ctx.saved_tensors
         rows, weights = others[: len(dlogits)], others[len(dlogits) :]
-        gradients = [None if d is None else torch.empty_like(w) for d, w in zip(dlogits, weights, strict=True)]
+        gradients = [
+            None if d is None else torch.empty_like(w) for d, w in zip(dlogits, weights, strict=True)
+        ]
         used = [i for i, d in enumerate(dlogits) if d is not None]
         given = [dlogits[i].contiguous() for i in used]
         dx, by_gain = torch.empty_like(x), torch.empty_like(gain)
-        heads = _heads(*([values[i] for i in used] for values in (weights, rows)), given, [gradients[i] for i in used])
+        heads = _heads(
+            *([values[i] for i in used] for values in (weights, rows)), given, [gradients[i] for i in used]
+        )
         train_native.call(_library().heads_backward, _hidden(x, gain, ctx.eps), heads, len(used), dx, by_gain)
         return None, None, dx, by_gain, *gradients
 
@@ -93,7 +99,10 @@ def _hidden(x: Tensor, gain: Tensor, eps: float) -> _Hidden:
 
 
 def _heads(
-    weights: Sequence[Tensor], rows: Sequence[Tensor], logits: Sequence[Tensor], gradients: Sequence[Tensor | None]
+    weights: Sequence[Tensor],
+    rows: Sequence[Tensor],
+    logits: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
 ) -> ctypes.Array:
     """What compiled code reads; the tensors must outlive it."""
     each = zip(weights, rows, logits, gradients, strict=True)
@@ -112,7 +121,24 @@ def run_heads(
     x: (R, D) float32; gain: (D,); weights: (V, D) each; rows: (M,) long each, none twice. -> (M, V) bfloat16 each
     """
     weights = [w.contiguous() for w in weights]
-    return _HeadsFunction.apply(eps, [r.contiguous() for r in rows], x.contiguous(), gain.contiguous(), *weights)
+    return _HeadsFunction.apply(
+        eps, [r.contiguous() for r in rows], x.contiguous(), gain.contiguous(), *weights
+    )
+
+
+def run_both(
+    x: Tensor, norm: nn.Module, weights: Sequence[Tensor], text_len: int, text_mask: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Logits of image tokens (B, N, V), and of text (M, V) where there is a head for it.
+
+    x: (B, T + N, D); text_mask: (B, T) bool, where text follows
+    """
+    places = torch.arange(x.shape[0] * x.shape[1]).view(x.shape[:2])
+    rows = [places[:, text_len:].flatten()]
+    if text_mask is not None:
+        rows.append(places[:, :text_len][text_mask])
+    image, *text = run_heads(x.flatten(0, 1), norm.weight, norm.eps, weights, rows)
+    return image.view(len(x), -1, image.shape[1]), text[0] if text else None
 
 
 class _EntropyFunction(torch.autograd.Function):

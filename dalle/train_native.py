@@ -48,7 +48,9 @@ class _Input(ctypes.Structure):
 
 
 class _Kept(ctypes.Structure):
-    _fields_ = tuple((name, _pointer) for name in ("qkv", "gate_up", "attended", "first", "last", "scales", "lse"))
+    _fields_ = tuple(
+        (name, _pointer) for name in ("qkv", "gate_up", "attended", "first", "last", "scales", "lse")
+    )
 
 
 @functools.cache
@@ -121,7 +123,9 @@ def _kept_sizes(s: _Shape) -> list[int]:
     """Bytes of what a forward pass keeps, in the order of `_Kept`, whole cache lines each."""
     places = s.batch * s.length
     halves = ((s.heads + 2 * s.kv_heads) * s.head_dim, 2 * s.ffn, s.heads * s.head_dim, s.dim, s.dim)
-    return [-(-size // 64) * 64 for size in (*(2 * n * places for n in halves), 8 * places, 4 * s.heads * places)]
+    return [
+        -(-size // 64) * 64 for size in (*(2 * n * places for n in halves), 8 * places, 4 * s.heads * places)
+    ]
 
 
 def _kept(s: _Shape, buffer: Tensor) -> _Kept:
@@ -166,7 +170,7 @@ def _pointers(kind: type, tensors: Sequence[Tensor | None]) -> ctypes.Structure:
 
 
 def call(function, *arguments: ctypes.Structure | ctypes.Array | Tensor | int) -> None:
-    """Of compiled code, with addresses of tensors and structures; one call at a time, since packed weights are shared."""
+    """Of compiled code, with addresses of tensors and structures; one at a time, since packed weights are shared."""
 
     def place(a) -> int:
         return a.data_ptr() if isinstance(a, Tensor) else a if isinstance(a, int) else ctypes.addressof(a)
