@@ -343,11 +343,10 @@ class Dalle(nn.Module):
         """Last hidden states (B, T + N, D) -> logits of image tokens, and of text where text follows."""
         text_len, weights, text = text_ids.shape[1], self._head_weights(), None
         mask = sequence.text_target_mask(text_ids, self.config.pad_id) if self.config.text_head else None
-        if (mask is None or isinstance(self.text_out, nn.Identity)) and train_heads.takes(x, weights):
-            return DalleOutput(*train_heads.run_both(x, self.norm, weights, text_len, mask))
-        if mask is not None:
-            text = F.linear(self.text_out(self.norm(x[:, :text_len][mask])), weights[1])
-        return DalleOutput(self.image_logits(x[:, text_len:]), text)
+        if mask is not None and isinstance(self.text_out, nn.Linear):  # a product between norm and head
+            text, mask = F.linear(self.text_out(self.norm(x[:, :text_len][mask])), weights.pop()), None
+        image, plain_text = train_heads.run_both(x, self.norm, weights, text_len, mask)
+        return DalleOutput(image, plain_text if text is None else text)
 
     def _inputs(self, text_ids: Tensor, image_ids: Tensor) -> tuple[Tensor, Tensor, CausalMask]:
         """(B, T) and (B, n) -> embeddings (B, T + 1 + n, D), rotary table, attention mask"""

@@ -129,10 +129,13 @@ def run_heads(
 def run_both(
     x: Tensor, norm: nn.Module, weights: Sequence[Tensor], text_len: int, text_mask: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Logits of image tokens (B, N, V), and of text (M, V) where there is a head for it.
+    """Logits of image tokens (B, N, V), and of text (M, V) where it follows; None without `text_mask`.
 
-    x: (B, T + N, D); text_mask: (B, T) bool, where text follows
+    x: (B, T + N, D); weights: of images, and of text; text_mask: (B, T) bool. By compiled code where it is for these.
     """
+    if not takes(x, weights):
+        text = None if text_mask is None else F.linear(norm(x[:, :text_len][text_mask]), weights[1])
+        return F.linear(norm(x[:, text_len:]), weights[0]), text
     places = torch.arange(x.shape[0] * x.shape[1]).view(x.shape[:2])
     rows = [places[:, text_len:].flatten()]
     if text_mask is not None:
