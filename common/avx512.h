@@ -53,6 +53,8 @@ inline __m512 silu512(__m512 x) {
     return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), exp512(minus)));
 }
 
+constexpr float LOG2_E = 1.44269504f;
+
 // 2^x to the few digits that bfloat16 has, 0 where not `live`
 inline __m512 power_of_two(__m512 x, __mmask16 live) {
     const __m512 r = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);  // 2^x = 2^floor(x) 2^r
@@ -63,7 +65,7 @@ inline __m512 power_of_two(__m512 x, __mmask16 live) {
 
 // 1 / (1 + e^-x) to as many digits
 inline __m512 sigmoid_few(__m512 x) {
-    const __m512 power = power_of_two(_mm512_mul_ps(x, _mm512_set1_ps(-1.44269504f)), 0xffff);
+    const __m512 power = power_of_two(_mm512_mul_ps(x, _mm512_set1_ps(-LOG2_E)), 0xffff);
     return _mm512_rcp14_ps(_mm512_add_ps(_mm512_set1_ps(1.0f), power));
 }
 

@@ -39,7 +39,7 @@ Turns key_turns(const Shape& s, const Weights& w, const Sequence& q, float unit)
     return {w.k_norm, q.cosine, q.sine, s.head_eps, unit};
 }
 
-constexpr float LOG2_E = 1.44269504f, LN_2 = 0.69314718f;
+constexpr float LN_2 = 0.69314718f;
 constexpr float MOST_EXPONENT = 100;  // sums of 2^x and their products with values stay finite
 
 void note_keys(const Sequence& q, std::vector<uint32_t>& real) {

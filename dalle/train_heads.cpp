@@ -226,10 +226,12 @@ void entropy_backward(const Bf16* logits, const int64_t* targets, int64_t rows, 
     const __m512i places = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t row = 0; row < rows; row++) {
-        const __m512 scale = _mm512_set1_ps(dlosses[row]), above = _mm512_set1_ps(lse[row]);
+        const __m512 scale = _mm512_set1_ps(dlosses[row]), binary = _mm512_set1_ps(LOG2_E);
+        const __m512 above = _mm512_set1_ps(lse[row] * LOG2_E);
         for (int64_t i = 0; i < width; i += 16) {
             const int64_t at = row * width + i;
-            const __m512 p = exp512(_mm512_sub_ps(widen_some(logits + at, width - i, above), above));
+            const __m512 x = widen_some(logits + at, width - i, above);
+            const __m512 p = power_of_two(_mm512_fmsub_ps(x, binary, above), 0xffff);
             const __mmask16 hit = _mm512_cmpeq_epi32_mask(places, _mm512_set1_epi32(targets[row] - i));
             const __m512 d = _mm512_mul_ps(_mm512_mask_sub_ps(p, hit, p, _mm512_set1_ps(1.0f)), scale);
             _mm256_mask_storeu_epi16(dlogits + at, within(width - i), (__m256i)_mm512_cvtneps_pbh(d));
