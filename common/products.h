@@ -123,10 +123,6 @@ void product(const Bf16* a, int64_t rows, int64_t step, int64_t inputs, const Bf
     for (int64_t g = 0; g < groups; g++, packed += size) {
         const auto put = [&](int64_t row, __m512 first, __m512 last) { store(row, g * GROUP, first, last); };
         const char* next = reinterpret_cast<const char*>(packed + size);
-        if (tiles == 1) {  // without a division
-            product_tile<MAX_TILE>(rows, a, step, inputs, packed, Nothing{}, 0, put);
-            continue;
-        }
         for (int64_t t = 0; t < tiles; t++) {
             const Range tile = share(rows, t, tiles);
             const Ahead ahead{next + 2 * inputs * GROUP * t / tiles, 4 * GROUP / tiles};
@@ -134,6 +130,15 @@ void product(const Bf16* a, int64_t rows, int64_t step, int64_t inputs, const Bf
                                    tile.begin, put);
         }
     }
+}
+
+// The same of one tile of rows with what is in the nearest cache
+template <typename Store>
+void near_product(const Bf16* a, int64_t rows, int64_t step, int64_t inputs, const Bf16* packed, int64_t size,
+                  int64_t groups, const Store& store) {
+    for (int64_t g = 0; g < groups; g++, packed += size)
+        product_tile<MAX_TILE>(rows, a, step, inputs, packed, Nothing{}, 0,
+                               [&](int64_t row, __m512 first, __m512 last) { store(row, g * GROUP, first, last); });
 }
 
 // N columns of `left`, from `column` on, against a group of `right`, both as paired rows

@@ -91,12 +91,13 @@ template <int R>
 // The largest score of each row, which may be too large to be an exponent
 void find_tops(const HeadRoom& r, int64_t row, int64_t rows, int64_t width, int64_t K, float* tops) {
     std::fill_n(tops, rows, -std::numeric_limits<float>::infinity());
-    product(r.queries.data() + row * K, rows, K, K, r.by_rows.data(), K * GROUP, width / GROUP,
-            [&](int64_t i, int64_t key, __m512 first, __m512 last) {
-                const uint32_t seen = seen_by(r, row + i, key / GROUP);
-                const __m512 low = _mm512_mask_max_ps(_mm512_set1_ps(tops[i]), seen, _mm512_set1_ps(tops[i]), first);
-                tops[i] = _mm512_reduce_max_ps(_mm512_mask_max_ps(low, seen >> 16, low, last));
-            });
+    near_product(r.queries.data() + row * K, rows, K, K, r.by_rows.data(), K * GROUP, width / GROUP,
+                 [&](int64_t i, int64_t key, __m512 first, __m512 last) {
+                     const uint32_t seen = seen_by(r, row + i, key / GROUP);
+                     const __m512 low =
+                         _mm512_mask_max_ps(_mm512_set1_ps(tops[i]), seen, _mm512_set1_ps(tops[i]), first);
+                     tops[i] = _mm512_reduce_max_ps(_mm512_mask_max_ps(low, seen >> 16, low, last));
+                 });
 }
 
 float largest(const float* x, int64_t width) {
@@ -131,12 +132,12 @@ void attend_forward(const Shape& s, const Weights& w, const Sequence& q, HeadRoo
                 const float sum = _mm512_reduce_add_ps(softmax.total[i]);
                 inverse[i] = 1 / sum, lse[head * L + begin + i] = softmax.top[i] + std::log2(sum);
             }
-            product(weights, rows, width, even(begin + rows), r.by_pairs.data(), whole * GROUP, K / GROUP,
-                    [&](int64_t i, int64_t k, __m512 first, __m512 last) {
-                        Bf16* to = attended + (begin + i) * s.inner() + head * K + k;
-                        store_line(to, _mm512_mul_ps(first, _mm512_set1_ps(inverse[i])),
-                                   _mm512_mul_ps(last, _mm512_set1_ps(inverse[i])));
-                    });
+            near_product(weights, rows, width, even(begin + rows), r.by_pairs.data(), whole * GROUP, K / GROUP,
+                         [&](int64_t i, int64_t k, __m512 first, __m512 last) {
+                             Bf16* to = attended + (begin + i) * s.inner() + head * K + k;
+                             store_line(to, _mm512_mul_ps(first, _mm512_set1_ps(inverse[i])),
+                                        _mm512_mul_ps(last, _mm512_set1_ps(inverse[i])));
+                         });
         }
     }
 }
@@ -226,8 +227,8 @@ void attend_head_back(const Shape& s, const Weights& w, const Weights& by, const
         for (int64_t group = 0; group < width / GROUP; group++)
             for (int64_t row = begin; row < end; row += FEW)
                 back_tile<FEW>(std::min(FEW, (end - row + 1) / 2 * 2), r, {begin, row, group, K, width, pairs});
-        product(weights, rows, width, even(begin + rows), r.keys_paired.data(), whole * GROUP, K / GROUP,
-                put_floats(dqueries, K));
+        near_product(weights, rows, width, even(begin + rows), r.keys_paired.data(), whole * GROUP, K / GROUP,
+                     put_floats(dqueries, K));
         unturn_rows(
             raw, {begin, end}, K, query_turns(s, w, q, 1), [=](int64_t t) { return dqueries + (t - begin) * K; }, GROUP,
             by.q_norm, dqkv + head * K, s.qkv());

@@ -162,16 +162,16 @@ void attend(int64_t head, int64_t width, Grid grid, Room& room, Bf16* to) {
     for (int64_t begin = 0; begin < places; begin += MAX_TILE) {
         const int64_t n = std::min(MAX_TILE, places - begin);
         const Bf16* queries = room.queries.data() + (head * places + begin) * width;
-        product(queries, n, width, width, room.keys.data(), width * GROUP, padded / GROUP,
-                [&](int64_t i, int64_t p, __m512 first, __m512 last) { put(0, i, p, first, last); });
+        near_product(queries, n, width, width, room.keys.data(), width * GROUP, padded / GROUP,
+                     [&](int64_t i, int64_t p, __m512 first, __m512 last) { put(0, i, p, first, last); });
         for (int64_t i = 0; i < n; i++)
             inverse[i] = soften(room.scores.data() + i * padded, places, padded, room.weights.data() + i * padded);
-        product(room.weights.data(), n, padded, padded, room.values.data(), padded * GROUP, width / GROUP,
-                [&](int64_t i, int64_t k, __m512 first, __m512 last) {
-                    const __m512 scale = _mm512_set1_ps(inverse[i]);
-                    store_line(to + (begin + i) * grid.channels + head * width + k, _mm512_mul_ps(first, scale),
-                               _mm512_mul_ps(last, scale));
-                });
+        near_product(room.weights.data(), n, padded, padded, room.values.data(), padded * GROUP, width / GROUP,
+                     [&](int64_t i, int64_t k, __m512 first, __m512 last) {
+                         const __m512 scale = _mm512_set1_ps(inverse[i]);
+                         store_line(to + (begin + i) * grid.channels + head * width + k, _mm512_mul_ps(first, scale),
+                                    _mm512_mul_ps(last, scale));
+                     });
     }
 }
 
