@@ -108,9 +108,12 @@ class _Buffers:
         self._free: list[Tensor] = []
 
     def take(self, size: int) -> Tensor:
-        """-> (size or more,) bytes"""
-        buffer = self._free.pop() if self._free else None
-        return buffer if buffer is not None and len(buffer) >= size else native.memory(size)
+        """-> (size,) bytes"""
+        if self._free:
+            buffer = self._free.pop()
+            if buffer.untyped_storage().nbytes() - buffer.storage_offset() >= size:
+                return buffer.as_strided((size,), (1,))
+        return native.memory(size)
 
     def give_back(self, buffer: Tensor) -> None:
         self._free.append(buffer)
@@ -143,25 +146,26 @@ class _BlockFunction(torch.autograd.Function):
             _library().block_forward, shape, _pointers(_Weights, weights), _pointers(_Input, (x, *inputs)),
             _kept(shape, buffer), y,
         )  # fmt: skip
-        ctx.save_for_backward(*inputs, *weights)
-        ctx.shape, ctx.buffer = shape, buffer
+        ctx.save_for_backward(buffer, *inputs, *weights)  # so that gradient checkpointing lets go of it
+        ctx.shape, ctx.is_spent = shape, False
         return y
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.buffer is None:
+        if ctx.is_spent:
             raise RuntimeError("a compiled block goes back once: what its forward pass kept is gone")
-        saved, count = ctx.saved_tensors, len(_Input._fields_) - 1
+        buffer, *saved = ctx.saved_tensors
+        count = len(_Input._fields_) - 1
         inputs, weights = saved[:count], saved[count:]
         gradients = [torch.empty_like(w) for w in weights]
         dy = dy.contiguous()
         dx = torch.empty_like(dy)
         call(
             _library().block_backward, ctx.shape, _pointers(_Weights, weights), _pointers(_Input, (None, *inputs)),
-            _kept(ctx.shape, ctx.buffer), dy, dx, _pointers(_Weights, gradients),
+            _kept(ctx.shape, buffer), dy, dx, _pointers(_Weights, gradients),
         )  # fmt: skip
-        _buffers.give_back(ctx.buffer)
-        ctx.buffer = None
+        _buffers.give_back(buffer)
+        ctx.is_spent = True
         return None, None, dx, *gradients
 
 

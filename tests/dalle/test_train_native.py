@@ -1,5 +1,7 @@
 """Compiled training passes of a block against the same block in float32, and against PyTorch's in bfloat16."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -140,6 +142,27 @@ def test_goes_back_once_and_uses_its_memory_again():
     assert kept > 0 and len(free) == kept - 1 and torch.equal(again, y)
     again.backward(dy)
     assert len(free) == kept
+
+
+@needs_native
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradient_checkpointing_keeps_nothing(monkeypatch, checkpointing):
+    buffers = weakref.WeakSet()
+    memory = common.native.memory
+
+    def counted(size):
+        buffers.add(buffer := memory(size))
+        return buffer
+
+    monkeypatch.setattr(common.native, "memory", counted)
+    monkeypatch.setattr(train_native, "_buffers", train_native._Buffers())
+    sizes = ModelOptions(dim=64, num_layers=3, num_heads=2, gradient_checkpointing=checkpointing)
+    model = Dalle(sizes.config(50, 0, 8, 64, 4)).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(torch.randint(1, 50, (4, 8)), torch.randint(64, (4, 16))).image
+    assert len(buffers) == (0 if checkpointing else 3)
+    logits.float().sum().backward()
+    assert len(train_native._buffers._free) == 3
 
 
 @needs_native
