@@ -21,8 +21,8 @@ from common.log import say
 
 CPU_FLAGS = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "fma", "f16c")
 HEADERS = Path(__file__).parent  # what sources share
-HUGE_PAGE = 2**21
 GROUP = 32  # outputs of a group of weights, as there
+HUGE_PAGE = 2**21
 
 
 @functools.cache

@@ -74,9 +74,14 @@ void forward_block(const Hidden& h, const Head& head, Range rows, Room& r) {
     packed.multiply(normed, rows.end - rows.begin, [&](int64_t row, int64_t n, __m512 first, __m512 last) {
         Bf16* to = logits + row * head.width + n;
         if (n + GROUP <= head.width) return store_line(to, first, last);
-        const __mmask32 within = (1u << (head.width - n)) - 1;
-        _mm512_mask_storeu_epi16(to, within, (__m512i)_mm512_cvtne2ps_pbh(last, first));
+        const __mmask32 there = (1u << (head.width - n)) - 1;
+        _mm512_mask_storeu_epi16(to, there, (__m512i)_mm512_cvtne2ps_pbh(last, first));
     });
+}
+
+void fit_backward(const Hidden& h, const Head& head, int64_t threads) {
+    packed.fit(head.width, h.dim, true);
+    room(paired, Blocks(head.count, threads).count * ROWS * h.dim);
 }
 
 // Into dx; keeps the rows, normed and paired
@@ -171,10 +176,6 @@ void heads_backward(const Hidden* hidden, const Head* heads, int64_t count, floa
     const int64_t D = hidden->dim;
     by_gains.resize(std::max<size_t>(by_gains.size(), threads));
     for (Floats& by : by_gains) by.assign(D, 0.0f);
-    int64_t rows = 0;
-    for (const Head* head = heads; head < heads + count; head++)
-        rows = std::max(rows, Blocks(head->count, threads).count * ROWS);
-    room(paired, rows * D);
 #pragma omp parallel num_threads(threads)
     {
         const int64_t thread = omp_get_thread_num(), all = omp_get_num_threads();
@@ -185,7 +186,7 @@ void heads_backward(const Hidden* hidden, const Head* heads, int64_t count, floa
         for (const Head* head = heads; head < heads + count; head++) {
 #pragma omp barrier
 #pragma omp single
-            packed.fit(head->width, D, true);
+            fit_backward(*hidden, *head, all);
             packed.pack(head->weight, {0, hidden->gain}, thread, all);
 #pragma omp barrier
             backward_head(*hidden, *head, thread, all, room, dx);

@@ -60,8 +60,7 @@ struct Sums {  // gradients of the weights, of one thread; those of matrices in 
     }
 };
 
-constexpr int64_t CHUNK =
-    96;  // rows of the feed-forward network's backward pass that stay in the cache, an even number
+constexpr int64_t CHUNK = 96;  // rows that stay in the cache on the way back through the ffn, an even number
 
 struct Room {  // of a thread, for a sequence
     HeadRoom heads;

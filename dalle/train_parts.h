@@ -1,4 +1,4 @@
-// Weights, norms and rotary positions of dalle/train_native.cpp.
+// Weights, norms and rotary positions of dalle/train_native.cpp and dalle/train_heads.cpp.
 
 #pragma once
 
@@ -187,9 +187,7 @@ struct Turns {                          // norms and rotary positions of a kind 
     float eps, factor;                  // of what is normed and turned
 };
 
-constexpr int64_t MOST_WIDTH = 128;  // of a head: 8 registers
-
-// f(registers of a head), a constant
+// f(registers of a head), a constant; heads have 128 numbers at most
 template <typename F>
 void with_registers(int64_t width, const F& f) {
     if (width == 32) return f(std::integral_constant<int, 2>());

@@ -187,3 +187,12 @@ def test_without_a_compiler_pytorch_trains(no_compiler):
         assert not train_heads.takes(states, weights)
     losses = train_heads.cross_entropy(torch.zeros(2, 32, dtype=torch.bfloat16), torch.arange(2))
     torch.testing.assert_close(losses, torch.full((2,), 32.0).log())
+
+
+@needs_native
+def test_a_batch_without_text_has_gradients_of_zero():
+    x, norm, weights, rows, given = make_end()
+    *_, by_image, by_text = ends(
+        x, norm, weights, [rows[0], rows[1][:0]], [given[0], given[1][:0]], True, True
+    )
+    assert by_image.norm() > 0 and (by_text == 0).all()
