@@ -23,6 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from common.config import command, parse_options, to_mapping
+from common.files import sha256_file
 from common.log import say
 from dalle import inpaint
 from dalle.fast import FastOptions
@@ -31,6 +32,7 @@ from dalle.outdir import OutDirectory
 from dalle.pipeline import Request, TextToImage, default_checkpoint
 from dalle.prompts import Prompt, count_prompts, read_prompts
 from dalle.sampling import SamplingOptions
+from data_tools.images import BadImage, decode
 
 DEFAULT_TEXT = "一件红色的连衣裙"
 
@@ -92,15 +94,28 @@ class Options:
             raise ValueError("--inpaint needs --mask PICTURE, white where it is to be redrawn")
 
 
-def open_picture(path: Path) -> Image.Image:
-    """Raises FileNotFoundError or ValueError naming the file."""
+def open_picture(path: Path, ground: str = "white") -> Image.Image:
+    """As the pictures of a catalogue are read: upright, in RGB, what is transparent laid on `ground`.
+
+    Raises FileNotFoundError or ValueError naming the file.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"no picture {path}")
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is no readable picture: {error}") from error
+        return decode(path.read_bytes(), ground=ground)
+    except BadImage as error:
+        reason = f"{error.reason.replace('_', ' ')} {error.what}".strip()
+        raise ValueError(f"{path} is no readable picture: {reason}") from error
+
+
+def open_mask(path: Path, picture: Image.Image) -> Image.Image:
+    """White where the picture is to be redrawn. Raises ValueError for a mask of another shape, which would not lie on
+    it."""
+    mask = open_picture(path, ground="black")
+    if abs(mask.width * picture.height - mask.height * picture.width) > 0.02 * mask.height * picture.width:
+        sizes = f"{mask.width} x {mask.height}, the picture {picture.width} x {picture.height}"
+        raise ValueError(f"the mask {path} is {sizes}: both must have the same shape")
+    return mask
 
 
 def make_source(options: Options, pipeline: TextToImage) -> Source | None:
@@ -109,7 +124,8 @@ def make_source(options: Options, pipeline: TextToImage) -> Source | None:
     if options.prime:
         return inpaint.prime(tokenizer, open_picture(options.prime), options.keep_rows)
     if options.inpaint:
-        return inpaint.inpaint(tokenizer, open_picture(options.inpaint), open_picture(options.mask))
+        picture = open_picture(options.inpaint)
+        return inpaint.inpaint(tokenizer, picture, open_mask(options.mask, picture))
     if options.vary:
         strength = 0.5 if options.strength is None else options.strength
         return inpaint.vary(tokenizer, open_picture(options.vary), strength)
@@ -119,13 +135,16 @@ def make_source(options: Options, pipeline: TextToImage) -> Source | None:
 def origin(options: Options, pipeline: TextToImage) -> dict[str, Any]:
     """What every line of images.jsonl repeats: all that a picture depends on beside its text and index."""
     names = ("prime", "keep_rows", "inpaint", "mask", "vary", "strength")
-    source = {n: str(getattr(options, n)) for n in names if getattr(options, n) is not None}
+    given = {n: getattr(options, n) for n in names if getattr(options, n) is not None}
+    source: dict[str, Any] = {n: str(value) for n, value in given.items()}
+    source |= {f"{n}_sha256": sha256_file(v) for n, v in given.items() if isinstance(v, Path) and v.is_file()}
     return {
         "seed": options.seed,
         "sampling": to_mapping(options.sampling),
         "negative": options.negative,
         "source": source or None,
-        "weights": options.fast.weights,
+        "engine": pipeline.fast.engine,
+        "weights": pipeline.fast.weights,
         "checkpoint": pipeline.sha256,
     }
 
@@ -176,18 +195,19 @@ def draw_all(options: Options, pipeline: TextToImage, out: OutDirectory, num_tex
         requests = out.continue_from(requests)
     if options.prompts_file and out.count:
         say(f"{out.count} pictures stand in {out.path}: going on behind them")
+    if options.prompts_file and (leftovers := out.num_leftovers()):
+        say(f"note: {leftovers} pictures in {out.path} were drawn otherwise and give way to new ones")
     stood, total = out.count, num_texts * options.num_images
     pictures = pipeline.draw(
         requests, options.seed, options.sampling, options.negative, options.batch_size, source
     )
     for picture in tqdm(pictures, total=total, initial=stood, unit="picture", dynamic_ncols=True):
-        if out.count == 0:
-            out.start_anew()
         out.add(picture)
     if options.prompts_file:
         unused.report(options.prompts_file)
     if not out.count:
         raise ValueError(f"{options.prompts_file} holds no text that can be drawn")
+    out.forget_leftovers()
     return out.count - stood
 
 
@@ -201,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     out = OutDirectory(options.out_dir, origin(options, pipeline))
     started = time.perf_counter()
     drawn = draw_all(options, pipeline, out, num_texts)
-    out.write_grid(options.num_images if options.prompts_file and options.num_images <= 16 else None)
+    out.write_grid(options.num_images if options.prompts_file and 1 < options.num_images <= 16 else None)
     seconds = (time.perf_counter() - started) / max(1, drawn)
     say(f"{out.count} pictures in {out.path} | {drawn} drawn now, {seconds:.2f} s each | by {checkpoint}")
     say(f"next: python rerank.py {out.path}")

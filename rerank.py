@@ -8,6 +8,7 @@
 Writes ranking.json, ranked.png and copies rank00.png, rank01.png ... of the best; doing it again gives the same.
 """
 
+import itertools
 import re
 import shutil
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from typing import Any
 
 import tyro
 from PIL import Image, ImageDraw
+from tqdm import tqdm
 
 from common.config import command, from_mapping, parse_options
 from common.distributed import Precision
@@ -132,13 +134,18 @@ def with_copies(ranked: Sequence[Ranked], top_k: int, ending: str) -> list[Ranke
     return [replace(row, copy=names.get(row.file)) for row in ranked]
 
 
+FEW_TEXTS = 32  # ranked too soon for a progress bar
+
+
 def rank_directory(options: Options, ranker: Any) -> dict[str, list[Ranked]]:
     """Every text of the directory with its pictures, best first."""
-    rows = read_out_directory(options.out)
-    texts = dict.fromkeys(row.text for row in rows)
+    texts: dict[str, list[str]] = {}
+    for row in read_out_directory(options.out):
+        texts.setdefault(row.text, []).append(row.file)
     found = {}
-    for number, text in enumerate(texts):
-        files = [row.file for row in rows if row.text == text]
+    for number, (text, files) in enumerate(
+        tqdm(texts.items(), unit="text", disable=len(texts) < FEW_TEXTS, dynamic_ncols=True)
+    ):
         images = [read_picture(options.out / file) for file in files]
         ranked = rank_text(ranker, text, files, images, options.min_percentile)
         ending = f"_text{number:02d}" if len(texts) > 1 else ""
@@ -161,7 +168,7 @@ def draw_until(options: Options, ranker: Any) -> None:
     origin = common_origin(rows, options.out)
     pipeline = load_generator(options, origin)
     out = OutDirectory(options.out, origin)
-    out.count = len(rows)
+    out.continue_behind_all()
     sampling = from_mapping(SamplingOptions, origin["sampling"], where=f"{options.out}/images.jsonl")
     while requests := wanted(options, rank_directory(options, ranker), read_out_directory(options.out)):
         say(f"drawing {len(requests)} more pictures")
@@ -174,7 +181,9 @@ def draw_until(options: Options, ranker: Any) -> None:
 
 def wanted(options: Options, texts: dict[str, list[Ranked]], rows: Sequence[Row]) -> list[tuple[str, int]]:
     """(text, index) of the next round: for texts with too few passing pictures and budget left."""
-    requests = []
+    requests, last = [], {}
+    for row in rows:
+        last[row.text] = max(last.get(row.text, 0), int(row.values["index"]))
     for text, ranked in texts.items():
         passing, count = sum(row.passed for row in ranked), len(ranked)
         if passing >= options.until:
@@ -182,14 +191,13 @@ def wanted(options: Options, texts: dict[str, list[Ranked]], rows: Sequence[Row]
         if count >= options.budget:
             say(f"{text}: {passing} of {options.until} pass after {count} pictures, the budget")
             continue
-        first = 1 + max(int(row.values["index"]) for row in rows if row.text == text)
-        requests += [(text, first + i) for i in range(min(ROUND, options.budget - count))]
+        requests += [(text, last[text] + 1 + i) for i in range(min(ROUND, options.budget - count))]
     return requests
 
 
 def common_origin(rows: Sequence[Row], out: Path) -> dict[str, Any]:
     """What all pictures share: seed, sampling, checkpoint. Raises ValueError where one run did not draw all."""
-    names = ("seed", "sampling", "negative", "source", "weights", "checkpoint")
+    names = ("seed", "sampling", "negative", "source", "engine", "weights", "checkpoint")
     origins = [{name: row.values.get(name) for name in names} for row in rows]
     if any(origin != origins[0] for origin in origins) or "index" not in rows[0].values:
         raise ValueError(
@@ -207,7 +215,7 @@ def load_generator(options: Options, origin: dict[str, Any]) -> Any:
     from dalle.pipeline import TextToImage, default_checkpoint
 
     checkpoint = options.checkpoint or default_checkpoint()
-    fast = FastOptions(weights=origin["weights"])
+    fast = FastOptions(origin["engine"] or "auto", origin["weights"])
     pipeline = TextToImage.from_pretrained(checkpoint, options.device, fast)
     if pipeline.sha256 != origin["checkpoint"]:
         raise ValueError(
@@ -218,6 +226,7 @@ def load_generator(options: Options, origin: dict[str, Any]) -> Any:
 
 # --- files ---------------------------------------------------------------------------------------------------------
 
+SHEET_TEXTS, SHOWN_TEXTS = 64, 16  # texts of ranked.png, and of the tables
 OUR_COPIES = re.compile(r"rank\d+(_text\d+)?\.png")
 
 
@@ -247,9 +256,12 @@ def write_ranking(out: Path, options: Options, ranker: Any, texts: dict[str, lis
 
 
 def sheet(out: Path, texts: dict[str, list[Ranked]], side: int = 128, columns: int = 8) -> Image.Image:
-    """All pictures in order, each over its rank and percentile; a new row for every text, pale what did not pass."""
+    """Pictures in order, each over its rank and percentile; a new row for every text, pale what did not pass.
+
+    Of many texts the first ones alone: a page that nobody can open helps nobody.
+    """
     cells = []
-    for rows in texts.values():
+    for rows in itertools.islice(texts.values(), SHEET_TEXTS):
         cells += [_cell(out, row, side) for row in rows]
         cells += [Image.new("RGB", cells[0].size, "white")] * (-len(cells) % columns if len(texts) > 1 else 0)
     return make_grid(cells, columns=min(columns, len(cells)))
@@ -306,7 +318,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[Ranked]]:
         draw_until(options, ranker)
     texts = rank_directory(options, ranker)
     write_ranking(options.out, options, ranker, texts)
-    for text, ranked in texts.items():
+    for text, ranked in itertools.islice(texts.items(), SHOWN_TEXTS):
         show(text, ranked)
         kept = [row.copy for row in ranked if row.copy]
         say(
@@ -314,6 +326,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[Ranked]]:
             if kept
             else f"none of the {len(ranked)} pictures passes: nothing is copied"
         )
+    if len(texts) > SHOWN_TEXTS:
+        say(f"... and {len(texts) - SHOWN_TEXTS} texts more in ranking.json")
     say(f"ranked by {ranker.name} | {options.out / 'ranked.png'} | {options.out / 'ranking.json'}")
     return texts
 

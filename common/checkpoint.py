@@ -206,8 +206,19 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
+def require_intact(directory: Path) -> None:
+    """Raises ValueError where the weights are not those that config.json tells of: damaged on the way, or of another
+    model. Numbers that are merely wrong would draw without a word."""
+    path, known = directory / "model.safetensors", read_json(directory / "config.json").get("sha256")
+    if known and path.is_file() and sha256_file(path) != known:
+        raise ValueError(
+            f"{path} is not the file that was saved (its sha256 is another): copy or download it again"
+        )
+
+
 def load_weights(model: nn.Module, directory: Path) -> None:
-    """Strictly: every weight of the model, no other, each of its shape. Raises ValueError naming what differs."""
+    """Strictly: every weight of the model, no other, each of its shape, from the very file that was saved. Raises
+    ValueError naming what differs."""
     weights, expected = read_weights(directory), model.state_dict()
     missing, extra = sorted(set(expected) - set(weights)), sorted(set(weights) - set(expected))
     if missing or extra:
@@ -223,6 +234,7 @@ def load_weights(model: nn.Module, directory: Path) -> None:
                 f"{directory}/model.safetensors: {name} has shape {tuple(tensor.shape)}, the config asks for "
                 f"{tuple(expected[name].shape)}"
             )
+    require_intact(directory)
     model.load_state_dict(weights)
 
 

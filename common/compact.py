@@ -28,6 +28,8 @@ def compact(weights: dict[str, Tensor], precision: Precision) -> dict[str, Tenso
             result[name], result[name + SCALE] = _rows_to_int8(tensor.float())
         else:
             result[name] = tensor.to(dtype)
+            if not tensor.isfinite().all():
+                raise ValueError(f"{name} holds numbers that are not finite")
             if not result[name].isfinite().all():
                 raise ValueError(f"{name} does not fit into {dtype}: use --precision bfloat16")
     return result

@@ -3,10 +3,13 @@
 The file is YAML or JSON and has the schema of the dataclass: an unknown key is an error, never ignored.
 """
 
+import contextlib
 import dataclasses
 import functools
+import io
 import json
 import os
+import re
 import sys
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +31,7 @@ def parse_options(
 
     Nested dataclasses become `--group.field`; `--flag` alone means `--flag True`. `--local_rank`, which the deepspeed
     launcher inserts, is dropped: processes read their rank from the environment.
-    Raises ValueError or FileNotFoundError for a bad file; an unknown flag exits with code 2 (tyro).
+    Raises ValueError or FileNotFoundError for a bad file, ValueError for a flag that is unknown or has a bad value.
     """
     import tyro
 
@@ -40,8 +43,35 @@ def parse_options(
     default = from_mapping(cls, values, where=str(path)) if path else None
     kwargs = {} if default is None else {"default": default}
     args = _complete_bare_flags(args, set(_boolean_flags(cls)))
-    config = (tyro.conf.FlagConversionOff,)
-    return tyro.cli(cls, args=args, description=description, config=config, **kwargs)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(
+                cls, args=args, description=description, config=(tyro.conf.FlagConversionOff,), **kwargs
+            )
+    except SystemExit as stop:
+        if stop.code != 2:
+            raise
+        raise ValueError(_from_box(said.getvalue())) from None
+
+
+def _from_box(text: str) -> str:
+    """tyro's box of explanations as one sentence: what is wrong, and which flag it may have been.
+
+    A title, alone or in the box's upper border, then sections between lines of dashes: the first one says it.
+    """
+    sections: list[list[str]] = [[]]
+    for line in (line.strip(" \u2502") for line in text.splitlines()):
+        if line.startswith(("\u256d", "\u2570")) or set(line) <= {"\u2500", "-"}:
+            sections.append([])
+        else:
+            sections[-1].append(line)
+    title_is_bare = "\u256d" not in text
+    said, *others = [section for section in sections if any(section)][title_is_bare:]
+    message = re.sub(r"^Error parsing (\w*Options: )?", "", " ".join(said).strip())
+    flags = [line.split()[0] for section in others for line in section if line.startswith("--")]
+    message += f" (perhaps {' or '.join(dict.fromkeys(flags))})" if "Perhaps" in text and flags else ""
+    return f"{message}; --help shows all options" if message.startswith("Unrecognized") else message
 
 
 def _boolean_flags(cls: type, prefix: str = "") -> Iterator[str]:

@@ -119,7 +119,7 @@ def _meet(rank: int, size: int, seconds: float) -> dist.Store:
 
 
 def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
-    """`auto` takes the process's GPU if there is one. Raises ValueError for an unusable name."""
+    """`auto` takes the process's GPU if there is one, `cuda` takes that GPU. Raises ValueError for an unusable name."""
     if name == "auto":
         name = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
     try:
@@ -130,9 +130,15 @@ def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
         raise ValueError(
             f"device {name!r} was asked for, but this machine has no usable GPU: use --device cpu"
         )
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
+    if device.type != "cuda":
+        return device
+    index = local_rank if device.index is None else device.index
+    if index >= torch.cuda.device_count():
+        raise ValueError(
+            f"device cuda:{index} was asked for, but this machine has {torch.cuda.device_count()} GPUs"
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 def stop_world() -> None:

@@ -89,9 +89,14 @@ def import_checkpoint(path: Path) -> Imported:
     """Read and translate `dalle.pt`. Raises ValueError for anything that would not give the same logits."""
     content = read_checkpoint(path)
     weights: dict[str, Tensor] = content["weights"]
-    for name in ("to_logits.1.weight", "to_logits.0.weight"):
+    positions = () if "transformer.pos_emb" in weights else ("text_pos_emb.weight",)
+    for name in ("to_logits.1.weight", "to_logits.0.weight", *positions):
         if name not in weights:
             raise ValueError(f"{path} lacks the weight {name}")
+    damaged = [n for n, t in weights.items() if t.is_floating_point() and not t.isfinite().all()]
+    damaged = [n for n in damaged if not IGNORED.fullmatch(n) or n.startswith("vae.")]
+    if damaged:
+        raise ValueError(f"{path} is damaged: the weight {damaged[0]} holds numbers that are not finite")
     config, overrides = infer_config(content["hparams"], weights)
     translated, leftover = translate(weights, config)
     if leftover:
@@ -160,7 +165,7 @@ def infer_config(hparams: dict[str, Any], weights: dict[str, Tensor]) -> tuple[D
         shift_tokens=ff_depth > 2,
         reversible=found["reversible"],
         stable=bool(hparams.get("stable", False)),
-        sandwich_norm=any(".norm_out." in n for n in weights),
+        sandwich_norm=any(".norm_out." in m.string for m in blocks),  # a VQGAN beside them has such names too
     )
     return config, overrides
 
@@ -225,6 +230,10 @@ def image_tokenizer_of(imported: Imported, override: Path | None) -> ImageTokeni
         raise ValueError(
             f"the file holds no {imported.vae_class}: import it first and give it as --image-tokenizer"
         )
+    elif imported.vae_class == "OpenAIDiscreteVAE":
+        raise ValueError(
+            "the file holds OpenAI's discrete VAE, which is not supported: retrain with a DiscreteVAE or a VQGAN"
+        )
     else:
         weights = {n.removeprefix("model."): t for n, t in imported.vae_weights.items()}
         is_taming = guess_kind(weights) == "taming"
@@ -276,6 +285,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     imported = convert(options)
     for line in imported.overrides:
         say(f"the weights win | {line}")
+    if options.image_tokenizer and imported.vae_weights:
+        say(f"note: {options.image_tokenizer} takes the place of the {imported.vae_class} in the file")
     c, count = imported.config, sum(t.numel() for t in imported.weights.values())
     sizes = (
         f"{c.num_layers} layers of width {c.dim}, {c.max_text_len} text and {c.num_image_tokens} image tokens"

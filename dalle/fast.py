@@ -6,7 +6,8 @@
     compiled  the decode step under torch.compile: needs a C++ compiler on a CPU; the first picture waits for it
     graph     the decode step replayed as CUDA graphs, one for each quarter of the cache
 
-The same seed on the same machine with the same options gives the same bytes under each of them.
+Each gives the same bytes for the same seed on the same machine. One rounds otherwise than another, so under another
+one a few codes of a picture differ: what was taken stands in images.jsonl.
 """
 
 import copy
@@ -46,22 +47,32 @@ class FastOptions:
             raise ValueError(f"int8 weights need the native or packed engine, not {self.engine}")
 
 
+def choose(model: nn.Module, options: FastOptions) -> FastOptions:
+    """`options` with what `auto` stands for here. Raises ValueError for what cannot be."""
+    if not isinstance(model, Dalle):
+        if options.engine not in ("auto", "plain") or options.weights not in ("auto", "float32"):
+            raise ValueError("an imported generator is run as it is: leave the fast options alone")
+        return FastOptions("plain", "float32")
+    device, engine, weights = next(model.parameters()).device, options.engine, options.weights
+    if weights == "int8" and device.type != "cpu":
+        raise ValueError(f"int8 weights are for CPUs, the model is on {device}")
+    if weights == "auto":
+        weights = "bfloat16" if has_native_bf16(device) else "float32"
+    if engine == "auto":
+        engine = "graph" if device.type == "cuda" else _engine_of_cpu(model, getattr(torch, weights))
+    return FastOptions(engine, weights)
+
+
 def prepare(model: nn.Module, options: FastOptions) -> Generator:
     """The form of `model` to draw with; the model itself stays as it is. Raises ValueError for what cannot be."""
-    device = next(model.parameters()).device
+    device, options = next(model.parameters()).device, choose(model, options)
     if not isinstance(model, Dalle):
-        if options != FastOptions():
-            raise ValueError("an imported generator is run as it is: leave the fast options alone")
         return PlainDecoder(model)
-    engine, dtype = options.engine, _dtype(options.weights, device)
-    if engine == "auto":
-        engine = "graph" if device.type == "cuda" else _engine_of_cpu(model, dtype)
+    engine, dtype = options.engine, getattr(torch, options.weights)
     if engine in ("native", "packed"):
         if device.type != "cpu":
             raise ValueError(f"the {engine} engine is for CPUs, the model is on {device}: use plain or graph")
         return (NativeDecoder if engine == "native" else packed.PackedDecoder)(model, dtype)
-    if dtype == torch.int8:
-        raise ValueError(f"int8 weights are for CPUs, the model is on {device}")
     if engine == "plain":
         return PlainDecoder(_as_type(model, dtype))
     if engine == "compiled":
@@ -79,12 +90,6 @@ def _engine_of_cpu(model: Dalle, dtype: torch.dtype) -> Engine:
             return "native"
         say(f"drawing two to four times slower, with the packed engine: {reason}")
     return "packed" if packed.is_available() else "plain"
-
-
-def _dtype(weights: WeightType, device: torch.device) -> torch.dtype:
-    if weights == "auto":
-        return torch.bfloat16 if has_native_bf16(device) else torch.float32
-    return getattr(torch, weights)
 
 
 def _as_type(model: Dalle, dtype: torch.dtype) -> Dalle:
@@ -117,7 +122,7 @@ class CompiledDecoder:
 
 
 class GraphDecoder:
-    """CUDA graphs of the step, kept with their cache for each row count.
+    """CUDA graphs of the step, kept with their cache for each shape of texts.
 
     A cache is lent to one drawing at a time: what an earlier one left in it is overwritten or hidden.
     """
@@ -126,15 +131,13 @@ class GraphDecoder:
 
     def __init__(self, model: Dalle) -> None:
         self.model, self.config = model, model.config
-        self.stages: dict[int, _Stage] = {}
+        self.stages: dict[torch.Size, _Stage] = {}
 
     def new_cache(self, text_ids: Tensor) -> "_Stage":
-        rows = len(text_ids)
         fresh = self.model.new_cache(text_ids)
-        if rows not in self.stages:
-            self.stages[rows] = _Stage(self.model, fresh)
-        self.stages[rows].cache.bias.copy_(fresh.bias)
-        return self.stages[rows]
+        stage = self.stages.setdefault(text_ids.shape, _Stage(self.model, fresh))
+        stage.cache.bias.copy_(fresh.bias)
+        return stage
 
     def prefill(self, text_ids: Tensor, cache: "_Stage", image_ids: Tensor | None = None) -> Tensor:
         return self.model.prefill(text_ids, cache.cache, image_ids)
@@ -144,7 +147,7 @@ class GraphDecoder:
 
 
 class _Stage:
-    """One row count: its cache, the inputs that graphs read, and the graphs by cache length."""
+    """One shape of texts: its cache, the inputs that graphs read, and the graphs by cache length."""
 
     def __init__(self, model: Dalle, cache: KVCache) -> None:
         self.model, self.cache = model, cache
@@ -180,6 +183,7 @@ class _Stage:
                 self.model.decode_step(self.image_ids, self.position, view)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # other threads go on meanwhile: a training's loader pins memory, collectives ask for events
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             logits = self.model.decode_step(self.image_ids, self.position, view)
         return graph, logits

@@ -31,26 +31,42 @@ class OutDirectory:
         self.path = ensure_writable_directory(path)
         self.origin = origin
         self.count = 0
+        self._kept: int | None = (
+            0  # bytes of an earlier run's list that stay; None: what does not stay is gone
+        )
 
     def continue_from(self, requests: Iterator[Request]) -> Iterator[Request]:
         """What is left of `requests` after those whose pictures stand already, made with the same `origin`."""
-        kept = 0  # bytes of the list
         lines = self._lines()
         for request in requests:
             line, end = next(lines, ({}, 0))
             if not self._is_done(line, request):
                 requests = itertools.chain([request], requests)
                 break
-            self.count, kept = self.count + 1, end
-        self._forget_from(kept)
+            self.count, self._kept = self.count + 1, end
         return requests
 
-    def start_anew(self) -> None:
-        """Removes the pictures that an earlier run listed, and what was written about them."""
-        self._forget_from(0)
+    def continue_behind_all(self) -> None:
+        """Go on behind every picture of an earlier run."""
+        for _, end in self._lines():
+            self.count, self._kept = self.count + 1, end
+
+    def num_leftovers(self) -> int:
+        """Pictures of an earlier run that the first new one replaces."""
+        return 0 if self._kept is None else sum(1 for _ in self._lines(self._kept))
+
+    def forget_leftovers(self) -> None:
+        """Remove what an earlier run listed behind the pictures that stay, and what was written about the whole.
+
+        `add` does it before the first picture, so that a run which fails before has lost nothing.
+        """
+        if self._kept is not None:
+            self._forget_from(self._kept)
+            self._kept = None
 
     def add(self, picture: Picture) -> Path:
         """Write one picture and its line."""
+        self.forget_leftovers()
         name = f"{self.count:04d}.png"
         line = self.origin | {
             "file": name,

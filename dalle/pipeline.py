@@ -7,6 +7,7 @@ for p in pipeline.generate(["...", "..."], num_images=4, seed=0): ...      # wit
 
 import dataclasses
 import itertools
+import math
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,7 +24,7 @@ from common.distributed import autocast, pick_device
 from common.files import read_json
 from common.image import to_image
 from dalle import dalle_pytorch, model, sequence
-from dalle.fast import FastOptions, prepare
+from dalle.fast import FastOptions, choose, prepare
 from dalle.inpaint import Source
 from dalle.sampling import SamplingOptions, picture_generator, sample_ids
 from dalle.text_tokenizer import TextTokenizer
@@ -83,7 +84,8 @@ class TextToImage:
         self.sha256 = sha256
         self.directory: Path | None = None
         self.device = next(generator.parameters()).device
-        self.generator = prepare(generator.eval(), fast)
+        self.fast = choose(generator, fast)
+        self.generator = prepare(generator.eval(), self.fast)
         if image_tokenizer.codebook_size != self.config.codebook_size:
             raise ValueError(
                 f"the generator draws from {self.config.codebook_size} image codes, the image tokenizer has "
@@ -104,6 +106,12 @@ class TextToImage:
         directory = checkpoint.resolve(name)
         generator, text_tokenizer, config = load_generator(directory)
         image_tokenizer = ImageTokenizer.from_pretrained(directory / "image_tokenizer")
+        own = config.get("image_tokenizer_sha256", image_tokenizer.sha256)
+        if own != image_tokenizer.sha256:
+            raise ValueError(
+                f"{directory} was made with the image tokenizer {own[:12]}, but {directory / 'image_tokenizer'} is "
+                f"{image_tokenizer.sha256[:12]}: they do not belong together"
+            )
         target = pick_device(device)
         sha256 = config.get("sha256", "")
         pipeline = cls(generator.to(target), image_tokenizer.to(target), text_tokenizer, sha256, fast)
@@ -154,7 +162,7 @@ class TextToImage:
         batch_size: int = 8,
         source: Source | None = None,
     ) -> Iterator[Picture]:
-        """The same for a stream of requests."""
+        """The same for a stream of requests. Raises ValueError for bad options at once, for a bad text at its turn."""
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         if seed < 0:
@@ -165,8 +173,12 @@ class TextToImage:
             )
         null_ids = self.encode_text(negative)[0] if negative.strip() else self._null_ids()
         stream = iter(requests)
-        while batch := list(itertools.islice(stream, batch_size)):
-            yield from self._draw_batch(batch, seed, options, null_ids, bool(negative.strip()), source)
+        batches = iter(lambda: list(itertools.islice(stream, batch_size)), [])
+        return (
+            picture
+            for batch in batches
+            for picture in self._draw_batch(batch, seed, options, null_ids, bool(negative.strip()), source)
+        )
 
     def encode_text(self, text: str) -> tuple[Tensor, str]:
         """Ids (1, T) and a note when the text was cut. Raises ValueError when nothing of it is known."""
@@ -189,12 +201,15 @@ class TextToImage:
     def push_to_hub(self, repo_id: str, card: "Card | None" = None, private: bool = True) -> str:
         """Release the checkpoint that this was loaded from and upload it; returns the commit's address.
 
+        A release goes up as it is, with its own card, unless another is given.
         Raises ValueError when there is no such checkpoint, or saying why the hub refused.
         """
-        from dalle.release import Card, push_to_hub, release
+        from dalle.release import Card, is_release, push_to_hub, release
 
         if self.directory is None:
             raise ValueError("only a pipeline that was loaded from a checkpoint directory can be pushed")
+        if card is None and is_release(self.directory):
+            return push_to_hub(self.directory, repo_id, private)
         with tempfile.TemporaryDirectory() as folder:
             directory = release(self.directory, Path(folder) / "release", card or Card())
             return push_to_hub(directory, repo_id, private)
@@ -221,6 +236,8 @@ class TextToImage:
         images = self.decode_ids(sampled.ids)
         seconds = (time.perf_counter() - started) / len(batch)
         scores = sampled.log_likelihood.tolist()
+        if not all(map(math.isfinite, scores)):
+            raise ValueError("the generator's numbers are not finite: its weights are damaged")
         no_nulls = sampled.null_log_likelihood is None or is_negative
         null_scores = [None] * len(batch) if no_nulls else sampled.null_log_likelihood.tolist()
         ids = sampled.ids.cpu()
@@ -243,8 +260,16 @@ def load_generator(directory: Path) -> tuple[nn.Module, TextTokenizer, dict[str,
     if kind == dalle_pytorch.KIND:
         generator = dalle_pytorch.DallePytorch.from_pretrained(directory)
         return generator, dalle_pytorch.BareTextTokenizer.from_pretrained(directory), config
-    generator = model.Dalle.from_pretrained(directory)
-    return generator, TextTokenizer.from_pretrained(directory), config
+    generator, text_tokenizer = (
+        model.Dalle.from_pretrained(directory),
+        TextTokenizer.from_pretrained(directory),
+    )
+    if text_tokenizer.vocab_size != generator.config.text_vocab_size:
+        raise ValueError(
+            f"the generator in {directory} reads {generator.config.text_vocab_size} text tokens, its text tokenizer "
+            f"has {text_tokenizer.vocab_size}: they do not belong together"
+        )
+    return generator, text_tokenizer, config
 
 
 def default_checkpoint(runs: Path = Path("runs"), pretrained: Path = PRETRAINED) -> Path:

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from PIL import Image
 
-from common.checkpoint import resolve, save_weights
-from common.compact import Precision, compact, widen
+from common.checkpoint import read_weights, require_intact, resolve, save_weights
+from common.compact import Precision, compact
 from common.config import command, parse_options
 from common.files import atomic_directory, read_json, sha256_file, write_json
 from common.log import say
@@ -76,8 +77,13 @@ def release(
     decoder = decoder_of(image_tokenizer, directory) if image_tokenizer else None
     if target.exists():
         raise ValueError(f"{target} exists already: name a new directory")
-    if card.grid and not card.grid.is_file():
-        raise FileNotFoundError(f"no sample grid {card.grid}")
+    if card.grid:
+        require_picture(card.grid)
+    for found in (
+        *directory.rglob("model.safetensors"),
+        *(decoder.rglob("model.safetensors") if decoder else ()),
+    ):
+        require_intact(found.parent)
     card = card if card.grid else with_samples(card, directory)
     with atomic_directory(target) as temporary:
         shutil.copytree(
@@ -94,6 +100,17 @@ def release(
     return target
 
 
+def require_picture(grid: Path) -> None:
+    """Raises FileNotFoundError or ValueError where there is none."""
+    if not grid.is_file():
+        raise FileNotFoundError(f"no sample grid {grid}")
+    try:
+        with Image.open(grid) as image:
+            image.verify()
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"the sample grid {grid} is no picture") from error
+
+
 def decoder_of(image_tokenizer: str, directory: Path) -> Path:
     """The tokenizer's directory. Raises ValueError when its codes are not those that the generator draws."""
     found = resolve(image_tokenizer)
@@ -107,14 +124,14 @@ def decoder_of(image_tokenizer: str, directory: Path) -> Path:
 
 def round_weights(path: Path, precision: Precision) -> None:
     """Rewrite in fewer bits, and put the new hash into the config.json beside. Raises ValueError on overflow."""
-    from safetensors.torch import load_file
-
+    weights = read_weights(path.parent)
     try:
-        short = compact(widen(load_file(str(path))), precision)
-        path.unlink()  # a new file, not the old one's permissions
-        save_weights(path, short)
+        short = compact(weights, precision)
     except ValueError as error:
-        raise ValueError(f"{path.parent.name}: {error}") from error
+        part = f"the {TOKENIZER}" if path.parent.name == TOKENIZER else "the checkpoint"
+        raise ValueError(f"{part} cannot be released: {error}") from error
+    path.unlink()  # a new file, not the old one's permissions
+    save_weights(path, short)
     config_path = path.parent / "config.json"
     if config_path.is_file():
         config = read_json(config_path)
@@ -189,13 +206,18 @@ def _table(values: dict[str, Any]) -> str:
     return "\n".join(["| | |", "|---|---|", *rows])
 
 
+def is_release(directory: Path) -> bool:
+    """Whether `release` wrote it."""
+    return (directory / CARD).is_file() and not any((directory / name).exists() for name in LEFT_OUT)
+
+
 def push_to_hub(directory: Path, repo_id: str, private: bool = True) -> str:
     """Upload a released directory; returns the address of the commit. Raises ValueError saying what went wrong."""
     import httpx2
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 
-    if not (directory / CARD).is_file() or any((directory / name).exists() for name in LEFT_OUT):
+    if not is_release(directory):
         raise ValueError(
             f"{directory} is no release: make one with python -m dalle.release {directory} DIRECTORY"
         )

@@ -5,7 +5,8 @@ Nguyen et al. 2024. A draw is the Gumbel-max trick: argmax(logits + noise) has t
 no cumulative sum, and a rounding error changes a draw only where two tokens all but tie.
 
 Picture i of seed s is the same in whatever company it is drawn: its noise comes from a generator of its own, and rows
-are filled up to a multiple where matrix products would round differently for odd row counts.
+are filled up to a multiple where matrix products would round differently for odd row counts. On a GPU that holds for
+one batch size: for another number of rows its libraries may take another product, which rounds otherwise.
 """
 
 import math
@@ -20,6 +21,8 @@ from torch import Tensor
 ROW_BLOCK = (
     8  # of unpacked products on CPUs: float32 ones differ for rows that are no multiple of 4, bfloat16 for 1
 )
+LEAST_TEMPERATURE = 1e-6  # colder is the likeliest token, and logits divided by it would leave float32
+MOST_GUIDANCE = 1000.0
 NOISE_CHUNK = 64  # positions whose noise is drawn at once; part of what a seed means
 
 Schedule = Literal["constant", "linear", "cosine"]
@@ -51,8 +54,8 @@ class SamplingOptions:
             raise ValueError(f"top_p must lie in (0, 1], not {self.top_p}")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p must lie in [0, 1], not {self.min_p}")
-        if not (math.isfinite(self.cfg_scale) and self.cfg_scale >= 0):
-            raise ValueError(f"cfg_scale must be 0 or more, not {self.cfg_scale}")
+        if not 0 <= self.cfg_scale <= MOST_GUIDANCE:
+            raise ValueError(f"cfg_scale must lie in [0, {MOST_GUIDANCE:.0f}], not {self.cfg_scale}")
 
     @property
     def is_guided(self) -> bool:
@@ -139,7 +142,7 @@ def keep_min_p(logits: Tensor, min_p: float) -> Tensor:
 
 def choose(logits: Tensor, noise: Tensor, options: SamplingOptions) -> Tensor:
     """Guided logits (B, V) float32 and Gumbel noise (B, V) -> ids (B,)"""
-    if options.temperature == 0:
+    if options.temperature < LEAST_TEMPERATURE:
         return logits.argmax(-1)
     logits = logits / options.temperature
     logits = keep_min_p(keep_top_p(keep_top_k(logits, options.top_k), options.top_p), options.min_p)
@@ -155,7 +158,10 @@ def picture_generator(seed: int, index: int) -> torch.Generator:
 def draw_noise(generators: Sequence[torch.Generator], vocab_size: int, device: torch.device) -> Tensor:
     """Gumbel noise for the next NOISE_CHUNK positions: (NOISE_CHUNK, B, V) float32."""
     drawn = [torch.empty(NOISE_CHUNK, vocab_size).exponential_(generator=g) for g in generators]
-    return torch.stack(drawn, dim=1).log_().neg_().to(device, non_blocking=True)
+    noise = torch.stack(drawn, dim=1).log_().neg_()
+    if device.type == "cuda":  # from pinned memory, so that the copy waits for nothing
+        return noise.pin_memory().to(device, non_blocking=True)
+    return noise.to(device)
 
 
 def fill_rows(ids: Tensor, multiple: int) -> Tensor:

@@ -103,8 +103,10 @@ def sniff(data: bytes) -> str:
     return ""
 
 
-def decode(data: bytes, limits: ImageLimits | None = None, near: int = 0) -> Image.Image:
-    """The first frame, upright, as an RGB picture (W, H), uint8.
+def decode(
+    data: bytes, limits: ImageLimits | None = None, near: int = 0, ground: str = "white"
+) -> Image.Image:
+    """The first frame, upright, as an RGB picture (W, H), uint8; what is transparent is laid on `ground`.
 
     `near` > 0 allows a JPEG to be decoded at a half, a quarter or an eighth while both sides stay at or above `near`.
     Raises BadImage with the reason; never anything else for bad bytes.
@@ -123,7 +125,7 @@ def decode(data: bytes, limits: ImageLimits | None = None, near: int = 0) -> Ima
             if near:
                 image.draft(None, (near, near))
             image.load()
-            return _to_rgb(_upright(image))
+            return _to_rgb(_upright(image), ground)
     except BadImage:
         raise
     except BOMB as error:
@@ -160,7 +162,7 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if method is None else image.transpose(method)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, ground: str) -> Image.Image:
     if image.mode.startswith("I;16"):  # 16-bit grey: keep the high byte
         import numpy as np
 
@@ -170,8 +172,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         raise BadImage("unsupported_mode", f"mode {image.mode}")
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        ground = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(ground, image).convert("RGB")
+        return Image.alpha_composite(Image.new("RGBA", image.size, ground), image).convert("RGB")
     rgb = image.convert("RGB")
     rgb.info = {}  # no profile, EXIF or comment of the source goes on into our files
     return rgb

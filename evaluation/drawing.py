@@ -51,7 +51,7 @@ def draw_into(directory: Path, name: str, arm: Arm, plan: Plan) -> SampleSet:
     """
     out = OutDirectory(directory, _plain(arm.origin))
     standing = _standing(directory, out.origin)
-    out.continue_from(iter(standing))  # forgets a damaged tail
+    out.continue_from(iter(standing))
     have = set(standing[: out.count])
     todo = [request for request in plan.requests if request not in have]
     total = len(plan.requests)
@@ -61,6 +61,7 @@ def draw_into(directory: Path, name: str, arm: Arm, plan: Plan) -> SampleSet:
         arm.draw(todo), name, total, initial=total - len(todo), unit="picture", dynamic_ncols=True
     ):
         out.add(picture)
+    out.forget_leftovers()  # a damaged tail
     return plan.of(SampleSet.from_out_dir(directory, name))
 
 

@@ -28,7 +28,7 @@ def read_out_directory(directory: Path) -> list[Row]:
     if not path.is_file():
         raise FileNotFoundError(f"no {LIST} in {directory}: python generate.py makes it with the pictures")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if line.strip():
             rows.append(_row(line, directory, f"{path}:{number}"))
     if not rows:

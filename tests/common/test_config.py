@@ -1,5 +1,6 @@
 """Defaults < config file < flags, and every mistake ends in one sentence."""
 
+import io
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,11 +108,23 @@ def test_a_missing_file_is_named(tmp_path):
         parse_options(Options, ["--config"])
 
 
-def test_a_misspelt_flag_exits_with_2(capsys):
-    with pytest.raises(SystemExit) as exit_info:
-        parse_options(Options, ["--stps", "3"])
-    assert exit_info.value.code == 2
-    assert "stps" in capsys.readouterr().err
+@pytest.mark.parametrize("columns", ["40", "200"])
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--stps", "3"), "Unrecognized options: --stps, 3 (perhaps --steps); --help shows all options"),
+        (("--steps", "many"), "--steps: invalid literal for int() with base 10: 'many'"),
+        (("--steps",), "Missing value for argument '--steps'. Expected 1 values."),
+    ],
+)
+def test_a_bad_flag_is_one_sentence(arguments, sentence, encoding, columns, monkeypatch):
+    """However wide the terminal is, and whether it can draw boxes."""
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    with pytest.raises(ValueError) as raised:
+        parse_options(Options, list(arguments))
+    assert str(raised.value) == sentence
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,17 @@ def test_micro_batches_are_slices_in_order():
             list(split_batch(bad, 3))
 
 
+def test_cuda_is_the_gpu_of_this_process(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: chosen.append(int(index)))
+    for name, local_rank, index in (("cuda", 0, 0), ("cuda", 1, 1), ("auto", 1, 1), ("cuda:1", 0, 1)):
+        assert pick_device(name, local_rank) == torch.device("cuda", index) and chosen[-1] == index
+    with pytest.raises(ValueError, match="cuda:2 was asked for, but this machine has 2 GPUs"):
+        pick_device("cuda:2")
+
+
 def small() -> tuple[nn.Module, object]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.Tanh(), nn.Linear(7, 1))

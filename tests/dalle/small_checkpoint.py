@@ -1,12 +1,15 @@
 """A whole generator checkpoint, small enough for tests: 100 image tokens, 24 codes, pictures of 40 pixels."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from common.checkpoint import write_model
 from common.config import to_mapping
+from common.files import read_json, sha256_file, write_json
 from dalle.model import KIND, Dalle, ModelOptions
 from dalle.text_tokenizer import TextTokenizer
 from vq.autoencoder import FastConfig
@@ -24,6 +27,15 @@ def enlarge_(model: nn.Module) -> None:
             )
 
 
+def replace_weights(directory: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    """As if it had been saved with other weights: config.json goes along."""
+    weights = load_file(directory / "model.safetensors")
+    change(weights)
+    save_file(weights, directory / "model.safetensors")
+    config = read_json(directory / "config.json")
+    write_json(directory / "config.json", config | {"sha256": sha256_file(directory / "model.safetensors")})
+
+
 def write_generator(directory: Path, seed: int = 0) -> Path:
     """A checkpoint directory of kind generator, as the trainer writes it."""
     torch.manual_seed(seed)
@@ -38,5 +50,6 @@ def write_generator(directory: Path, seed: int = 0) -> Path:
     (directory / "image_tokenizer").mkdir(parents=True)
     image_tokenizer.write(directory / "image_tokenizer", 0)
     text_tokenizer.save(directory)
-    write_model(directory, KIND, to_mapping(model.config), model.state_dict(), 7)
+    tokenizer = {"image_tokenizer_sha256": read_json(directory / "image_tokenizer/config.json")["sha256"]}
+    write_model(directory, KIND, to_mapping(model.config), model.state_dict(), 7, **tokenizer)
     return directory

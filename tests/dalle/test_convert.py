@@ -13,6 +13,8 @@ from dalle.convert import import_checkpoint, main
 from dalle.dalle_pytorch import DallePytorch
 from dalle.pipeline import Request, TextToImage
 from dalle.sampling import SamplingOptions
+from vq.model import ImageTokenizer, TokenizerConfig
+from vq.taming import TamingConfig
 
 DATA = Path(__file__).parent / "data"
 GOLDEN = np.load(DATA / "dalle_pytorch_1_6_6.npz")
@@ -121,9 +123,55 @@ def test_embedded_tokenizer_comes_along_without_its_training_losses(tmp_path):
     assert "codebook.weight" in imported.vae_weights and not any("loss" in n for n in imported.vae_weights)
 
 
+def taming_tokenizer() -> ImageTokenizer:
+    """A small VQGAN of 8 x 8 of 11 codes, as `plain` and `rotary_shift` draw."""
+    torch.manual_seed(0)
+    sizes = TamingConfig(channels=32, channel_mults=(1, 1, 2), res_blocks=1, z_channels=16)
+    return ImageTokenizer(
+        TokenizerConfig(32, "taming", taming=sizes, codebook_size=11, codebook_dim=16, l2_normalize=False)
+    ).eval()
+
+
+def as_published(tokenizer: ImageTokenizer) -> dict[str, torch.Tensor]:
+    """Its weights under the names of VQGanVAE: `model` is the taming network."""
+    renamed = {}
+    for name, tensor in tokenizer.state_dict().items():
+        name = re.sub(r"^(encoder|decoder)\.((?:post_)?quant_conv)\.", r"\2.", name)
+        renamed["vae.model." + name.replace("quantizer.codebook.", "quantize.embedding.")] = tensor
+    return renamed
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("variant", ["plain", "rotary_shift"])
+def test_a_vqgan_in_the_file_comes_along(variant, named, tmp_path, vocabulary):
+    content, original = checkpoint(variant), taming_tokenizer()
+    weights = {n: t for n, t in content["weights"].items() if not n.startswith("vae.")}
+    content |= {"weights": weights | as_published(original), "vae_params": None}
+    content |= {"vae_class_name": "VQGanVAE"} if named else {}
+    if not named:
+        del content["vae_class_name"]
+    path = save(content, tmp_path)
+    main([str(path), str(tmp_path / "imported"), "--text-tokenizer", str(vocabulary)])
+    pipeline = TextToImage.from_pretrained(tmp_path / "imported", "cpu")
+    pixels = torch.rand(2, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        torch.testing.assert_close(
+            pipeline.image_tokenizer.encode_ids(pixels), original.encode_ids(pixels), rtol=0, atol=0
+        )
+    assert next(pipeline.generate(["红色的鞋子"])).image.size == (32, 32)
+    torch.testing.assert_close(
+        logits_of(build(path)), torch.from_numpy(GOLDEN[f"{variant}.logits"]), rtol=1e-4, atol=2e-4
+    )
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (lambda c: c["weights"].pop("text_pos_emb.weight"), "lacks the weight text_pos_emb.weight"),
+        (
+            lambda c: c["weights"]["to_logits.1.weight"].fill_(float("nan")),
+            "to_logits.1.weight .* not finite",
+        ),
         (lambda c: c.update(weights="nonsense value"), "DeepSpeed"),
         (lambda c: c["weights"].pop("to_logits.1.weight"), "to_logits.1.weight"),
         (lambda c: c["weights"].pop("transformer.layers.layers.1.0.scale"), "blocks.1.attention.scale"),
@@ -183,6 +231,13 @@ def test_an_imported_generator_draws(tmp_path, vocabulary, capsys):
     assert pictures[1].log_likelihood == pytest.approx(float(expected), rel=1e-4)
     alone = next(pipeline.draw([Request("红色的鞋子", 1)], 0, SamplingOptions(cfg_scale=2.0)))
     assert alone.image.tobytes() == pictures[1].image.tobytes()
+
+
+def test_openais_tokenizer_is_named_as_unsupported(tmp_path, vocabulary, capsys):
+    content = checkpoint("plain") | {"vae_class_name": "OpenAIDiscreteVAE", "vae_params": None}
+    with pytest.raises(SystemExit):
+        main([str(save(content, tmp_path)), str(tmp_path / "imported"), "--text-tokenizer", str(vocabulary)])
+    assert "OpenAI's discrete VAE, which is not supported" in capsys.readouterr().err
 
 
 def test_what_does_not_belong_together_is_refused(tmp_path, vocabulary, roberta, generator_dir, capsys):

@@ -162,7 +162,7 @@ def test_impossible_options_say_so():
     with pytest.raises(ValueError, match="GPU"):
         prepare(make(), FastOptions("graph"))
     with pytest.raises(ValueError, match="imported"):
-        prepare(torch.nn.Linear(2, 2), FastOptions("plain"))
+        prepare(torch.nn.Linear(2, 2), FastOptions("packed"))
 
 
 @pytest.mark.slow

@@ -6,11 +6,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from small_checkpoint import CAPTIONS
 
-from generate import main
+from generate import main, open_mask, open_picture
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -109,6 +110,54 @@ def test_other_options_start_anew(generator_dir, tmp_path, prompts):
     assert not set(before.values()) & set(pictures(out).values()) and len(lines(out)) == 5
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--seed", "-1"), "seed must be 0 or more"),
+        (("--negative", "红色", "--cfg-scale", "1"), "works through guidance"),
+        (("--prompts-file", "UNKNOWN"), "no text that can be drawn"),
+        (("--prime", "UNKNOWN"), "no readable picture"),
+    ],
+)
+def test_a_command_that_fails_leaves_the_earlier_pictures(
+    arguments, message, generator_dir, tmp_path, prompts, capsys
+):
+    out = run(generator_dir, tmp_path / "out", "", "1", "--prompts-file", str(prompts))
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    (tmp_path / "unknown.txt").write_text("qwz\n")
+    given = [str(tmp_path / "unknown.txt") if a == "UNKNOWN" else a for a in arguments]
+    with pytest.raises(SystemExit):
+        run(generator_dir, out, "", "1", "--prompts-file", str(prompts), *given)
+    assert message in capsys.readouterr().err
+    assert before == {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def test_what_gives_way_is_counted(generator_dir, tmp_path, prompts, capsys):
+    out = run(generator_dir, tmp_path / "out", "", "1", "--prompts-file", str(prompts))
+    run(generator_dir, out, "", "1", "--prompts-file", str(prompts), "--fast.engine", "plain")
+    assert f"5 pictures in {out} were drawn otherwise and give way" in capsys.readouterr().out
+    assert {line["engine"] for line in lines(out)} == {"plain"}
+
+
+def test_fewer_prompts_leave_none_of_the_others(generator_dir, tmp_path, prompts):
+    out = run(generator_dir, tmp_path / "out", "", "1", "--prompts-file", str(prompts))
+    prompts.write_text("\n".join(CAPTIONS[:2]), encoding="utf-8")
+    run(generator_dir, out, "", "1", "--prompts-file", str(prompts))
+    assert [line["text"] for line in lines(out)] == CAPTIONS[:2] and len(pictures(out)) == 2
+
+
+def test_a_negative_text_and_a_schedule_change_the_pictures(generator_dir, tmp_path):
+    plain = run(generator_dir, tmp_path / "plain")
+    negative = run(generator_dir, tmp_path / "negative", "--negative", CAPTIONS[1])
+    rising = run(generator_dir, tmp_path / "rising", "--cfg-schedule", "cosine")
+    drawn = [pictures(out) for out in (plain, negative, rising)]
+    assert len({tuple(p.values()) for p in drawn}) == 3
+    assert (
+        lines(negative)[0]["null_log_likelihood"] is None
+        and lines(rising)[0]["sampling"]["cfg_schedule"] == "cosine"
+    )
+
+
 @pytest.mark.slow
 def test_kill_9_loses_nothing_and_the_same_command_goes_on(generator_dir, tmp_path):
     prompts = tmp_path / "many.txt"
@@ -152,6 +201,41 @@ def test_starting_from_a_picture(generator_dir, tmp_path):
         assert len(pictures(out)) == 3
 
 
+def test_pictures_are_read_as_those_of_a_catalogue(tmp_path):
+    """What is transparent lies on white, 16 bits are scaled, a camera's turn is undone."""
+    clear = Image.new("RGBA", (40, 40), (0, 0, 0, 0))
+    clear.paste((200, 0, 0, 255), (0, 0, 20, 40))
+    clear.save(tmp_path / "clear.png")
+    read = open_picture(tmp_path / "clear.png")
+    assert read.getpixel((5, 5)) == (200, 0, 0) and read.getpixel((35, 5)) == (255, 255, 255)
+    assert open_picture(tmp_path / "clear.png", ground="black").getpixel((35, 5)) == (0, 0, 0)
+    Image.fromarray(np.full((4, 4), 0x4080, np.uint16)).save(tmp_path / "deep.png")
+    assert open_picture(tmp_path / "deep.png").getpixel((0, 0)) == (64, 64, 64)
+    turned, exif = Image.new("RGB", (40, 20)), Image.Exif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    assert open_picture(tmp_path / "turned.jpg").size == (20, 40)
+
+
+def test_a_mask_of_another_shape_is_refused(tmp_path):
+    picture = Image.new("RGB", (40, 40))
+    Image.new("L", (80, 80), 255).save(tmp_path / "larger.png")
+    assert open_mask(tmp_path / "larger.png", picture).size == (80, 80)
+    Image.new("L", (80, 40), 255).save(tmp_path / "wide.png")
+    with pytest.raises(ValueError, match="80 x 40, the picture 40 x 40: both must have the same shape"):
+        open_mask(tmp_path / "wide.png", picture)
+
+
+def test_another_picture_under_the_same_name_starts_anew(generator_dir, tmp_path, prompts):
+    source = tmp_path / "source.png"
+    arguments = ("", "1", "--prompts-file", str(prompts), "--prime", str(source))
+    Image.new("RGB", (40, 40), "red").save(source)
+    before = pictures(run(generator_dir, tmp_path / "out", *arguments))
+    Image.new("RGB", (40, 40), "blue").save(source)
+    after = pictures(run(generator_dir, tmp_path / "out", *arguments))
+    assert len(after) == len(before) == 5 and not set(before.values()) & set(after.values())
+
+
 BAD = [
     (["", "3", "OUT"], "is empty"),
     (["   ", "3", "OUT"], "is empty"),
@@ -192,8 +276,12 @@ def test_bad_input_ends_in_one_sentence_and_code_2(arguments, message, generator
     with pytest.raises(SystemExit) as stopped:
         main([*filled, "--device", "cpu"] if "--device" not in filled else filled)
     captured = capsys.readouterr().err
-    assert stopped.value.code == 2 and message in " ".join(captured.replace("│", " ").split()), captured
-    assert "Traceback" not in captured and not list((tmp_path / "out").glob("*.png"))
+    assert stopped.value.code == 2 and message in captured
+    assert (
+        captured.splitlines()[-1].startswith("error: ")  # above it, at most a progress bar
+        and captured.count("error: ") == 1
+        and not list((tmp_path / "out").glob("*.png"))
+    )
 
 
 def test_a_long_prompt_is_cut_with_a_note(generator_dir, tmp_path, capsys):

@@ -4,10 +4,13 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_checkpoint import CAPTIONS
+from small_checkpoint import CAPTIONS, replace_weights
 
+from common.files import read_json
+from dalle.fast import FastOptions
 from dalle.pipeline import Request, TextToImage, default_checkpoint
 from dalle.sampling import SamplingOptions, log_likelihood
+from dalle.text_tokenizer import TextTokenizer
 
 OPTIONS = SamplingOptions(cfg_scale=2.0, top_p=0.95)
 
@@ -133,12 +136,43 @@ def test_tokenizers_that_do_not_belong_are_refused(damaged):
     config = json.loads((damaged / "config.json").read_text())
     config["model"]["codebook_size"] = 48
     (damaged / "config.json").write_text(json.dumps(config))
-    weights = load_file(damaged / "model.safetensors")
-    for name in ("image_embed.weight", "image_head.weight"):
-        weights[name] = weights[name].repeat(2, 1)
-    save_file(weights, damaged / "model.safetensors")
+
+    def double(weights: dict[str, torch.Tensor]) -> None:
+        for name in ("image_embed.weight", "image_head.weight"):
+            weights[name] = weights[name].repeat(2, 1)
+
+    replace_weights(damaged, double)
     with pytest.raises(ValueError, match=r"48 image codes.* 24"):
         TextToImage.from_pretrained(damaged)
+
+
+def test_parts_of_another_checkpoint_are_refused(damaged):
+    """They would draw, and nobody would know why so badly."""
+    replace_weights(damaged / "image_tokenizer", lambda w: next(iter(w.values())).add_(0.1))
+    identity = read_json(damaged / "image_tokenizer" / "config.json")["sha256"][:12]
+    with pytest.raises(ValueError, match=f"image_tokenizer is {identity}: they do not belong together"):
+        TextToImage.from_pretrained(damaged)
+
+
+def test_a_vocabulary_of_another_size_is_refused(damaged):
+    TextTokenizer.train(["x y z"] * 9, vocab_size=16, model_type="char").save(damaged)
+    with pytest.raises(ValueError, match="text tokens, its text tokenizer has"):
+        TextToImage.from_pretrained(damaged)
+
+
+def test_weights_that_were_changed_on_the_way_are_refused(damaged):
+    data = bytearray((damaged / "model.safetensors").read_bytes())
+    data[-5] ^= 64
+    (damaged / "model.safetensors").write_bytes(data)
+    with pytest.raises(ValueError, match=r"model\.safetensors is not the file that was saved"):
+        TextToImage.from_pretrained(damaged)
+
+
+def test_numbers_that_are_not_finite_do_not_become_pictures(damaged):
+    replace_weights(damaged, lambda w: w["blocks.0.ffn.out.weight"].fill_(float("nan")))
+    broken = TextToImage.from_pretrained(damaged, "cpu", FastOptions("plain", "float32"))
+    with pytest.raises(ValueError, match="not finite"):
+        broken(CAPTIONS[0])
 
 
 def test_default_checkpoint_is_the_newest_run_then_what_ships(generator_dir, tmp_path):

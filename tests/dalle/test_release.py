@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
-from small_checkpoint import CAPTIONS
+from safetensors.torch import load_file
+from small_checkpoint import CAPTIONS, replace_weights
 
 from common import compact
 from common.files import sha256_file
@@ -87,11 +87,23 @@ def test_eight_bits_draw_too_and_can_be_released_again(generator_dir, tmp_path, 
 
 def test_what_cannot_be_released_says_why(generator_dir, tmp_path, capsys):
     copy = shutil.copytree(generator_dir, tmp_path / "copy")
-    weights = load_file(copy / "model.safetensors")
-    weights["norm.weight"][0] = 1e6
-    save_file(weights, copy / "model.safetensors")
+    replace_weights(copy, lambda w: w["norm.weight"][:1].fill_(1e6))
+    lost = shutil.copytree(generator_dir, tmp_path / "lost")
+    replace_weights(lost, lambda w: w["norm.weight"][:1].fill_(float("nan")))
+    short = shutil.copytree(generator_dir, tmp_path / "short")
+    (short / "model.safetensors").write_bytes((short / "model.safetensors").read_bytes()[:-9])
+    (tmp_path / "grid.txt").write_text("no picture")
     for arguments, message in (
-        ([str(copy), str(tmp_path / "a")], "norm.weight does not fit into torch.float16"),
+        (
+            [str(copy), str(tmp_path / "a")],
+            "the checkpoint cannot be released: norm.weight does not fit into torch",
+        ),
+        ([str(lost), str(tmp_path / "a")], "norm.weight holds numbers that are not finite"),
+        ([str(short), str(tmp_path / "a")], "short/model.safetensors is not the file that was saved"),
+        (
+            [str(generator_dir), str(tmp_path / "a"), "--card.grid", str(tmp_path / "grid.txt")],
+            "is no picture",
+        ),
         ([str(generator_dir), str(tmp_path)], "exists already"),
         ([str(tmp_path / "nowhere"), str(tmp_path / "a")], "nowhere"),
         (
@@ -165,6 +177,14 @@ def test_push_to_hub_uploads_the_release(hub, generator_dir):
     assert {"README.md", "config.json", "model.safetensors", "image_tokenizer/config.json"} <= set(hub.files)
     assert b"# Goods" in hub.files["README.md"] and "training_state/state.pt" not in hub.files
     assert len(hub.files["model.safetensors"]) < 0.6 * (generator_dir / "model.safetensors").stat().st_size
+
+
+def test_a_release_goes_up_as_it_is(hub, generator_dir, tmp_path):
+    card = Card(title="Ours", data="Our catalogue", licence="mit")
+    released = release(generator_dir, tmp_path / "released", card, "int8")
+    TextToImage.from_pretrained(released, "cpu").push_to_hub("me/goods")
+    for name in ("README.md", "model.safetensors", "image_tokenizer/model.safetensors"):
+        assert hub.files[name] == (released / name).read_bytes()
 
 
 def test_push_refuses_what_is_no_release(run_dir, generator_dir, pipeline):

@@ -133,7 +133,7 @@ def test_what_cannot_be_swept_is_refused(tmp_path, shards, judge_dir, generator_
         ({"--checkpoint": ranker_dir}, "of kind ranker, which draws no pictures"),
         ({}, "1 prompts leave none for the report"),
         ({"--prompts": tmp_path / "none"}, "no prompts file"),
-        ({"--cfg-scales": -1}, "cfg_scale must be 0 or more"),
+        ({"--cfg-scales": -1}, "cfg_scale must lie in [0, 1000]"),
         ({"--top-ps": 2}, "top_p must lie in"),
         ({"--num-images": 0}, "num_images must be at least 1"),
     ]:
