@@ -92,13 +92,17 @@ class GeneratorTask:
 
     def _known_texts(self) -> tuple[str, ...]:
         """Captions of the sample grids. Raises ValueError for one that the tokenizer knows nothing of."""
-        texts = self.options.sample_texts or self.data.first_texts(4)
-        for text in texts:
-            encoded = self.text_tokenizer.encode([text], self.config.max_text_len)
-            if encoded.num_unknown == encoded.num_pieces:
+        for text in self.options.sample_texts:
+            if not self.data.is_known(text):
                 raise ValueError(
-                    f"the text tokenizer knows nothing of the caption {text!r}: set --sample-texts"
+                    f"the text tokenizer knows nothing of the caption {text!r} of --sample-texts"
                 )
+        texts = self.options.sample_texts or self.data.first_texts(4)
+        if not texts:
+            raise ValueError(
+                "no validation caption holds anything that the text tokenizer knows: look at the captions, or name "
+                "another with --text-tokenizer"
+            )
         return texts
 
     def train_step(self, batch: dict[str, Any], step: int) -> dict[str, float]:
@@ -113,8 +117,10 @@ class GeneratorTask:
         num_targets = self._targets_per_micro_batch(text_ids)
         micro_batches = {"text_ids": text_ids, "image_ids": self._image_ids(batch)}
         totals: dict[str, float] = {}
+        text_lens: list[int] = []
         for micro in self.engine.micro_batches(micro_batches, self.plan.accumulation):
             text_ids, image_ids = self._to_device(micro["text_ids"]), micro["image_ids"].to(self.world.device)
+            text_lens.append(text_ids.shape[1])
             with autocast(self.world.device, options.precision):
                 output = self.engine.model(text_ids, image_ids)
             targets = sequence.text_targets(text_ids, self.pad_id)
@@ -126,7 +132,7 @@ class GeneratorTask:
         if self.ema:
             with self.engine.full_weights() as model:
                 self.ema.update(model)
-        return totals | {"lr": lr} | self._speed(text_ids.shape[1], time.perf_counter() - started)
+        return totals | {"lr": lr} | self._speed(text_lens, time.perf_counter() - started)
 
     def _encode_texts(self, texts: Sequence[str]) -> Tensor:
         """(B, max_text_len) long on the CPU; captions that are too long are cut and counted."""
@@ -151,10 +157,11 @@ class GeneratorTask:
         count = float(sequence.text_target_mask(text_ids, self.pad_id).sum())
         return self.world.mean({"count": count})["count"] / self.plan.accumulation
 
-    def _speed(self, text_len: int, seconds: float) -> dict[str, float]:
-        samples = self.plan.rank_batch_size
-        flops = samples * train_flops(self.config, text_len)
-        tokens = samples * (text_len + self.config.num_image_tokens)
+    def _speed(self, text_lens: Sequence[int], seconds: float) -> dict[str, float]:
+        """Tokens of all processes; the share of the peak is a process's. text_lens: of each micro-batch."""
+        samples, each = self.plan.micro_batch_size, self.config.num_image_tokens
+        flops = samples * sum(train_flops(self.config, length) for length in text_lens)
+        tokens = samples * sum(length + each for length in text_lens) * self.world.size
         return {"tokens_per_second": tokens / seconds, "mfu": flops / seconds / self.peak_flops}
 
     def _finish_weights(self) -> None:
@@ -211,6 +218,7 @@ class GeneratorTask:
         figures["text_gain_bits"] = null_bits - image_bits
         if self.config.text_head:
             figures["text_loss"] = text_loss / max(1.0, num_targets)
+            figures["text_bits"] = figures["text_loss"] / math.log(2)
         return figures | {f"image_bits_quarter_{i}": float(q.mean()) for i, q in enumerate(bits.chunk(4), 1)}
 
     def sample(self, step: int) -> dict[str, Image.Image]:
@@ -234,6 +242,7 @@ class GeneratorTask:
             "weights": self.engine.weights(),
             "engine": self.engine.state(),
             "num_samples": len(self.data.train),
+            "data": self.data.train.fingerprint,
         }
         return state | ({"ema": self.ema.state()} if self.ema else {})
 
@@ -255,11 +264,13 @@ class GeneratorTask:
             )
         if self.ema and "ema" not in state:
             raise ValueError(f"{run_dir} was trained without a moving average: set --ema-decay 0 to go on")
-        if state.get("num_samples", len(self.data.train)) != len(self.data.train) and self.world.is_main:
-            say(
-                f"note: the data held {state['num_samples']} samples before and hold {len(self.data.train)} now: the "
-                "run goes on in a new order"
-            )
+        if not self.ema and "ema" in state:
+            raise ValueError(f"{run_dir} was trained with a moving average: --ema-decay 0 would lose it")
+        before, now = state.get("num_samples", len(self.data.train)), len(self.data.train)
+        fingerprint = self.data.train.fingerprint
+        if state.get("data", fingerprint) != fingerprint and self.world.is_main:
+            others = "others" if before == now else f"{now}, and were {before} before"
+            say(f"note: the samples of the data are {others}: the run goes on in a new order")
         self.engine.load_state(state["weights"], state["engine"])
         if self.ema:
             self.ema.load_state(state["ema"])

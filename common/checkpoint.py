@@ -12,6 +12,7 @@ state is read with `weights_only=True`: nothing is unpickled.
 
 import contextlib
 import errno
+import fcntl
 import os
 import pickle
 import re
@@ -106,12 +107,35 @@ def prune(run_dir: Path, keep_last: int, keep: tuple[Path, ...] = ()) -> None:
             shutil.rmtree(doomed)
 
 
+class Lock:
+    """Of a run directory, for one training at a time: two would delete each other's half-written checkpoints.
+
+    It ends with its process, however that ends.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self.is_taken = False
+        self.file = (run_dir / ".lock").open("a")
+        try:
+            fcntl.lockf(
+                self.file, fcntl.LOCK_EX | fcntl.LOCK_NB
+            )  # unlike flock, not handed on to forked loaders
+        except (BlockingIOError, PermissionError):
+            self.is_taken = True
+        except OSError:  # a file system without locks
+            pass
+
+    def release(self) -> None:
+        self.file.close()
+
+
 def clean(run_dir: Path) -> None:
     """Remove what a killed process left half-written or half-deleted."""
     for leftover in (*run_dir.glob(".step_*.tmp"), *run_dir.glob(".step_*.old")):
         shutil.rmtree(leftover)
     for leftover in (*run_dir.glob(".latest.*"), *run_dir.glob(".*.tmp")):
-        leftover.unlink()
+        if not leftover.is_dir():
+            leftover.unlink()
 
 
 def ensure_space(run_dir: Path, state: dict[str, Any]) -> None:
@@ -278,7 +302,10 @@ def read_training_state(directory: Path) -> dict[str, Any]:
     """
     path = directory / "training_state" / "state.pt"
     if not path.is_file():
-        raise FileNotFoundError(f"{directory} holds no training_state: it can be used, but not trained on")
+        raise FileNotFoundError(
+            f"{directory} holds no training_state: it can be used, but not trained on; where there is a checkpoint "
+            "before it, move this one away to go on from that"
+        )
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError) as error:

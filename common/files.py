@@ -19,10 +19,26 @@ def atomic_path(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with naming_a_full_disk(path):
+            yield temporary
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming_a_full_disk(path: Path) -> Iterator[None]:
+    """What is written to `path` inside ends in an OSError that names it and the space left where the disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        free = shutil.disk_usage(path.parent).free / 2**20
+        raise OSError(
+            errno.ENOSPC,
+            f"disk full while writing {path}: {free:.1f} MiB are free; free some space and run the same command again",
+        ) from error
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from common.distributed import World
-from common.files import atomic_path
+from common.files import atomic_path, naming_a_full_disk
 
 
 def say(text: str) -> None:
@@ -75,8 +75,9 @@ class MetricLog:
     def write(self, step: int, kind: str, values: dict[str, float]) -> None:
         """`kind`: train, val or event."""
         row = {"step": step, "kind": kind, **values}
-        self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        self.file.flush()
+        with naming_a_full_disk(self.path):
+            self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            self.file.flush()
         numbers = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, (int, float))}
         if self.writer:
             for name, value in numbers.items():
@@ -122,7 +123,7 @@ def drop_from_step(path: Path, start_step: int) -> None:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if row["step"] <= start_step:
+        if isinstance(row, dict) and row.get("step", start_step) <= start_step:
             kept.append(line)
     with atomic_path(path) as temporary:
         temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")

@@ -61,6 +61,8 @@ class LoopConfig:
         for name in ("num_steps", "global_batch_size", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"seed must lie in [0, {2**31}), not {self.seed}")
         for name in ("eval_every", "sample_every", "save_every", "keep_last", "patience"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
@@ -139,6 +141,26 @@ def fit(
     Raises NonFiniteLoss naming the batch, KeyboardInterrupt after a checkpoint when a signal asked to stop.
     """
     ensure_writable_directory(config.run_dir)
+    lock = checkpoint.Lock(config.run_dir) if world.is_main else None
+    if world.any({"taken": lock is not None and lock.is_taken})["taken"]:
+        raise ValueError(
+            f"{config.run_dir} is being trained by another process: wait for it or stop it, or choose another "
+            "--loop.run-dir"
+        )
+    try:
+        return _fit(task, batches, config, world, options)
+    finally:
+        if lock:
+            lock.release()
+
+
+def _fit(
+    task: Task,
+    batches: Callable[[int], Iterable[dict[str, Any]]],
+    config: LoopConfig,
+    world: World,
+    options: dict[str, Any],
+) -> dict[str, float]:
     run = _Run(task, config, world, options)
     run.resume()
     if run.step >= config.num_steps or run.out_of_patience():
@@ -204,6 +226,11 @@ class _Run:
                 f"{self.config.run_dir} already holds a run: choose another --loop.run-dir, or resume it"
             )
         state = checkpoint.read_training_state(found[-1])
+        if state.get("seed", self.config.seed) != self.config.seed:
+            raise ValueError(
+                f"{self.config.run_dir} was started with seed {state['seed']}, not {self.config.seed}: its samples "
+                "would come in another order; choose another --loop.run-dir"
+            )
         self.step, self.samples, self.best = int(state["step"]), int(state["samples"]), dict(state["best"])
         self.saved_step = self.step
         if self.step >= self.config.num_steps or self.out_of_patience():
@@ -274,9 +301,10 @@ class _Run:
         if anywhere["bad"]:
             keys = ", ".join(map(str, batch.get("key", [])[:8]))
             what = f"{', '.join(bad)} (samples {keys} ...)" if bad else "a value on another process"
+            found = checkpoint.step_directories(self.config.run_dir)
+            stands = f"the checkpoint {found[-1]} is whole" if found else "nothing was saved yet"
             raise NonFiniteLoss(
-                f"{what} is not finite at step {self.step}: the last checkpoint in {self.config.run_dir} is whole; "
-                "lower the learning rate or look at these samples"
+                f"{what} is not finite at step {self.step}: {stands}; lower the learning rate or look at these samples"
             )
         return anywhere["stop"]
 
@@ -285,7 +313,9 @@ class _Run:
         rate = self._print_line(metrics)
         if self.log:
             share = self.data_seconds / max(1e-9, self.data_seconds + self.step_seconds)
-            self.log.write(self.step, "train", metrics | {"samples_per_second": rate, "data_share": share})
+            eta = (self.config.num_steps - self.step) * self.config.global_batch_size / max(1e-9, rate)
+            speed = {"samples_per_second": rate, "data_share": share, "eta_seconds": eta}
+            self.log.write(self.step, "train", metrics | speed)
         self.window.clear()
         self._restart_clock()
 
@@ -336,6 +366,7 @@ class _Run:
         started = time.perf_counter()
         window = self.window.mean_over(self.world)
         state = {"step": self.step, "samples": self.samples, "best": self.best, "window": window}
+        state["seed"] = self.config.seed
         state["task"] = self.task.state()
         if self.world.is_main:
             run_dir = self.config.run_dir

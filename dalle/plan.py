@@ -9,25 +9,30 @@ Takes every option of train_dalle.py. Without --gpus the hours come from twenty 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from common import checkpoint
 from common.config import command, parse_options
-from common.distributed import Precision, autocast, batch_plan, pick_device
+from common.distributed import DeepSpeedConfig, Precision, autocast, batch_plan, pick_device
 from common.log import clock, say
+from common.loop import LoopConfig
 from common.optim import make_optimizer
 from dalle import sequence
+from dalle.from_pictures import names_pictures
 from dalle.losses import dalle_loss
 from dalle.model import SIZES, Dalle, DalleConfig
 from dalle.text_tokenizer import TextTokenizer
+from dalle.train_data import captions
 from dalle.train_options import Options
 from data_tools.index import ShardIndex
 from vq.model import KIND as TOKENIZER_KIND
 
 TOKENS_PER_PARAMETER = 20  # Hoffmann et al. 2022 (Chinchilla), table 3
 USEFUL_EPOCHS = 16  # Muennighoff et al. 2023: repeated data lose nearly all value beyond this
+SPECIAL_PIECES = 4  # of a SentencePiece model: padding, unknown, begin, end
 GIB = 2**30
 
 
@@ -60,6 +65,9 @@ class PlanOptions(Options):
             raise ValueError(
                 f"gpus and dry_run_steps must not be negative, not {self.gpus}, {self.dry_run_steps}"
             )
+        for name in ("num_samples", "codebook_size", "grid_size", "text_vocab_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.gpu_memory <= 0 or self.gpu_tflops <= 0 or not 0 < self.expected_mfu <= 1:
             raise ValueError("gpu_memory and gpu_tflops must be above 0 and expected_mfu lie in (0, 1]")
 
@@ -114,10 +122,13 @@ def count_parameters(config: DalleConfig) -> int:
 def state_bytes(parameters: int, options: Options, processes: int) -> float:
     """Of one process: weights, gradients, both moments, the moving average, the copy that evaluation uses.
 
-    float32 each; ZeRO 1 shards the moments, 2 the gradients too, 3 the weights too. A bf16 copy of the weights lives
-    through a step.
+    float32 each; ZeRO 1 shards the moments, 2 the gradients too, 3 the weights too, where --engine deepspeed or an
+    option of it says that this launcher will be used. A bf16 copy of the weights lives through a step.
     """
-    stage = options.deepspeed.zero_stage if options.engine == "deepspeed" else 0
+    shards = options.engine == "deepspeed" or (
+        options.engine == "auto" and options.deepspeed != DeepSpeedConfig()
+    )
+    stage = options.deepspeed.zero_stage if shards else 0
     shared = [8 * (stage >= 1), 4 * (stage >= 2), 4 * (stage >= 3)]
     whole = 16 - sum(shared) + 2 + 4 + 4 * (options.ema_decay > 0)
     return parameters * (whole + sum(shared) / processes)
@@ -136,6 +147,12 @@ def activation_bytes(config: DalleConfig, text_len: int, precision_bytes: int = 
 def checkpoint_bytes(parameters: int, options: Options) -> float:
     """model.safetensors, and the weights, moments and moving average of training_state."""
     return parameters * (4 + 4 + 8 + 4 * (options.ema_decay > 0))
+
+
+def num_checkpoints(loop: LoopConfig) -> int:
+    """On the disk at once: those kept, that of the best evaluation, and the one being written; 0 keeps all."""
+    written = 1 + (loop.num_steps - 1) // loop.save_every if loop.save_every else 1
+    return min(written, loop.keep_last + 2) if loop.keep_last else written
 
 
 def shard_bytes(num_samples: int, views: int, num_image_tokens: int) -> float:
@@ -171,14 +188,44 @@ def vocabularies(options: PlanOptions) -> tuple[int, int, int]:
         codebook_size, grid_size = codebook_size or tokenizer.codebook_size, grid_size or tokenizer.grid_size
     if text_vocab_size is None:
         named = options.text_tokenizer
-        text_vocab_size = TextTokenizer.from_pretrained(named).vocab_size if named else 1000
+        text_vocab_size = (
+            TextTokenizer.from_pretrained(named).vocab_size if named else count_characters(options)
+        )
     return text_vocab_size, codebook_size, grid_size
+
+
+def count_characters(options: PlanOptions) -> int:
+    """Of the captions, which a training without a named text tokenizer learns; 4,000 where there are none yet."""
+    if options.num_samples is not None:
+        return 4000
+    return SPECIAL_PIECES + len(set("".join(captions(open_data(options), 10_000))))
+
+
+def open_data(options: PlanOptions) -> ShardIndex:
+    return ShardIndex.open(options.data or "data/synthetic", "train", options.remote)
 
 
 def count_samples(options: PlanOptions) -> int:
     if options.num_samples is not None:
         return options.num_samples
-    return len(ShardIndex.open(options.data or "data/synthetic", "train"))
+    if options.data and names_pictures(options.data):
+        raise ValueError(
+            f"{options.data} holds no shards yet, so its pictures are not counted: give --num-samples, or make shards "
+            f"with `python -m data_tools.shard {options.data} TARGET`"
+        )
+    return len(open_data(options))
+
+
+def free_memory(device: str) -> float:
+    """Bytes free for a model on this machine."""
+    chosen = pick_device(device)
+    if chosen.type == "cuda":
+        return float(torch.cuda.mem_get_info(chosen)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return float("inf")
+    return next(float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
 
 
 def dry_run(config: DalleConfig, options: PlanOptions, micro_batch_size: int) -> tuple[float, float]:
@@ -230,22 +277,26 @@ class Plan:
 def make_plan(options: PlanOptions) -> Plan:
     """Raises FileNotFoundError or ValueError when the data, a tokenizer or a size cannot be."""
     options = options.with_init_tokenizers()
+    samples = count_samples(options)
     text_vocab_size, codebook_size, grid_size = vocabularies(options)
     config = options.model_config(text_vocab_size, 0, codebook_size, grid_size)
     loop, processes = options.loop, max(1, options.gpus)
     batches = batch_plan(loop.global_batch_size, processes, loop.micro_batch_size)
-    parameters, samples = count_parameters(config), count_samples(options)
+    parameters = count_parameters(config)
     seen = loop.num_steps * loop.global_batch_size
     epochs, unique = seen / samples, float(samples * config.num_image_tokens)
     flops = seen * train_flops(config, config.max_text_len)
     state = state_bytes(parameters, options, processes)
     activations = batches.micro_batch_size * activation_bytes(config, config.max_text_len)
-    checkpoints = max(1, loop.keep_last) * checkpoint_bytes(parameters, options)
+    count = num_checkpoints(loop)
+    checkpoints = count * checkpoint_bytes(parameters, options)
     disk = checkpoints + shard_bytes(samples, 4, config.num_image_tokens)
     hours, hardware = None, "not measured"
     if options.gpus:
         hours = flops / (options.gpus * options.gpu_tflops * 1e12 * options.expected_mfu) / 3600
         hardware = f"{options.gpus} GPUs of {options.gpu_tflops:g} TFLOP/s at {options.expected_mfu:.0%}"
+    elif options.dry_run_steps and state + activations > free_memory(options.device):
+        hardware = "not measured: it does not fit into the memory that is free here"
     elif options.dry_run_steps:
         each, mfu = dry_run(config, options, batches.micro_batch_size)
         hours = seen * each / 3600
@@ -260,7 +311,7 @@ def make_plan(options: PlanOptions) -> Plan:
         f"time        {'?' if hours is None else clock(hours * 3600)} ({hardware})",
         f"memory      {state / GIB:.2f} GiB of weights and optimizer a process, about {activations / GIB:.2f} GiB of "
         f"activations at {batches.micro_batch_size} samples a pass",
-        f"disk        {checkpoints / GIB:.2f} GiB for {max(1, loop.keep_last)} checkpoints, "
+        f"disk        {checkpoints / GIB:.2f} GiB for {count} checkpoints, "
         f"{(disk - checkpoints) / GIB:.2f} GiB for token shards of 4 views",
     )
     memory, seen_tokens = (state + activations) / GIB, float(seen * c.num_image_tokens)
@@ -281,9 +332,12 @@ def judge(options: PlanOptions, parameters: int, epochs: float, unique: float, m
             f"{TOKENS_PER_PARAMETER} a parameter: {advice}. It will overfit: use dropout, more views a picture and "
             "watch the validation loss (--loop.patience)"
         )
-    if options.gpus and memory > 0.9 * options.gpu_memory:
+    there, where = options.gpu_memory, "a GPU"
+    if not options.gpus:
+        there, where = free_memory(options.device) / GIB, "here"
+    if memory > 0.9 * there:
         warnings.append(
-            f"{memory:.0f} GiB a GPU do not fit into {options.gpu_memory:g}: lower --loop.micro-batch-size, set "
+            f"{memory:.1f} GiB {where} do not fit into {there:.1f}: lower --loop.micro-batch-size, set "
             "--model.gradient-checkpointing, or shard with --engine deepspeed --deepspeed.zero-stage 3"
         )
     return warnings

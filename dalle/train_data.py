@@ -4,9 +4,10 @@ Both tokenizers are copied into the run directory at the first start, so that a 
 newer image tokenizer appears or the folder of the text tokenizer moves.
 """
 
+import itertools
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,27 @@ class TrainData:
             with atomic_directory(text_dir) as temporary:
                 find_text_tokenizer(text_tokenizer, train).save(temporary)
         world.barrier()
-        return cls(train, val, has_tokens, tokenizer, image_dir, TextTokenizer.from_pretrained(text_dir))
+        data = cls(train, val, has_tokens, tokenizer, image_dir, TextTokenizer.from_pretrained(text_dir))
+        if goes_on and text_tokenizer:
+            data.require_same_text_tokenizer(run_dir, text_tokenizer)
+        return data
+
+    def require_same_text_tokenizer(self, run_dir: Path, name: str) -> None:
+        """Raises ValueError where `name` is another than the run has. One that is gone is no reason to stop."""
+        try:
+            named = TextTokenizer.from_pretrained(name)
+        except (OSError, ValueError):
+            say(f"note: the text tokenizer {name} cannot be read, the run goes on with its own copy")
+            return
+        if not self.cuts_captions_as(named):
+            raise ValueError(
+                f"{run_dir} was started with another text tokenizer than {name}: choose another --loop.run-dir"
+            )
+
+    def cuts_captions_as(self, other: TextTokenizer) -> bool:
+        """Whether captions have the same ids under `other`."""
+        texts = self.first_texts(64)
+        return other.encode(texts, 64).ids.tolist() == self.text_tokenizer.encode(texts, 64).ids.tolist()
 
     def train_batches(
         self, options: Options, batch_size: int, world: World, start_sample: int
@@ -84,22 +105,33 @@ class TrainData:
         text = options.text_augment
         rewrite, facts = text.drawn if text.is_on else None, options.fact_captions
         choice = CaptionChoice(options.short_caption_share, rewrite, facts if facts.share else None)
-        decode = DecodeTokens(captions=choice)
+        decode = replace(self._decode_tokens, captions=choice)
         if not self.has_tokens:
             decode = DecodeImage(self.image_tokenizer.image_size, options.augment, captions=choice)
         seed, workers = options.loop.seed, options.num_workers
         return train_batches(self.train, decode, batch_size, world, seed, start_sample, workers)
 
+    @property
+    def _decode_tokens(self) -> DecodeTokens:
+        tokenizer = self.image_tokenizer
+        return DecodeTokens(num_tokens=tokenizer.grid_size**2, codebook_size=tokenizer.codebook_size)
+
     def val_batches(self, batch_size: int, limit: int) -> Iterator[dict[str, Any]]:
         """The first `limit` validation samples in order: plain crops, first captions."""
         if self.has_tokens:
-            return eval_batches(self.val, DecodeTokens(first_view=True), batch_size, limit)
+            return eval_batches(self.val, replace(self._decode_tokens, first_view=True), batch_size, limit)
         decode = DecodeImage(self.image_tokenizer.image_size, first_caption=True)
         return eval_batches(self.val, decode, batch_size, limit)
 
     def first_texts(self, count: int) -> tuple[str, ...]:
-        """The first different captions of the validation shards."""
-        return tuple(dict.fromkeys(captions(self.val, 1000)))[:count]
+        """The first different captions of the validation shards that the text tokenizer knows something of."""
+        texts = dict.fromkeys(text for text in captions(self.val, 1000) if text.strip())
+        return tuple(itertools.islice(filter(self.is_known, texts), count))
+
+    def is_known(self, text: str) -> bool:
+        """Whether the text tokenizer knows a piece of it."""
+        encoded = self.text_tokenizer.encode([text], 1024)
+        return encoded.num_unknown < encoded.num_pieces
 
 
 def find_image_tokenizer(name: str) -> Path:
@@ -139,8 +171,7 @@ def require_tokenizers_of(init: str, data: TrainData) -> None:
             f"--init {init} was trained on the codes of its own image tokenizer: leave --image-tokenizer out, and "
             f"encode pictures with `python -m vq.encode_shards {directory / 'image_tokenizer'} IMAGES TOKENS`"
         )
-    texts, text_tokenizer = data.first_texts(64), TextTokenizer.from_pretrained(directory)
-    if text_tokenizer.encode(texts, 64).ids.tolist() != data.text_tokenizer.encode(texts, 64).ids.tolist():
+    if not data.cuts_captions_as(TextTokenizer.from_pretrained(directory)):
         raise ValueError(
             f"--init {init} cuts captions otherwise: leave --text-tokenizer out, its own is taken over"
         )

@@ -6,6 +6,8 @@ are fetched and looked into when their first sample is asked for.
 """
 
 import bisect
+import functools
+import hashlib
 import itertools
 import os
 import re
@@ -147,6 +149,15 @@ class ShardIndex:
         lost = len(self.samples) - len(kept)
         note = [f"{lost} samples without {' or '.join(suffixes)} left out"] if lost else []
         return ShardIndex(self.paths, kept, self.problems + note)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """The same where an epoch visits the same samples: keys by shard, of remote shards their sizes."""
+        digest = hashlib.sha256("\n".join(path.name for path in self.paths).encode())
+        names = map(str, self.remote.sizes) if self.remote else (sample.key for sample in self.samples)
+        for name in names:
+            digest.update(name.encode() + b"\n")
+        return digest.hexdigest()[:16]
 
     def has(self, suffix: str) -> bool:
         """Whether some sample has such a member; of remote shards the first sample is looked at."""
@@ -361,9 +372,22 @@ def scan_tar(path: Path, shard: int) -> tuple[list[Sample], str]:
                     break
                 key, suffix = _sample_key(name)
                 samples.setdefault(key, {})[suffix] = (info.offset_data, info.size)
+            problem = problem or _problem_at_end(path, tar.offset, len(samples))
     except (tarfile.TarError, EOFError) as error:
         problem = f"{path} is damaged ({error}); the {len(samples)} samples before the damage are used"
     return [Sample(key, shard, members) for key, members in samples.items()], problem
+
+
+def _problem_at_end(path: Path, offset: int, count: int) -> str:
+    """tarfile takes a damaged header for the end of a tar, whose mark is a block of zeros."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        block = file.read(tarfile.BLOCKSIZE)
+    if any(block):
+        return f"{path} is damaged at byte {offset}; the {count} samples before the damage are used"
+    if not block:
+        return f"{path} is truncated: it has no end mark, the {count} samples in it are used"
+    return ""
 
 
 def _sample_key(name: str) -> tuple[str, str]:

@@ -198,10 +198,15 @@ class DecodeImage:
 
 @dataclass(frozen=True)
 class DecodeTokens:
-    """Token-shard sample -> image_ids (N,), text, key; one of the A views at random, or the first."""
+    """Token-shard sample -> image_ids (N,), text, key; one of the A views at random, or the first.
+
+    A sample whose codes are not `num_tokens` many, all below `codebook_size`, counts as corrupt; 0: anything goes.
+    """
 
     first_view: bool = False
     captions: CaptionChoice = ANY_LINE
+    num_tokens: int = 0
+    codebook_size: int = 0
 
     def __call__(self, index: ShardIndex, i: int, rng: np.random.Generator) -> Batch:
         members = index.read(i, ("ids.npy", *self.captions.members))
@@ -209,10 +214,17 @@ class DecodeTokens:
             views = read_views(members["ids.npy"])
         except ValueError as error:
             raise CorruptSample(str(error)) from error
-        view = 0 if self.first_view else int(rng.integers(len(views)))
+        codes = views[0 if self.first_view else int(rng.integers(len(views)))]
+        if self.num_tokens and len(codes) != self.num_tokens:
+            raise CorruptSample(f"it holds {len(codes)} codes, not {self.num_tokens}")
+        if self.codebook_size and codes.max() >= self.codebook_size:
+            raise CorruptSample(f"it holds the code {codes.max()}, the tokenizer has {self.codebook_size}")
         text = self.captions.pick(members, None if self.first_view else rng)
-        ids = torch.from_numpy(views[view].astype(np.int64))
-        return {"image_ids": ids, "text": text, "key": index.samples[i].key}
+        return {
+            "image_ids": torch.from_numpy(codes.astype(np.int64)),
+            "text": text,
+            "key": index.samples[i].key,
+        }
 
 
 def open_image(data: bytes) -> Image.Image:
@@ -339,15 +351,19 @@ def _ignore_interrupt(worker: int) -> None:
 def eval_batches(
     index: ShardIndex, decode: Callable[..., Batch], batch_size: int, limit: int | None = None
 ) -> Iterator[Batch]:
-    """Every sample once, in order, the last batch short; those that cannot be read are left out and counted."""
+    """Every sample once, in order, the last batch short; those that cannot be read are left out and counted.
+
+    Raises ValueError when none can be read.
+    """
     rng = np.random.Generator(np.random.Philox(key=[0, 0]))
     rows: list[tuple[Batch, list[Loss]]] = []
+    count = min(len(index), limit) if limit else len(index)
     skipped, away, last = 0, 0, ""
-    for i in range(min(len(index), limit) if limit else len(index)):
+    for i in range(count):
         try:
             rows.append((decode(index, i, rng), []))
-        except CorruptSample:
-            skipped += 1
+        except CorruptSample as error:
+            skipped, last = skipped + 1, f"{index.samples[i].key}: {error}"
         except ShardUnavailable as error:
             away, last = away + 1, str(error)
         if len(rows) == batch_size:
@@ -355,6 +371,8 @@ def eval_batches(
             rows = []
     if rows:
         yield in_range(collate(rows)[0])
+    if skipped + away == count:
+        raise ValueError(f"no sample of {index.paths[0].parent} can be read, the last one is {last}")
     if skipped:
         say(f"left out {skipped} corrupt samples of {index.paths[0].parent}")
     if away:

@@ -19,8 +19,8 @@ def read_views(data: bytes) -> np.ndarray:
             views = np.frombuffer(data, dtype, math.prod(shape), begin).reshape(shape)
         else:
             views = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"ids.npy is damaged: {error}") from error
+    except (ValueError, EOFError) as error:  # NumPy's words for what is no array advise to unpickle it
+        raise ValueError("ids.npy is damaged") from error
     if views.ndim != 2 or not len(views) or views.dtype.kind != "u":
         raise ValueError(f"ids.npy is {views.dtype} of {views.shape}, not views of unsigned codes")
     return views

@@ -82,6 +82,8 @@ def require_tokenizer(folder: Path, sha256: str) -> dict[str, Any]:
             f"{folder} holds no {TOKENIZER_FILE}: make token shards with vq.encode_shards"
         )
     made_by = read_json(path)
+    if not isinstance(made_by, dict):
+        raise ValueError(f"{path} is no description of token shards: encode the pictures again")
     if made_by.get("sha256") != sha256:
         raise ValueError(
             f"the token shards in {folder} were made by the tokenizer {str(made_by.get('sha256'))[:12]}, not by "

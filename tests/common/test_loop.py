@@ -83,7 +83,7 @@ def train(task: LineTask, loop: LoopConfig, batches=endless) -> dict[str, float]
 
 def rows(run_dir: Path, kind: str = "train") -> list[dict[str, float]]:
     lines = (run_dir / "metrics.jsonl").read_text("utf-8").splitlines()
-    speed = ("samples_per_second", "data_share", "kind")
+    speed = ("samples_per_second", "data_share", "eta_seconds", "kind")
     parsed = [json.loads(line) for line in lines]
     return [{k: v for k, v in r.items() if k not in speed} for r in parsed if r["kind"] == kind]
 

@@ -7,6 +7,7 @@ from tiny_generator import tiny_config
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.distributed import DeepSpeedConfig
+from common.loop import LoopConfig
 from dalle import plan, train_tokenizer
 from dalle.model import Dalle, ModelOptions
 from dalle.plan import PlanOptions, activation_bytes, fitting_size, make_plan, state_bytes, train_flops
@@ -125,14 +126,40 @@ def test_a_plan_for_this_machine_measures_it():
         (("--gpus", "-1"), "gpus and dry_run_steps"),
         (("--expected-mfu", "0"), "expected_mfu"),
         (("--gpus", "3"), "does not divide over 3 processes"),
-        (("--image-tokenizer", "nowhere"), "nowhere"),
+        (("--image-tokenizer", "nowhere", "--num-samples", "9"), "nowhere"),
+        (("--num-samples", "0"), "num_samples must be at least 1, not 0"),
+        (("--codebook-size", "-5"), "codebook_size must be at least 1, not -5"),
+        (("--num-samples", "None", "--data", "FOLDER"), "holds no shards yet"),
     ],
 )
-def test_bad_plans_are_one_sentence(change, said, capsys):
+def test_bad_plans_are_one_sentence(change, said, tmp_path, capsys):
     given = () if change[0] == "--image-tokenizer" else GIVEN
     with pytest.raises(SystemExit) as ended:
-        plan.main([*given, *change])
-    assert ended.value.code == 2 and said in capsys.readouterr().err
+        plan.main([*given, *(str(tmp_path) if a == "FOLDER" else a for a in change)])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and said in error and error.count("\n") == 1
+
+
+def test_a_model_too_large_for_this_machine_is_not_tried(monkeypatch):
+    monkeypatch.setattr(plan, "free_memory", lambda device: 2.0**30)
+    made = make_plan(
+        PlanOptions(num_samples=100, codebook_size=16, grid_size=4, model=ModelOptions(size="340m"))
+    )
+    assert made.hours is None and "it does not fit" in made.lines[3]
+    assert "GiB here do not fit into 1.0" in " ".join(made.warnings)
+
+
+@pytest.mark.parametrize(
+    ("loop", "count"),
+    [
+        (LoopConfig(num_steps=5000, save_every=500, keep_last=0), 10),
+        (LoopConfig(num_steps=5000, save_every=500, keep_last=2), 4),
+        (LoopConfig(num_steps=400, save_every=500, keep_last=2), 1),
+        (LoopConfig(num_steps=5000, save_every=0), 1),
+    ],
+)
+def test_checkpoints_on_the_disk_at_once(loop, count):
+    assert plan.num_checkpoints(loop) == count
 
 
 def test_train_tokenizer_from_a_text_file(tmp_path, capsys):

@@ -7,12 +7,15 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from collections.abc import Collection
 from pathlib import Path
 
+import psutil
 import pytest
 from tiny_data import write_made
 
 import train_dalle
+from common.checkpoint import step_directories
 
 ROOT = Path(train_dalle.__file__).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -75,7 +78,7 @@ def assert_same_trace(run_dir: Path, expected: list[list[float]]) -> None:
         assert mine == pytest.approx(theirs, rel=2e-4)
 
 
-def keys(run_dir: Path, name: str, steps: range) -> list[str]:
+def keys(run_dir: Path, name: str, steps: Collection[int]) -> list[str]:
     rows = (run_dir / "keys" / f"{name}.jsonl").read_text("utf-8").splitlines()
     return [key for row in map(json.loads, rows) if row["step"] in steps for key in row["keys"]]
 
@@ -107,6 +110,33 @@ def one_tar(paths: list[Path]) -> bytes:
                 for member in part:
                     whole.addfile(member, part.extractfile(member))
     return buffer.getvalue()
+
+
+@pytest.mark.slow
+def test_two_processes_killed_go_on_as_one(made, tmp_path):
+    """kill -9 of the launcher and both processes in mid-epoch, then one process: the samples of every epoch
+    once, and the trace of the uninterrupted run."""
+    steps, run_dir = 600, tmp_path / "run"
+    train_dalle.main(flags(made, tmp_path / "whole", "--loop.save-every", "0", steps=steps))
+    arguments = flags(made, run_dir, "--loop.log-keys", "True", "--loop.save-every", "50", steps=steps)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command, pipe = [*TORCHRUN, str(ROOT / "train_dalle.py"), *arguments], subprocess.PIPE
+    started = subprocess.Popen(command, env=environment, stdout=pipe, text=True)
+    next(line for line in started.stdout if line.startswith("step 120/"))
+    for process in (psutil.Process(started.pid), *psutil.Process(started.pid).children(recursive=True)):
+        process.kill()
+    started.communicate()
+    (last,) = step_directories(run_dir)[-1:]
+    resumed = int(last.name.removeprefix("step_"))
+    assert 100 <= resumed < steps and resumed % 6  # an epoch has 6 steps
+    train_dalle.main(arguments)
+    assert trace(run_dir) == [pytest.approx(row, rel=2e-4) for row in trace(tmp_path / "whole")]
+    for first in range(0, steps, 6):
+        epoch = range(first, first + 6)
+        early = [step for step in epoch if step < resumed]
+        seen = [key for rank in ("0_of_2", "1_of_2") for key in keys(run_dir, rank, early)]
+        seen += keys(run_dir, "0_of_1", [step for step in epoch if step >= resumed])
+        assert sorted(seen) == [f"{i:06d}" for i in range(48)]
 
 
 @pytest.mark.slow

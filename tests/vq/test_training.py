@@ -257,7 +257,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, shards, small_flags):
     assert not (tmp_path / "killed" / "step_00000008").exists()
     train_vqgan.main([*flags, "--loop.run-dir", str(tmp_path / "killed")])
 
-    ignored = ("samples_per_second", "data_share")
+    ignored = ("samples_per_second", "data_share", "eta_seconds")
     whole, killed = (
         [{k: v for k, v in r.items() if k not in ignored} for r in rows(tmp_path / n)]
         for n in ("whole", "killed")
