@@ -1,5 +1,5 @@
 # make demo   sets up, then Chinese text -> ranked pictures on the embedded default
-# make test   sets up and tests          make test-slow   the long tests too
+# make test   sets up and tests          make test-slow   the long tests       make test-gpu   those for a GPU
 # make lint   format and lint            make bench-demo  quality of the demo over 100 prompts
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +9,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294
 export MALLOC_ARENA_MAX ?= 2
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: setup demo test test-slow lint bench bench-demo clean
+.PHONY: setup demo test test-slow test-gpu lint bench bench-demo clean
 
 setup: $(VENV)/.installed
 
@@ -28,6 +28,9 @@ test: setup
 
 test-slow: setup
 	$(RUN) -m pytest -m 'slow and not gpu'
+
+test-gpu: setup
+	$(RUN) -m pytest -m gpu
 
 lint: setup
 	$(RUN) -m ruff format --check .

@@ -17,6 +17,13 @@ SHARED = ROOT.parent / "shared"
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no GPU"))
+
+
 @pytest.fixture
 def goods() -> Path:
     """Folder of real product shards; skips where it is missing."""

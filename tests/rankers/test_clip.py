@@ -9,10 +9,10 @@ from PIL import Image
 from tiny_goods import draw
 from torch.nn import functional as F
 
-from common.checkpoint import read_weights, save_weights
+from common.checkpoint import read_config, read_weights, save_weights, write_model
 from rankers import load_ranker
 from rankers.chinese_clip import load_folder
-from rankers.model import IMAGE_TOWERS, RESNETS, ModelConfig, RankerModel
+from rankers.model import IMAGE_TOWERS, KIND, RESNETS, ModelConfig, RankerModel
 from rankers.text import TextTowerConfig, write_text_tower
 
 TEXT = "红色的杯子"
@@ -107,7 +107,7 @@ def test_half_precision_weights_load(ranker_dir, tmp_path):
     directory = tmp_path / "half"
     shutil.copytree(ranker_dir, directory)
     weights = {n: t.half() if t.is_floating_point() else t for n, t in read_weights(directory).items()}
-    save_weights(directory / "model.safetensors", weights)
+    write_model(directory, KIND, read_config(directory, KIND)["model"], weights, 0)
     images = [draw("鞋子", "蓝色", i) for i in range(4)]
     full, half = (load_ranker(d, precision="fp32").score(TEXT, images) for d in (ranker_dir, directory))
     torch.testing.assert_close(full, half, atol=5e-3, rtol=0)
