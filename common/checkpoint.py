@@ -116,10 +116,8 @@ class Lock:
     def __init__(self, run_dir: Path) -> None:
         self.is_taken = False
         self.file = (run_dir / ".lock").open("a")
-        try:
-            fcntl.lockf(
-                self.file, fcntl.LOCK_EX | fcntl.LOCK_NB
-            )  # unlike flock, not handed on to forked loaders
+        try:  # lockf, unlike flock, is not handed on to forked loaders
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             self.is_taken = True
         except OSError:  # a file system without locks

@@ -67,7 +67,7 @@ def _from_box(text: str) -> str:
         else:
             sections[-1].append(line)
     title_is_bare = "\u256d" not in text
-    said, *others = [section for section in sections if any(section)][title_is_bare:]
+    said, *others = [section for section in sections if any(section)][title_is_bare:] or [["bad options"]]
     message = re.sub(r"^Error parsing (\w*Options: )?", "", " ".join(said).strip())
     flags = [line.split()[0] for section in others for line in section if line.startswith("--")]
     message += f" (perhaps {' or '.join(dict.fromkeys(flags))})" if "Perhaps" in text and flags else ""

@@ -5,6 +5,7 @@ A task keeps the science: `train_step` shows forward, backward and optimizer ord
 (seed, step), so a run killed anywhere and started again by the same command repeats the very same steps.
 """
 
+import contextlib
 import math
 import signal
 import time
@@ -141,39 +142,38 @@ def fit(
     Raises NonFiniteLoss naming the batch, KeyboardInterrupt after a checkpoint when a signal asked to stop.
     """
     ensure_writable_directory(config.run_dir)
-    lock = checkpoint.Lock(config.run_dir) if world.is_main else None
-    if world.any({"taken": lock is not None and lock.is_taken})["taken"]:
-        raise ValueError(
-            f"{config.run_dir} is being trained by another process: wait for it or stop it, or choose another "
-            "--loop.run-dir"
-        )
+    with _alone_in(config.run_dir, world):
+        run = _Run(task, config, world, options)
+        run.resume()
+        if run.step >= config.num_steps or run.out_of_patience():
+            run.say(f"{config.run_dir} is already trained to step {run.step}")
+            return {}
+        run.stop = _StopFlag(launched=world.launcher != "none")
+        try:
+            if world.is_main:
+                write_json(config.run_dir / "options.json", options)
+                run.log = MetricLog(
+                    config.run_dir, run.step, config.tensorboard, config.wandb_project, options
+                )
+            return run.train(batches)
+        finally:
+            run.close()
+
+
+@contextlib.contextmanager
+def _alone_in(run_dir: Path, world: World) -> Iterator[None]:
+    """Raises ValueError on all processes where another training works in `run_dir`."""
+    lock = checkpoint.Lock(run_dir) if world.is_main else None
     try:
-        return _fit(task, batches, config, world, options)
+        if world.any({"taken": lock is not None and lock.is_taken})["taken"]:
+            raise ValueError(
+                f"{run_dir} is being trained by another process: wait for it or stop it, or choose another "
+                "--loop.run-dir"
+            )
+        yield
     finally:
         if lock:
             lock.release()
-
-
-def _fit(
-    task: Task,
-    batches: Callable[[int], Iterable[dict[str, Any]]],
-    config: LoopConfig,
-    world: World,
-    options: dict[str, Any],
-) -> dict[str, float]:
-    run = _Run(task, config, world, options)
-    run.resume()
-    if run.step >= config.num_steps or run.out_of_patience():
-        run.say(f"{config.run_dir} is already trained to step {run.step}")
-        return {}
-    run.stop = _StopFlag(launched=world.launcher != "none")
-    try:
-        if world.is_main:
-            write_json(config.run_dir / "options.json", options)
-            run.log = MetricLog(config.run_dir, run.step, config.tensorboard, config.wandb_project, options)
-        return run.train(batches)
-    finally:
-        run.close()
 
 
 class _Run:

@@ -31,9 +31,8 @@ class OutDirectory:
         self.path = ensure_writable_directory(path)
         self.origin = origin
         self.count = 0
-        self._kept: int | None = (
-            0  # bytes of an earlier run's list that stay; None: what does not stay is gone
-        )
+        # bytes of an earlier run's list that stay; None: what does not stay is gone
+        self._kept: int | None = 0
 
     def continue_from(self, requests: Iterator[Request]) -> Iterator[Request]:
         """What is left of `requests` after those whose pictures stand already, made with the same `origin`."""

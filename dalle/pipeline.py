@@ -260,10 +260,8 @@ def load_generator(directory: Path) -> tuple[nn.Module, TextTokenizer, dict[str,
     if kind == dalle_pytorch.KIND:
         generator = dalle_pytorch.DallePytorch.from_pretrained(directory)
         return generator, dalle_pytorch.BareTextTokenizer.from_pretrained(directory), config
-    generator, text_tokenizer = (
-        model.Dalle.from_pretrained(directory),
-        TextTokenizer.from_pretrained(directory),
-    )
+    generator = model.Dalle.from_pretrained(directory)
+    text_tokenizer = TextTokenizer.from_pretrained(directory)
     if text_tokenizer.vocab_size != generator.config.text_vocab_size:
         raise ValueError(
             f"the generator in {directory} reads {generator.config.text_vocab_size} text tokens, its text tokenizer "

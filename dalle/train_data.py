@@ -78,15 +78,16 @@ class TrainData:
         world.barrier()
         data = cls(train, val, has_tokens, tokenizer, image_dir, TextTokenizer.from_pretrained(text_dir))
         if goes_on and text_tokenizer:
-            data.require_same_text_tokenizer(run_dir, text_tokenizer)
+            data.require_same_text_tokenizer(run_dir, text_tokenizer, world)
         return data
 
-    def require_same_text_tokenizer(self, run_dir: Path, name: str) -> None:
+    def require_same_text_tokenizer(self, run_dir: Path, name: str, world: World) -> None:
         """Raises ValueError where `name` is another than the run has. One that is gone is no reason to stop."""
         try:
             named = TextTokenizer.from_pretrained(name)
         except (OSError, ValueError):
-            say(f"note: the text tokenizer {name} cannot be read, the run goes on with its own copy")
+            if world.is_main:
+                say(f"note: the text tokenizer {name} cannot be read, the run goes on with its own copy")
             return
         if not self.cuts_captions_as(named):
             raise ValueError(
