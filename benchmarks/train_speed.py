@@ -6,11 +6,12 @@
         --compile                                                # about 100M parameters on a GPU
 
 Every round runs one step of each contender in turn, so that they share the machine's mood; the fastest step of each
-counts. Same sizes, vocabularies, loss positions, precision (bf16 autocast), allocator and threads for all.
-dalle-pytorch takes part where it can be imported, see benchmarks/peer.py.
+counts, and the median says what a training gets. Same sizes, vocabularies, loss positions, precision (bf16 autocast),
+allocator and threads for all. dalle-pytorch takes part where it can be imported, see benchmarks/peer.py.
 """
 
 import json
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -165,9 +166,9 @@ def contenders(options: Options, batch: Batch) -> dict[str, Callable[[], None]]:
     return {name: step for name, step in steps.items() if step is not None}
 
 
-def race(steps: dict[str, Callable[[], None]], rounds: int, device: torch.device) -> dict[str, float]:
-    """Seconds of the fastest step of each, one step each in turn; two turns warm up."""
-    best = dict.fromkeys(steps, float("inf"))
+def race(steps: dict[str, Callable[[], None]], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of every step of each, one step each in turn; two turns warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(rounds + 2):
         for name, step in steps.items():
             if device.type == "cuda":
@@ -177,8 +178,8 @@ def race(steps: dict[str, Callable[[], None]], rounds: int, device: torch.device
             if device.type == "cuda":
                 torch.cuda.synchronize()
             if turn >= 2:
-                best[name] = min(best[name], time.perf_counter() - started)
-    return best
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
 
 
 @command
@@ -189,7 +190,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     batch = make_batch(options)
     steps = contenders(options, batch)
     peaks = [measure_peak_flops(device, size=4096)]
-    best = race(steps, options.rounds, device)
+    raced = race(steps, options.rounds, device)
+    best = {name: min(seconds) for name, seconds in raced.items()}
+    middle = {name: statistics.median(seconds) for name, seconds in raced.items()}
     peaks.append(measure_peak_flops(device, size=4096))
     flops = options.batch_size * train_flops(options.model_config(), options.max_text_len)
     figures = {"peak_tflops": max(peaks) / 1e12, "threads": torch.get_num_threads()}
@@ -198,7 +201,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     )
     for name, seconds in best.items():
         figures |= {f"{name}_seconds": seconds, f"{name}_mfu": flops / seconds / max(peaks)}
-        ratio = f", {seconds / best['ours']:.2f} times our step" if name != "ours" and "ours" in best else ""
+        figures[f"{name}_median_seconds"] = middle[name]
+        ratio = ""
+        if name != "ours" and "ours" in best:
+            of_median = middle[name] / middle["ours"]
+            ratio = f", {seconds / best['ours']:.2f} times our step ({of_median:.2f} by medians)"
         say(
             f"{name:14} {seconds * 1000:8.1f} ms a step | {options.batch_size / seconds:7.1f} samples/s | "
             f"{flops / seconds / max(peaks):.1%} of the peak for our operations{ratio}"
