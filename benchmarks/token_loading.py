@@ -25,6 +25,7 @@ from common.distributed import World
 from common.log import say
 from data_tools.index import ShardIndex
 from data_tools.loader import DecodeTokens, train_batches
+from data_tools.views import read_views
 
 GOAL = 20_000
 CAPTION = "一件红色的连衣裙 夏季新款"
@@ -63,7 +64,9 @@ def measure(options: Options, data: str) -> dict[str, float]:
     """Samples a second of processor and of wall time."""
     index = ShardIndex.open(data, "train").require("ids.npy")
     world = World(0, 1, 0, torch.device("cpu"), "none")
-    batches = iter(train_batches(index, DecodeTokens(), options.batch_size, world))
+    shape = read_views(index.read(0, ("ids.npy",))["ids.npy"]).shape
+    decode = DecodeTokens(num_tokens=shape[1], codebook_size=2**16)  # looked at as in a training
+    batches = iter(train_batches(index, decode, options.batch_size, world))
     cpu, wall = [], []
     for _ in range(options.rounds + 1):
         processor, started = time.process_time(), time.perf_counter()
