@@ -24,12 +24,12 @@ def compact(weights: dict[str, Tensor], precision: Precision) -> dict[str, Tenso
     for name, tensor in weights.items():
         if not tensor.is_floating_point():
             result[name] = tensor
+        elif not tensor.isfinite().all():
+            raise ValueError(f"{name} holds numbers that are not finite")
         elif precision == "int8" and tensor.ndim >= 2 and tensor.numel() >= LARGE:
             result[name], result[name + SCALE] = _rows_to_int8(tensor.float())
         else:
             result[name] = tensor.to(dtype)
-            if not tensor.isfinite().all():
-                raise ValueError(f"{name} holds numbers that are not finite")
             if not result[name].isfinite().all():
                 raise ValueError(f"{name} does not fit into {dtype}: use --precision bfloat16")
     return result

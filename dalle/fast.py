@@ -47,7 +47,7 @@ class FastOptions:
             raise ValueError(f"int8 weights need the native or packed engine, not {self.engine}")
 
 
-def choose(model: nn.Module, options: FastOptions) -> FastOptions:
+def resolve_options(model: nn.Module, options: FastOptions) -> FastOptions:
     """`options` with what `auto` stands for here. Raises ValueError for what cannot be."""
     if not isinstance(model, Dalle):
         if options.engine not in ("auto", "plain") or options.weights not in ("auto", "float32"):
@@ -65,7 +65,7 @@ def choose(model: nn.Module, options: FastOptions) -> FastOptions:
 
 def prepare(model: nn.Module, options: FastOptions) -> Generator:
     """The form of `model` to draw with; the model itself stays as it is. Raises ValueError for what cannot be."""
-    device, options = next(model.parameters()).device, choose(model, options)
+    device, options = next(model.parameters()).device, resolve_options(model, options)
     if not isinstance(model, Dalle):
         return PlainDecoder(model)
     engine, dtype = options.engine, getattr(torch, options.weights)

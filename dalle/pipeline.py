@@ -24,7 +24,7 @@ from common.distributed import autocast, pick_device
 from common.files import read_json
 from common.image import to_image
 from dalle import dalle_pytorch, model, sequence
-from dalle.fast import FastOptions, choose, prepare
+from dalle.fast import FastOptions, prepare, resolve_options
 from dalle.inpaint import Source
 from dalle.sampling import SamplingOptions, picture_generator, sample_ids
 from dalle.text_tokenizer import TextTokenizer
@@ -84,7 +84,7 @@ class TextToImage:
         self.sha256 = sha256
         self.directory: Path | None = None
         self.device = next(generator.parameters()).device
-        self.fast = choose(generator, fast)
+        self.fast = resolve_options(generator, fast)
         self.generator = prepare(generator.eval(), self.fast)
         if image_tokenizer.codebook_size != self.config.codebook_size:
             raise ValueError(

@@ -195,10 +195,11 @@ def vocabularies(options: PlanOptions) -> tuple[int, int, int]:
 
 
 def count_characters(options: PlanOptions) -> int:
-    """Of the captions, which a training without a named text tokenizer learns; 4,000 where there are none yet."""
-    if options.num_samples is not None:
+    """Of the captions, which a training without a named text tokenizer learns; 4,000 where none are on this disk."""
+    index = None if options.num_samples is not None else open_data(options)
+    if index is None or index.remote:
         return 4000
-    return SPECIAL_PIECES + len(set("".join(captions(open_data(options), 10_000))))
+    return SPECIAL_PIECES + len(set("".join(captions(index, 10_000))))
 
 
 def open_data(options: PlanOptions) -> ShardIndex:

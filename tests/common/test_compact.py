@@ -56,3 +56,12 @@ def test_a_lost_part_is_named():
         widen({n: t for n, t in short.items() if n != "conv.weight"})
     with pytest.raises(ValueError, match=r"conv\.weight and its scale do not belong together"):
         widen({**short, "conv.weight" + SCALE: torch.ones(3)})
+
+
+@pytest.mark.parametrize("precision", ["int8", "float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_refused_in_every_precision(precision, value):
+    matrix = torch.ones(256, 128)
+    matrix[3, 5] = value
+    with pytest.raises(ValueError, match="m holds numbers that are not finite"):
+        compact({"m": matrix}, precision)
