@@ -21,10 +21,10 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from common.config import command, from_mapping, parse_options
-from common.distributed import Precision
 from common.files import atomic_path, ensure_writable_directory, write_json
 from common.image import make_grid, resize_square
 from common.log import say
+from common.precision import Precision
 from rankers import default_ranker, load_ranker
 from rankers.base import identities
 from rankers.calibration import Calibration, default_lexicon, hard_negatives

@@ -24,20 +24,13 @@ from torch import Tensor
 
 from common.checkpoint import load_weights, resolve, write_model
 from common.config import command, parse_options, to_mapping
-from common.distributed import (
-    BatchPlan,
-    World,
-    autocast,
-    batch_plan,
-    make_engine,
-    start_world,
-    stop_world,
-)
+from common.distributed import BatchPlan, World, batch_plan, make_engine, start_world, stop_world
 from common.files import write_json
 from common.image import make_grid
 from common.log import say
 from common.loop import fit
 from common.optim import Ema, learning_rate, make_optimizer
+from common.precision import autocast
 from dalle import sequence
 from dalle.captions import drop_captions, insert_unknown
 from dalle.from_pictures import names_pictures, prepare_pictures

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 import torch
 
 from common.config import command, parse_options
-from common.distributed import DeepSpeedConfig, World, autocast, batch_plan, make_engine, pick_device
+from common.distributed import DeepSpeedConfig, World, batch_plan, make_engine, pick_device
 from common.log import say
 from common.optim import OptimConfig, adamw
+from common.precision import autocast
 from dalle import sequence
 from dalle.losses import LossConfig, dalle_loss
 from dalle.model import Dalle, ModelOptions

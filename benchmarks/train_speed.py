@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from benchmarks import peer
 from benchmarks.llama_baseline import LlamaBaseline
 from common.config import command, parse_options
-from common.distributed import DeepSpeedConfig, World, autocast, batch_plan, make_engine, pick_device
+from common.distributed import DeepSpeedConfig, World, batch_plan, make_engine, pick_device
 from common.files import write_json
 from common.log import say
 from common.optim import OptimConfig, adamw
+from common.precision import autocast
 from dalle import sequence
 from dalle.losses import LossConfig, dalle_loss
 from dalle.model import Dalle, DalleConfig, ModelOptions

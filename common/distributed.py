@@ -18,7 +18,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 EngineName = Literal["auto", "plain", "ddp", "deepspeed"]
-Precision = Literal["auto", "bf16", "fp32"]
 
 
 @dataclass(frozen=True)
@@ -144,22 +143,6 @@ def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
 def stop_world() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def autocast(device: torch.device, precision: Precision = "auto") -> contextlib.AbstractContextManager:
-    """bf16 autocast where the machine computes it natively (AMX or AVX512-BF16 CPUs, Ampere and later), else fp32."""
-    if precision == "auto":
-        precision = "bf16" if has_native_bf16(device) else "fp32"
-    if precision == "fp32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, torch.bfloat16)
-
-
-def has_native_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
 @dataclass(frozen=True)

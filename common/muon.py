@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.distributed import has_native_bf16
+from common.precision import has_native_bf16
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # a, b, c of the published rounds
 ROUNDS = 5

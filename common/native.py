@@ -1,7 +1,8 @@
-"""Code compiled for the machine it runs on: C++ sources beside our modules, for x86 CPUs with AVX512-BF16.
+"""Code compiled for the machine it runs on: C++ sources beside our modules, for x86 CPUs with AVX512-BF16 or AVX2.
 
 A source is compiled once by the machine's own compiler, in seconds, into ~/.cache. Without a compiler or such a CPU,
-`why_not` says so, and the caller takes the operators of PyTorch.
+`why_not` says so, and the caller takes the operators of PyTorch. Products are of bfloat16 with float32 sums on both
+kinds of CPU; those with AVX2 alone multiply floats, and PyTorch would only emulate bfloat16 there.
 """
 
 import contextlib
@@ -19,20 +20,32 @@ from torch import Tensor
 
 from common.log import say
 
-CPU_FLAGS = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "fma", "f16c")
+LEVELS = {
+    "avx512": ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "fma", "f16c"),
+    "avx2": ("avx2", "fma", "f16c"),
+}
+LEVEL_VARIABLE = "PAINTER_CPU_LEVEL"  # avx2: as if the CPU had no more
 HEADERS = Path(__file__).parent  # what sources share
 GROUP = 32  # outputs of a group of weights, as there
 HUGE_PAGE = 2**21
 
 
 @functools.cache
-def lacking_flags() -> list[str]:
-    """What of CPU_FLAGS this processor has not."""
+def cpu_flags() -> frozenset[str]:
+    """What this processor can do, as Linux tells it; empty elsewhere."""
     try:
-        flags = Path("/proc/cpuinfo").read_text().partition("\nflags")[2].partition("\n")[0].split()
+        return frozenset(Path("/proc/cpuinfo").read_text().partition("\nflags")[2].partition("\n")[0].split())
     except OSError:
-        flags = []
-    return [flag for flag in CPU_FLAGS if flag not in flags]
+        return frozenset()
+
+
+def level() -> str:
+    """The first of LEVELS that this processor reaches, or "". Raises ValueError for a wrong LEVEL_VARIABLE."""
+    least = os.environ.get(LEVEL_VARIABLE, "avx512")
+    if least not in LEVELS:
+        raise ValueError(f"{LEVEL_VARIABLE} must be one of {', '.join(LEVELS)}, not {least!r}")
+    names = list(LEVELS)[list(LEVELS).index(least) :]
+    return next((name for name in names if cpu_flags().issuperset(LEVELS[name])), "")
 
 
 @functools.cache
@@ -45,7 +58,8 @@ def is_outdone() -> bool:
 @functools.cache
 def why_not(source: Path) -> str:
     """Why this machine cannot run `source`; empty where it can. Compiles it at the first call."""
-    if missing := lacking_flags():
+    if not level():
+        missing = [flag for flag in LEVELS["avx2"] if flag not in cpu_flags()]
         return f"the CPU lacks {', '.join(missing)}"
     try:
         library(source)
@@ -63,7 +77,7 @@ def library(source: Path) -> ctypes.CDLL:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     if not compiler:
         raise OSError("no C++ compiler (g++)")
-    flags = [f"-m{flag.replace('_', '')}" for flag in CPU_FLAGS]
+    flags = [f"-m{flag.replace('_', '')}" for flag in LEVELS[level()]]
     # no contraction: whether a product and a sum are fused would depend on what the compiler inlines where
     exact = ("-O3", "-ffp-contract=off", "-fno-strict-aliasing", *flags)
     options = ("-std=c++17", *exact, "-fopenmp", "-shared", "-fPIC", f"-I{HEADERS}")
@@ -93,7 +107,7 @@ def memory(size: int) -> Tensor:
 
 
 def group_weights(weight: Tensor) -> Tensor:
-    """(N, T, K), K even -> (N' / 32, T, K / 2, 2, 16, 2): N' = N rounded up to 32, the rest zeros; see avx512.h."""
+    """(N, T, K), K even -> (N' / 32, T, K / 2, 2, 16, 2): N' = N rounded up to 32, the rest zeros; see kernels.h."""
     outputs, taps, inputs = weight.shape
     weight = torch.nn.functional.pad(weight, (0, 0, 0, 0, 0, -outputs % GROUP))
     groups = weight.view(-1, 2, GROUP // 2, taps, inputs // 2, 2)

@@ -22,8 +22,9 @@ from tqdm import tqdm
 
 from common.checkpoint import new_step_directory, read_config, resolve, write_model
 from common.config import command, parse_options, to_mapping
-from common.distributed import autocast, pick_device
+from common.distributed import pick_device
 from common.log import say
+from common.precision import autocast
 from dalle import sequence
 from dalle.losses import position_losses
 from dalle.model import KIND, Dalle

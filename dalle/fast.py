@@ -17,9 +17,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from common.distributed import has_native_bf16
 from common.log import say
-from common.native import lacking_flags
+from common.native import level
+from common.precision import has_native_bf16
 from dalle import native, packed
 from dalle.attention import KVCache
 from dalle.model import Dalle
@@ -36,11 +36,12 @@ class FastOptions:
     """How to run the generator; the defaults are the fastest on the machine."""
 
     engine: Engine = "auto"
-    """auto: graph on a GPU; on a CPU native where it can run (AVX512-BF16, a C++ compiler), else packed; plain and
-    compiled on request."""
+    """auto: graph on a GPU; on a CPU native where it can run (AVX512-BF16 or AVX2, a C++ compiler), else packed; plain
+    and compiled on request."""
     weights: WeightType = "auto"
-    """Numbers that weights and cache are kept in: auto takes bfloat16 where the machine computes in it. int8 (weights
-    alone, native and packed engines) is the fastest for one picture at a time, and costs a little accuracy."""
+    """Numbers that weights and cache are kept in: auto takes bfloat16 where the machine or the engine computes in it.
+    int8 (weights alone, native and packed engines) is the fastest for one picture at a time, and costs a little
+    accuracy."""
 
     def __post_init__(self) -> None:
         if self.weights == "int8" and self.engine not in ("auto", "native", "packed"):
@@ -56,10 +57,10 @@ def resolve_options(model: nn.Module, options: FastOptions) -> FastOptions:
     device, engine, weights = next(model.parameters()).device, options.engine, options.weights
     if weights == "int8" and device.type != "cpu":
         raise ValueError(f"int8 weights are for CPUs, the model is on {device}")
-    if weights == "auto":
-        weights = "bfloat16" if has_native_bf16(device) else "float32"
     if engine == "auto":
-        engine = "graph" if device.type == "cuda" else _engine_of_cpu(model, getattr(torch, weights))
+        engine = "graph" if device.type == "cuda" else _engine_of_cpu(model, weights)
+    if weights == "auto":
+        weights = "bfloat16" if engine == "native" or has_native_bf16(device) else "float32"
     return FastOptions(engine, weights)
 
 
@@ -84,12 +85,13 @@ def prepare(model: nn.Module, options: FastOptions) -> Generator:
     raise ValueError(f"unknown engine {engine!r}")
 
 
-def _engine_of_cpu(model: Dalle, dtype: torch.dtype) -> Engine:
-    if dtype != torch.float32 and native.fits(model.config) and not lacking_flags():
+def _engine_of_cpu(model: Dalle, weights: WeightType) -> Engine:
+    if weights != "float32" and native.fits(model.config) and level():
         if not (reason := native.why_not()):
             return "native"
         say(f"drawing two to four times slower, with the packed engine: {reason}")
-    return "packed" if packed.is_available() else "plain"
+    dtype = torch.float32 if weights == "auto" else getattr(torch, weights)
+    return "packed" if packed.is_available(dtype) else "plain"
 
 
 def _as_type(model: Dalle, dtype: torch.dtype) -> Dalle:

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from common.checkpoint import load_weights, read_config, resolve
 from common.config import from_mapping
+from common.precision import checkpoint_contexts
 from dalle import sequence, train_heads, train_native
 from dalle.attention import Attention, CausalMask, KVCache, RMSNorm, new_cache, on_eager_cpu, rotary_table
 from dalle.cpu_kernels import dropout_mask
@@ -281,7 +282,7 @@ class Dalle(nn.Module):
         x, table, mask = self._inputs(text_ids, image_ids[:, :-1])  # (B, L, D)
         for block in self.blocks:
             if self.config.gradient_checkpointing and self.training:
-                x = checkpoint(block, x, table, mask, use_reentrant=False)
+                x = checkpoint(block, x, table, mask, use_reentrant=False, context_fn=checkpoint_contexts)
             else:
                 x = block(x, table, mask)
         return self._outputs(x, text_ids)

@@ -4,10 +4,10 @@
 // matrix product, or heads of the attention, so results do not depend on the number of threads; every row of a product
 // is summed in the same order however many rows there are, so a picture does not depend on its company.
 //
-// Weights: see common/avx512.h. Keys: blocks of 16 positions, transposed: (L / 16, K, 16), float16. Values: (L, K),
+// Weights: see common/kernels.h. Keys: blocks of 16 positions, transposed: (L / 16, K, 16), float16. Values: (L, K),
 // float16.
 
-#include "avx512.h"
+#include "kernels.h"
 
 #include <omp.h>
 
@@ -17,8 +17,6 @@
 #include <vector>
 
 namespace {
-
-using Half = uint16_t;
 
 constexpr int64_t BLOCK = 16;  // positions of a block of keys
 constexpr int64_t PAGE = 4096;
@@ -58,19 +56,15 @@ struct Cache {
 
 namespace {
 
-__m512 load_half(const Half* from) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-}
-
 // --- matrix products ----------------------------------------------------------------------------------------------
 
 // Rows of a (R, K) against a group: store(row, first 16 sums, last 16 sums).
 template <int R, typename Weight, typename Store>
 [[gnu::flatten]] void multiply_tile(const Bf16* a, int64_t inputs, const Weight* group, int64_t row, const Store& store,
                                     Ahead ahead) {
-    __m512 sums[R][2];
+    Lanes sums[R][2];
 #pragma GCC unroll 12
-    for (int r = 0; r < R; r++) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
+    for (int r = 0; r < R; r++) sums[r][0] = sums[r][1] = zeros();
     accumulate<R>(sums, a + row * inputs, inputs, inputs, group, ahead);
 #pragma GCC unroll 12
     for (int r = 0; r < R; r++) store(row + r, sums[r][0], sums[r][1]);
@@ -90,13 +84,13 @@ void multiply(const Linear& l, const Bf16* a, int64_t rows, Range range, const S
     std::vector<Bf16>& widened = once(own);
     const int64_t size = l.inputs * GROUP;
     for (int64_t g = range.begin; g < range.end; g++) {
-        __m512 low = _mm512_set1_ps(1.0f), high = low;
+        Lanes low = fill(1.0f), high = low;
         if (l.scale) {
-            low = _mm512_loadu_ps(l.scale + g * GROUP);
-            high = _mm512_loadu_ps(l.scale + g * GROUP + 16);
+            low = load(l.scale + g * GROUP);
+            high = load(l.scale + g * GROUP + 16);
         }
-        const auto scaled = [&](int64_t row, __m512 first, __m512 last) {
-            if (l.scale) first = _mm512_mul_ps(first, low), last = _mm512_mul_ps(last, high);
+        const auto scaled = [&](int64_t row, Lanes first, Lanes last) {
+            if (l.scale) first = mul(first, low), last = mul(last, high);
             store(row, g * GROUP, first, last);
         };
         const int64_t bytes = size * (l.scale ? sizeof(int8_t) : sizeof(Bf16));
@@ -113,7 +107,7 @@ void multiply(const Linear& l, const Bf16* a, int64_t rows, Range range, const S
                 continue;
             }
             widened.resize(size);
-            for (int64_t i = 0; i < size; i += GROUP) _mm512_storeu_si512(&widened[i], (__m512i)load_pairs(narrow + i));
+            for (int64_t i = 0; i < size; i += GROUP) put_line(&widened[i], load_line(narrow + i));
             group = widened.data();
         }
         const int64_t tiles = (rows + MAX_TILE - 1) / MAX_TILE;
@@ -128,25 +122,25 @@ void multiply(const Linear& l, const Bf16* a, int64_t rows, Range range, const S
 int64_t num_groups(const Linear& l) { return (l.outputs + GROUP - 1) / GROUP; }
 
 void multiply_into(const Linear& l, const Bf16* a, int64_t rows, float* y, Range range) {
-    multiply(l, a, rows, range, [&](int64_t row, int64_t n, __m512 first, __m512 last) {
+    multiply(l, a, rows, range, [&](int64_t row, int64_t n, Lanes first, Lanes last) {
         float* to = y + row * l.outputs + n;
         const int64_t left = l.outputs - n;
-        _mm512_mask_storeu_ps(to, left >= 16 ? 0xffff : (1 << left) - 1, first);
-        if (left > 16) _mm512_mask_storeu_ps(to + 16, left >= 32 ? 0xffff : (1 << (left - 16)) - 1, last);
+        put_some(to, first_lanes(left), first);
+        if (left > 16) put_some(to + 16, first_lanes(left - 16), last);
     });
 }
 
 void add_product(const Linear& l, const Bf16* a, int64_t rows, float* x, Range range) {
-    multiply(l, a, rows, range, [&](int64_t row, int64_t n, __m512 first, __m512 last) {
+    multiply(l, a, rows, range, [&](int64_t row, int64_t n, Lanes first, Lanes last) {
         float* to = x + row * l.outputs + n;
-        _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), first));
-        _mm512_storeu_ps(to + 16, _mm512_add_ps(_mm512_loadu_ps(to + 16), last));
+        put16(to, add(load(to), first));
+        put16(to + 16, add(load(to + 16), last));
     });
 }
 
 void multiply_gated(const Linear& l, const Bf16* a, int64_t rows, Bf16* y, Range range) {
-    multiply(l, a, rows, range, [&](int64_t row, int64_t n, __m512 gate, __m512 factor) {
-        store_bf16(y + row * (l.outputs / 2) + n / 2, _mm512_mul_ps(silu512(gate), factor));
+    multiply(l, a, rows, range, [&](int64_t row, int64_t n, Lanes gate, Lanes factor) {
+        store_bf16(y + row * (l.outputs / 2) + n / 2, mul(silu512(gate), factor));
     });
 }
 
@@ -155,24 +149,24 @@ void multiply_gated(const Linear& l, const Bf16* a, int64_t rows, Bf16* y, Range
 // x / sqrt(|x|^2 + eps) of every row, in bfloat16
 void norm(const float* x, Bf16* y, int64_t rows, int64_t dim, float eps) {
     for (int64_t row = 0; row < rows; row++, x += dim, y += dim) {
-        __m512 squares = _mm512_setzero_ps();
+        Lanes squares = zeros();
         for (int64_t i = 0; i < dim; i += 16) {
-            const __m512 part = _mm512_loadu_ps(x + i);
-            squares = _mm512_fmadd_ps(part, part, squares);
+            const Lanes part = load(x + i);
+            squares = fmadd(part, part, squares);
         }
-        const __m512 scale = _mm512_set1_ps(1.0f / std::sqrt(_mm512_reduce_add_ps(squares) + eps));
-        for (int64_t i = 0; i < dim; i += 16) store_bf16(y + i, _mm512_mul_ps(_mm512_loadu_ps(x + i), scale));
+        const Lanes scale = fill(1.0f / std::sqrt(sum_of(squares) + eps));
+        for (int64_t i = 0; i < dim; i += 16) store_bf16(y + i, mul(load(x + i), scale));
     }
 }
 
 // A head normed and turned: head (K), plain and rolled tables (K) -> y (K)
 void turn(const float* head, const float* plain, const float* rolled, int64_t width, float eps, float* y) {
-    __m512 squares = _mm512_setzero_ps();
+    Lanes squares = zeros();
     for (int64_t i = 0; i < width; i += 16) {
-        const __m512 part = _mm512_loadu_ps(head + i);
-        squares = _mm512_fmadd_ps(part, part, squares);
+        const Lanes part = load(head + i);
+        squares = fmadd(part, part, squares);
     }
-    const float scale = 1.0f / std::sqrt(_mm512_reduce_add_ps(squares) + eps);
+    const float scale = 1.0f / std::sqrt(sum_of(squares) + eps);
     const int64_t half = width / 2;
     for (int64_t i = 0; i < half; i++) {
         y[i] = (head[i] * plain[i] + head[i + half] * rolled[i]) * scale;
@@ -183,38 +177,38 @@ void turn(const float* head, const float* plain, const float* rolled, int64_t wi
 // Scores of N blocks of keys: q (K), keys (N, K, 16) -> scores (N, 16); brings as many bytes from `ahead` on
 template <int N>
 void score_blocks(const float* q, const Half* keys, int64_t width, const Half* ahead, float* scores) {
-    __m512 sums[N];
+    Lanes sums[N];
 #pragma GCC unroll 4
-    for (int n = 0; n < N; n++) sums[n] = _mm512_setzero_ps();
+    for (int n = 0; n < N; n++) sums[n] = zeros();
     for (int64_t k = 0; k < width; k++) {
         for (int n = 0; n < N; n += 2) _mm_prefetch(ahead + (k * N + n) * BLOCK, _MM_HINT_T0);
-        const __m512 factor = _mm512_set1_ps(q[k]);
+        const Lanes factor = fill(q[k]);
 #pragma GCC unroll 4
         for (int n = 0; n < N; n++)
-            sums[n] = _mm512_fmadd_ps(factor, load_half(keys + (n * width + k) * BLOCK), sums[n]);
+            sums[n] = fmadd(factor, load_half(keys + (n * width + k) * BLOCK), sums[n]);
     }
 #pragma GCC unroll 4
-    for (int n = 0; n < N; n++) _mm512_storeu_ps(scores + n * BLOCK, sums[n]);
+    for (int n = 0; n < N; n++) put16(scores + n * BLOCK, sums[n]);
 }
 
 // N x 16 channels of the weighted sum of values (length, K); even and odd positions are summed apart
 template <int N>
-void sum_values(const float* p, const Half* values, int64_t length, int64_t width, const Half* ahead, __m512 scale,
+void sum_values(const float* p, const Half* values, int64_t length, int64_t width, const Half* ahead, Lanes scale,
                 Bf16* y) {
-    __m512 even[N], odd[N];
+    Lanes even[N], odd[N];
 #pragma GCC unroll 4
-    for (int n = 0; n < N; n++) even[n] = odd[n] = _mm512_setzero_ps();
+    for (int n = 0; n < N; n++) even[n] = odd[n] = zeros();
     for (int64_t i = 0; i < length; i += 2) {  // p and values are 0 right beyond the length
         for (int n = 0; n < N; n++) _mm_prefetch(ahead + (i * N + n * 2) * 16, _MM_HINT_T0);
-        const __m512 first = _mm512_set1_ps(p[i]), second = _mm512_set1_ps(p[i + 1]);
+        const Lanes first = fill(p[i]), second = fill(p[i + 1]);
 #pragma GCC unroll 4
         for (int n = 0; n < N; n++) {
-            even[n] = _mm512_fmadd_ps(first, load_half(values + i * width + n * 16), even[n]);
-            odd[n] = _mm512_fmadd_ps(second, load_half(values + (i + 1) * width + n * 16), odd[n]);
+            even[n] = fmadd(first, load_half(values + i * width + n * 16), even[n]);
+            odd[n] = fmadd(second, load_half(values + (i + 1) * width + n * 16), odd[n]);
         }
     }
 #pragma GCC unroll 4
-    for (int n = 0; n < N; n++) store_bf16(y + n * 16, _mm512_mul_ps(_mm512_add_ps(even[n], odd[n]), scale));
+    for (int n = 0; n < N; n++) store_bf16(y + n * 16, mul(add(even[n], odd[n]), scale));
 }
 
 // softmax(q k^T + bias) v of one query: scores is room for whole blocks
@@ -226,22 +220,22 @@ void attend(const float* q, const Half* keys, const Half* values, const Half* ne
         score_blocks<4>(q, keys + b * width * BLOCK, width, values + b * width * BLOCK, scores + b * BLOCK);
     for (; b < blocks; b++)
         score_blocks<1>(q, keys + b * width * BLOCK, width, values + b * width * BLOCK, scores + b * BLOCK);
-    const __m512 nothing = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-    __m512 most = nothing, total = _mm512_setzero_ps();
+    const Lanes nothing = fill(-std::numeric_limits<float>::infinity());
+    Lanes most = nothing, total = zeros();
     for (int64_t i = 0; i < length; i += 16) {
-        const __mmask16 there = length - i >= 16 ? 0xffff : (1 << (length - i)) - 1;
-        const __m512 biased = _mm512_add_ps(_mm512_loadu_ps(scores + i), _mm512_maskz_loadu_ps(there, bias + i));
-        const __m512 seen = _mm512_mask_mov_ps(nothing, there, biased);
-        _mm512_storeu_ps(scores + i, seen);
-        most = _mm512_max_ps(most, seen);
+        const Mask there = first_lanes(length - i);
+        const Lanes biased = add(load(scores + i), load_some(there, bias + i, zeros()));
+        const Lanes seen = pick(there, biased, nothing);
+        put16(scores + i, seen);
+        most = larger(most, seen);
     }
-    most = _mm512_set1_ps(_mm512_reduce_max_ps(most));
+    most = fill(most_of(most));
     for (int64_t i = 0; i < length; i += 16) {
-        const __m512 p = exp512(_mm512_sub_ps(_mm512_loadu_ps(scores + i), most));
-        _mm512_storeu_ps(scores + i, p);
-        total = _mm512_add_ps(total, p);
+        const Lanes p = exp512(sub(load(scores + i), most));
+        put16(scores + i, p);
+        total = add(total, p);
     }
-    const __m512 scale = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(total));
+    const Lanes scale = fill(1.0f / sum_of(total));
     int64_t i = 0;
     for (; i + 64 <= width; i += 64)
         sum_values<4>(scores, values + i, length, width, next_keys + i * length, scale, y + i);
@@ -267,9 +261,8 @@ void attend_heads(const Model& m, const Cache& c, int64_t layer, int64_t row_of_
         for (int64_t k = 0; k < width; k++) key[k * BLOCK] = _cvtss_sh(turned[k], 0);
         const float* value = heads + (m.num_heads + m.num_kv_heads + head) * width;
         for (int64_t k = 0; k < width; k += 16) {
-            __m256i* to = reinterpret_cast<__m256i*>(values + index * width + k);
-            _mm256_storeu_si256(to, _mm512_cvtps_ph(_mm512_loadu_ps(value + k), 0));
-            _mm256_storeu_si256(to + width / 16, _mm256_setzero_si256());  // the next may be read with weight 0
+            put_half(values + index * width + k, load(value + k));
+            put_half(values + (index + 1) * width + k, zeros());  // the next may be read with weight 0
         }
         for (int64_t i = head * share_of_keys; i < (head + 1) * share_of_keys; i++) {
             turn(heads + i * width, plain, rolled, width, m.head_eps, turned);

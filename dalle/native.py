@@ -1,4 +1,4 @@
-"""The decode step of dalle/packed.py as one call of compiled code (native.cpp), for x86 CPUs with AVX512-BF16.
+"""The decode step of dalle/packed.py as one call of compiled code (native.cpp), for x86 CPUs with AVX512-BF16 or AVX2.
 
 What the operators of PyTorch cost besides their work, about 0.2 ms a layer, falls away.
 """
@@ -157,15 +157,19 @@ class NativeDecoder(PackedDecoder):
     """As PackedDecoder, in bfloat16 or int8: the prefix goes through its operators, each step is one call."""
 
     @staticmethod
+    def require(weights: Weights) -> None:
+        """Raises ValueError where the machine does not allow it."""
+        if weights not in (torch.bfloat16, torch.int8):
+            raise ValueError("the native engine computes in bfloat16 or int8: take packed for float32")
+        if reason := why_not():
+            raise ValueError(f"the native engine cannot run here: {reason}")
+
+    @staticmethod
     def layer_types(weights: Weights) -> tuple[type, type, type]:
         return NativeLinear, NativeGate, NativeLinear
 
     def __init__(self, model: Dalle, weights: Weights) -> None:
         """Raises ValueError where the machine or the model's widths do not allow it."""
-        if weights not in (torch.bfloat16, torch.int8):
-            raise ValueError("the native engine computes in bfloat16 or int8: take packed for float32")
-        if reason := why_not():
-            raise ValueError(f"the native engine cannot run here: {reason}")
         if not fits(model.config):
             raise ValueError(
                 "the native engine needs a width that is a multiple of 32 and heads of multiples of 16"

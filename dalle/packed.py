@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.precision import has_native_bf16
 from dalle import sequence
 from dalle.attention import RMSNorm
 from dalle.model import Block, Dalle
@@ -26,9 +27,11 @@ PACK_ROWS = (
 Weights = torch.dtype  # float32, bfloat16 or int8
 
 
-def is_available() -> bool:
-    """Whether this build of torch has the operators that packing needs."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+def is_available(dtype: torch.dtype = torch.float32) -> bool:
+    """Whether this build of torch has the operators that packing needs, and this CPU can pack `dtype`."""
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        return False
+    return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class PackedLinear:
@@ -91,6 +94,14 @@ class PackedDecoder:
     row_multiple = 1
 
     @staticmethod
+    def require(weights: Weights) -> None:
+        """Raises ValueError where the machine does not allow it."""
+        if not is_available():
+            raise ValueError("this build of torch lacks oneDNN: decode with --fast.engine plain")
+        if not is_available(weights):
+            raise ValueError("oneDNN packs weights in 32 bits alone on this CPU: take --fast.weights float32")
+
+    @staticmethod
     def layer_types(weights: Weights) -> tuple[type, type, type]:
         """Of the products, of the gate, and of the head, which stays in 16 bits at least: its rounding goes straight
         into the probabilities."""
@@ -99,10 +110,11 @@ class PackedDecoder:
         return PackedLinear, PackedGate, PackedLinear
 
     def __init__(self, model: Dalle, weights: Weights) -> None:
-        if not is_available():
-            raise ValueError("this build of torch lacks oneDNN: decode with --fast.engine plain")
+        self.require(weights)
         c = self.config = model.config
         self.compute_dtype = torch.bfloat16 if weights == torch.int8 else weights
+        # of a prefix; PyTorch only emulates bfloat16 on other CPUs
+        self.attention_dtype = self.compute_dtype if has_native_bf16(torch.device("cpu")) else torch.float32
         # queries and keys are normed and values of order one: float16 holds them with three more bits than bfloat16
         self.cache_dtype = torch.float32 if weights == torch.float32 else torch.float16
         linear, gate, head_type = self.layer_types(weights)
@@ -176,10 +188,11 @@ class PackedDecoder:
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         """Causal attention of a whole prefix: (R, H or H_kv, n, K) -> (R n, H K)"""
-        q, k, v = (t.to(self.compute_dtype) for t in (q, k, v))
+        dtype = self.attention_dtype
+        q, k, v, bias = (None if t is None else t.to(dtype) for t in (q, k, v, bias))
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
         y = F.scaled_dot_product_attention(q, k, v, bias, is_causal=bias is None, scale=1.0)  # (R, H, n, K)
-        return y.transpose(1, 2).flatten(2).flatten(0, 1)
+        return y.transpose(1, 2).flatten(2).flatten(0, 1).to(self.compute_dtype)
 
     def _finish(self, x: Tensor, y: Tensor, block: PackedBlock) -> None:
         """Adds the attention's result and the feed-forward branch to x in place."""

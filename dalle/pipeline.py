@@ -20,9 +20,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from common import checkpoint
-from common.distributed import autocast, pick_device
+from common.distributed import pick_device
 from common.files import read_json
 from common.image import to_image
+from common.precision import autocast
 from dalle import dalle_pytorch, model, sequence
 from dalle.fast import FastOptions, prepare, resolve_options
 from dalle.inpaint import Source

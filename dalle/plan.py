@@ -16,10 +16,11 @@ from torch import nn
 
 from common import checkpoint
 from common.config import command, parse_options
-from common.distributed import DeepSpeedConfig, Precision, autocast, batch_plan, pick_device
+from common.distributed import DeepSpeedConfig, batch_plan, pick_device
 from common.log import clock, say
 from common.loop import LoopConfig
 from common.optim import make_optimizer
+from common.precision import Precision, autocast
 from dalle import sequence
 from dalle.from_pictures import names_pictures
 from dalle.losses import dalle_loss

@@ -55,36 +55,40 @@ uint32_t seen_by(const HeadRoom& r, int64_t row, int64_t group) {
 }
 
 auto put_floats(float* to, int64_t width) {
-    return [=](int64_t row, int64_t n, __m512 first, __m512 last) {
-        _mm512_storeu_ps(to + row * width + n, first);
-        _mm512_storeu_ps(to + row * width + n + 16, last);
+    return [=](int64_t row, int64_t n, Lanes first, Lanes last) {
+        put16(to + row * width + n, first);
+        put16(to + row * width + n + 16, last);
     };
 }
 
-struct Softmax {             // of the rows of a tile
-    float top[MAX_TILE];     // what is taken from a row's scores
-    __m512 total[MAX_TILE];  // sums of 2^(scores - top), 16 to be added up
+struct Softmax {         // of the rows of a band
+    float top[BAND];     // what is taken from a row's scores
+    Lanes total[BAND];  // sums of 2^(scores - top), 16 to be added up
 };
 
-// Weights of some rows of queries, from `row` on, for a group of keys; they go to r.weights, rows `width` apart
+struct WeighTile {  // some rows of queries of a band, from `row` on, against a group of keys
+    int64_t begin, row, group, head_dim, width;
+};
+
+// Their weights, which go to r.weights, rows `width` apart
 template <int R>
-[[gnu::flatten]] void weigh_tile(int64_t n, HeadRoom& r, int64_t row, int64_t group, int64_t width, int64_t K,
-                                 Softmax& softmax) {
+[[gnu::flatten]] void weigh_tile(int64_t n, HeadRoom& r, const WeighTile& t, Softmax& softmax) {
     if (n != R) {
-        if constexpr (R > 1) weigh_tile<R - 1>(n, r, row, group, width, K, softmax);
+        if constexpr (R > 1) weigh_tile<R - 1>(n, r, t, softmax);
         return;
     }
-    __m512 scores[R][2];
+    const int64_t K = t.head_dim, first = t.row - t.begin;
+    Lanes scores[R][2];
 #pragma GCC unroll 12
-    for (int i = 0; i < R; i++) scores[i][0] = scores[i][1] = _mm512_set1_ps(-softmax.top[i]);
-    accumulate<R>(scores, r.queries.data() + row * K, K, K, r.by_rows.data() + group * K * GROUP);
-    Bf16* weights = r.weights.data() + group * GROUP;
+    for (int i = 0; i < R; i++) scores[i][0] = scores[i][1] = fill(-softmax.top[first + i]);
+    accumulate<R>(scores, r.queries.data() + t.row * K, K, K, r.by_rows.data() + t.group * K * GROUP);
+    Bf16* weights = r.weights.data() + first * t.width + t.group * GROUP;
 #pragma GCC unroll 12
     for (int i = 0; i < R; i++) {
-        const uint32_t seen = seen_by(r, row + i, group);
-        const __m512 low = power_of_two(scores[i][0], seen), high = power_of_two(scores[i][1], seen >> 16);
-        softmax.total[i] = _mm512_add_ps(softmax.total[i], _mm512_add_ps(low, high));
-        store_line(weights + i * width, low, high);
+        const uint32_t seen = seen_by(r, t.row + i, t.group);
+        const Lanes low = power_of_two(scores[i][0], seen), high = power_of_two(scores[i][1], seen >> 16);
+        softmax.total[first + i] = add(softmax.total[first + i], add(low, high));
+        store_line(weights + i * t.width, low, high);
     }
 }
 
@@ -92,11 +96,10 @@ template <int R>
 void find_tops(const HeadRoom& r, int64_t row, int64_t rows, int64_t width, int64_t K, float* tops) {
     std::fill_n(tops, rows, -std::numeric_limits<float>::infinity());
     near_product(r.queries.data() + row * K, rows, K, K, r.by_rows.data(), K * GROUP, width / GROUP,
-                 [&](int64_t i, int64_t key, __m512 first, __m512 last) {
+                 [&](int64_t i, int64_t key, Lanes first, Lanes last) {
                      const uint32_t seen = seen_by(r, row + i, key / GROUP);
-                     const __m512 low =
-                         _mm512_mask_max_ps(_mm512_set1_ps(tops[i]), seen, _mm512_set1_ps(tops[i]), first);
-                     tops[i] = _mm512_reduce_max_ps(_mm512_mask_max_ps(low, seen >> 16, low, last));
+                     const Lanes top = fill(tops[i]), low = pick(seen, larger(top, first), top);
+                     tops[i] = most_of(pick(seen >> 16, larger(low, last), low));
                  });
 }
 
@@ -108,7 +111,7 @@ float largest(const float* x, int64_t width) {
 void attend_forward(const Shape& s, const Weights& w, const Sequence& q, HeadRoom& r, const Bf16* qkv, Bf16* attended,
                     float* lse) {
     const int64_t K = s.head_dim, L = q.length, whole = whole_groups(L), shared = s.heads / s.kv_heads;
-    Bf16 *queries = room(r.queries, L * K), *keys = room(r.keys, L * K), *weights = room(r.weights, MAX_TILE * whole);
+    Bf16 *queries = room(r.queries, L * K), *keys = room(r.keys, L * K), *weights = room(r.weights, BAND * whole);
     // a normed head is no longer than sqrt(K) times its largest gain
     const bool moderate = std::sqrt(K) * LOG2_E * largest(w.q_norm, K) * largest(w.k_norm, K) < MOST_EXPONENT;
     note_keys(q, r.real);
@@ -121,22 +124,24 @@ void attend_forward(const Shape& s, const Weights& w, const Sequence& q, HeadRoo
             pair_rows(values, L, whole / 2, K, room(r.by_pairs, whole * K), whole / 2);
         }
         turn_rows(head_of(qkv, head, L, K), L, K, query_turns(s, w, q, LOG2_E), queries);
-        for (int64_t begin = 0; begin < L; begin += MAX_TILE) {
-            const int64_t rows = std::min(MAX_TILE, L - begin), width = whole_groups(begin + rows);
+        for (int64_t begin = 0; begin < L; begin += BAND) {
+            const int64_t rows = std::min(BAND, L - begin), width = whole_groups(begin + rows);
             Softmax softmax = {};
             if (!moderate) find_tops(r, begin, rows, width, K, softmax.top);
             for (int64_t group = 0; group < width / GROUP; group++)
-                weigh_tile<MAX_TILE>(rows, r, begin, group, width, K, softmax);
-            float inverse[MAX_TILE];
+                for (int64_t row = begin; row < begin + rows; row += MAX_TILE)
+                    weigh_tile<MAX_TILE>(std::min(MAX_TILE, begin + rows - row), r, {begin, row, group, K, width},
+                                         softmax);
+            float inverse[BAND];
             for (int64_t i = 0; i < rows; i++) {
-                const float sum = _mm512_reduce_add_ps(softmax.total[i]);
+                const float sum = sum_of(softmax.total[i]);
                 inverse[i] = 1 / sum, lse[head * L + begin + i] = softmax.top[i] + std::log2(sum);
             }
             near_product(weights, rows, width, even(begin + rows), r.by_pairs.data(), whole * GROUP, K / GROUP,
-                         [&](int64_t i, int64_t k, __m512 first, __m512 last) {
+                         [&](int64_t i, int64_t k, Lanes first, Lanes last) {
                              Bf16* to = attended + (begin + i) * s.inner() + head * K + k;
-                             store_line(to, _mm512_mul_ps(first, _mm512_set1_ps(inverse[i])),
-                                        _mm512_mul_ps(last, _mm512_set1_ps(inverse[i])));
+                             store_line(to, mul(first, fill(inverse[i])),
+                                        mul(last, fill(inverse[i])));
                          });
         }
     }
@@ -154,11 +159,11 @@ template <int R>
         if constexpr (R > 2) back_tile<R - 2>(n, r, t);
         return;
     }
-    __m512 p[R][2], ds[R][2];
+    Lanes p[R][2], ds[R][2];
 #pragma GCC unroll 6
     for (int i = 0; i < R; i++) {
-        p[i][0] = p[i][1] = _mm512_set1_ps(-r.above[t.row + i]);
-        ds[i][0] = ds[i][1] = _mm512_set1_ps(-r.delta[t.row + i]);
+        p[i][0] = p[i][1] = fill(-r.above[t.row + i]);
+        ds[i][0] = ds[i][1] = fill(-r.delta[t.row + i]);
     }
     const int64_t K = t.head_dim, size = K * GROUP;
     accumulate<R>(p, r.queries.data() + t.row * K, K, K, r.by_rows.data() + t.group * size);
@@ -167,14 +172,14 @@ template <int R>
     const int64_t pair = (t.group * t.pairs + t.row / 2) * 2 * GROUP;
 #pragma GCC unroll 3
     for (int i = 0; i < R; i += 2) {
-        __m512bh lines[2][2];
+        Line lines[2][2];
 #pragma GCC unroll 2
         for (int j = 0; j < 2; j++) {
             const uint32_t seen = seen_by(r, t.row + i + j, t.group);
-            const __m512 low = power_of_two(p[i + j][0], seen), high = power_of_two(p[i + j][1], seen >> 16);
-            lines[0][j] = _mm512_cvtne2ps_pbh(high, low);
-            lines[1][j] = _mm512_cvtne2ps_pbh(_mm512_mul_ps(high, ds[i + j][1]), _mm512_mul_ps(low, ds[i + j][0]));
-            _mm512_storeu_si512(rows + (i + j) * t.width, (__m512i)lines[1][j]);
+            const Lanes low = power_of_two(p[i + j][0], seen), high = power_of_two(p[i + j][1], seen >> 16);
+            lines[0][j] = line_of(low, high);
+            lines[1][j] = line_of(mul(low, ds[i + j][0]), mul(high, ds[i + j][1]));
+            put_line(rows + (i + j) * t.width, lines[1][j]);
         }
         store_pairs(r.p_pairs.data() + pair + i * GROUP, lines[0][0], lines[0][1]);
         store_pairs(r.ds_pairs.data() + pair + i * GROUP, lines[1][0], lines[1][1]);
@@ -188,13 +193,13 @@ void take_given(const Shape& s, HeadRoom& r, int64_t head, const Bf16* attended,
     Bf16* rows = room(r.given, 2 * pairs * K);
     float *delta = room(r.delta, 2 * pairs), *above = room(r.above, 2 * pairs);
     for (int64_t t = 0; t < L; t++) {
-        __m512 sum = _mm512_setzero_ps();
+        Lanes sum = zeros();
         for (int64_t k = 0; k < K; k += 16) {
             const int64_t at = t * s.inner() + head * K + k;
-            sum = _mm512_fmadd_ps(widen(given + at), widen(attended + at), sum);
+            sum = fmadd(widen(given + at), widen(attended + at), sum);
         }
         std::copy_n(given + t * s.inner() + head * K, K, rows + t * K);
-        delta[t] = _mm512_reduce_add_ps(sum), above[t] = lse[head * L + t];
+        delta[t] = sum_of(sum), above[t] = lse[head * L + t];
     }
     if (L % 2) std::fill_n(rows + L * K, K, 0), delta[L] = above[L] = 0;
     pair_rows(in_rows(rows, K), L, pairs, K, room(r.given_paired, pairs * K * 2), pairs);
@@ -202,7 +207,7 @@ void take_given(const Shape& s, HeadRoom& r, int64_t head, const Bf16* attended,
 
 // What the head after this one reads, by as many times as there are tiles
 std::array<Coming, 3> next_heads(const Shape& s, const Sequence& q, int64_t head, const Bf16* qkv) {
-    const int64_t size = q.length * s.head_dim, tiles = (q.length + MAX_TILE - 1) / MAX_TILE;
+    const int64_t size = q.length * s.head_dim, tiles = (q.length + BAND - 1) / BAND;
     const int64_t kv = s.heads + head * s.kv_heads / s.heads + 1, last = s.heads + 2 * s.kv_heads;
     const auto coming = [=](int64_t n) { return Coming(n < last ? qkv + n * size : nullptr, size, tiles); };
     return {coming(head + 1), coming(kv), coming(kv + s.kv_heads)};
@@ -212,18 +217,18 @@ std::array<Coming, 3> next_heads(const Shape& s, const Sequence& q, int64_t head
 void attend_head_back(const Shape& s, const Weights& w, const Weights& by, const Sequence& q, HeadRoom& r, int64_t head,
                       const Bf16* qkv, Bf16* dqkv) {
     const int64_t K = s.head_dim, L = q.length, whole = whole_groups(L), pairs = (L + 1) / 2;
-    float* dqueries = room(r.dqueries, MAX_TILE * K);
-    Bf16 *queries = room(r.queries, 2 * pairs * K), *weights = room(r.weights, MAX_TILE * whole);
+    float* dqueries = room(r.dqueries, BAND * K);
+    Bf16 *queries = room(r.queries, 2 * pairs * K), *weights = room(r.weights, BAND * whole);
     room(r.p_pairs, pairs * whole * 2), room(r.ds_pairs, pairs * whole * 2);
     const Rows raw = head_of(qkv, head, L, K);
     turn_rows(raw, L, K, query_turns(s, w, q, LOG2_E), queries);
     if (L % 2) std::fill_n(queries + L * K, K, 0);
     pair_rows(in_rows(queries, K), L, pairs, K, room(r.queries_paired, pairs * K * 2), pairs);
     std::array<Coming, 3> next = next_heads(s, q, head, qkv);
-    for (int64_t begin = 0; begin < L; begin += MAX_TILE) {
+    for (int64_t begin = 0; begin < L; begin += BAND) {
         for (Coming& coming : next) coming.bring();
-        constexpr int64_t FEW = MAX_TILE / 2;
-        const int64_t rows = std::min(MAX_TILE, L - begin), width = whole_groups(begin + rows), end = begin + rows;
+        constexpr int64_t FEW = std::max<int64_t>(MAX_TILE / 2, 2);
+        const int64_t rows = std::min(BAND, L - begin), width = whole_groups(begin + rows), end = begin + rows;
         for (int64_t group = 0; group < width / GROUP; group++)
             for (int64_t row = begin; row < end; row += FEW)
                 back_tile<FEW>(std::min(FEW, (end - row + 1) / 2 * 2), r, {begin, row, group, K, width, pairs});
@@ -263,7 +268,7 @@ void attend_backward(const Shape& s, const Weights& w, const Weights& by, const 
         for (int64_t t = 0; t < L; t++)
             for (int64_t k = 0; k < K; k += GROUP) {
                 const float* from = r.dvalues.data() + block_row(t) + k * whole;
-                store_line(to + s.kv_heads * K + t * s.qkv() + k, _mm512_loadu_ps(from), _mm512_loadu_ps(from + 16));
+                store_line(to + s.kv_heads * K + t * s.qkv() + k, load(from), load(from + 16));
             }
     }
 }

@@ -50,15 +50,6 @@ Matrix packed;                 // of the head at hand
 Halves paired;                 // its rows, normed: of each block (D / 32, ROWS / 2, 32, 2)
 std::vector<Floats> by_gains;  // of each thread
 
-// Of 16 numbers, those that are there
-__mmask16 within(int64_t count) { return count >= 16 ? 0xffff : (1 << count) - 1; }
-
-__m512 widen_some(const Bf16* from, int64_t count, __m512 rest) {
-    const __m256i halves = _mm256_maskz_loadu_epi16(within(count), from);
-    const __m512i wide = _mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
-    return _mm512_mask_mov_ps(rest, within(count), _mm512_castsi512_ps(wide));
-}
-
 // Rows of the last hidden states, normed; 1 / rms of each goes to room.scales
 const Bf16* norm_block(const Hidden& h, const Head& head, Range rows, Room& r) {
     Bf16* to = room(r.normed, ROWS * h.dim);
@@ -71,11 +62,10 @@ const Bf16* norm_block(const Hidden& h, const Head& head, Range rows, Room& r) {
 void forward_block(const Hidden& h, const Head& head, Range rows, Room& r) {
     const Bf16* normed = norm_block(h, head, rows, r);
     Bf16* logits = head.logits + rows.begin * head.width;
-    packed.multiply(normed, rows.end - rows.begin, [&](int64_t row, int64_t n, __m512 first, __m512 last) {
+    packed.multiply(normed, rows.end - rows.begin, [&](int64_t row, int64_t n, Lanes first, Lanes last) {
         Bf16* to = logits + row * head.width + n;
         if (n + GROUP <= head.width) return store_line(to, first, last);
-        const __mmask32 there = (1u << (head.width - n)) - 1;
-        _mm512_mask_storeu_epi16(to, there, (__m512i)_mm512_cvtne2ps_pbh(last, first));
+        put_some_line(to, head.width - n, line_of(first, last));
     });
 }
 
@@ -93,10 +83,10 @@ void backward_block(const Hidden& h, const Head& head, int64_t block, Range rows
     std::fill_n(back, count * D, 0.0f);
     for (int64_t begin = 0; begin < V; begin += SOME)
         packed.multiply_some(head.logits + rows.begin * V + begin, count, V, begin, std::min(SOME, V - begin),
-                             [&](int64_t row, int64_t n, __m512 first, __m512 last) {
+                             [&](int64_t row, int64_t n, Lanes first, Lanes last) {
                                  float* to = back + row * D + n;
-                                 _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), first));
-                                 _mm512_storeu_ps(to + 16, _mm512_add_ps(_mm512_loadu_ps(to + 16), last));
+                                 put16(to, add(load(to), first));
+                                 put16(to + 16, add(load(to + 16), last));
                              });
     for (int64_t i = 0; i < count; i++) {
         const int64_t at = head.rows[rows.begin + i] * D;
@@ -132,8 +122,8 @@ void backward_weight(const Hidden& h, const Head& head, const Blocks& blocks, in
     for (int64_t n = 0; n < std::min(columns, head.width - begin); n++)
         for (int64_t k = 0; k < D; k += 16) {
             const int64_t row = (begin + n) * D;
-            const __m512 by = _mm512_loadu_ps(sums + k / GROUP * GROUP * columns + block_row(n) + k % GROUP);
-            _mm512_storeu_ps(head.gradient + row + k, by_gained(by, head.weight + row + k, h.gain + k, by_gain + k));
+            const Lanes by = load(sums + k / GROUP * GROUP * columns + block_row(n) + k % GROUP);
+            put16(head.gradient + row + k, by_gained(by, head.weight + row + k, h.gain + k, by_gain + k));
         }
 }
 
@@ -204,17 +194,17 @@ bool entropy_forward(const Bf16* logits, const int64_t* targets, int64_t rows, i
                      int threads) {
     if (std::any_of(targets, targets + rows, [=](int64_t target) { return target < 0 || target >= width; }))
         return false;
-    const __m512 least = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+    const Lanes least = fill(-std::numeric_limits<float>::infinity());
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t row = 0; row < rows; row++) {
         const Bf16* x = logits + row * width;
-        __m512 most = least, total = _mm512_setzero_ps();
-        for (int64_t i = 0; i < width; i += 16) most = _mm512_max_ps(most, widen_some(x + i, width - i, least));
-        const float top = _mm512_reduce_max_ps(most);
+        Lanes most = least, total = zeros();
+        for (int64_t i = 0; i < width; i += 16) most = larger(most, widen_some(first_lanes(width - i), x + i, least));
+        const float top = most_of(most);
         for (int64_t i = 0; i < width; i += 16)
             total =
-                _mm512_add_ps(total, exp512(_mm512_sub_ps(widen_some(x + i, width - i, least), _mm512_set1_ps(top))));
-        lse[row] = top + std::log(_mm512_reduce_add_ps(total));
+                add(total, exp512(sub(widen_some(first_lanes(width - i), x + i, least), fill(top))));
+        lse[row] = top + std::log(sum_of(total));
         const int32_t bits = static_cast<int32_t>(x[targets[row]]) << 16;
         losses[row] = lse[row] - _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(bits)));
     }
@@ -224,18 +214,18 @@ bool entropy_forward(const Bf16* logits, const int64_t* targets, int64_t rows, i
 // Their gradient: dlosses (M) -> dlogits (M, V) bfloat16
 void entropy_backward(const Bf16* logits, const int64_t* targets, int64_t rows, int64_t width, const float* lse,
                       const float* dlosses, Bf16* dlogits, int threads) {
-    const __m512i places = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const Words places = count_up();
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t row = 0; row < rows; row++) {
-        const __m512 scale = _mm512_set1_ps(dlosses[row]), binary = _mm512_set1_ps(LOG2_E);
-        const __m512 above = _mm512_set1_ps(lse[row] * LOG2_E);
+        const Lanes scale = fill(dlosses[row]), binary = fill(LOG2_E);
+        const Lanes above = fill(lse[row] * LOG2_E);
         for (int64_t i = 0; i < width; i += 16) {
             const int64_t at = row * width + i;
-            const __m512 x = widen_some(logits + at, width - i, above);
-            const __m512 p = power_of_two(_mm512_fmsub_ps(x, binary, above), 0xffff);
-            const __mmask16 hit = _mm512_cmpeq_epi32_mask(places, _mm512_set1_epi32(targets[row] - i));
-            const __m512 d = _mm512_mul_ps(_mm512_mask_sub_ps(p, hit, p, _mm512_set1_ps(1.0f)), scale);
-            _mm256_mask_storeu_epi16(dlogits + at, within(width - i), (__m256i)_mm512_cvtneps_pbh(d));
+            const Lanes x = widen_some(first_lanes(width - i), logits + at, above);
+            const Lanes p = power_of_two(fmsub(x, binary, above), 0xffff);
+            const Mask hit = same_words(places, fill_words(targets[row] - i));
+            const Lanes d = mul(pick(hit, sub(p, fill(1.0f)), p), scale);
+            store_some_bf16(dlogits + at, first_lanes(width - i), d);
         }
     }
 }

@@ -96,21 +96,21 @@ struct Part {
 };
 
 auto put_halves(Bf16* to, int64_t width) {
-    return [=](int64_t row, int64_t n, __m512 first, __m512 last) { store_line(to + row * width + n, first, last); };
+    return [=](int64_t row, int64_t n, Lanes first, Lanes last) { store_line(to + row * width + n, first, last); };
 }
 
 auto put_groups(Bf16* to, int64_t length) {
-    return [=](int64_t row, int64_t n, __m512 first, __m512 last) {
+    return [=](int64_t row, int64_t n, Lanes first, Lanes last) {
         store_line(to + n * length + row * GROUP, first, last);
     };
 }
 
 auto put_sum(const float* x, const Bf16* mask, float* y, int64_t width) {
-    return [=](int64_t row, int64_t n, __m512 first, __m512 last) {
+    return [=](int64_t row, int64_t n, Lanes first, Lanes last) {
         const int64_t at = row * width + n;
-        if (mask) first = _mm512_mul_ps(first, widen(mask + at)), last = _mm512_mul_ps(last, widen(mask + at + 16));
-        _mm512_storeu_ps(y + at, _mm512_add_ps(_mm512_loadu_ps(x + at), first));
-        _mm512_storeu_ps(y + at + 16, _mm512_add_ps(_mm512_loadu_ps(x + at + 16), last));
+        if (mask) first = mul(first, widen(mask + at)), last = mul(last, widen(mask + at + 16));
+        put16(y + at, add(load(x + at), first));
+        put16(y + at + 16, add(load(x + at + 16), last));
     };
 }
 
@@ -123,9 +123,9 @@ void forward_sequence(const Shape& s, const Weights& w, const Part& p, Room& r, 
     attend_forward(s, w, p.sequence, r.heads, p.qkv, p.attended, p.lse);
     packed.out.multiply(p.attended, L, put_sum(p.x, p.attention_mask, middle, s.dim));
     norm_rows(middle, L, s.dim, s.eps, p.last, p.last_scales);
-    packed.gate_up.multiply(p.last, L, [&](int64_t row, int64_t n, __m512 gate, __m512 factor) {
+    packed.gate_up.multiply(p.last, L, [&](int64_t row, int64_t n, Lanes gate, Lanes factor) {
         put_groups(p.gate_up, L)(row, n, gate, factor);
-        store_bf16(hidden + row * s.ffn + n / 2, _mm512_mul_ps(_mm512_mul_ps(gate, sigmoid_few(gate)), factor));
+        store_bf16(hidden + row * s.ffn + n / 2, mul(mul(gate, sigmoid_few(gate)), factor));
     });
     Coming next(p.next, L * s.dim, L * s.dim / GROUP);
     packed.down.multiply(hidden, L, meanwhile(next, put_sum(middle, p.ffn_mask, y, s.dim)));
@@ -133,8 +133,8 @@ void forward_sequence(const Shape& s, const Weights& w, const Part& p, Room& r, 
 
 void round_rows(const float* x, const Bf16* mask, int64_t size, Bf16* y) {
     for (int64_t i = 0; i < size; i += 16) {
-        const __m512 part = _mm512_loadu_ps(x + i);
-        store_bf16(y + i, mask ? _mm512_mul_ps(part, widen(mask + i)) : part);
+        const Lanes part = load(x + i);
+        store_bf16(y + i, mask ? mul(part, widen(mask + i)) : part);
     }
 }
 
@@ -144,12 +144,12 @@ void pair_all(const Bf16* x, int64_t length, int64_t width, Halves& to) {
 }
 
 // Back through 16 gates and their factors: what comes to their product, of which silu(gate) is a part, and that product
-__m512bh ungate(const Bf16* gate_up, __m512 given, __m512& hidden) {
-    const __m512 one = _mm512_set1_ps(1.0f), gate = widen(gate_up), factor = widen(gate_up + 16);
-    const __m512 sigmoid = sigmoid_few(gate), silu = _mm512_mul_ps(gate, sigmoid);
-    const __m512 slope = _mm512_fmadd_ps(silu, _mm512_sub_ps(one, sigmoid), sigmoid);
-    hidden = _mm512_mul_ps(silu, factor);
-    return _mm512_cvtne2ps_pbh(_mm512_mul_ps(given, silu), _mm512_mul_ps(_mm512_mul_ps(given, factor), slope));
+Line ungate(const Bf16* gate_up, Lanes given, Lanes& hidden) {
+    const Lanes one = fill(1.0f), gate = widen(gate_up), factor = widen(gate_up + 16);
+    const Lanes sigmoid = sigmoid_few(gate), silu = mul(gate, sigmoid);
+    const Lanes slope = fmadd(silu, sub(one, sigmoid), sigmoid);
+    hidden = mul(silu, factor);
+    return line_of(mul(mul(given, factor), slope), mul(given, silu));
 }
 
 // Some rows, few enough for the cache, from `first`, an even number, on: r.given (L, D) -> r.back (L, D), which comes
@@ -157,22 +157,22 @@ __m512bh ungate(const Bf16* gate_up, __m512 given, __m512& hidden) {
 void backward_ffn_rows(const Shape& s, const Part& p, Room& r, int64_t first, int64_t count) {
     const int64_t pairs = (s.length + 1) / 2, line = GROUP * s.length;
     Bf16* wide = room(r.wide, CHUNK * 2 * s.ffn);
-    __m512bh even[3];  // of the row before
-    packed.down.multiply(r.given.data() + first * s.dim, count, [&](int64_t row, int64_t n, __m512 low, __m512 high) {
+    Line even[3];  // of the row before
+    packed.down.multiply(r.given.data() + first * s.dim, count, [&](int64_t row, int64_t n, Lanes low, Lanes high) {
         const Bf16* gate_up = p.gate_up + 2 * n * s.length + (first + row) * GROUP;
         _mm_prefetch(gate_up + 2 * line, _MM_HINT_T0);
         _mm_prefetch(gate_up + 3 * line, _MM_HINT_T0);
-        __m512 hidden[2];
-        __m512bh lines[3] = {ungate(gate_up, low, hidden[0]), ungate(gate_up + line, high, hidden[1])};
-        lines[2] = _mm512_cvtne2ps_pbh(hidden[1], hidden[0]);
-        _mm512_storeu_si512(wide + row * 2 * s.ffn + 2 * n, (__m512i)lines[0]);
-        _mm512_storeu_si512(wide + row * 2 * s.ffn + 2 * n + GROUP, (__m512i)lines[1]);
+        Lanes hidden[2];
+        Line lines[3] = {ungate(gate_up, low, hidden[0]), ungate(gate_up + line, high, hidden[1])};
+        lines[2] = line_of(hidden[0], hidden[1]);
+        put_line(wide + row * 2 * s.ffn + 2 * n, lines[0]);
+        put_line(wide + row * 2 * s.ffn + 2 * n + GROUP, lines[1]);
         const bool odd = row % 2;
         if (!odd && row + 1 < count) {
             std::copy_n(lines, 3, even);
             return;
         }
-        const __m512bh none = (__m512bh)_mm512_setzero_si512();
+        const Line none = no_line();
         Bf16* left = r.left.data() + (2 * n * pairs + (first + row) / 2 * GROUP) * 2;
         Bf16* right = r.hidden_pairs.data() + (n * pairs + (first + row) / 2 * GROUP) * 2;
         store_pairs(left, odd ? even[0] : lines[0], odd ? lines[0] : none);
@@ -229,11 +229,11 @@ void add_up_matrix(const Shape& s, int64_t part, const float* weight, const floa
         const int64_t row = (part == GATE_UP ? turn_of(n, s.ffn) : n) * size.columns;
         for (int64_t k = 0; k < size.columns; k += 16) {
             const int64_t block = k / GROUP * GROUP * size.rows + block_row(n) + k % GROUP;
-            __m512 sum = _mm512_setzero_ps();
+            Lanes sum = zeros();
             for (int64_t t = 0; t < threads; t++)
-                sum = _mm512_add_ps(sum, _mm512_loadu_ps(sums[t].parts.all()[part] + block));
+                sum = add(sum, load(sums[t].parts.all()[part] + block));
             if (gain) sum = by_gained(sum, weight + row + k, gain + k, by_gain + k);
-            _mm512_storeu_ps(gradient + row + k, sum);
+            put16(gradient + row + k, sum);
         }
     }
 }

@@ -1,5 +1,5 @@
 """A block's forward and backward passes as two calls of compiled code (train_native.cpp), for training on x86 CPUs with
-AVX512-BF16: the same function as `dalle.model.Block`, in bfloat16 products as autocast computes them.
+AVX512-BF16 or AVX2: the same function as `dalle.model.Block`, in bfloat16 products as autocast computes them.
 
 What the operators of PyTorch cost besides their work falls away: each sequence stays in the cache of its core.
 """
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from common import native
 from common.log import say
+from common.precision import trains_in_bf16
 
 if TYPE_CHECKING:
     from dalle.model import Block
@@ -56,7 +57,7 @@ class _Kept(ctypes.Structure):
 @functools.cache
 def is_available() -> bool:
     """Whether this machine can run it; says so where only a compiler is missing."""
-    if native.lacking_flags():
+    if not native.level():
         return False
     if reason := native.why_not(SOURCE):
         say(f"training slower, with PyTorch's operators: {reason}")
@@ -64,11 +65,10 @@ def is_available() -> bool:
 
 
 def is_training_in_bf16(x: Tensor) -> bool:
-    """Whether gradients are wanted of what bf16 autocast computes from `x` on a CPU without AMX."""
+    """Whether gradients are wanted of what is computed from `x` in bf16 on a CPU without AMX; see `autocast`."""
     if x.device.type != "cpu" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
-    in_bf16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-    return in_bf16 and not native.is_outdone()
+    return trains_in_bf16() and not native.is_outdone()
 
 
 def takes(block: "Block", x: Tensor) -> bool:

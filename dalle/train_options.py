@@ -6,9 +6,10 @@ from typing import Any
 
 from common import checkpoint
 from common.config import to_mapping
-from common.distributed import DeepSpeedConfig, EngineName, Precision
+from common.distributed import DeepSpeedConfig, EngineName
 from common.loop import LoopConfig
 from common.optim import OptimConfig
+from common.precision import Precision
 from dalle.losses import LossConfig
 from dalle.model import SIZES, TRAINING_ONLY, DalleConfig, ModelOptions, read_model_config
 from dalle.sampling import SamplingOptions

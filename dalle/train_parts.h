@@ -53,7 +53,7 @@ struct Coming {  // memory that is needed soon: a product has time to bring it i
 
 template <typename Store>
 auto meanwhile(Coming& coming, const Store& store) {
-    return [&coming, store](int64_t row, int64_t n, __m512 first, __m512 last) {
+    return [&coming, store](int64_t row, int64_t n, Lanes first, Lanes last) {
         store(row, n, first, last);
         coming.bring();
     };
@@ -76,8 +76,8 @@ void round_group(const float* weight, int64_t count, int64_t columns, int64_t g,
         const int64_t row = g * GROUP + i;
         const float* from = weight + (how.ffn ? turn_of(row, how.ffn) : row) * columns;
         for (int64_t c = 0; c < columns; c += 16) {
-            const __m512 part = _mm512_loadu_ps(from + c);
-            store_bf16(to + i * columns + c, how.gain ? _mm512_mul_ps(part, _mm512_loadu_ps(how.gain + c)) : part);
+            const Lanes part = load(from + c);
+            store_bf16(to + i * columns + c, how.gain ? mul(part, load(how.gain + c)) : part);
         }
     }
     if (count < GROUP) std::fill(to + count * columns, to + GROUP * columns, 0);
@@ -144,42 +144,41 @@ struct Packed {
 // --- norms and rotary positions -----------------------------------------------------------------------------------
 
 // 1 / rms of `width` numbers, of their squares' sums
-float inverse_rms(__m512 squares, int64_t width, float eps) {
-    const float mean = _mm512_reduce_add_ps(squares) / width + eps;
-    const __m128 wide = _mm_set_ss(mean);
-    const float guess = _mm_cvtss_f32(_mm_rsqrt14_ss(wide, wide));  // 14 bits, and a step of Newton's: 27
+float inverse_rms(Lanes squares, int64_t width, float eps) {
+    const float mean = sum_of(squares) / width + eps;
+    const float guess = inverse_root_few(mean);  // 14 bits, and a step of Newton's: 27
     return guess * (1.5f - 0.5f * mean * guess * guess);
 }
 
 // x / rms(x) in bfloat16, rows of `width`, and 1 / rms(x). The gains that follow are in the weights.
 void norm_rows(const float* x, int64_t rows, int64_t width, float eps, Bf16* y, float* scales) {
     for (int64_t r = 0; r < rows; r++, x += width, y += width) {
-        __m512 squares = _mm512_setzero_ps();
+        Lanes squares = zeros();
         for (int64_t i = 0; i < width; i += 16)
-            squares = _mm512_fmadd_ps(_mm512_loadu_ps(x + i), _mm512_loadu_ps(x + i), squares);
+            squares = fmadd(load(x + i), load(x + i), squares);
         scales[r] = inverse_rms(squares, width, eps);
         for (int64_t i = 0; i < width; i += GROUP) {
-            const __m512 scale = _mm512_set1_ps(scales[r]), last = _mm512_loadu_ps(x + i + 16);
-            store_line(y + i, _mm512_mul_ps(_mm512_loadu_ps(x + i), scale), _mm512_mul_ps(last, scale));
+            const Lanes scale = fill(scales[r]), last = load(x + i + 16);
+            store_line(y + i, mul(load(x + i), scale), mul(last, scale));
         }
     }
 }
 
 // What comes back through a norm of one row, y = x scale: dx = given + scale (dy - y mean(dy y))
 void unnorm_row(const Bf16* y, float scale, const float* dy, int64_t width, const float* given, float* dx) {
-    __m512 sum = _mm512_setzero_ps();
-    for (int64_t i = 0; i < width; i += 16) sum = _mm512_fmadd_ps(_mm512_loadu_ps(dy + i), widen(y + i), sum);
-    const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / width);
+    Lanes sum = zeros();
+    for (int64_t i = 0; i < width; i += 16) sum = fmadd(load(dy + i), widen(y + i), sum);
+    const Lanes mean = fill(sum_of(sum) / width);
     for (int64_t i = 0; i < width; i += 16) {
-        const __m512 back = _mm512_fnmadd_ps(widen(y + i), mean, _mm512_loadu_ps(dy + i));
-        _mm512_storeu_ps(dx + i, _mm512_fmadd_ps(back, _mm512_set1_ps(scale), _mm512_loadu_ps(given + i)));
+        const Lanes back = fnmadd(widen(y + i), mean, load(dy + i));
+        put16(dx + i, fmadd(back, fill(scale), load(given + i)));
     }
 }
 
 // The gradient of 16 weights behind a gain, from that of their products with it; adds to that of the gain
-__m512 by_gained(__m512 by, const float* weight, const float* gain, float* by_gain) {
-    _mm512_storeu_ps(by_gain, _mm512_fmadd_ps(by, _mm512_loadu_ps(weight), _mm512_loadu_ps(by_gain)));
-    return _mm512_mul_ps(by, _mm512_loadu_ps(gain));
+Lanes by_gained(Lanes by, const float* weight, const float* gain, float* by_gain) {
+    put16(by_gain, fmadd(by, load(weight), load(by_gain)));
+    return mul(by, load(gain));
 }
 
 struct Turns {                          // norms and rotary positions of a kind of heads
@@ -201,19 +200,19 @@ void turn_rows(Rows raw, int64_t rows, int64_t width, const Turns& turns, Bf16* 
     with_registers(width, [&](auto registers) {
         constexpr int N = registers, HALF = N / 2;
         for (int64_t t = 0; t < rows; t++) {
-            __m512 x[N], squares = _mm512_setzero_ps();
+            Lanes x[N], squares = zeros();
 #pragma GCC unroll 8
-            for (int i = 0; i < N; i++) x[i] = widen(raw.at(t, 16 * i)), squares = _mm512_fmadd_ps(x[i], x[i], squares);
-            const __m512 scale = _mm512_set1_ps(inverse_rms(squares, 16 * N, turns.eps) * turns.factor);
+            for (int i = 0; i < N; i++) x[i] = widen(raw.at(t, 16 * i)), squares = fmadd(x[i], x[i], squares);
+            const Lanes scale = fill(inverse_rms(squares, 16 * N, turns.eps) * turns.factor);
 #pragma GCC unroll 8
             for (int i = 0; i < N; i++)
-                x[i] = _mm512_mul_ps(_mm512_mul_ps(x[i], scale), _mm512_loadu_ps(turns.gain + 16 * i));
+                x[i] = mul(mul(x[i], scale), load(turns.gain + 16 * i));
 #pragma GCC unroll 8
             for (int i = 0; i < N; i++) {
                 const int64_t at = (t * N + i) * 16;
-                const __m512 straight = _mm512_mul_ps(x[i], _mm512_loadu_ps(turns.cosine + at));
-                const __m512 sine = _mm512_loadu_ps(turns.sine + at);
-                store_bf16(y + at, _mm512_fmadd_ps(x[(i + HALF) % N], sine, straight));
+                const Lanes straight = mul(x[i], load(turns.cosine + at));
+                const Lanes sine = load(turns.sine + at);
+                store_bf16(y + at, fmadd(x[(i + HALF) % N], sine, straight));
             }
         }
     });
@@ -226,34 +225,34 @@ void unturn_rows(Rows raw, Range rows, int64_t width, const Turns& turns, const 
                  float* by_gain, Bf16* draw, int64_t step) {
     with_registers(width, [&](auto registers) {
         constexpr int N = registers, HALF = N / 2;
-        __m512 gain[N], by[N];
+        Lanes gain[N], by[N];
 #pragma GCC unroll 8
-        for (int i = 0; i < N; i++) gain[i] = _mm512_loadu_ps(turns.gain + 16 * i), by[i] = _mm512_setzero_ps();
+        for (int i = 0; i < N; i++) gain[i] = load(turns.gain + 16 * i), by[i] = zeros();
         for (int64_t t = rows.begin; t < rows.end; t++) {
             const float* dy = given(t);
-            __m512 x[N], back[N], squares = _mm512_setzero_ps(), sum = _mm512_setzero_ps();
+            Lanes x[N], back[N], squares = zeros(), sum = zeros();
 #pragma GCC unroll 8
-            for (int i = 0; i < N; i++) x[i] = widen(raw.at(t, 16 * i)), squares = _mm512_fmadd_ps(x[i], x[i], squares);
+            for (int i = 0; i < N; i++) x[i] = widen(raw.at(t, 16 * i)), squares = fmadd(x[i], x[i], squares);
             const float scale = inverse_rms(squares, 16 * N, turns.eps);
 #pragma GCC unroll 8
             for (int i = 0; i < N; i++) {
                 const int other = (i + HALF) % N;
-                const auto from = [&](int j) { return _mm512_loadu_ps(dy + j / 2 * far + j % 2 * 16); };
-                const auto at = [&](const float* table, int j) { return _mm512_loadu_ps(table + (t * N + j) * 16); };
-                back[i] = _mm512_mul_ps(from(i), at(turns.cosine, i));
-                back[i] = _mm512_fmadd_ps(from(other), at(turns.sine, other), back[i]);
-                back[i] = _mm512_mul_ps(back[i], _mm512_set1_ps(scale * turns.factor));
-                by[i] = _mm512_fmadd_ps(back[i], x[i], by[i]);
-                back[i] = _mm512_mul_ps(back[i], gain[i]);
-                sum = _mm512_fmadd_ps(back[i], x[i], sum);
+                const auto from = [&](int j) { return load(dy + j / 2 * far + j % 2 * 16); };
+                const auto at = [&](const float* table, int j) { return load(table + (t * N + j) * 16); };
+                back[i] = mul(from(i), at(turns.cosine, i));
+                back[i] = fmadd(from(other), at(turns.sine, other), back[i]);
+                back[i] = mul(back[i], fill(scale * turns.factor));
+                by[i] = fmadd(back[i], x[i], by[i]);
+                back[i] = mul(back[i], gain[i]);
+                sum = fmadd(back[i], x[i], sum);
             }
-            const __m512 slope = _mm512_set1_ps(-_mm512_reduce_add_ps(sum) / (16 * N) * scale * scale);
+            const Lanes slope = fill(-sum_of(sum) / (16 * N) * scale * scale);
 #pragma GCC unroll 8
-            for (int i = 0; i < N; i++) store_bf16(draw + t * step + 16 * i, _mm512_fmadd_ps(x[i], slope, back[i]));
+            for (int i = 0; i < N; i++) store_bf16(draw + t * step + 16 * i, fmadd(x[i], slope, back[i]));
         }
 #pragma GCC unroll 8
         for (int i = 0; i < N; i++)
-            _mm512_storeu_ps(by_gain + 16 * i, _mm512_add_ps(_mm512_loadu_ps(by_gain + 16 * i), by[i]));
+            put16(by_gain + 16 * i, add(load(by_gain + 16 * i), by[i]));
     });
 }
 

@@ -21,21 +21,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common.config import command, parse_options, to_mapping
-from common.distributed import (
-    BatchPlan,
-    EngineName,
-    Precision,
-    World,
-    autocast,
-    batch_plan,
-    make_engine,
-    start_world,
-    stop_world,
-)
+from common.distributed import BatchPlan, EngineName, World, batch_plan, make_engine, start_world, stop_world
 from common.image import make_grid, resize_square, to_image, to_tensor
 from common.log import say
 from common.loop import LoopConfig, fit
 from common.optim import Ema, OptimConfig, learning_rate, make_optimizer
+from common.precision import Precision, autocast
 from data_tools.index import ShardIndex
 from data_tools.loader import IMAGE_SUFFIXES, CorruptSample, eval_batches, open_image, train_batches
 from data_tools.synthetic import ensure_synthetic

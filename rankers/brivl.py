@@ -22,7 +22,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.distributed import autocast, pick_device
+from common.distributed import pick_device
+from common.precision import autocast
 from rankers.base import TwoTowerRanker, as_rgb, content_hash
 from rankers.brivl_model import Brivl, BrivlConfig
 from rankers.calibration import find_calibration

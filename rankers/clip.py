@@ -14,8 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from common import checkpoint
-from common.distributed import autocast, pick_device
+from common.distributed import pick_device
 from common.image import resize_square
+from common.precision import autocast
 from rankers.base import TwoTowerRanker
 from rankers.calibration import find_calibration
 from rankers.model import RankerModel, load_model

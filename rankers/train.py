@@ -25,9 +25,7 @@ from common.distributed import (
     BatchPlan,
     DeepSpeedConfig,
     EngineName,
-    Precision,
     World,
-    autocast,
     batch_plan,
     make_engine,
     split_batch,
@@ -38,6 +36,7 @@ from common.image import make_grid, resize_square
 from common.log import say
 from common.loop import LoopConfig, fit
 from common.optim import Ema, OptimConfig, learning_rate, make_optimizer
+from common.precision import Precision, autocast
 from data_tools.loader import train_batches
 from data_tools.remote import RemoteOptions
 from rankers.base import TwoTowerRanker

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.distributed import Precision, World, autocast, make_engine
+from common.distributed import World, make_engine
 from common.optim import OptimConfig, adamw
+from common.precision import Precision, autocast
 from vq.discriminator import DiscriminatorConfig, PatchDiscriminator
 from vq.losses import (
     AdversarialLoss,

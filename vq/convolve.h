@@ -44,9 +44,9 @@ struct Grid {
 template <int R, typename Store>
 [[gnu::flatten]] void convolve_tile(const Conv& c, const Bf16* in, int64_t step, int64_t line, Range taps,
                                     const Bf16* group, const Store& store) {
-    __m512 sums[R][2];
+    Lanes sums[R][2];
 #pragma GCC unroll 12
-    for (int r = 0; r < R; r++) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
+    for (int r = 0; r < R; r++) sums[r][0] = sums[r][1] = zeros();
     group += taps.begin * c.kernel * c.inputs * GROUP;
     for (int64_t y = taps.begin; y < taps.end; y++)
         for (int64_t x = 0; x < c.kernel; x++, group += c.inputs * GROUP) {
@@ -70,16 +70,16 @@ void convolve(const Conv& c, const Bf16* in, int64_t line, int64_t height, int64
     const int64_t tiles = (width + MAX_TILE - 1) / MAX_TILE;
     for (int64_t g = 0; g < c.outputs / GROUP; g++) {
         const Bf16* group = c.weight + g * c.kernel * c.kernel * c.inputs * GROUP;
-        __m512 low = _mm512_setzero_ps(), high = low;
-        if (c.bias) low = _mm512_loadu_ps(c.bias + g * GROUP), high = _mm512_loadu_ps(c.bias + g * GROUP + 16);
+        Lanes low = zeros(), high = low;
+        if (c.bias) low = load(c.bias + g * GROUP), high = load(c.bias + g * GROUP + 16);
         for (int64_t y = 0; y < height; y++) {
             const bool first_line = c.kernel > 1 && y == 0, last_line = c.kernel > 1 && y == height - 1;
             const Range taps{first_line, c.kernel - last_line};  // the rest lies on the border
             for (int64_t t = 0; t < tiles; t++) {
                 const Range places = share(width, t, tiles);
                 const Bf16* from = in + y * c.stride * line + places.begin * c.stride * c.inputs;
-                const auto biased = [&](int64_t place, __m512 first, __m512 last) {
-                    store(y, places.begin + place, g * GROUP, _mm512_add_ps(first, low), _mm512_add_ps(last, high));
+                const auto biased = [&](int64_t place, Lanes first, Lanes last) {
+                    store(y, places.begin + place, g * GROUP, add(first, low), add(last, high));
                 };
                 const int64_t number = places.end - places.begin, step = c.stride * c.inputs;
                 convolve_places<MAX_TILE>(number, c, from, step, line, taps, group, biased);
@@ -91,20 +91,20 @@ void convolve(const Conv& c, const Bf16* in, int64_t line, int64_t height, int64
 struct Putter {  // of sums into x (lines, width, channels)
     float* x;
     int64_t width, channels;
-    void operator()(int64_t y, int64_t place, int64_t n, __m512 first, __m512 last) const {
+    void operator()(int64_t y, int64_t place, int64_t n, Lanes first, Lanes last) const {
         float* to = x + (y * width + place) * channels + n;
-        _mm512_storeu_ps(to, first);
-        _mm512_storeu_ps(to + 16, last);
+        put16(to, first);
+        put16(to + 16, last);
     }
 };
 
 struct Adder {  // the same, added
     float* x;
     int64_t width, channels;
-    void operator()(int64_t y, int64_t place, int64_t n, __m512 first, __m512 last) const {
+    void operator()(int64_t y, int64_t place, int64_t n, Lanes first, Lanes last) const {
         float* to = x + (y * width + place) * channels + n;
-        _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), first));
-        _mm512_storeu_ps(to + 16, _mm512_add_ps(_mm512_loadu_ps(to + 16), last));
+        put16(to, add(load(to), first));
+        put16(to + 16, add(load(to + 16), last));
     }
 };
 
@@ -127,44 +127,44 @@ struct Tiles {               // room for a block
 // 4 x 4 places at `corner` -> 16 points, `step` apart: B^T d B
 void transform_in(const Bf16* corner, int64_t line, int64_t channels, Bf16* to, int64_t step) {
     for (int64_t c = 0; c < channels; c += 16) {
-        __m512 d[4][4];
+        Lanes d[4][4];
 #pragma GCC unroll 4
         for (int x = 0; x < 4; x++) {
-            __m512 column[4];
+            Lanes column[4];
 #pragma GCC unroll 4
             for (int y = 0; y < 4; y++) column[y] = widen(corner + y * line + x * channels + c);
-            d[0][x] = _mm512_sub_ps(column[0], column[2]);
-            d[1][x] = _mm512_add_ps(column[1], column[2]);
-            d[2][x] = _mm512_sub_ps(column[2], column[1]);
-            d[3][x] = _mm512_sub_ps(column[1], column[3]);
+            d[0][x] = sub(column[0], column[2]);
+            d[1][x] = add(column[1], column[2]);
+            d[2][x] = sub(column[2], column[1]);
+            d[3][x] = sub(column[1], column[3]);
         }
 #pragma GCC unroll 4
         for (int y = 0; y < 4; y++) {
             Bf16* at = to + y * 4 * step + c;
-            store_bf16(at, _mm512_sub_ps(d[y][0], d[y][2]));
-            store_bf16(at + step, _mm512_add_ps(d[y][1], d[y][2]));
-            store_bf16(at + 2 * step, _mm512_sub_ps(d[y][2], d[y][1]));
-            store_bf16(at + 3 * step, _mm512_sub_ps(d[y][1], d[y][3]));
+            store_bf16(at, sub(d[y][0], d[y][2]));
+            store_bf16(at + step, add(d[y][1], d[y][2]));
+            store_bf16(at + 2 * step, sub(d[y][2], d[y][1]));
+            store_bf16(at + 3 * step, sub(d[y][1], d[y][3]));
         }
     }
 }
 
 // 16 points of 16 outputs, `OUT_STEP` apart -> 2 x 2 places: A^T m A
-void transform_out(const float* from, __m512 bias, __m512 (&places)[4]) {
-    __m512 rows[2][4];
+void transform_out(const float* from, Lanes bias, Lanes (&places)[4]) {
+    Lanes rows[2][4];
 #pragma GCC unroll 4
     for (int x = 0; x < 4; x++) {
-        __m512 m[4];
+        Lanes m[4];
 #pragma GCC unroll 4
-        for (int y = 0; y < 4; y++) m[y] = _mm512_loadu_ps(from + (y * 4 + x) * Tiles::OUT_STEP);
-        rows[0][x] = _mm512_add_ps(_mm512_add_ps(m[0], m[1]), m[2]);
-        rows[1][x] = _mm512_sub_ps(_mm512_sub_ps(m[1], m[2]), m[3]);
+        for (int y = 0; y < 4; y++) m[y] = load(from + (y * 4 + x) * Tiles::OUT_STEP);
+        rows[0][x] = add(add(m[0], m[1]), m[2]);
+        rows[1][x] = sub(sub(m[1], m[2]), m[3]);
     }
 #pragma GCC unroll 2
     for (int y = 0; y < 2; y++) {
-        const __m512 biased = _mm512_add_ps(bias, rows[y][1]);
-        places[2 * y] = _mm512_add_ps(_mm512_add_ps(biased, rows[y][0]), rows[y][2]);
-        places[2 * y + 1] = _mm512_sub_ps(_mm512_sub_ps(biased, rows[y][2]), rows[y][3]);
+        const Lanes biased = add(bias, rows[y][1]);
+        places[2 * y] = add(add(biased, rows[y][0]), rows[y][2]);
+        places[2 * y + 1] = sub(sub(biased, rows[y][2]), rows[y][3]);
     }
 }
 
@@ -185,11 +185,11 @@ void convolve_by_tiles(const Conv& c, const Bf16* in, Grid grid, Tiles& room, co
             for (int64_t point = 0; point < POINTS; point++, group += size) {
                 const Putter put{room.out.data() + point * Tiles::OUT_STEP, 0, GROUP};
                 product(room.in.data() + point * step, number, c.inputs, c.inputs, group, size, 1,
-                        [&](int64_t i, int64_t n, __m512 first, __m512 last) { put(0, i, n, first, last); });
+                        [&](int64_t i, int64_t n, Lanes first, Lanes last) { put(0, i, n, first, last); });
             }
-            const __m512 low = _mm512_loadu_ps(c.bias + g * GROUP), high = _mm512_loadu_ps(c.bias + g * GROUP + 16);
+            const Lanes low = load(c.bias + g * GROUP), high = load(c.bias + g * GROUP + 16);
             for (int64_t i = 0; i < number; i++) {
-                __m512 first[4], last[4];
+                Lanes first[4], last[4];
                 transform_out(room.out.data() + i * GROUP, low, first);
                 transform_out(room.out.data() + i * GROUP + 16, high, last);
                 const int64_t y = (begin + i) / across * 2, x = (begin + i) % across * 2;
@@ -222,10 +222,10 @@ void clear_border(Bf16* x, Grid grid) {
 void measure(const Norm& norm, const float* x, int64_t places, float* factor, float* shift) {
     const int64_t channels = norm.channels, each = channels / norm.groups;
     for (int64_t c = 0; c < channels; c += 16) {
-        __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+        Lanes sums[4] = {zeros(), zeros(), zeros(), zeros()};
         for (int64_t p = 0; p < places; p++)
-            sums[p & 3] = _mm512_add_ps(sums[p & 3], _mm512_loadu_ps(x + p * channels + c));
-        _mm512_storeu_ps(factor + c, _mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3])));
+            sums[p & 3] = add(sums[p & 3], load(x + p * channels + c));
+        put16(factor + c, add(add(sums[0], sums[1]), add(sums[2], sums[3])));
     }
     for (int64_t g = 0; g < channels; g += each) {
         double sum = 0;
@@ -233,13 +233,13 @@ void measure(const Norm& norm, const float* x, int64_t places, float* factor, fl
         std::fill_n(shift + g, each, static_cast<float>(sum / (each * places)));
     }
     for (int64_t c = 0; c < channels; c += 16) {
-        const __m512 mean = _mm512_loadu_ps(shift + c);
-        __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+        const Lanes mean = load(shift + c);
+        Lanes sums[4] = {zeros(), zeros(), zeros(), zeros()};
         for (int64_t p = 0; p < places; p++) {
-            const __m512 apart = _mm512_sub_ps(_mm512_loadu_ps(x + p * channels + c), mean);
-            sums[p & 3] = _mm512_fmadd_ps(apart, apart, sums[p & 3]);
+            const Lanes apart = sub(load(x + p * channels + c), mean);
+            sums[p & 3] = fmadd(apart, apart, sums[p & 3]);
         }
-        _mm512_storeu_ps(factor + c, _mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3])));
+        put16(factor + c, add(add(sums[0], sums[1]), add(sums[2], sums[3])));
     }
     for (int64_t g = 0; g < channels; g += each) {
         double squares = 0;
@@ -260,8 +260,8 @@ void apply_norm(const Norm& norm, const float* x, Grid grid, float* room, Bf16* 
     for (int64_t y = 0; y < grid.height; y++, to += line)
         for (int64_t i = 0; i < grid.width * grid.channels; i += grid.channels, x += grid.channels)
             for (int64_t c = 0; c < grid.channels; c += 16) {
-                const __m512 part = _mm512_loadu_ps(x + c);
-                const __m512 normed = _mm512_fmadd_ps(part, _mm512_loadu_ps(factor + c), _mm512_loadu_ps(shift + c));
+                const Lanes part = load(x + c);
+                const Lanes normed = fmadd(part, load(factor + c), load(shift + c));
                 store_bf16(to + i + c, SILU ? silu512(normed) : normed);
             }
 }

@@ -23,10 +23,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.config import command, parse_options
-from common.distributed import Precision, World, autocast, start_world, stop_world
+from common.distributed import World, start_world, stop_world
 from common.files import ensure_writable_directory, read_json, write_json
 from common.image import make_grid, resize_square, stack_rows, to_image, to_tensor
 from common.log import say
+from common.precision import Precision, autocast
 from data_tools.augment import Chain, PictureAugment
 from data_tools.crops import CropFlip
 from data_tools.index import ShardIndex, ShardSource

@@ -24,10 +24,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from common.config import command, parse_options
-from common.distributed import Precision, autocast, pick_device
+from common.distributed import pick_device
 from common.files import atomic_path, ensure_writable_directory, write_json
 from common.image import to_image
 from common.log import say
+from common.precision import Precision, autocast
 from data_tools.loader import DecodeImage, eval_batches
 from vq.data import open_pictures
 from vq.foreground import border_mask

@@ -2,7 +2,7 @@
 //
 // A thread takes whole pictures, so the codes of a picture depend neither on its company nor on the number of threads.
 // The sum that the blocks add to: (H W, C) float32. Weights of a convolution: (N / 32, taps, C / 2, 2, 16, 2) bfloat16,
-// see common/avx512.h.
+// see common/kernels.h.
 
 #include "convolve.h"
 
@@ -59,17 +59,17 @@ void to_bands(const Encoder& e, const Pictures& p, int64_t picture, Grid grid, f
                         for (int64_t channel = 0; channel < 3; channel++)
                             *pixel++ = corner[v * p.strides[2] + u * p.strides[3] + channel * p.strides[1]];
             for (int64_t c = 0; c < grid.channels; c += 16) {
-                __m512 sums[PATCHES];
-                for (int i = 0; i < PATCHES; i++) sums[i] = _mm512_setzero_ps();
+                Lanes sums[PATCHES];
+                for (int i = 0; i < PATCHES; i++) sums[i] = zeros();
                 for (int64_t k = 0; k < size; k++) {
-                    const __m512 bands = _mm512_loadu_ps(e.bands + k * whole + c);
+                    const Lanes bands = load(e.bands + k * whole + c);
 #pragma GCC unroll 8
                     for (int i = 0; i < PATCHES; i++)
-                        sums[i] = _mm512_fmadd_ps(_mm512_set1_ps(room[i * size + k]), bands, sums[i]);
+                        sums[i] = fmadd(fill(room[i * size + k]), bands, sums[i]);
                 }
-                const __mmask16 there = grid.channels - c >= 16 ? 0xffff : (1 << (grid.channels - c)) - 1;
+                const Mask there = first_lanes(grid.channels - c);
                 for (int i = 0; i < n; i++)
-                    _mm256_mask_storeu_epi16(to + grid.at(y, x + i) + c, there, (__m256i)_mm512_cvtneps_pbh(sums[i]));
+                    store_some_bf16(to + grid.at(y, x + i) + c, there, sums[i]);
             }
         }
 }
@@ -102,8 +102,8 @@ struct Room {  // of a thread, for a picture
         in.resize(most);
         middle.resize(most);
         small.resize(std::max(2 * widest, PATCHES * 3 * e.patch * e.patch));
-        scores.resize(MAX_TILE * padded);
-        weights.resize(MAX_TILE * padded);
+        scores.resize(BAND * padded);
+        weights.resize(BAND * padded);
         keys.resize(padded * e.head_dim);
         values.resize(padded * e.head_dim);
     }
@@ -114,7 +114,7 @@ void residual(const Block& b, Grid grid, Room& room) {
     clear_border(room.middle.data(), grid);
     float* x = room.sums.data();
     apply_norm<true>(b.norm, x, grid, room.small.data(), room.in.data() + grid.at(0, 0), grid.line());
-    const auto put_silu = [&](int64_t y, int64_t place, int64_t n, __m512 first, __m512 last) {
+    const auto put_silu = [&](int64_t y, int64_t place, int64_t n, Lanes first, Lanes last) {
         Bf16* to = room.middle.data() + grid.at(y, place) + n;
         store_line(to, silu512(first), silu512(last));
     };
@@ -127,7 +127,7 @@ Grid downsample(const Block& b, Grid grid, Room& room) {
     const float* x = room.sums.data();
     for (int64_t y = 0; y < grid.height; y++)
         for (int64_t i = 0; i < grid.width * grid.channels; i += 16, x += 16)
-            store_bf16(room.in.data() + grid.at(y, 0) + i, _mm512_loadu_ps(x));
+            store_bf16(room.in.data() + grid.at(y, 0) + i, load(x));
     const Grid half{grid.height / 2, grid.width / 2, b.first.outputs};
     const Putter put{room.sums.data(), half.width, half.channels};
     convolve(b.first, room.in.data(), grid.line(), half.height, half.width, put);
@@ -136,20 +136,20 @@ Grid downsample(const Block& b, Grid grid, Room& room) {
 
 // exp(scores - their maximum) in bfloat16, 0 from `places` to `padded`; returns 1 / their sum
 float soften(const float* scores, int64_t places, int64_t padded, Bf16* weights) {
-    const __m512 nothing = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+    const Lanes nothing = fill(-std::numeric_limits<float>::infinity());
     const auto seen = [&](int64_t i) {
-        const __mmask16 there = i + 16 <= places ? 0xffff : i >= places ? 0 : (1 << (places - i)) - 1;
-        return _mm512_mask_loadu_ps(nothing, there, scores + i);
+        const Mask there = first_lanes(std::max<int64_t>(places - i, 0));
+        return load_some(there, scores + i, nothing);
     };
-    __m512 most = nothing, total = _mm512_setzero_ps();
-    for (int64_t i = 0; i < padded; i += 16) most = _mm512_max_ps(most, seen(i));
-    most = _mm512_set1_ps(_mm512_reduce_max_ps(most));
+    Lanes most = nothing, total = zeros();
+    for (int64_t i = 0; i < padded; i += 16) most = larger(most, seen(i));
+    most = fill(most_of(most));
     for (int64_t i = 0; i < padded; i += 16) {
-        const __m512 p = exp512(_mm512_sub_ps(seen(i), most));
+        const Lanes p = exp512(sub(seen(i), most));
         store_bf16(weights + i, p);
-        total = _mm512_add_ps(total, p);
+        total = add(total, p);
     }
-    return 1 / _mm512_reduce_add_ps(total);
+    return 1 / sum_of(total);
 }
 
 void attend(int64_t head, int64_t width, Grid grid, Room& room, Bf16* to) {
@@ -158,19 +158,19 @@ void attend(int64_t head, int64_t width, Grid grid, Room& room, Bf16* to) {
     pack_rows({key, step, GROUP}, places, width, room.keys.data());
     pair_rows({key + grid.channels, step, GROUP}, places, padded / 2, width, room.values.data(), padded / 2);
     const Putter put{room.scores.data(), 0, padded};
-    float inverse[MAX_TILE];
-    for (int64_t begin = 0; begin < places; begin += MAX_TILE) {
-        const int64_t n = std::min(MAX_TILE, places - begin);
+    float inverse[BAND];
+    for (int64_t begin = 0; begin < places; begin += BAND) {
+        const int64_t n = std::min(BAND, places - begin);
         const Bf16* queries = room.queries.data() + (head * places + begin) * width;
         near_product(queries, n, width, width, room.keys.data(), width * GROUP, padded / GROUP,
-                     [&](int64_t i, int64_t p, __m512 first, __m512 last) { put(0, i, p, first, last); });
+                     [&](int64_t i, int64_t p, Lanes first, Lanes last) { put(0, i, p, first, last); });
         for (int64_t i = 0; i < n; i++)
             inverse[i] = soften(room.scores.data() + i * padded, places, padded, room.weights.data() + i * padded);
         near_product(room.weights.data(), n, padded, padded, room.values.data(), padded * GROUP, width / GROUP,
-                     [&](int64_t i, int64_t k, __m512 first, __m512 last) {
-                         const __m512 scale = _mm512_set1_ps(inverse[i]);
-                         store_line(to + (begin + i) * grid.channels + head * width + k, _mm512_mul_ps(first, scale),
-                                    _mm512_mul_ps(last, scale));
+                     [&](int64_t i, int64_t k, Lanes first, Lanes last) {
+                         const Lanes scale = fill(inverse[i]);
+                         store_line(to + (begin + i) * grid.channels + head * width + k, mul(first, scale),
+                                    mul(last, scale));
                      });
     }
 }
@@ -179,12 +179,12 @@ void attention(const Block& b, int64_t width, Grid grid, Room& room) {
     const int64_t places = grid.places(), channels = grid.channels;
     float* x = room.sums.data();
     apply_norm<false>(b.norm, x, {1, places, channels}, room.small.data(), room.in.data(), 0);
-    const __m512 scale = _mm512_set1_ps(1 / std::sqrt(static_cast<float>(width)));
-    convolve(b.first, room.in.data(), 0, 1, places, [&](int64_t, int64_t p, int64_t n, __m512 first, __m512 last) {
+    const Lanes scale = fill(1 / std::sqrt(static_cast<float>(width)));
+    convolve(b.first, room.in.data(), 0, 1, places, [&](int64_t, int64_t p, int64_t n, Lanes first, Lanes last) {
         Bf16* to = room.rest.data() + p * 2 * channels + n - channels;
         if (n < channels) {
             to = room.queries.data() + (n / width * places + p) * width + n % width;
-            first = _mm512_mul_ps(first, scale), last = _mm512_mul_ps(last, scale);
+            first = mul(first, scale), last = mul(last, scale);
         }
         store_line(to, first, last);
     });
@@ -196,19 +196,18 @@ void attention(const Block& b, int64_t width, Grid grid, Room& room) {
 
 // The first of the nearest codes to z (D)
 int64_t nearest(const Encoder& e, const float* z) {
-    __m512 least = _mm512_set1_ps(std::numeric_limits<float>::infinity());
-    __m512i which = _mm512_setzero_si512(),
-            number = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    for (int64_t v = 0; v < e.num_codes; v += 16, number = _mm512_add_epi32(number, _mm512_set1_epi32(16))) {
-        __m512 distance = _mm512_loadu_ps(e.codes + e.latent_dim * e.num_codes + v);
+    Lanes least = fill(std::numeric_limits<float>::infinity());
+    Words which = no_words(), number = count_up();
+    for (int64_t v = 0; v < e.num_codes; v += 16, number = add_words(number, fill_words(16))) {
+        Lanes distance = load(e.codes + e.latent_dim * e.num_codes + v);
         for (int64_t d = 0; d < e.latent_dim; d++)
-            distance = _mm512_fmadd_ps(_mm512_set1_ps(z[d]), _mm512_loadu_ps(e.codes + d * e.num_codes + v), distance);
-        const __mmask16 nearer = _mm512_cmp_ps_mask(distance, least, _CMP_LT_OQ);
-        least = _mm512_mask_mov_ps(least, nearer, distance);
-        which = _mm512_mask_mov_epi32(which, nearer, number);
+            distance = fmadd(fill(z[d]), load(e.codes + d * e.num_codes + v), distance);
+        const Mask nearer = below(distance, least);
+        least = pick(nearer, distance, least);
+        which = pick_words(nearer, number, which);
     }
-    const __mmask16 best = _mm512_cmp_ps_mask(least, _mm512_set1_ps(_mm512_reduce_min_ps(least)), _CMP_EQ_OQ);
-    return best ? _mm512_mask_reduce_min_epi32(best, which) : 0;  // no distance is a number
+    const Mask best = same(least, fill(least_of(least)));
+    return any(best) ? least_word(best, which) : 0;  // no distance is a number
 }
 
 void encode_picture(const Encoder& e, const Pictures& p, int64_t picture, Room& room, float* latents, int64_t* ids) {

@@ -1,4 +1,4 @@
-"""Pictures to codes by compiled code (native.cpp), for x86 CPUs with AVX512-BF16: the `fast` encoder in one call.
+"""Pictures to codes by compiled code (native.cpp), for x86 CPUs with AVX512-BF16 or AVX2: the `fast` encoder as a call.
 
 The convolutions of PyTorch reach nine tenths of the speed of these, and what lies between them costs as much again.
 """
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from common import native
-from common.distributed import Precision, autocast, has_native_bf16
 from common.log import say
+from common.precision import Precision, autocast, has_native_bf16
 from vq.autoencoder import AttentionBlock, Encoder, ResBlock, haar_matrix
 from vq.layers import GroupNorm
 from vq.model import ImageTokenizer
@@ -207,7 +207,7 @@ class PictureEncoder:
         if engine == "native" and (device.type != "cpu" or not in_bf16):
             raise ValueError(f"the native engine computes in bf16 on a CPU, not in {precision} on {device}")
         wanted = device.type == "cpu" and in_bf16 and fits(tokenizer)
-        wanted = wanted and not native.lacking_flags() and not native.is_outdone()
+        wanted = wanted and bool(native.level()) and not native.is_outdone()
         if engine == "auto" and wanted and (reason := why_not()):
             say(f"encoding slower, with PyTorch's convolutions: {reason}")
         elif engine == "native" or (engine == "auto" and wanted):

@@ -6,9 +6,9 @@ from typing import Literal
 
 from common import checkpoint
 from common.config import from_mapping, to_mapping
-from common.distributed import Precision
 from common.loop import LoopConfig
 from common.optim import OptimConfig
+from common.precision import Precision
 from data_tools.augment import PictureAugment
 from data_tools.crops import CropFlip
 from data_tools.remote import RemoteOptions

@@ -18,10 +18,11 @@ from PIL import Image
 from torch import Tensor
 
 from common import checkpoint
-from common.distributed import BatchPlan, World, autocast, make_engine
+from common.distributed import BatchPlan, World, make_engine
 from common.image import stack_rows, to_image
 from common.log import say
 from common.optim import Ema, learning_rate, make_optimizer
+from common.precision import autocast
 from vq.adversary import Adversary
 from vq.foreground import pixel_weights
 from vq.losses import color_shift, grid_loss, pixel_loss, psnr, shifted

@@ -19,19 +19,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from common.config import command, parse_options, to_mapping
-from common.distributed import (
-    BatchPlan,
-    Precision,
-    World,
-    autocast,
-    batch_plan,
-    make_engine,
-    start_world,
-    stop_world,
-)
+from common.distributed import BatchPlan, World, batch_plan, make_engine, start_world, stop_world
 from common.log import say
 from common.loop import LoopConfig, fit
 from common.optim import OptimConfig, learning_rate, make_optimizer
+from common.precision import Precision, autocast
 from data_tools.crops import CropFlip
 from data_tools.index import ShardIndex
 from data_tools.loader import IMAGE_SUFFIXES, DecodeImage, eval_batches, train_batches

@@ -8,10 +8,10 @@ import torch
 from processes import CONTEXT, SECONDS, difference, launcher_env, run, trace, training_state, weights
 from torch import nn
 
+from common import precision
 from common.distributed import (
     BatchPlan,
     World,
-    autocast,
     batch_plan,
     make_engine,
     pick_device,
@@ -20,6 +20,7 @@ from common.distributed import (
     stop_world,
 )
 from common.optim import OptimConfig, adamw
+from common.precision import autocast
 
 ALONE = World(0, 1, 0, torch.device("cpu"), "none")
 
@@ -187,9 +188,13 @@ def test_devices_that_are_not_there_are_refused():
             pick_device("cuda")
 
 
-def test_autocast_computes_in_the_precision_asked_for():
+def test_autocast_computes_in_the_precision_asked_for(monkeypatch):
     layer, cpu = nn.Linear(2, 2), torch.device("cpu")
-    with autocast(cpu, "bf16"):
-        assert layer(torch.ones(1, 2)).dtype == torch.bfloat16
-    with autocast(cpu, "fp32"):
-        assert layer(torch.ones(1, 2)).dtype == torch.float32
+    for native in (True, False):  # PyTorch would only emulate bf16 on the other CPU: there it is for kernels alone
+        monkeypatch.setattr(precision, "has_native_bf16", lambda _, native=native: native)
+        for name, kernels in (("bf16", True), ("auto", True), ("fp32", False)):
+            with autocast(cpu, name):
+                in_bf16 = layer(torch.ones(1, 2)).dtype == torch.bfloat16
+                assert in_bf16 == (kernels and native)
+                assert precision.trains_in_bf16() == kernels
+        assert not precision.trains_in_bf16()

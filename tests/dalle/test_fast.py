@@ -2,8 +2,8 @@ import pytest
 import torch
 from small_checkpoint import enlarge_
 
-from common.native import lacking_flags
-from dalle import native
+from common.native import level
+from dalle import native, packed
 from dalle.fast import CompiledDecoder, FastOptions, GraphDecoder, PlainDecoder, prepare
 from dalle.model import Dalle, ModelOptions
 from dalle.native import NativeDecoder
@@ -13,9 +13,12 @@ from dalle.sampling import SamplingOptions, picture_generator, sample_ids
 CONFIG = dict(dim=64, num_layers=3, num_heads=4)
 HEADS = [{}, {"num_kv_heads": 2}, {"num_kv_heads": 1, "tie_image_head": True}]
 needs_native = pytest.mark.skipif(bool(native.why_not()), reason=f"no native engine: {native.why_not()}")
+needs_packed_bf16 = pytest.mark.skipif(
+    not packed.is_available(torch.bfloat16), reason="oneDNN packs no 16 bits on this CPU"
+)
 FEW_BITS = [
-    (PackedDecoder, torch.bfloat16, 0.02),
-    (PackedDecoder, torch.int8, 0.05),
+    pytest.param(PackedDecoder, torch.bfloat16, 0.02, marks=needs_packed_bf16),
+    pytest.param(PackedDecoder, torch.int8, 0.05, marks=needs_packed_bf16),
     pytest.param(NativeDecoder, torch.bfloat16, 0.02, marks=needs_native),
     pytest.param(NativeDecoder, torch.int8, 0.05, marks=needs_native),
 ]
@@ -117,9 +120,9 @@ def test_native_refuses_what_it_cannot_do():
         prepare(make(dim=48), FastOptions("native", "bfloat16"))
 
 
-@pytest.mark.skipif(bool(lacking_flags()), reason="a CPU without the native engine")
+@pytest.mark.skipif(not level(), reason="a CPU without the native engine")
 def test_without_a_compiler_packed_takes_over(no_compiler, capsys):
-    assert type(prepare(make(), FastOptions("auto", "bfloat16"))) is PackedDecoder
+    assert type(prepare(make(), FastOptions())) is PackedDecoder
     assert "packed engine: compiling native.cpp failed: exit code 1" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"native engine cannot run here: compiling native\.cpp failed"):
         prepare(make(), FastOptions("native", "bfloat16"))
@@ -140,7 +143,8 @@ def test_the_model_is_left_as_it_is():
     before = {n: t.clone() for n, t in model.state_dict().items()}
     for weights in ("float32", "bfloat16"):
         for engine in ("plain", "packed", "auto"):
-            step_logits(prepare(model, FastOptions(engine, weights)), 115)
+            if engine != "packed" or packed.is_available(getattr(torch, weights)):
+                step_logits(prepare(model, FastOptions(engine, weights)), 115)
     assert all(
         torch.equal(t, before[n]) and t.dtype == before[n].dtype for n, t in model.state_dict().items()
     )
@@ -149,9 +153,11 @@ def test_the_model_is_left_as_it_is():
 def test_auto_packs_on_a_cpu_and_plain_is_the_model():
     model = make()
     assert isinstance(prepare(model, FastOptions()), PackedDecoder)
-    assert type(prepare(make(dim=48), FastOptions(weights="bfloat16"))) is PackedDecoder
+    unfit = PackedDecoder if packed.is_available(torch.bfloat16) else PlainDecoder
+    assert type(prepare(make(dim=48), FastOptions(weights="bfloat16"))) is unfit
     best = PackedDecoder if native.why_not() else NativeDecoder
     assert type(prepare(model, FastOptions(weights="bfloat16"))) is best
+    assert type(prepare(model, FastOptions())) is best
     plain = prepare(model, FastOptions("plain", "float32"))
     assert isinstance(plain, PlainDecoder) and plain.model is model
 
@@ -163,6 +169,12 @@ def test_impossible_options_say_so():
         prepare(make(), FastOptions("graph"))
     with pytest.raises(ValueError, match="imported"):
         prepare(torch.nn.Linear(2, 2), FastOptions("packed"))
+
+
+@pytest.mark.skipif(packed.is_available(torch.bfloat16), reason="oneDNN packs 16 bits on this CPU")
+def test_packing_refuses_16_bits_that_the_cpu_cannot_pack():
+    with pytest.raises(ValueError, match="32 bits alone"):
+        prepare(make(), FastOptions("packed", "bfloat16"))
 
 
 @pytest.mark.slow

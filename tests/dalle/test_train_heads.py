@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 
 import common.native
-from common.native import lacking_flags
+from common.native import level
 from dalle import sequence, train_heads
 from dalle.attention import RMSNorm
 from dalle.losses import LossConfig, dalle_loss
 from dalle.model import Dalle, ModelOptions
 
-pytestmark = pytest.mark.skipif(bool(lacking_flags()), reason="a CPU without AVX512-BF16")
+pytestmark = pytest.mark.skipif(not level(), reason="a CPU without AVX2")
 needs_native = pytest.mark.skipif(not train_heads.is_available(), reason="no C++ compiler")
 
 

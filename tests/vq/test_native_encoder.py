@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import common.native
-from common.distributed import has_native_bf16
+from common.precision import has_native_bf16
 from vq import native
 from vq.autoencoder import FastConfig
 from vq.model import ImageTokenizer, TokenizerConfig
@@ -140,7 +140,7 @@ def test_engines(monkeypatch):
     assert PictureEncoder(tokenizer, CPU).native is None
 
 
-@pytest.mark.skipif(bool(common.native.lacking_flags()), reason="a CPU without native encoding")
+@pytest.mark.skipif(not common.native.level(), reason="a CPU without native encoding")
 def test_without_a_compiler_pytorch_takes_over(no_compiler, capsys):
     assert PictureEncoder(make(DEEP), CPU, "bf16").native is None
     assert "compiling native.cpp failed: exit code 1" in capsys.readouterr().out
