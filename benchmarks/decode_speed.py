@@ -5,10 +5,11 @@
     python -m benchmarks.decode_speed --device cuda                     # eager, compiled and CUDA graphs in turn
     OMP_NUM_THREADS=1 python -m benchmarks.decode_speed --clock cpu     # on a busy machine: processor time, one thread
 
-The floor of a step is the larger of two times: reading a buffer as large as all weights that a step reads and the
-filled half of the cache, in bfloat16; and as many operations in square bfloat16 products. Both are done once a token,
-in turn with the drawing of whole pictures, and of each the fastest round counts: what a shared machine's memory gives
-for a millisecond is not what it gives for a picture. dalle-pytorch 1.6.6 (26m, same widths and vocabularies, its cache
+The floor of a token is the larger of two times: reading a buffer as large as all weights that a step reads and the
+filled half of the cache, in bfloat16; and as many operations as the step has, and the text before it has for its share,
+in square products of bfloat16, or of float32 where the machine has no bfloat16. Both are done once a token, in turn
+with the drawing of whole pictures, and of each the fastest round counts: what a shared machine's memory gives for a
+millisecond is not what it gives for a picture. dalle-pytorch 1.6.6 (26m, same widths and vocabularies, its cache
 repaired) takes part where it can be imported, see benchmarks/peer.py.
 """
 
@@ -27,6 +28,7 @@ from common.config import command, parse_options
 from common.distributed import pick_device
 from common.files import write_json
 from common.log import say
+from common.precision import has_native_bf16
 from dalle import sequence
 from dalle.fast import FastOptions, prepare
 from dalle.model import Dalle, DalleConfig, ModelOptions, SizeName
@@ -96,20 +98,24 @@ class Floor:
         return lambda: [buffer.sum() for _ in range(GRID**2)]
 
     def computing(self, options: Options, size: int = 2048) -> Callable[[], object]:
-        """Square bfloat16 products with as many operations as a picture's steps."""
-        a = torch.randn(size, size, device=options.device).bfloat16()
+        """Square products with as many operations as a picture's steps, in bfloat16 where the machine has it."""
+        device = torch.device(options.device)
+        dtype = torch.bfloat16 if has_native_bf16(device) else torch.float32
+        a = torch.randn(size, size, device=device).to(dtype)
         times = self.operations * GRID**2 / (2.0 * size**3)
         rest = a[: max(1, round(size * (times % 1)))]
         return lambda: [a @ a for _ in range(int(times))] + [rest @ a]
 
 
-def floor(model: Dalle, rows: int) -> Floor:
+def floor(model: Dalle, rows: int, texts: int) -> Floor:
     c = model.config
     weights = sum(m.weight.numel() for m in model.blocks.modules() if isinstance(m, nn.Linear))
     weights += c.codebook_size * c.dim
     filled = TEXT_LEN + c.num_image_tokens / 2
     cache = 2 * c.num_layers * rows * c.num_kv_heads * filled * c.head_dim
     operations = 2 * rows * weights + 4 * c.num_layers * rows * c.num_heads * filled * c.head_dim
+    # of the prefix, without the head; null rows are all alike and need it once
+    operations += 2 * texts * (TEXT_LEN + 1) * (weights - c.codebook_size * c.dim) / c.num_image_tokens
     return Floor(2 * (weights + cache), operations)
 
 
@@ -163,7 +169,7 @@ def measure(options: Options, size: SizeName, batch_size: int, cfg_scale: float)
             drawings[name] = peer_drawing(options, config, batch_size, cfg_scale) if size == "26m" else None
         else:
             drawings[name] = our_drawing(options, model, name, batch_size, cfg_scale)
-    least = floor(model, rows)
+    least = floor(model, rows, batch_size + (cfg_scale != 1))
     limits = {"memory": least.reading(options), "operations": least.computing(options)}
     best = race(options, limits | {name: draw for name, draw in drawings.items() if draw})
     memory, compute = (best.pop(name) / GRID**2 for name in limits)

@@ -156,9 +156,13 @@ def picture_generator(seed: int, index: int) -> torch.Generator:
 
 
 def draw_noise(generators: Sequence[torch.Generator], vocab_size: int, device: torch.device) -> Tensor:
-    """Gumbel noise for the next NOISE_CHUNK positions: (NOISE_CHUNK, B, V) float32."""
-    drawn = [torch.empty(NOISE_CHUNK, vocab_size).exponential_(generator=g) for g in generators]
-    noise = torch.stack(drawn, dim=1).log_().neg_()
+    """Gumbel noise for the next NOISE_CHUNK positions: (NOISE_CHUNK, B, V) float32.
+
+    -log(-log(u)) of uniform numbers, five times as fast as PyTorch's exponential ones, which take two draws of doubles
+    each. u comes in steps of 2^-24; half a step stands for 0, so that every number is finite.
+    """
+    drawn = [torch.rand(NOISE_CHUNK, vocab_size, generator=g) for g in generators]
+    noise = torch.stack(drawn, dim=1).clamp_(min=2.0**-25).log_().neg_().log_().neg_()
     if device.type == "cuda":  # from pinned memory, so that the copy waits for nothing
         return noise.pin_memory().to(device, non_blocking=True)
     return noise.to(device)

@@ -190,7 +190,10 @@ def test_devices_that_are_not_there_are_refused():
 
 def test_autocast_computes_in_the_precision_asked_for(monkeypatch):
     layer, cpu = nn.Linear(2, 2), torch.device("cpu")
-    for native in (True, False):  # PyTorch would only emulate bf16 on the other CPU: there it is for kernels alone
+    for native in (
+        True,
+        False,
+    ):  # PyTorch would only emulate bf16 on the other CPU: there it is for kernels alone
         monkeypatch.setattr(precision, "has_native_bf16", lambda _, native=native: native)
         for name, kernels in (("bf16", True), ("auto", True), ("fp32", False)):
             with autocast(cpu, name):

@@ -92,6 +92,16 @@ def test_temperature_zero_takes_the_likeliest():
     assert choose(LOGITS, noise, SamplingOptions(temperature=0)).tolist() == [0, 3]
 
 
+def test_noise_is_finite_and_of_gumbel(monkeypatch):
+    cpu = torch.device("cpu")
+    noise = draw_noise([picture_generator(0, 0)], 1024, cpu).flatten().double()
+    assert noise.mean().item() == pytest.approx(0.5772, abs=0.02)  # Euler's constant
+    assert noise.var().item() == pytest.approx(math.pi**2 / 6, abs=0.05)
+    for u in (0.0, 1 - 2.0**-24):
+        monkeypatch.setattr(torch, "rand", lambda *size, u=u, generator: torch.full(size, u))
+        assert draw_noise([picture_generator(0, 0)], 2, cpu).isfinite().all()
+
+
 def test_a_picture_has_noise_of_its_own():
     noise = [
         draw_noise([picture_generator(s, i)], 5, torch.device("cpu")) for s, i in ((0, 0), (0, 1), (1, 0))
