@@ -66,8 +66,8 @@ class Options:
     precision: Precision = "auto"
     """auto takes bf16 autocast where the machine has it."""
     engine: Engine = "auto"
-    """native: code compiled once for CPUs with AVX512-BF16; plain: PyTorch; auto: native where it runs and PyTorch
-    has no AMX to compute with."""
+    """native: code compiled once for CPUs with AVX512-BF16 or AVX2; plain: PyTorch; auto: native where it runs and
+    PyTorch has no AMX to compute with."""
 
     def __post_init__(self) -> None:
         for name, low in (("views", 1), ("batch_size", 1), ("check", 0)):

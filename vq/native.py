@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from common import native
 from common.log import say
-from common.precision import Precision, autocast, has_native_bf16
+from common.precision import Precision, autocast
 from vq.autoencoder import AttentionBlock, Encoder, ResBlock, haar_matrix
 from vq.layers import GroupNorm
 from vq.model import ImageTokenizer
@@ -203,7 +203,7 @@ class PictureEncoder:
         """Raises ValueError for a native engine that cannot be; auto then takes PyTorch, and says why."""
         self.tokenizer, self.device, self.precision = tokenizer, device, precision
         self.native: NativeEncoder | None = None
-        in_bf16 = precision == "bf16" or (precision == "auto" and has_native_bf16(device))
+        in_bf16 = precision != "fp32"
         if engine == "native" and (device.type != "cpu" or not in_bf16):
             raise ValueError(f"the native engine computes in bf16 on a CPU, not in {precision} on {device}")
         wanted = device.type == "cpu" and in_bf16 and fits(tokenizer)
