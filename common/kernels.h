@@ -1,4 +1,4 @@
-// What the compiled kernels share: registers of 16 floats, and products of bfloat16 pairs. For AVX512-BF16.
+// What the compiled kernels share: registers of 16 floats, and products of bfloat16 pairs. For AVX512-BF16 and AVX2.
 //
 // Weights of a product are packed: groups of 32 outputs, in a group pairs of inputs, in a pair 2 x 16 outputs:
 // (N / 32, K / 2, 2, 16, 2), in bfloat16 or int8.

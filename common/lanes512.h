@@ -146,7 +146,7 @@ inline Line load_line(const Bf16* from) { return (Line)_mm512_loadu_si512(from);
 template <int R, typename Weight, typename Next>
 inline void add_products(Lanes (&sums)[R][2], const Bf16* pairs, int64_t row_step, int64_t pair_step, int64_t count,
                          const Weight* group, Next next) {
-    for (int64_t i = 0; i < count; i++, pairs += pair_step, group += 2 * GROUP) {
+    for (const Weight* end = group + 2 * GROUP * count; group < end; pairs += pair_step, group += 2 * GROUP) {
         next.bring();
         const Line first = load_line(group), last = load_line(group + GROUP);
 #pragma GCC unroll 12
