@@ -24,6 +24,7 @@ ROW_BLOCK = (
 LEAST_TEMPERATURE = 1e-6  # colder is the likeliest token, and logits divided by it would leave float32
 MOST_GUIDANCE = 1000.0
 NOISE_CHUNK = 64  # positions whose noise is drawn at once; part of what a seed means
+JUDGED_CHUNK = 16  # positions whose likelihoods are computed at once: small operations cost more than their work
 
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -144,7 +145,8 @@ def choose(logits: Tensor, noise: Tensor, options: SamplingOptions) -> Tensor:
     """Guided logits (B, V) float32 and Gumbel noise (B, V) -> ids (B,)"""
     if options.temperature < LEAST_TEMPERATURE:
         return logits.argmax(-1)
-    logits = logits / options.temperature
+    if options.temperature != 1:
+        logits = logits / options.temperature
     logits = keep_min_p(keep_top_p(keep_top_k(logits, options.top_k), options.top_p), options.min_p)
     return (logits + noise).argmax(-1)
 
@@ -209,7 +211,8 @@ def _draw(
     ids = (
         canvas.ids.clone() if canvas else torch.zeros(batch_size, num_tokens, dtype=torch.long, device=device)
     )
-    log_likelihood = torch.zeros(len(rows), device=device)
+    likelihood = torch.zeros(len(rows), num_tokens, device=device)  # of each token
+    seen = torch.empty(JUDGED_CHUNK, len(rows), model.config.codebook_size, device=device)  # logits
 
     cache = model.new_cache(rows)
     logits = model.prefill(rows, cache, _to_rows(ids[:, :start], len(rows), options) if start else None)
@@ -217,7 +220,8 @@ def _draw(
     for n in range(start, num_tokens):
         if n > start and n % NOISE_CHUNK == 0:
             noise = draw_noise(generators, model.config.codebook_size, device)
-        logits = guided = logits.float()  # (R, V)
+        seen[n % JUDGED_CHUNK] = logits
+        logits = guided = seen[n % JUDGED_CHUNK]  # (R, V) float32
         if options.is_guided:
             scale = guidance_scale(n, num_tokens, options.cfg_scale, options.cfg_schedule)
             guided = guide(logits[:batch_size], logits[batch_size : 2 * batch_size], scale)
@@ -226,14 +230,22 @@ def _draw(
             drawn = torch.where(canvas.keep[:, n], ids[:, n], drawn)
         ids[:, n] = drawn
         row_ids = _to_rows(drawn, len(rows), options)
-        chosen = logits.gather(-1, row_ids[:, None])[:, 0] - logits.logsumexp(-1)  # (R,)
-        if canvas:
-            chosen.masked_fill_(_to_rows(canvas.keep[:, n], len(rows), options), 0.0)
-        log_likelihood += chosen
         if n + 1 < num_tokens:
             logits = model.decode_step(row_ids, n, cache)
-    null_log_likelihood = log_likelihood[batch_size : 2 * batch_size] if options.is_guided else None
-    return ids, log_likelihood[:batch_size], null_log_likelihood
+        if (n + 1) % JUDGED_CHUNK == 0 or n + 1 == num_tokens:
+            some = slice(max(start, n // JUDGED_CHUNK * JUDGED_CHUNK), n + 1)
+            chunk = seen[some.start % JUDGED_CHUNK : n % JUDGED_CHUNK + 1]
+            likelihood[:, some] = token_likelihoods(chunk, _to_rows(ids[:, some], len(rows), options))
+    if canvas:
+        likelihood.masked_fill_(_to_rows(canvas.keep, len(rows), options), 0.0)
+    total = likelihood.sum(-1)  # (R,)
+    return ids, total[:batch_size], total[batch_size : 2 * batch_size] if options.is_guided else None
+
+
+def token_likelihoods(logits: Tensor, ids: Tensor) -> Tensor:
+    """log p of the tokens drawn: logits (n, R, V), ids (R, n) -> (R, n)"""
+    chosen = logits.gather(-1, ids.t()[..., None])[..., 0]  # (n, R)
+    return (chosen - logits.logsumexp(-1)).t()
 
 
 def _to_rows(values: Tensor, num_rows: int, options: SamplingOptions) -> Tensor:
