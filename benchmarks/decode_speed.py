@@ -5,10 +5,10 @@
     python -m benchmarks.decode_speed --device cuda                     # eager, compiled and CUDA graphs in turn
     OMP_NUM_THREADS=1 python -m benchmarks.decode_speed --clock cpu     # on a busy machine: processor time, one thread
 
-The floor of a token is the larger of two times: reading a buffer as large as all weights that a step reads and the
-filled half of the cache, in bfloat16; and as many operations as the step has, and the text before it has for its share,
-in square products of bfloat16, or of float32 where the machine has no bfloat16. Both are done once a token, in turn
-with the drawing of whole pictures, and of each the fastest round counts: what a shared machine's memory gives for a
+The floor of a step is the larger of two times: reading a buffer as large as all weights that it reads and the filled
+half of the cache, in bfloat16; and as many operations in square products of bfloat16, or of float32 where the machine
+has no bfloat16. A token's floor is that and its share of the operations of the text. All are done in turn with the
+drawing of whole pictures, and of each the fastest round counts: what a shared machine's memory gives for a
 millisecond is not what it gives for a picture. dalle-pytorch 1.6.6 (26m, same widths and vocabularies, its cache
 repaired) takes part where it can be imported, see benchmarks/peer.py.
 """
@@ -87,22 +87,24 @@ class Options:
 
 @dataclass(frozen=True)
 class Floor:
-    """What a step costs at least, on average over the positions of a picture."""
+    """What a token costs at least, on average over the positions of a picture."""
 
     num_bytes: float
     operations: float
+    text_operations: float
 
     def reading(self, options: Options) -> Callable[[], object]:
         """Reads as many bytes as a picture's steps must."""
         buffer = torch.ones(int(self.num_bytes) // 4, device=options.device)
         return lambda: [buffer.sum() for _ in range(GRID**2)]
 
-    def computing(self, options: Options, size: int = 2048) -> Callable[[], object]:
+    @staticmethod
+    def computing(options: Options, operations: float, size: int = 2048) -> Callable[[], object]:
         """Square products with as many operations as a picture's steps, in bfloat16 where the machine has it."""
         device = torch.device(options.device)
         dtype = torch.bfloat16 if has_native_bf16(device) else torch.float32
         a = torch.randn(size, size, device=device).to(dtype)
-        times = self.operations * GRID**2 / (2.0 * size**3)
+        times = operations * GRID**2 / (2.0 * size**3)
         rest = a[: max(1, round(size * (times % 1)))]
         return lambda: [a @ a for _ in range(int(times))] + [rest @ a]
 
@@ -114,9 +116,9 @@ def floor(model: Dalle, rows: int, texts: int) -> Floor:
     filled = TEXT_LEN + c.num_image_tokens / 2
     cache = 2 * c.num_layers * rows * c.num_kv_heads * filled * c.head_dim
     operations = 2 * rows * weights + 4 * c.num_layers * rows * c.num_heads * filled * c.head_dim
-    # of the prefix, without the head; null rows are all alike and need it once
-    operations += 2 * texts * (TEXT_LEN + 1) * (weights - c.codebook_size * c.dim) / c.num_image_tokens
-    return Floor(2 * (weights + cache), operations)
+    # without the head; null rows are all alike and need it once
+    text_operations = 2 * texts * (TEXT_LEN + 1) * (weights - c.codebook_size * c.dim) / c.num_image_tokens
+    return Floor(2 * (weights + cache), operations, text_operations)
 
 
 def our_drawing(
@@ -170,13 +172,18 @@ def measure(options: Options, size: SizeName, batch_size: int, cfg_scale: float)
         else:
             drawings[name] = our_drawing(options, model, name, batch_size, cfg_scale)
     least = floor(model, rows, batch_size + (cfg_scale != 1))
-    limits = {"memory": least.reading(options), "operations": least.computing(options)}
+    limits = {
+        "memory": least.reading(options),
+        "operations": least.computing(options, least.operations),
+        "text": least.computing(options, least.text_operations),
+    }
     best = race(options, limits | {name: draw for name, draw in drawings.items() if draw})
-    memory, compute = (best.pop(name) / GRID**2 for name in limits)
-    at_least = max(memory, compute)
+    memory, compute, text = (best.pop(name) / GRID**2 for name in limits)
+    at_least = max(memory, compute) + text
     say(
         f"{size}, batch {batch_size}, {'with' if cfg_scale != 1 else 'without'} guidance ({rows} rows) | floor "
-        f"{at_least * 1e3:.2f} ms a token (memory {memory * 1e3:.2f}, operations {compute * 1e3:.2f})"
+        f"{at_least * 1e3:.2f} ms a token (memory {memory * 1e3:.2f}, operations {compute * 1e3:.2f}, "
+        f"text {text * 1e3:.2f})"
     )
     figures = {"floor": at_least}
     for name, seconds in best.items():
