@@ -24,9 +24,7 @@ ROW_BLOCK = (
 LEAST_TEMPERATURE = 1e-6  # colder is the likeliest token, and logits divided by it would leave float32
 MOST_GUIDANCE = 1000.0
 NOISE_CHUNK = 64  # positions whose noise is drawn at once; part of what a seed means
-JUDGED_CHUNK = (
-    16  # positions whose likelihoods are computed at once: small operations cost more than their work
-)
+JUDGED_CHUNK = 16  # positions whose likelihoods are computed at once: small operations cost too much
 
 Schedule = Literal["constant", "linear", "cosine"]
 

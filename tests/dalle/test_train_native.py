@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import common.native
+from common import precision
 from common.native import level
 from dalle import train_native
 from dalle.attention import CausalMask
@@ -227,3 +228,27 @@ def test_without_a_compiler_pytorch_trains(no_compiler, capsys):
     with torch.autocast("cpu", torch.bfloat16):
         assert block(x, table, mask).isfinite().all() and not train_native.takes(block, x)
     assert "compiling train_native.cpp failed: exit code 1" in capsys.readouterr().out
+
+
+@needs_native
+def test_kernels_compute_in_bf16_where_pytorch_would_emulate_it(monkeypatch):
+    """On a CPU without bf16 the kernels take what `autocast` covers, also where it is computed a second time."""
+    monkeypatch.setattr(precision, "has_native_bf16", lambda _: False)
+    text, image = torch.randint(1, 50, (4, 8)), torch.randint(0, 64, (4, 256))
+    calls, run = [], train_native.run_block
+    monkeypatch.setattr(train_native, "run_block", lambda *a: calls.append(1) or run(*a))
+
+    def gradients(name, checkpointing):
+        torch.manual_seed(0)
+        options = ModelOptions(dim=64, num_layers=2, num_heads=2, gradient_checkpointing=checkpointing)
+        model = Dalle(options.config(50, 0, 8, 64, 16)).train()
+        calls.clear()
+        with precision.autocast(torch.device("cpu"), name):
+            output = model(text, image)
+        output.image.float().square().mean().backward()
+        return len(calls), model.blocks[0].attention.qkv.weight.grad
+
+    (count, plain), (counted_twice, again) = gradients("auto", False), gradients("auto", True)
+    assert (count, counted_twice) == (2, 4) and torch.equal(plain, again)
+    none, exact = gradients("fp32", False)
+    assert none == 0 and 0 < (plain - exact).norm() < 0.05 * exact.norm()
