@@ -162,6 +162,7 @@ def test_bad_input_ends_with_code_2(shards, tmp_path, more, words, capsys):
     assert caught.value.code == 2 and words in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_processes_follow_one(shards, tmp_path):
     """Batch statistics are of 8 pictures in both; dropout draws differ between processes."""
     more = ("--loop.micro-batch-size", "8", "--precision", "fp32", "--loop.eval-every", "0")

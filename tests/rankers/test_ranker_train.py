@@ -121,6 +121,7 @@ LAUNCHERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torchrun", pytest.param("deepspeed", marks=pytest.mark.slow)])
 def test_two_processes_follow_the_curve_of_one(shards, tmp_path, launcher):
     """Two processes of two micro-batches against four micro-batches: batch statistics are of 4 pictures in both."""
