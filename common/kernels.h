@@ -51,7 +51,7 @@ inline Range share(int64_t total, int64_t part, int64_t parts) {
     return {total * part / parts, total * (part + 1) / parts};
 }
 
-inline Lanes exp512(Lanes x) {  // Cephes' expf; 0 below -87
+inline Lanes exp16(Lanes x) {  // Cephes' expf; 0 below -87
     const Lanes least = fill(-87.0f);
     const Mask live = reaches(x, least);
     x = smaller(larger(x, least), fill(88.0f));
@@ -68,9 +68,9 @@ inline Lanes exp512(Lanes x) {  // Cephes' expf; 0 below -87
     return scaled(live, p, n);
 }
 
-inline Lanes silu512(Lanes x) {
+inline Lanes silu16(Lanes x) {
     const Lanes minus = sub(zeros(), x);
-    return quotient(x, add(fill(1.0f), exp512(minus)));
+    return quotient(x, add(fill(1.0f), exp16(minus)));
 }
 
 constexpr float LOG2_E = 1.44269504f;

@@ -262,13 +262,13 @@ struct Seconds {
 template <typename Which, int R, typename Weight>
 inline void add_half_products(__m256 (&sums)[R][4], const Bf16* pairs, int64_t row_step, const Weight* group) {
     __m256 row[R];
-#pragma GCC unroll 3
+#pragma GCC unroll 2
     for (int r = 0; r < R; r++)
         row[r] = Which::of(_mm256_set1_epi32(*reinterpret_cast<const int32_t*>(pairs + r * row_step)));
 #pragma GCC unroll 4
     for (int n = 0; n < 4; n++) {
         const __m256 weight = Which::at(group + 16 * n);
-#pragma GCC unroll 3
+#pragma GCC unroll 2
         for (int r = 0; r < R; r++) sums[r][n] = _mm256_fmadd_ps(weight, row[r], sums[r][n]);
     }
 }
@@ -278,7 +278,7 @@ template <int R, typename Weight, typename Next>
 inline void add_products(Lanes (&sums)[R][2], const Bf16* pairs, int64_t row_step, int64_t pair_step, int64_t count,
                          const Weight* group, Next next) {
     __m256 own[R][4];
-#pragma GCC unroll 3
+#pragma GCC unroll 2
     for (int r = 0; r < R; r++)
         own[r][0] = sums[r][0].low, own[r][1] = sums[r][0].high, own[r][2] = sums[r][1].low, own[r][3] = sums[r][1].high;
 #pragma GCC unroll 2
@@ -288,6 +288,6 @@ inline void add_products(Lanes (&sums)[R][2], const Bf16* pairs, int64_t row_ste
         asm("" : "+r"(group), "+r"(pairs));  // else what was loaded is kept, for which there are no registers
         add_half_products<Seconds, R>(own, pairs, row_step, group);
     }
-#pragma GCC unroll 3
+#pragma GCC unroll 2
     for (int r = 0; r < R; r++) sums[r][0] = {own[r][0], own[r][1]}, sums[r][1] = {own[r][2], own[r][3]};
 }

@@ -89,7 +89,7 @@ def _engine_of_cpu(model: Dalle, weights: WeightType) -> Engine:
     if weights != "float32" and native.fits(model.config) and level():
         if not (reason := native.why_not()):
             return "native"
-        say(f"drawing two to seven times slower, with the packed engine: {reason}")
+        say(f"drawing up to seven times slower, with the packed engine: {reason}")
     dtype = torch.float32 if weights == "auto" else getattr(torch, weights)
     return "packed" if packed.is_available(dtype) else "plain"
 

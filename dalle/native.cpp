@@ -140,7 +140,7 @@ void add_product(const Linear& l, const Bf16* a, int64_t rows, float* x, Range r
 
 void multiply_gated(const Linear& l, const Bf16* a, int64_t rows, Bf16* y, Range range) {
     multiply(l, a, rows, range, [&](int64_t row, int64_t n, Lanes gate, Lanes factor) {
-        store_bf16(y + row * (l.outputs / 2) + n / 2, mul(silu512(gate), factor));
+        store_bf16(y + row * (l.outputs / 2) + n / 2, mul(silu16(gate), factor));
     });
 }
 
@@ -231,7 +231,7 @@ void attend(const float* q, const Half* keys, const Half* values, const Half* ne
     }
     most = fill(most_of(most));
     for (int64_t i = 0; i < length; i += 16) {
-        const Lanes p = exp512(sub(load(scores + i), most));
+        const Lanes p = exp16(sub(load(scores + i), most));
         put16(scores + i, p);
         total = add(total, p);
     }

@@ -203,7 +203,7 @@ bool entropy_forward(const Bf16* logits, const int64_t* targets, int64_t rows, i
         const float top = most_of(most);
         for (int64_t i = 0; i < width; i += 16)
             total =
-                add(total, exp512(sub(widen_some(first_lanes(width - i), x + i, least), fill(top))));
+                add(total, exp16(sub(widen_some(first_lanes(width - i), x + i, least), fill(top))));
         lse[row] = top + std::log(sum_of(total));
         const int32_t bits = static_cast<int32_t>(x[targets[row]]) << 16;
         losses[row] = lse[row] - _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(bits)));

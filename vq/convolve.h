@@ -262,7 +262,7 @@ void apply_norm(const Norm& norm, const float* x, Grid grid, float* room, Bf16* 
             for (int64_t c = 0; c < grid.channels; c += 16) {
                 const Lanes part = load(x + c);
                 const Lanes normed = fmadd(part, load(factor + c), load(shift + c));
-                store_bf16(to + i + c, SILU ? silu512(normed) : normed);
+                store_bf16(to + i + c, SILU ? silu16(normed) : normed);
             }
 }
 

@@ -116,7 +116,7 @@ void residual(const Block& b, Grid grid, Room& room) {
     apply_norm<true>(b.norm, x, grid, room.small.data(), room.in.data() + grid.at(0, 0), grid.line());
     const auto put_silu = [&](int64_t y, int64_t place, int64_t n, Lanes first, Lanes last) {
         Bf16* to = room.middle.data() + grid.at(y, place) + n;
-        store_line(to, silu512(first), silu512(last));
+        store_line(to, silu16(first), silu16(last));
     };
     convolve_grid(b.first, room.in.data(), grid, room.tiles, put_silu);
     convolve_grid(b.second, room.middle.data(), grid, room.tiles, Adder{x, grid.width, grid.channels});
@@ -145,7 +145,7 @@ float soften(const float* scores, int64_t places, int64_t padded, Bf16* weights)
     for (int64_t i = 0; i < padded; i += 16) most = larger(most, seen(i));
     most = fill(most_of(most));
     for (int64_t i = 0; i < padded; i += 16) {
-        const Lanes p = exp512(sub(seen(i), most));
+        const Lanes p = exp16(sub(seen(i), most));
         store_bf16(weights + i, p);
         total = add(total, p);
     }
