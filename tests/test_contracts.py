@@ -14,11 +14,12 @@ ALLOWED = {
     "data_tools": {"common"},
     "vq": {"common", "data_tools"},
     "dalle": {"common", "data_tools", "vq"},
-    "rankers": {"common", "data_tools"},
-    "diffusion": {"common", "data_tools"},
-    "gan": {"common", "data_tools"},
+    # losses and frozen ImageNet features live in vq
+    "rankers": {"common", "data_tools", "vq"},
+    "diffusion": {"common", "data_tools", "vq"},
+    "gan": {"common", "data_tools", "vq"},
     "evaluation": {"common", "data_tools", "vq", "dalle", "rankers", "diffusion", "gan"},
-    "serve": {"common", "data_tools", "vq", "dalle", "rankers"},
+    "serve": {"common", "data_tools", "vq", "dalle", "rankers", "diffusion", "gan"},
 }
 FORBIDDEN_TOP_LEVEL = {"datasets", "tokenizers", "evaluate", "utils", "models", "clip"}
 
