@@ -1,0 +1,1 @@
+"""What stands between the models and people who never open a terminal."""
