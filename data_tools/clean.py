@@ -25,7 +25,7 @@ from PIL import Image
 
 from common.config import command, parse_options, to_mapping
 from common.files import sha256_file
-from data_tools.images import BadImage, ImageLimits, decode
+from data_tools.images import BadImage, ImageLimits, decode, image_size
 from data_tools.parallel import cpu_count
 from data_tools.readers import ReaderOptions, open_source
 from data_tools.readers.base import KeyTable
@@ -154,11 +154,7 @@ def decode_with_size(data: bytes, limits: ImageLimits) -> tuple[Image.Image, tup
 
     Raises BadImage.
     """
-    import io
-
-    picture = decode(data, limits, near=SIDE)
-    with Image.open(io.BytesIO(data)) as header:
-        return picture, header.size
+    return decode(data, limits, near=SIDE), image_size(data)
 
 
 class Decide:

@@ -10,7 +10,6 @@ urls are shown as text, pictures are decoded here and drawn small.
 import base64
 import heapq
 import html
-import io
 import json
 import statistics
 import sys
@@ -20,12 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import tyro
-from PIL import Image
 from tqdm import tqdm
 
 from common.config import command, parse_options
 from common.files import atomic_path
-from data_tools.images import SUFFIXES, BadImage, ImageLimits, decode, encode, resize
+from data_tools.images import SUFFIXES, BadImage, ImageLimits, decode, encode, image_size, resize
 from data_tools.readers import Meter, ReaderOptions, Source, open_source
 from data_tools.records import HINTS, Problem, Record, problem
 from data_tools.split import fraction
@@ -249,18 +247,13 @@ def _thumbnail(data: bytes) -> str:
         picture = decode(data, near=THUMBNAIL)
     except BadImage as error:
         return f'<span class="bad">{error.reason}</span>'
-    width, height = _size(data)
+    width, height = image_size(data)
     small = resize(picture, "longest", THUMBNAIL)
     text = base64.b64encode(encode(small, "webp", 80)).decode()
     return (
         f'<figure><img src="data:image/webp;base64,{text}" width="{small.width}" height="{small.height}" '
         f'alt=""><figcaption>{width} x {height}</figcaption></figure>'
     )
-
-
-def _size(data: bytes) -> tuple[int, int]:
-    with Image.open(io.BytesIO(data)) as image:
-        return image.size
 
 
 @command

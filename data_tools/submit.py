@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from common.config import command, parse_options
 from common.files import atomic_path
-from data_tools.images import BadImage, decode, encode, resize, sniff
+from data_tools.images import BadImage, decode, encode, is_plain_rgb, resize, sniff
 
 PICTURE_NAMES = ("{}.png", "{}.jpg", "{}.jpeg", "{}.webp", "{}/rank00.png", "{}/0000.png")
 MAX_COMPLAINTS = 20
@@ -162,17 +162,8 @@ def finished_pictures(config: SubmitConfig, pictures: dict[str, Path]) -> Iterat
             raise ValueError(
                 f"{path} is {picture.size}, the first picture {first}: pass --size to make them one size"
             )
-        same = sniff(data) == config.suffix and not config.size and _is_rgb(data)
+        same = sniff(data) == config.suffix and not config.size and is_plain_rgb(data)
         yield identifier, data if same else encode(picture, config.suffix, quality=95)
-
-
-def _is_rgb(data: bytes) -> bool:
-    import io
-
-    from PIL import Image
-
-    with Image.open(io.BytesIO(data)) as image:
-        return image.mode == "RGB" and image.getexif().get(0x0112, 1) == 1
 
 
 def write_submission(config: SubmitConfig) -> int:
@@ -266,7 +257,7 @@ def _check_picture(field: bytes) -> tuple[tuple[int, int] | None, str]:
         size = decode(data).size
     except BadImage as error:
         return None, f"the picture is bad: {error.reason} {error.what}"
-    return size, "" if _is_rgb(data) else "the picture is not RGB"
+    return size, "" if is_plain_rgb(data) else "the picture is not RGB"
 
 
 def _validate_zip(path: Path, ids: Sequence[str]) -> Iterator[str]:
