@@ -126,7 +126,7 @@ def _examine_one(item: Record | Problem, findings: Findings, rows: int, max_imag
 
 def summary(source: Source, found: Sequence[Findings]) -> list[str]:
     """The counts as lines of text."""
-    lines = [f"{source.path}: {source.format}"]
+    lines = source.describe()
     for part in found:
         first = "" if part.complete else "the first "
         line = f"  {part.split}: {first}{part.read} rows, {part.kept} good, {part.read - part.kept} bad"
@@ -260,7 +260,7 @@ def _thumbnail(data: bytes) -> str:
 def main(argv: Sequence[str] | None = None) -> list[Findings]:
     """The command of this module."""
     config = parse_options(InspectConfig, argv, description=__doc__.splitlines()[0])
-    source = open_source(config.src, config.reader)
+    source = open_source(config.src, config.reader, exclude=[config.out])
     found = examine(source, config.rows, config.limit)
     with atomic_path(config.out) as temporary:
         temporary.write_text(page(source, found), "utf-8")

@@ -26,8 +26,9 @@ import tyro
 from tqdm import tqdm
 
 from common.config import command, parse_options
-from common.files import atomic_path
+from common.files import atomic_path, read_lines
 from data_tools.images import BadImage, decode, encode, is_plain_rgb, resize, sniff
+from data_tools.readers.texts import read_texts
 
 PICTURE_NAMES = ("{}.png", "{}.jpg", "{}.jpeg", "{}.webp", "{}/rank00.png", "{}/0000.png")
 MAX_COMPLAINTS = 20
@@ -74,21 +75,13 @@ class SubmitConfig:
 
 def read_ids(path: Path) -> dict[str, str]:
     """Id to text ("" where there is none), in the order of the file. Raises ValueError naming the line."""
-    try:
-        lines = path.read_text("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not valid UTF-8") from error
     ids: dict[str, str] = {}
-    for number, line in enumerate(lines, 1):
-        identifier, _, rest = line.rstrip("\r").partition("\t")
-        identifier = identifier.strip()
-        if not identifier:
-            if line.strip():
-                raise ValueError(f"{path}:{number}: the id is empty")
-            continue
-        if identifier in ids:
-            raise ValueError(f"{path}:{number}: the id {identifier!r} comes twice")
-        ids[identifier] = rest.split("\t")[0].strip()
+    for row in read_texts(path, ids_alone=True):
+        if row.key is None:
+            raise ValueError(f"{row.where}: there is no id: the first column, or one named id, holds it")
+        if row.key in ids:
+            raise ValueError(f"{row.where}: the id {row.key!r} comes twice")
+        ids[row.key] = row.text
     if not ids:
         raise ValueError(f"{path} holds no ids: one a line, in the first column")
     return ids
@@ -121,7 +114,7 @@ def _listed(folder: Path) -> dict[str, Path]:
     if not path.is_file():
         return found
     ranks = _ranks(folder)
-    for number, line in enumerate(path.read_text("utf-8").splitlines()):
+    for number, line in enumerate(read_lines(path)):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:

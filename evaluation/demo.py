@@ -18,7 +18,7 @@ from pathlib import Path
 from PIL import Image
 
 from common.config import command, parse_options, read_mapping
-from common.files import read_json
+from common.files import read_json, read_lines
 from common.log import clock, say
 
 
@@ -56,7 +56,7 @@ class Row:
 
 def last_validation(run_dir: Path) -> dict[str, float]:
     """The last evaluation in a run's metrics.jsonl. Raises ValueError when there is none."""
-    lines = (run_dir / "metrics.jsonl").read_text("utf-8").splitlines()
+    lines = read_lines(run_dir / "metrics.jsonl")
     rows = [row for row in map(json.loads, lines) if row["kind"] == "val"]
     if not rows:
         raise ValueError(f"{run_dir}/metrics.jsonl holds no evaluation")
@@ -83,7 +83,7 @@ def data_quality(folder: Path) -> str:
 
 
 def pictures_quality(out: Path) -> str:
-    return f"{len((out / 'images.jsonl').read_text('utf-8').splitlines())} pictures"
+    return f"{len(read_lines(out / 'images.jsonl'))} pictures"
 
 
 def ranking_quality(out: Path) -> str:
@@ -91,7 +91,7 @@ def ranking_quality(out: Path) -> str:
     from data_tools.synthetic import COLORS
     from evaluation.judge import dominant_color
 
-    text = json.loads((out / "images.jsonl").read_text("utf-8").splitlines()[0])["text"]
+    text = json.loads(read_lines(out / "images.jsonl")[0])["text"]
     named = [key for key, name in COLORS.items() if name in text]
     best = sorted(out.glob("rank*.png"))[:4]
     if not named or not best:

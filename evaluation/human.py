@@ -25,7 +25,7 @@ from typing import Any, Literal
 import tyro
 
 from common.config import command, parse_options
-from common.files import ensure_writable_directory
+from common.files import ensure_writable_directory, read_lines
 from common.log import say
 from evaluation.arms import ArmSpec
 from evaluation.sets import Sample, SampleSet
@@ -203,7 +203,7 @@ class Study:
 
 def read_choices(path: Path) -> Iterator[dict[str, Any]]:
     """Lines of a choices file. Raises ValueError naming a line that is none."""
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, text in enumerate(read_lines(path), 1):
         try:
             line = json.loads(text)
             names = {"pair", "rater", "sets", "choice", "winner", "exchanged"}

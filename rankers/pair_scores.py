@@ -68,7 +68,7 @@ def read_whole_lines(path: Path) -> dict[str, float]:
         with path.open("r+b") as file:
             file.truncate(len(whole))
     try:
-        rows = [json.loads(line) for line in whole.splitlines()]
+        rows = [json.loads(line) for line in whole.split(b"\n") if line]
         return {row["key"]: float(row["score"]) for row in rows}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no file of scores: name a new one") from error

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from common.config import command, parse_options
 from common.distributed import World, start_world, stop_world
-from common.files import ensure_writable_directory, read_json, write_json
+from common.files import ensure_writable_directory, read_json, split_lines, write_json
 from common.image import make_grid, resize_square, stack_rows, to_image, to_tensor
 from common.log import say
 from common.precision import Precision, autocast
@@ -204,7 +204,7 @@ def _record(index: ShardIndex, i: int, ids: Tensor, codebook_size: int) -> Recor
     np.save(
         buffer, ids.numpy().astype(np.uint16 if codebook_size <= 65536 else np.uint32), allow_pickle=False
     )
-    captions = tuple(members.get("txt", b"").decode("utf-8", errors="replace").splitlines())
+    captions = tuple(split_lines(members.get("txt", b"").decode("utf-8", errors="replace")))
     meta = json.loads(members["json"]) if "json" in members else {}
     return Record(index.samples[i].key, b"", "", captions, meta, extra={"ids.npy": buffer.getvalue()})
 
