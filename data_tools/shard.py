@@ -107,9 +107,12 @@ def listing_hash(inventory: Inventory) -> str:
     return digest.hexdigest()
 
 
-def shard(config: ShardConfig) -> dict[str, Any]:
-    """Run the conversion; returns the content of report.json. Raises ValueError for what the user has to change."""
-    source = open_source(config.src, config.reader, exclude=[config.dst])
+def shard(config: ShardConfig, source: Source | None = None) -> dict[str, Any]:
+    """Run the conversion; returns the content of report.json. Raises ValueError for what the user has to change.
+
+    `source`: `config.src`, where it was opened before.
+    """
+    source = source or open_source(config.src, config.reader, exclude=[config.dst])
     announce(source)
     parts = tuple(part for part in source.parts if part.has_images)
     if not parts:

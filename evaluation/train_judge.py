@@ -27,6 +27,7 @@ from common.log import say
 from common.loop import LoopConfig, fit
 from common.optim import Ema, OptimConfig, learning_rate, make_optimizer
 from common.precision import Precision, autocast
+from data_tools.holdout import open_splits
 from data_tools.index import ShardIndex
 from data_tools.loader import IMAGE_SUFFIXES, CorruptSample, eval_batches, open_image, train_batches
 from data_tools.synthetic import ensure_synthetic
@@ -283,7 +284,7 @@ def open_data(options: Options, world: World) -> tuple[ShardIndex, ShardIndex]:
             if not any(EMBEDDED.glob("train-*.tar")):
                 ensure_synthetic(EMBEDDED)
         world.barrier()
-    return tuple(ShardIndex.open(source, split).require(*IMAGE_SUFFIXES) for split in ("train", "val"))
+    return tuple(index.require(*IMAGE_SUFFIXES) for index in open_splits(source))
 
 
 @command

@@ -10,6 +10,7 @@ import torch
 from common.distributed import World
 from common.files import atomic_directory
 from common.log import say
+from data_tools.holdout import open_splits
 from data_tools.index import ShardIndex
 from data_tools.loader import IMAGE_SUFFIXES
 from data_tools.synthetic import ensure_synthetic
@@ -41,8 +42,7 @@ class RankerData:
     def prepare(cls, options: Any, world: World) -> "RankerData":
         """From `rankers.train.Options`. Raises FileNotFoundError or ValueError naming what is wrong."""
         source = options.data or _embedded_default(world)
-        train = ShardIndex.open(source, "train", options.remote).require(*IMAGE_SUFFIXES)
-        val = ShardIndex.open(source, "val", options.remote).require(*IMAGE_SUFFIXES)
+        train, val = (i.require(*IMAGE_SUFFIXES) for i in open_splits(source, options.remote))
         names = scan_names(train, options.attributes)
         towers = options.loop.run_dir / TOWERS
         init = find_folder(options.init) if options.init else None

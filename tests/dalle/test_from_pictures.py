@@ -95,7 +95,7 @@ def test_a_tokenizer_that_is_named_is_taken(desk, capsys):
 @pytest.mark.parametrize(
     ("count", "said"),
     [
-        (0, "few holds neither shards nor pictures with captions"),
+        (0, "cannot recognise few (an empty folder)"),
         (3, "holds 3 usable pictures with captions, too few to hold some back for validation"),
     ],
 )
@@ -114,7 +114,7 @@ def test_what_cannot_be_recognised_is_refused(desk, capsys):
         train_dalle.main(flags(data="odd"))
     assert stopped.value.code == 2
     assert (
-        "odd holds neither shards nor pictures with captions that can be recognised"
+        "cannot recognise odd (notes.xyz: the first bytes are b'nothing')"
         in capsys.readouterr().err
     )
 
