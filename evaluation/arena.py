@@ -23,6 +23,7 @@ import tyro
 from common.config import command, parse_options, to_mapping
 from common.files import ensure_writable_directory, write_json
 from common.log import say
+from common.tables import plain_console
 from dalle.sampling import SamplingOptions
 from evaluation.arms import Arm, ArmSpec, open_arm
 from evaluation.attributes import Lexicon
@@ -276,7 +277,6 @@ def run(options: Options) -> Match:
 
 def show(match: Match) -> None:
     """Figures of all arms in the terminal."""
-    from rich.console import Console
     from rich.table import Table
 
     title = f"{len(match.texts)} prompts, {match.options.num_images} pictures each, seed {match.options.seed}"
@@ -289,7 +289,7 @@ def show(match: Match) -> None:
         table.add_row(name.replace("[", "\\["), *(str(f.value) if f else "-" for f in by_arm))
     seconds = [arm.seconds for arm in match.arms]
     table.add_row("seconds a picture, median", *("-" if s is None else f"{s:.3g}" for s in seconds))
-    Console().print(table)
+    plain_console().print(table)
 
 
 def join_arms(argv: Sequence[str] | None) -> list[str] | None:

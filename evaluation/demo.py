@@ -20,6 +20,7 @@ from PIL import Image
 from common.config import command, parse_options, read_mapping
 from common.files import read_json, read_lines
 from common.log import clock, say
+from common.tables import plain_console
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,6 @@ def run(stage: Stage) -> Row:
 
 
 def show(rows: Sequence[Row]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title="What was made")
@@ -154,7 +154,7 @@ def show(rows: Sequence[Row]) -> None:
     for row in rows:
         table.add_row(row.title, str(row.where), clock(row.seconds), row.quality)
     table.add_row("in all", "", clock(sum(r.seconds for r in rows)), "", style="bold")
-    Console().print(table)
+    plain_console().print(table)
 
 
 @command

@@ -14,6 +14,7 @@ from data_tools.holdout import open_splits
 from data_tools.index import ShardIndex
 from data_tools.loader import IMAGE_SUFFIXES
 from data_tools.synthetic import ensure_synthetic
+from rankers.calibration import require_mismatches
 from rankers.chinese_clip import copy_towers, find_folder, load_folder, model_config
 from rankers.model import TOWERS, ModelConfig, RankerModel
 from rankers.pairs import Vocabulary, scan_names
@@ -43,6 +44,8 @@ class RankerData:
         """From `rankers.train.Options`. Raises FileNotFoundError or ValueError naming what is wrong."""
         source = options.data or _embedded_default(world)
         train, val = (i.require(*IMAGE_SUFFIXES) for i in open_splits(source, options.remote))
+        pairs = load_pairs(val, options.attributes, options.val_pictures)
+        require_mismatches(pairs, source)
         names = scan_names(train, options.attributes)
         towers = options.loop.run_dir / TOWERS
         init = find_folder(options.init) if options.init else None
@@ -55,7 +58,6 @@ class RankerData:
                     write_text_tower(folder, [*names.captions, *names.labels], options.model.text, vocab)
         world.barrier()
         config = model_config(init) if init else _model_config(options.model)
-        pairs = load_pairs(val, options.attributes, options.val_pictures)
         tokenizer = RankerTokenizer(towers, config.max_text_len)
         return cls(train, val, names, pairs, towers, tokenizer, config, init, source)
 

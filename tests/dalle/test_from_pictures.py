@@ -113,10 +113,7 @@ def test_what_cannot_be_recognised_is_refused(desk, capsys):
     with pytest.raises(SystemExit) as stopped:
         train_dalle.main(flags(data="odd"))
     assert stopped.value.code == 2
-    assert (
-        "cannot recognise odd (notes.xyz: the first bytes are b'nothing')"
-        in capsys.readouterr().err
-    )
+    assert "cannot recognise odd (notes.xyz: the first bytes are b'nothing')" in capsys.readouterr().err
 
 
 def test_several_processes_are_refused(desk):
