@@ -29,7 +29,8 @@ def json_fields(path: Path, options: ReaderOptions) -> list[str] | None:
         row = json.loads(text) if isinstance(text, str) else None
     except (ValueError, RecursionError):
         return None
-    return list(row) if isinstance(row, dict) else None
+    is_list = isinstance(row, dict) and not {"images", "annotations"} <= set(row)  # COCO is one object
+    return list(row) if is_list else None
 
 
 def table_fields(path: Path, options: ReaderOptions) -> list[str] | Problem:
