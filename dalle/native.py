@@ -132,6 +132,7 @@ class NativeCache:
     def __init__(self, config: DalleConfig, bias: Tensor) -> None:
         """bias: (R, L) float32, 0 or -inf where a key is padding."""
         c = config
+        self.lines: Tensor | None = None
         self.bias = bias.contiguous()
         rows, self.length = bias.shape
         stored, blocks = rows * c.num_kv_heads, -(-self.length // BLOCK)
@@ -143,6 +144,15 @@ class NativeCache:
         gated = torch.empty(rows, c.ffn_dim, dtype=torch.bfloat16)
         self.buffers = (self.keys, self.values, self.bias, x, qkv, attended, gated)
         self.struct = _Cache(*(t.data_ptr() for t in self.buffers), rows, self.length, blocks)
+
+    def follow(self, lines: Tensor, model: _Model) -> None:
+        """Features of line drawings (R, N, D): a step reads its inputs from `inputs`, where its embedding is read
+        otherwise."""
+        self.lines = lines.float().contiguous()
+        self.inputs = torch.empty(lines.shape[0], lines.shape[2])
+        self.rows = torch.arange(lines.shape[0])
+        self.model = _Model.from_buffer_copy(model)
+        self.model.image_embed = self.inputs.data_ptr()
 
     def fill(self, layer: int, k: Tensor, v: Tensor) -> None:
         """The prefix: k and v (R, H_kv, n, K)"""
@@ -188,10 +198,18 @@ class NativeDecoder(PackedDecoder):
         )  # fmt: skip
 
     @torch.inference_mode()
-    def new_cache(self, text_ids: Tensor) -> NativeCache:
+    def new_cache(self, text_ids: Tensor, lines: Tensor | None = None) -> NativeCache:
+        """As `Dalle.new_cache`."""
         c = self.config
         bias = sequence.key_bias(sequence.text_mask(text_ids, c.pad_id), c.num_image_tokens, torch.float32)
-        return NativeCache(c, bias[:, 0, 0])
+        cache = NativeCache(c, bias[:, 0, 0])
+        if lines is not None and len(lines) > c.codebook_size:
+            raise ValueError(
+                f"{len(lines)} rows with drawings need a codebook of as many codes: lower the batch size"
+            )
+        if lines is not None:
+            cache.follow(lines, self.struct)
+        return cache
 
     @torch.inference_mode()
     def decode_step(self, image_ids: Tensor, position: int, cache: NativeCache) -> Tensor:
@@ -199,12 +217,15 @@ class NativeDecoder(PackedDecoder):
         c = self.config
         if image_ids.shape != (cache.struct.rows,) or not 0 <= position < c.num_image_tokens - 1:
             raise ValueError(f"expected {cache.struct.rows} ids at a position below {c.num_image_tokens - 1}")
-        image_ids = image_ids.contiguous()
+        image_ids, model = image_ids.contiguous(), self.struct
+        if cache.lines is not None:  # this step's inputs in the place of the embedding, row by row
+            torch.add(self.image_embed[image_ids], cache.lines[:, position + 1], out=cache.inputs)
+            image_ids, model = cache.rows, cache.model
         logits = torch.empty(len(image_ids), c.codebook_size)
         row_of_turns = self.num_positions + position - c.num_image_tokens
         index = position + cache.length - c.num_image_tokens + 1
         known = _library().step(
-            ctypes.addressof(self.struct), ctypes.addressof(cache.struct), image_ids.data_ptr(), row_of_turns, index,
+            ctypes.addressof(model), ctypes.addressof(cache.struct), image_ids.data_ptr(), row_of_turns, index,
             logits.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         if not known:
