@@ -209,8 +209,7 @@ def _draw(
     lines: LineFeatures | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """ids (B, N), log-likelihoods (B,) with and without text."""
-    batch_size, num_tokens = len(text_ids), model.config.num_image_tokens
-    device = text_ids.device
+    batch_size, num_tokens, device = len(text_ids), model.config.num_image_tokens, text_ids.device
     parts = _parts(text_ids, null_ids, options, lines)
     rows = fill_rows(torch.cat(parts), model.row_multiple)  # (R, T): with text, without text, filling
     to_rows = partial(_to_rows, num_rows=len(rows), num_parts=len(parts))
