@@ -46,6 +46,11 @@ def insert_unknown(
     return text_ids
 
 
+def keep_drawings(keys: Sequence[str], share: float, salt: tuple[int, int]) -> Tensor:
+    """(B,) bool, False for about `share` of the drawings, whatever happens to their captions; salt: (seed, step)."""
+    return torch.tensor([_uniform(f"{salt[0]}/{salt[1]}/{key}/drawing") >= share for key in keys])
+
+
 def _uniform(name: str) -> float:
     """[0, 1) from the CRC of the name, scrambled: CRCs of names that differ in one digit lie on a lattice."""
     x = zlib.crc32(name.encode())

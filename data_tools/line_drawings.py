@@ -5,6 +5,7 @@ Gaussians (Winnemoeller et al. 2012, equations 5 to 7), soft strokes. `contour`:
 (data_tools.border) with the strong edges inside, as a designer's sketch has them. None of them needs weights.
 """
 
+import io
 import math
 from typing import Literal, NamedTuple
 
@@ -12,9 +13,10 @@ import numpy as np
 from PIL import Image
 
 from data_tools.border import border_matte, is_plausible
-from data_tools.images import BadImage, ImageLimits, decode
+from data_tools.images import BadImage, ImageLimits, decode, encode
 
 LineMethod = Literal["canny", "xdog", "contour"]
+LINE_MEMBER = "line.png"  # of a sample in a shard
 METHODS: tuple[LineMethod, ...] = ("canny", "xdog", "contour")
 Polarity = Literal["dark_on_light", "light_on_dark"]
 CANNY = (100, 200)  # as published
@@ -194,3 +196,24 @@ def open_drawing(data: bytes, size: int) -> tuple[np.ndarray, str]:
     notes = [] if same_aspect((width, height), (1, 1)) else [f"{width} x {height}, so bars were added"]
     notes += ["its colours were left out"] if drawing.is_coloured else []
     return fit_lines(drawing.lines, size), "; ".join(notes)
+
+
+# --- in shards -------------------------------------------------------------------------------------------------
+
+
+def encode_lines(lines: np.ndarray) -> bytes:
+    """(H, W) uint8 as a PNG; one bit a pixel where there are no levels between black and white."""
+    is_binary = bool(((lines == 0) | (lines == 255)).all())
+    image = Image.fromarray(lines)
+    return encode(image.convert("1", dither=Image.Dither.NONE) if is_binary else image, "png")
+
+
+def decode_lines(data: bytes) -> np.ndarray:
+    """The inverse: (H, W) uint8. Raises ValueError for bytes that are no PNG of one channel."""
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+            if image.mode not in ("1", "L"):
+                raise ValueError(f"line.png is a PNG of mode {image.mode}, not of one channel")
+            return np.asarray(image.convert("L"))
+    except (OSError, SyntaxError) as error:
+        raise ValueError("line.png is damaged") from error

@@ -10,7 +10,6 @@ of the image. How it came stands in the json as `line`: method, polarity, densit
 is continued by the same command, and every row that is lost is in dropped.jsonl with its reason.
 """
 
-import io
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -19,12 +18,13 @@ from typing import Any, Literal
 
 import numpy as np
 import tyro
-from PIL import Image
 
 from common.config import command, parse_options, to_mapping
-from data_tools.images import BadImage, decode, encode
+from data_tools.images import BadImage, decode
 from data_tools.line_drawings import (
+    LINE_MEMBER,
     LineMethod,
+    encode_lines,
     extract,
     line_density,
     read_drawing,
@@ -39,7 +39,6 @@ from data_tools.rewrite import Steps, print_report, rewrite
 from data_tools.shard import listing_hash
 from data_tools.shard_run import say
 
-LINE_MEMBER = "line.png"
 REASONS: dict[str, str] = HINTS | {
     "no_drawing": "the row has no drawing; --method canny, xdog or contour makes one of the image",
     "not_a_drawing": "the drawing is empty or inked all over; look at the file",
@@ -159,24 +158,6 @@ def with_lines(record: Record, lines: np.ndarray, **how: Any) -> Record:
     """The record with a drawing (H, W) uint8, and `how` it came in its meta."""
     meta = record.meta | {"line": how | {"density": round(line_density(lines), 4)}}
     return replace(record, extra={**record.extra, LINE_MEMBER: encode_lines(lines)}, meta=meta)
-
-
-def encode_lines(lines: np.ndarray) -> bytes:
-    """(H, W) uint8 as a PNG; one bit a pixel where there are no levels between black and white."""
-    is_binary = bool(((lines == 0) | (lines == 255)).all())
-    image = Image.fromarray(lines)
-    return encode(image.convert("1", dither=Image.Dither.NONE) if is_binary else image, "png")
-
-
-def decode_lines(data: bytes) -> np.ndarray:
-    """The inverse: (H, W) uint8. Raises ValueError for bytes that are no PNG of one channel."""
-    try:
-        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-            if image.mode not in ("1", "L"):
-                raise ValueError(f"line.png is a PNG of mode {image.mode}, not of one channel")
-            return np.asarray(image.convert("L"))
-    except (OSError, SyntaxError) as error:
-        raise ValueError("line.png is damaged") from error
 
 
 def lines(config: LinesConfig) -> dict[str, Any]:

@@ -31,6 +31,8 @@ from common.precision import Precision, autocast
 from data_tools.augment import Chain, PictureAugment
 from data_tools.crops import CropFlip
 from data_tools.index import ShardIndex, ShardSource
+from data_tools.line_drawings import LINE_MEMBER, decode_lines, encode_lines
+from data_tools.line_views import LineSource, draw_views, move_lines
 from data_tools.loader import IMAGE_SUFFIXES, Augment, CorruptSample, open_image
 from data_tools.records import Record
 from data_tools.remote import RemoteOptions
@@ -56,6 +58,9 @@ class Options:
     """Encoded views a training picture: the plain one and views - 1 augmented ones. Validation pictures have one."""
     augment: CropFlip = field(default_factory=CropFlip)
     move: PictureAugment = field(default_factory=PictureAugment)
+    lines: LineSource = "none"
+    """Line drawings beside the codes, for train_dalle.py --lines: canny, xdog and contour draw each view, mixed takes
+    the three in turn, given takes the drawings of data_tools.lines."""
     batch_size: int = 64
     """Pictures of one forward pass."""
     remote: RemoteOptions = field(default_factory=RemoteOptions)
@@ -101,8 +106,13 @@ def encode_shards(tokenizer: ImageTokenizer, options: Options, world: World) -> 
     target = ensure_writable_directory(options.target)
     made_by = {"sha256": tokenizer.codes_sha256, "grid_size": tokenizer.grid_size}
     made_by |= {"codebook_size": tokenizer.codebook_size, "views": options.views}
+    made_by |= {} if options.lines == "none" else {"lines": options.lines}
     if (target / TOKENIZER_FILE).is_file():
         found = require_tokenizer(target, tokenizer.codes_sha256)
+        if found.get("lines", "none") != options.lines:
+            raise ValueError(
+                f"{target} holds shards with --lines {found.get('lines', 'none')}, not {options.lines}"
+            )
         if found.get("views") != options.views:
             raise ValueError(
                 f"{target} holds shards of {found.get('views')} views a picture, not {options.views}"
@@ -143,12 +153,12 @@ def _encode_one(
         stale.unlink()
     with ShardWriter(work, split, samples_per_shard=len(index)) as writer:
         bar = tqdm(total=len(index), desc=path.name, unit="pictures", disable=not world.is_main)
-        for samples, pictures in _picture_batches(
+        for samples, pictures, lines in _picture_batches(
             index, options, encoder.tokenizer.image_size, views, counts
         ):
             ids = encoder(pictures.flatten(0, 1)).cpu().unflatten(0, (-1, views))
-            for i, row in zip(samples, ids, strict=True):
-                writer.write(_record(index, i, row, encoder.tokenizer.codebook_size))
+            for i, row, drawn in zip(samples, ids, lines, strict=True):
+                writer.write(_record(index, i, row, encoder.tokenizer.codebook_size, drawn))
             counts["pictures"] += len(samples)
             bar.update(len(samples))
         bar.close()
@@ -160,45 +170,61 @@ def _encode_one(
 
 def _picture_batches(
     index: ShardIndex, options: Options, image_size: int, views: int, counts: dict[str, int]
-) -> Iterator[tuple[list[int], Tensor]]:
-    """Sample numbers (b,) and their views (b, A, 3, S, S); corrupt pictures are counted and left out.
+) -> Iterator[tuple[list[int], Tensor, list[bytes]]]:
+    """Sample numbers (b,), their views (b, A, 3, S, S) and line.png of each; corrupt pictures are counted and left out.
 
     The pictures of the next batch are opened while one is encoded.
     """
     each = max(1, options.batch_size // views)
     augment = Chain((options.move, options.augment)) if options.move.is_on else options.augment
 
-    def load(i: int) -> Tensor:
-        image = open_image(next(iter(index.read(i, IMAGE_SUFFIXES).values())))
-        return torch.stack(list(_views(image, index.samples[i].key, augment, image_size, views)))
+    def load(i: int) -> tuple[Tensor, bytes]:
+        members, key = index.read(i, (*IMAGE_SUFFIXES, LINE_MEMBER)), index.samples[i].key
+        image = open_image(next(data for name, data in members.items() if name != LINE_MEMBER))
+        seen = torch.stack(list(_views(image, key, augment, image_size, views)))
+        if options.lines == "none":
+            return seen, b""
+        if options.lines != "given":
+            return seen, encode_lines(draw_views(options.lines, [to_image(view) for view in seen]))
+        try:
+            given = decode_lines(members.get(LINE_MEMBER, b""))
+        except ValueError as error:
+            raise CorruptSample(str(error)) from error
+        return seen, encode_lines(move_lines(given, image.size, augment, _generators(key, views), image_size))
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         ahead = deque((i, pool.submit(load, i)) for i in range(min(2 * each, len(index))))
-        samples, rows = [], []
+        samples, rows, lines = [], [], []
         while ahead:
             i, loaded = ahead.popleft()
             if i + 2 * each < len(index):
                 ahead.append((i + 2 * each, pool.submit(load, i + 2 * each)))
             try:
-                rows.append(loaded.result())
+                seen, drawn = loaded.result()
+                rows.append(seen)
+                lines.append(drawn)
                 samples.append(i)
             except CorruptSample as error:
                 counts["skipped"] += 1
                 say(f"skipped a corrupt sample ({counts['skipped']} so far): {index.samples[i].key}: {error}")
             if rows and (len(rows) == each or not ahead):
-                yield samples, torch.stack(rows)
-                samples, rows = [], []
+                yield samples, torch.stack(rows), lines
+                samples, rows, lines = [], [], []
 
 
 def _views(image, key: str, augment: Augment, image_size: int, views: int) -> Iterator[Tensor]:
     """The centre crop, then crops drawn from (key, view): the same whenever the picture is encoded."""
     yield to_tensor(resize_square(image, image_size))
-    seed = list(key.encode())
-    for view in range(1, views):
-        yield to_tensor(resize_square(augment(image, np.random.default_rng([view, *seed])), image_size))
+    for generator in _generators(key, views):
+        yield to_tensor(resize_square(augment(image, generator), image_size))
 
 
-def _record(index: ShardIndex, i: int, ids: Tensor, codebook_size: int) -> Record:
+def _generators(key: str, views: int) -> Iterator[np.random.Generator]:
+    """Of the views after the plain one."""
+    return (np.random.default_rng([view, *key.encode()]) for view in range(1, views))
+
+
+def _record(index: ShardIndex, i: int, ids: Tensor, codebook_size: int, lines: bytes) -> Record:
     members = index.read(i, ("txt", "json"))
     buffer = io.BytesIO()
     np.save(
@@ -206,7 +232,8 @@ def _record(index: ShardIndex, i: int, ids: Tensor, codebook_size: int) -> Recor
     )
     captions = tuple(members.get("txt", b"").decode("utf-8", errors="replace").splitlines())
     meta = json.loads(members["json"]) if "json" in members else {}
-    return Record(index.samples[i].key, b"", "", captions, meta, extra={"ids.npy": buffer.getvalue()})
+    extra = {"ids.npy": buffer.getvalue()} | ({LINE_MEMBER: lines} if lines else {})
+    return Record(index.samples[i].key, b"", "", captions, meta, extra=extra)
 
 
 @torch.no_grad()

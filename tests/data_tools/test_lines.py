@@ -12,6 +12,8 @@ from PIL import Image, ImageDraw
 from data_tools.line_drawings import (
     canny,
     contour,
+    decode_lines,
+    encode_lines,
     extract,
     fit_lines,
     normalise,
@@ -21,7 +23,7 @@ from data_tools.line_drawings import (
     stroke_width,
     xdog,
 )
-from data_tools.lines import LinesConfig, decode_lines, encode_lines, lines
+from data_tools.lines import LinesConfig, lines
 from data_tools.lines import main as lines_main
 from data_tools.readers import open_source
 from data_tools.records import Record
