@@ -25,11 +25,11 @@ from tqdm import tqdm
 from common.config import command, parse_options, to_mapping
 from common.files import sha256_file
 from common.log import say
+from common.out_directory import OutDirectory, Request
 from dalle import inpaint
 from dalle.fast import FastOptions
 from dalle.inpaint import Source
-from dalle.outdir import OutDirectory
-from dalle.pipeline import Request, TextToImage, default_checkpoint
+from dalle.pipeline import TextToImage, default_checkpoint
 from dalle.prompts import Prompt, count_prompts, read_prompts
 from dalle.sampling import SamplingOptions
 from data_tools.images import BadImage, decode
@@ -216,12 +216,14 @@ def main(argv: Sequence[str] | None = None) -> Path:
     """Draw; returns the out directory."""
     options = parse_options(Options, argv, description=__doc__)
     num_texts = count_prompts(options.prompts_file) if options.prompts_file else 1
-    checkpoint = options.checkpoint or default_checkpoint()
-    pipeline = TextToImage.from_pretrained(checkpoint, options.device, options.fast)
-    out = OutDirectory(options.out_dir, origin(options, pipeline))
-    started = time.perf_counter()
-    drawn = draw_all(options, pipeline, out, num_texts)
-    out.write_grid(options.num_images if options.prompts_file and 1 < options.num_images <= 16 else None)
+    with OutDirectory(options.out_dir) as out:
+        out.require_ours(num_texts * options.num_images)
+        checkpoint = options.checkpoint or default_checkpoint()
+        pipeline = TextToImage.from_pretrained(checkpoint, options.device, options.fast)
+        out.origin = origin(options, pipeline)
+        started = time.perf_counter()
+        drawn = draw_all(options, pipeline, out, num_texts)
+        out.write_grid(options.num_images if options.prompts_file and 1 < options.num_images <= 16 else None)
     seconds = (time.perf_counter() - started) / max(1, drawn)
     say(f"{out.count} pictures in {out.path} | {drawn} drawn now, {seconds:.2f} s each | by {checkpoint}")
     say(f"next: python rerank.py {out.path}")

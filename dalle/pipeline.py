@@ -23,6 +23,7 @@ from common import checkpoint
 from common.distributed import pick_device
 from common.files import read_json
 from common.image import to_image
+from common.out_directory import Request
 from common.precision import autocast
 from dalle import dalle_pytorch, model, sequence
 from dalle.fast import FastOptions, prepare, resolve_options
@@ -35,16 +36,6 @@ if TYPE_CHECKING:
     from dalle.release import Card
 
 PRETRAINED = Path("pretrained/goods-128/generator")
-
-
-@dataclass(frozen=True)
-class Request:
-    """One picture to draw: picture `index` of the seed, for `text`."""
-
-    text: str
-    index: int
-    key: str | None = None
-    """Name of the text, where it has one."""
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common.log import say
-from dalle.outdir import OutDirectory
-from dalle.pipeline import Request
+from common.out_directory import OutDirectory, Request
 from dalle.prompts import read_prompts
 from data_tools.captions import pick_caption
 from data_tools.index import ShardIndex
@@ -49,19 +48,19 @@ def draw_into(directory: Path, name: str, arm: Arm, plan: Plan) -> SampleSet:
 
     Raises ValueError when `directory` holds pictures of another checkpoint, seed or setting.
     """
-    out = OutDirectory(directory, _plain(arm.origin))
-    standing = _standing(directory, out.origin)
-    out.continue_from(iter(standing))
-    have = set(standing[: out.count])
-    todo = [request for request in plan.requests if request not in have]
-    total = len(plan.requests)
-    if have and todo:
-        say(f"{name}: {total - len(todo)} of {total} pictures stand in {directory}: going on behind them")
-    for picture in tqdm(
-        arm.draw(todo), name, total, initial=total - len(todo), unit="picture", dynamic_ncols=True
-    ):
-        out.add(picture)
-    out.forget_leftovers()  # a damaged tail
+    with OutDirectory(directory, _plain(arm.origin)) as out:
+        standing = _standing(directory, out.origin)
+        out.continue_from(iter(standing))
+        have = set(standing[: out.count])
+        todo = [request for request in plan.requests if request not in have]
+        total = len(plan.requests)
+        out.require_ours(out.count + len(todo))
+        if have and todo:
+            say(f"{name}: {total - len(todo)} of {total} pictures stand in {directory}: going on behind them")
+        bar = tqdm(arm.draw(todo), name, total, initial=total - len(todo), unit="picture", dynamic_ncols=True)
+        for picture in bar:
+            out.add(picture)
+        out.forget_leftovers()  # a damaged tail
     return plan.of(SampleSet.from_out_dir(directory, name))
 
 

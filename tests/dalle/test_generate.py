@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from small_checkpoint import CAPTIONS
 
+from common.output import OutputDirectory
 from generate import main, open_mask, open_picture
 
 ROOT = Path(__file__).parent.parent.parent
@@ -41,6 +42,7 @@ def prompts(tmp_path) -> Path:
 def test_writes_the_out_directory(generator_dir, tmp_path):
     out = run(generator_dir, tmp_path / "out", "--seed", "5", "--cfg-scale", "2.5", "--top-k", "12")
     assert sorted(p.name for p in out.iterdir()) == [
+        ".written.jsonl",
         "0000.png",
         "0001.png",
         "0002.png",
@@ -66,10 +68,12 @@ def test_the_same_seed_gives_the_same_bytes_in_any_batch(generator_dir, tmp_path
 
 def test_fewer_pictures_leave_none_of_the_earlier_run(generator_dir, tmp_path):
     run(generator_dir, tmp_path / "out")
-    (tmp_path / "out" / "ranking.json").write_text("{}")
+    with OutputDirectory(tmp_path / "out") as files:
+        files.write_json("ranking.json", {})
     (tmp_path / "out" / "mine.png").write_bytes(b"not ours")
     out = run(generator_dir, tmp_path / "out", CAPTIONS[1], "2")
     assert sorted(p.name for p in out.iterdir()) == [
+        ".written.jsonl",
         "0000.png",
         "0001.png",
         "grid.png",
@@ -77,6 +81,44 @@ def test_fewer_pictures_leave_none_of_the_earlier_run(generator_dir, tmp_path):
         "mine.png",
     ]
     assert [line["text"] for line in lines(out)] == [CAPTIONS[1]] * 2
+
+
+@pytest.mark.parametrize("name", ["0000.png", "0002.png", "grid.png", "images.jsonl"])
+def test_the_users_files_are_refused_before_anything_is_made(name, generator_dir, tmp_path, capsys):
+    out = tmp_path / "mine"
+    out.mkdir()
+    for mine in (name, "rank1_backup.png", "ranked.png"):
+        (out / mine).write_bytes(b"mine")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(SystemExit) as stopped:
+        run(generator_dir, out)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1
+    assert f"{out} holds {name}, not written here or changed since" in error
+    assert before == {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def test_one_writer_at_a_time(generator_dir, tmp_path, capsys):
+    with OutputDirectory(tmp_path / "out"), pytest.raises(SystemExit) as stopped:
+        run(generator_dir, tmp_path / "out")
+    assert stopped.value.code == 2 and "another command is writing to" in capsys.readouterr().err
+    assert len(pictures(run(generator_dir, tmp_path / "out"))) == 3
+
+
+@pytest.mark.slow
+def test_two_at_once_in_one_directory(generator_dir, tmp_path):
+    """One does all, the other says why not and ends with 2; the list and the images belong together."""
+    commands = []
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text("\n".join(CAPTIONS * 8), encoding="utf-8")
+        commands.append([sys.executable, "generate.py", "", "2", str(tmp_path / "out"), "--device", "cpu"])
+        commands[-1] += ["--prompts-file", str(tmp_path / f"{name}.txt"), "--checkpoint", str(generator_dir)]
+    running = [subprocess.Popen(c, cwd=ROOT, stderr=subprocess.PIPE, text=True) for c in commands]
+    said = [process.communicate()[1] for process in running]
+    codes = [process.returncode for process in running]
+    assert sorted(codes) == [0, 2]
+    assert "another command is writing to" in said[codes.index(2)] and "Traceback" not in "".join(said)
+    assert len(lines(tmp_path / "out")) == len(pictures(tmp_path / "out")) == 80
 
 
 def test_a_file_of_prompts(generator_dir, tmp_path, prompts, capsys):
