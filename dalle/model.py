@@ -224,12 +224,15 @@ class Dalle(nn.Module):
         """image_ids: (B,) long, the token just drawn at image index `position` -> logits (B, V) of the next.
 
         `position` as an int reads the filled part of the cache alone; as a 0-d long tensor it keeps every shape
-        constant, for `torch.compile` and CUDA graphs.
+        constant, for `torch.compile` and CUDA graphs; as (B,) long each row stands at a position of its own.
         """
         index = position + cache.text_len + 1
         row = position + self.config.max_text_len + 1
-        constant_shape = isinstance(position, Tensor)
-        table = self.rotary.index_select(1, row.view(1)) if constant_shape else self.rotary[:, row : row + 1]
+        if isinstance(position, int):
+            table = self.rotary[:, row : row + 1]  # (2, 1, K)
+        else:
+            table = self.rotary.index_select(1, row.view(-1))  # (2, 1 or B, K)
+            table = table[:, :, None] if position.dim() else table  # (2, B, 1, K)
         x = self.image_embed(image_ids)[:, None]  # (B, 1, D)
         if cache.lines is not None:
             x = x + cache.lines_at(position + 1)

@@ -171,7 +171,7 @@ class TextToImage:
             raise ValueError(
                 "a negative prompt works through guidance: set cfg_scale to something other than 1"
             )
-        null_ids = self.encode_text(negative)[0] if negative.strip() else self._null_ids()
+        null_ids = self.encode_text(negative)[0] if negative.strip() else self.null_ids()
         features = None if line is None else encode_control(self.line_encoder, line, self.device)
         stream = iter(requests)
         batches = iter(lambda: list(itertools.islice(stream, batch_size)), [])
@@ -217,7 +217,7 @@ class TextToImage:
             directory = release(self.directory, Path(folder) / "release", card or Card())
             return push_to_hub(directory, repo_id, private)
 
-    def _null_ids(self) -> Tensor:
+    def null_ids(self) -> Tensor:
         config = self.config
         return sequence.null_captions(1, config.max_text_len, config.pad_id, self.device)
 
