@@ -103,6 +103,7 @@ CONFIG_SCRIPTS = {
     "dalle": "train_dalle",
     "ranker": "rankers.train",
     "judge": "evaluation.train_judge",
+    "base": "diffusion.train_base",
 }
 
 

@@ -8,10 +8,7 @@ holds the identity of its codes: shards of two tokenizers never mix. Whole shard
 """
 
 import io
-import json
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +17,6 @@ import numpy as np
 import torch
 import tyro
 from torch import Tensor
-from tqdm import tqdm
 
 from common.config import command, parse_options
 from common.distributed import World, start_world, stop_world
@@ -30,13 +26,12 @@ from common.log import say
 from common.precision import Precision, autocast
 from data_tools.augment import Chain, PictureAugment
 from data_tools.crops import CropFlip
+from data_tools.encode import Views
+from data_tools.encode import encode_shards as encode_image_shards
 from data_tools.index import ShardIndex, ShardSource
-from data_tools.line_drawings import LINE_MEMBER, decode_lines, encode_lines
-from data_tools.line_views import LineSource, draw_views, move_lines
-from data_tools.loader import IMAGE_SUFFIXES, Augment, CorruptSample, open_image
-from data_tools.records import Record
+from data_tools.line_views import LineSource
+from data_tools.loader import IMAGE_SUFFIXES, open_image
 from data_tools.remote import RemoteOptions
-from data_tools.shards import ShardWriter, add_to_dataset
 from vq.losses import psnr
 from vq.model import ImageTokenizer
 from vq.native import Engine, PictureEncoder
@@ -119,121 +114,16 @@ def encode_shards(tokenizer: ImageTokenizer, options: Options, world: World) -> 
             )
     elif world.is_main:
         write_json(target / TOKENIZER_FILE, made_by)
-    source = ShardSource(str(options.source), options.remote)
-    jobs = [(split, place) for split in ("train", "val") for place in source.find(split)]
-    if not any(split == "train" for split, _ in jobs):
-        raise FileNotFoundError(
-            f"no train-*.tar in {options.source}: make shards with `python -m data_tools.shard`"
-        )
     encoder = PictureEncoder(tokenizer, world.device, options.precision, options.engine)
-    mine = jobs[world.rank :: world.size]
-    counts = {"pictures": 0, "skipped": 0, "shards_kept": 0}
-    for split, place in mine:
-        done = target / source.name(place)
-        if done.is_file():
-            counts["shards_kept"] += 1
-            continue
-        _encode_one(encoder, options, world, split, source.fetch(place), counts)
-    world.barrier()
-    if world.is_main:
-        for split in ("train", "val"):
-            paths = sorted(target.glob(f"{split}-*.tar"))
-            add_to_dataset(target, split, {p.name: len(ShardIndex.open(p, "").samples) for p in paths})
-    return counts
+    dtype = np.uint16 if tokenizer.codebook_size <= 65536 else np.uint32
 
+    def encode(images: Tensor) -> np.ndarray:
+        return encoder(images).cpu().numpy().astype(dtype)
 
-def _encode_one(
-    encoder: PictureEncoder, options: Options, world: World, split: str, path: Path, counts: dict[str, int]
-) -> None:
-    """One input shard -> one output shard under the same name, by way of a folder that is renamed from."""
-    index = ShardIndex.open(path, "").require(*IMAGE_SUFFIXES)
-    views = options.views if split == "train" else 1
-    work = options.target / f".work-{path.stem}"
-    for stale in work.glob("*"):
-        stale.unlink()
-    with ShardWriter(work, split, samples_per_shard=len(index)) as writer:
-        bar = tqdm(total=len(index), desc=path.name, unit="pictures", disable=not world.is_main)
-        for samples, pictures, lines in _picture_batches(
-            index, options, encoder.tokenizer.image_size, views, counts
-        ):
-            ids = encoder(pictures.flatten(0, 1)).cpu().unflatten(0, (-1, views))
-            for i, row, drawn in zip(samples, ids, lines, strict=True):
-                writer.write(_record(index, i, row, encoder.tokenizer.codebook_size, drawn))
-            counts["pictures"] += len(samples)
-            bar.update(len(samples))
-        bar.close()
-    (work / f"{split}-00000.tar").rename(options.target / path.name)
-    for leftover in work.glob("*"):
-        leftover.unlink()
-    work.rmdir()
-
-
-def _picture_batches(
-    index: ShardIndex, options: Options, image_size: int, views: int, counts: dict[str, int]
-) -> Iterator[tuple[list[int], Tensor, list[bytes]]]:
-    """Sample numbers (b,), their views (b, A, 3, S, S) and line.png of each; corrupt pictures are counted and left out.
-
-    The pictures of the next batch are opened while one is encoded.
-    """
-    each = max(1, options.batch_size // views)
     augment = Chain((options.move, options.augment)) if options.move.is_on else options.augment
-
-    def load(i: int) -> tuple[Tensor, bytes]:
-        members, key = index.read(i, (*IMAGE_SUFFIXES, LINE_MEMBER)), index.samples[i].key
-        image = open_image(next(data for name, data in members.items() if name != LINE_MEMBER))
-        seen = torch.stack(list(_views(image, key, augment, image_size, views)))
-        if options.lines == "none":
-            return seen, b""
-        if options.lines != "given":
-            return seen, encode_lines(draw_views(options.lines, [to_image(view) for view in seen]))
-        try:
-            given = decode_lines(members.get(LINE_MEMBER, b""))
-        except ValueError as error:
-            raise CorruptSample(str(error)) from error
-        return seen, encode_lines(move_lines(given, image.size, augment, _generators(key, views), image_size))
-
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        ahead = deque((i, pool.submit(load, i)) for i in range(min(2 * each, len(index))))
-        samples, rows, lines = [], [], []
-        while ahead:
-            i, loaded = ahead.popleft()
-            if i + 2 * each < len(index):
-                ahead.append((i + 2 * each, pool.submit(load, i + 2 * each)))
-            try:
-                seen, drawn = loaded.result()
-                rows.append(seen)
-                lines.append(drawn)
-                samples.append(i)
-            except CorruptSample as error:
-                counts["skipped"] += 1
-                say(f"skipped a corrupt sample ({counts['skipped']} so far): {index.samples[i].key}: {error}")
-            if rows and (len(rows) == each or not ahead):
-                yield samples, torch.stack(rows), lines
-                samples, rows, lines = [], [], []
-
-
-def _views(image, key: str, augment: Augment, image_size: int, views: int) -> Iterator[Tensor]:
-    """The centre crop, then crops drawn from (key, view): the same whenever the picture is encoded."""
-    yield to_tensor(resize_square(image, image_size))
-    for generator in _generators(key, views):
-        yield to_tensor(resize_square(augment(image, generator), image_size))
-
-
-def _generators(key: str, views: int) -> Iterator[np.random.Generator]:
-    """Of the views after the plain one."""
-    return (np.random.default_rng([view, *key.encode()]) for view in range(1, views))
-
-
-def _record(index: ShardIndex, i: int, ids: Tensor, codebook_size: int, lines: bytes) -> Record:
-    members = index.read(i, ("txt", "json"))
-    buffer = io.BytesIO()
-    np.save(
-        buffer, ids.numpy().astype(np.uint16 if codebook_size <= 65536 else np.uint32), allow_pickle=False
-    )
-    captions = tuple(members.get("txt", b"").decode("utf-8", errors="replace").splitlines())
-    meta = json.loads(members["json"]) if "json" in members else {}
-    extra = {"ids.npy": buffer.getvalue()} | ({LINE_MEMBER: lines} if lines else {})
-    return Record(index.samples[i].key, b"", "", captions, meta, extra=extra)
+    views = Views(tokenizer.image_size, options.views, augment, options.batch_size, options.lines)
+    source = ShardSource(str(options.source), options.remote)
+    return encode_image_shards(source, target, views, "ids.npy", encode, world)
 
 
 @torch.no_grad()

@@ -127,7 +127,7 @@ def test_bin_weights_are_read_and_pickles_with_code_are_not(tmp_path):
             return (Path.touch, (tmp_path / "ran",))
 
     torch.save({"conv_in.weight": Evil()}, unet / "diffusion_pytorch_model.bin")
-    with pytest.raises(ValueError, match="the unet in .* cannot be loaded"):
+    with pytest.raises(ValueError, match=r"the unet in .* cannot be loaded"):
         load_base(folder)
     assert not (tmp_path / "ran").exists()
 
@@ -162,7 +162,7 @@ def test_damaged_files_are_named(tmp_path):
     folder = saved(tmp_path)
     weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="the vae in .* cannot be loaded"):
+    with pytest.raises(ValueError, match=r"the vae in .* cannot be loaded"):
         load_base(folder)
     (folder / "model_index.json").write_text(json.dumps([]))
     with pytest.raises(ValueError, match="is not supported"):

@@ -78,7 +78,7 @@ def tiny_base(
         beta_schedule="scaled_linear",
         clip_sample=False,
         set_alpha_to_one=False,
-        steps_offset=0 if zero_snr else 1,
+        steps_offset=1,
         prediction_type=prediction,
         rescale_betas_zero_snr=zero_snr,
         timestep_spacing="trailing" if zero_snr else "leading",
