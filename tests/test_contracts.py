@@ -104,6 +104,7 @@ CONFIG_SCRIPTS = {
     "ranker": "rankers.train",
     "judge": "evaluation.train_judge",
     "base": "diffusion.train_base",
+    "controlnet": "diffusion.train_controlnet",
 }
 
 
