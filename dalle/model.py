@@ -271,14 +271,16 @@ class Dalle(nn.Module):
         if text_len > c.max_text_len:
             raise ValueError(f"the model reads {c.max_text_len} text tokens, got {text_len}")
         image = self.image_embed(image_ids)
-        if c.token_dropout and self.training:
-            kept = torch.rand(image.shape[:2], device=image.device) >= c.token_dropout
-            image = image * kept[..., None]
         begin = self.begin_image.to(image.dtype).expand(batch_size, 1, -1)
         text = self.text_in(self.text_embed(text_ids)).to(image.dtype)
         image = torch.cat([begin, image], 1)  # (B, 1 + n, D)
         if lines is not None:
             image = image + lines[:, : image.shape[1]].to(image.dtype)
+        if (
+            c.token_dropout and self.training
+        ):  # of both: a norm of nearly nothing would have a gradient of thousands
+            kept = torch.rand(image_ids.shape, device=image.device) >= c.token_dropout
+            image = image * F.pad(kept, (1, 0), value=True)[..., None]
         x = torch.cat([text, image], 1)  # (B, T + 1 + n, D)
         num_image = x.shape[1] - text_len
         rows = sequence.input_rows(text_len, c.max_text_len, num_image)
