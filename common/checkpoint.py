@@ -12,7 +12,6 @@ state is read with `weights_only=True`: nothing is unpickled.
 
 import contextlib
 import errno
-import fcntl
 import os
 import pickle
 import re
@@ -105,26 +104,6 @@ def prune(run_dir: Path, keep_last: int, keep: tuple[Path, ...] = ()) -> None:
             )  # killed half-way, it is no checkpoint any more
             os.replace(directory, doomed)
             shutil.rmtree(doomed)
-
-
-class Lock:
-    """Of a run directory, for one training at a time: two would delete each other's half-written checkpoints.
-
-    It ends with its process, however that ends.
-    """
-
-    def __init__(self, run_dir: Path) -> None:
-        self.is_taken = False
-        self.file = (run_dir / ".lock").open("a")
-        try:  # lockf, unlike flock, is not handed on to forked loaders
-            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            self.is_taken = True
-        except OSError:  # a file system without locks
-            pass
-
-    def release(self) -> None:
-        self.file.close()
 
 
 def clean(run_dir: Path) -> None:
