@@ -18,9 +18,10 @@ from PIL import Image
 
 from common import checkpoint
 from common.distributed import World
-from common.files import ensure_writable_directory, write_json
+from common.files import write_json
 from common.lock import alone_in
 from common.log import MetricLog, Window, clock, note_keys, say, short
+from common.run_dir import claim
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def fit(
     `options`: JSON-ready options of the whole run, kept in train_config.json. Returns the last evaluation.
     Raises NonFiniteLoss naming the batch, KeyboardInterrupt after a checkpoint when a signal asked to stop.
     """
-    ensure_writable_directory(config.run_dir)
+    claim(config.run_dir, world.is_main)
     with alone_in(config.run_dir, world):
         run = _Run(task, config, world, options)
         run.resume()
