@@ -25,9 +25,10 @@ from torch import Tensor, nn
 
 from common.config import command, parse_options
 from common.distributed import pick_device
-from common.files import atomic_path, ensure_writable_directory, write_json
+from common.files import atomic_path
 from common.image import to_image
 from common.log import say
+from common.output import OutputDirectory
 from common.precision import Precision, autocast
 from data_tools.loader import DecodeImage, eval_batches
 from vq.data import open_pictures
@@ -296,7 +297,13 @@ figcaption {{ font-size: 12px; color: #555 }}
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Evaluate; returns the figures."""
     options = parse_options(Options, argv, description=__doc__)
-    ensure_writable_directory(options.out)
+    with OutputDirectory(options.out) as files:
+        files.require_ours(("figures.json", "index.html"))
+        return report(options, files)
+
+
+def report(options: Options, files: OutputDirectory) -> dict[str, Any]:
+    """Evaluate, show and write."""
     device = pick_device(options.device)
     tokenizer = ImageTokenizer.from_pretrained(options.checkpoint, device)
     figures, rows = evaluate(tokenizer, options, device)
@@ -307,10 +314,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "data": options.data,
         "codes_sha256": tokenizer.codes_sha256,
     }
-    write_json(options.out / "figures.json", figures | about)
-    write_page(
-        options.out / "index.html", figures, rows[: options.show], f"Image tokenizer {options.checkpoint}"
-    )
+    files.write_json("figures.json", figures | about)
+    with files.writing("index.html") as temporary:
+        write_page(temporary, figures, rows[: options.show], f"Image tokenizer {options.checkpoint}")
     say(f"wrote {options.out / 'index.html'} and figures.json")
     return figures
 
