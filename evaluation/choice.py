@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation.attributes import Lexicon, judged_colors, judged_kinds
+from evaluation.attributes import Lexicon, judged_categories, judged_colors
 from evaluation.features import RankerTower
 from evaluation.parts import Networks, Part
 from evaluation.resampling import Resampling, difference, mean_estimate
@@ -82,16 +82,16 @@ def check_independent(ranker: Any, networks: Networks) -> None:
 
 
 def judged(networks: Networks, lexicon: Lexicon, part: Part) -> dict[str, NDArray]:
-    """(N,) values by name: whether kind, colour, and all of these that a text names are right by the judge.
+    """(N,) values by name: whether category, colour, and all of these that a text names are right by the judge.
 
     NaN where the text names none of them.
     """
     if networks.judge is None:
         return {}
-    features = part.features(networks.judge)
-    kinds = judged_kinds(networks.judge, part.texts, features)
+    features = part.features(networks.judge.network)
+    categories = judged_categories(networks.judge, part.texts, features)
     colors = judged_colors(networks.judge, lexicon, part.texts, features)
-    found = {"kind right": kinds, "colour right": colors}
+    found = {"category right": categories, "colour right": colors}
     values = {name: hits.hits for name, hits in found.items() if hits is not None}
     if len(values) == 2:
         both = np.stack(list(values.values()))

