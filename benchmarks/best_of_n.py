@@ -35,7 +35,7 @@ from evaluation.drawing import Plan, common_texts, draw_into, some_of
 from evaluation.features import CACHE
 from evaluation.judge import KIND, GoodsJudge
 from evaluation.metrics import networks_note
-from evaluation.parts import Networks, generated_part
+from evaluation.parts import Networks, generated_part, pixel_colors_of
 from evaluation.reference import Facts, ReferencePictures
 from evaluation.sets import SampleSet
 from rankers import default_ranker, load_ranker
@@ -58,6 +58,8 @@ class Options:
     """Folder of image shards whose held-out captions are the prompts."""
     split: str = "val"
     """Held-out split."""
+    train_split: str = "train"
+    """Split whose images of known colour name colours in pixels; empty: none."""
     num_prompts: int = 360
     """Prompts at most; 0: all distinct captions."""
     recolored: int = 2
@@ -149,7 +151,11 @@ def measure(
     part = generated_part(samples, options.draws, options.seed, options.cache)
     scored = score_pictures(samples, ranker, part)
     widths = [w for w in (1, 2, 4, 8, 16, 32, 64) if w < options.num_images] + [options.num_images]
-    values = judged(networks, lexicon, part)
+    train = (
+        ReferencePictures.of_split(options.data, options.train_split, 128) if options.train_split else None
+    )
+    measured = pixel_colors_of(train, range(len(train)), options.cache) if train else None
+    values = judged(networks, lexicon, part, measured)
     how = (ranker.name, widths, options.draws, options.seed)
     curves = [curve(scored, name, found, *how) for name, found in values.items()]
     return scored, [c for c in curves if c is not None]

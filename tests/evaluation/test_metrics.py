@@ -65,7 +65,12 @@ def figures(good, half_wrong, shards, networks, cache) -> tuple[dict[str, Figure
 
 def test_every_figure_says_what_it_depends_on(figures, good):
     for figure in figures[0].values():
-        assert figure.count >= 1 and figure.network in ("efficientnet_lite1", "pixels", "perceptual-hash")
+        assert figure.count >= 1 and figure.network in (
+            "efficientnet_lite1",
+            "judge",
+            "pixels",
+            "perceptual-hash",
+        )
         assert figure.value.low <= figure.value.value <= figure.value.high
         assert json.loads(json.dumps(figure.to_json()))["name"] == figure.name
     assert settings_of(good) == {
@@ -222,7 +227,7 @@ def test_the_command_writes_a_table_a_file_and_a_page(
     assert (
         by_name["category_right[judge]"]["seeds"] == [3] and by_name["category_right[judge]"]["count"] == 24
     )
-    assert written["networks"].keys() == {"efficientnet_lite1", "checkpoint"}
+    assert written["networks"].keys() == {"efficientnet_lite1", "judge", "checkpoint"}
     page = (out / "report.html").read_text("utf-8")
     assert (
         "Nearest training pictures" in page and "category_right" in page and caption("杯子", "红色") in page
@@ -264,7 +269,6 @@ def test_the_encoder_that_reranked_is_refused(out, shards, cache, judge_dir, ran
         (["--judge", "RANKER"], "kind 'ranker', not 'judge'"),
         (["--clip", "none"], "no checkpoint directory none"),
         (["--inception", "none.pth"], "no Inception weights at none.pth"),
-        ([], "no network to measure with"),
         (["--reference", "none", "--judge", "JUDGE"], "no data folder none"),
         (["--split", "test", "--judge", "JUDGE"], "no test-*.tar"),
         (["--best-of", "9", "--judge", "JUDGE"], "best of 9 needs 9 pictures"),
