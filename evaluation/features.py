@@ -134,10 +134,8 @@ class MirroredPictures:
 # --- networks ------------------------------------------------------------------------------------------------------
 
 INPUT_SIZE = 160
-SHALLOW_STAGES = (
-    1,
-    2,
-)  # of the features that vq.imagenet_features returns; at a half and a quarter of the side
+# Of the features that vq.imagenet_features returns; at a half and a quarter of the side.
+SHALLOW_STAGES = (1, 2)
 CENTRE_WIDTH = 0.45  # of half a side: the deviation of the Gaussian weight of the middle
 
 

@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -148,7 +147,9 @@ def scan_vocabulary(facts: Sequence[Facts], where: str, label_field: str) -> Voc
     return Vocabulary(tuple(sorted(categories)), tuple(colors) if len(colors) > 1 else (), words)
 
 
-def fit_head(features: Tensor, targets: Tensor, num_classes: int, l2: float, max_iterations: int) -> Any:
+def fit_head(
+    features: Tensor, targets: Tensor, num_classes: int, l2: float, max_iterations: int
+) -> tuple[Tensor, Tensor]:
     """(N, D) standardised features, (N,) classes -> weight (C, D) and bias (C,) of logistic regression.
 
     Minimises the mean cross-entropy plus l2 / 2 times the squared weights by L-BFGS from zero.
@@ -229,11 +230,6 @@ def validate(
     return metrics, (order[:, 0] != wanted) & (wanted >= 0)
 
 
-def prepare_data(options: Options) -> None:
-    if not options.data and not any(EMBEDDED.glob("train-*.tar")):
-        ensure_synthetic(EMBEDDED)
-
-
 @command
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Fit the heads; returns the shares named right on the validation images."""
@@ -245,7 +241,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     try:
         if not options.data:
             say("no --data given: training on the embedded default, made by data_tools.synthetic")
-        prepare_data(options)
+            if not any(EMBEDDED.glob("train-*.tar")):
+                ensure_synthetic(EMBEDDED)
         sizes = [Labelled.of_split(options, "train", side) for side in options.image_sizes]
         words = scan_vocabulary(sizes[0].facts, sizes[0].images.name, options.attributes.label_field)
         val = [Labelled.of_split(options, "val", side) for side in options.image_sizes]
@@ -283,7 +280,10 @@ def _train(
                     f"{data.images.side} px | {name} right {share[0]:.1%} [{share[1]:.1%}, {share[2]:.1%}] of "
                     f"{found[f'{name}_count']:.0f} real held-out images"
                 )
-        shown = shown or [data.images.open(int(i)) for i in np.flatnonzero(wrong)[:64]]
+        place = {
+            fact.key: i for i, fact in enumerate(data.facts)
+        }  # images that cannot be read have no features
+        shown = shown or [data.images.open(place[facts[i].key]) for i in np.flatnonzero(wrong)[:64]]
         metrics = metrics or found
     with checkpoint.new_step_directory(options.run_dir, 1) as directory:
         save_judge(directory, network, heads, words, 1, metrics)
