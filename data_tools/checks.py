@@ -84,7 +84,7 @@ def read_wants(path: Path) -> Wants:
         int(loop.get("num_steps", 1000)),
         int(loop.get("global_batch_size", 32)),
         loop.get("micro_batch_size"),
-        Path(loop.get("run_dir", "runs/run")),
+        Path(loop.get("run_dir") or config.get("run_dir", "runs/run")),
     )
 
 

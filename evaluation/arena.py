@@ -38,7 +38,7 @@ from evaluation.metrics import (
     settings_of,
 )
 from evaluation.options import MeasuringOptions
-from evaluation.parts import generated_part
+from evaluation.parts import generated_part, pixel_colors_of
 from evaluation.sets import SampleSet
 from evaluation.statistics import Interval
 from rankers import load_ranker
@@ -217,7 +217,9 @@ def measure_arm(
     """Figures of all pictures of an arm, and curves of choosing among them."""
     figures, left_out = measure_all(samples, reference, networks, options.measure, options.cache)
     part = generated_part(samples, options.measure.draws, options.measure.seed, options.cache)
-    values = judged(networks, Lexicon.of_reference(reference.facts), part)
+    train = reference.train
+    measured = pixel_colors_of(train, range(len(train)), options.cache) if train else None
+    values = judged(networks, Lexicon.of_reference(reference.facts), part, measured)
     if ranker is not None:
         samples = score_pictures(samples, ranker, part)
     scorer = scorer_of(samples, ranker)

@@ -57,7 +57,7 @@ class Options(MeasuringOptions):
     """Values of top-p to try; 1 keeps all."""
     grid: Literal["one_by_one", "full"] = "one_by_one"
     """One knob after the other, or all combinations."""
-    objectives: tuple[str, ...] = ("frechet_distance", "kind_right")
+    objectives: tuple[str, ...] = ("frechet_distance", "category_right")
     """Figures of evaluation whose mean rank decides; frechet_distance stands for FID too."""
     search_prompts: int = 40
     """Prompts of the search."""

@@ -100,4 +100,4 @@ def test_every_config_is_read_by_its_command(path: Path):
     stem = next(name for name in CONFIG_SCRIPTS if path.stem.startswith(name))
     module = importlib.import_module(CONFIG_SCRIPTS[stem])
     options = from_mapping(module.Options, yaml.safe_load(path.read_text("utf-8")), where=path.name)
-    assert options.loop.num_steps > 0
+    assert stem == "judge" or options.loop.num_steps > 0  # a judge is fitted, not trained in steps
