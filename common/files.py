@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+CANNOT_REPLACE = (errno.EEXIST, errno.EPERM, errno.EACCES, errno.EBUSY, errno.ETXTBSY, errno.EOPNOTSUPP)
 
 
 @contextlib.contextmanager
@@ -21,9 +22,30 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         with naming_a_full_disk(path):
             yield temporary
-            os.replace(temporary, path)
+            replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def replace(source: Path, target: Path) -> None:
+    """Move a file into place, whatever stands there: also where a rename does not replace (some network drives), or
+    not what another process has open."""
+    try:
+        os.replace(source, target)
+        return
+    except OSError as error:
+        if error.errno not in CANNOT_REPLACE or not target.is_file():
+            raise
+    aside = target.with_name(f".{target.name}.{os.getpid()}.old")
+    try:
+        os.replace(target, aside)
+    except OSError:
+        shutil.copyfile(source, target)  # somebody holds it: its bytes can still be written
+        source.unlink()
+        return
+    os.replace(source, target)
+    with contextlib.suppress(OSError):
+        aside.unlink()
 
 
 @contextlib.contextmanager
@@ -82,9 +104,18 @@ def size_of(directory: Path) -> int:
 
 
 def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    """To the disk. Some network drives cannot, for folders above all: they write as they see fit."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        if path.is_dir():
+            return
+        raise
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EACCES, errno.EBADF):
+            raise
     finally:
         os.close(descriptor)
 

@@ -16,7 +16,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 LOCK_FILE = ".lock"
 RENEWED_EVERY, DEAD_AFTER = (
@@ -26,6 +26,15 @@ RENEWED_EVERY, DEAD_AFTER = (
 
 _held: set[str] = set()  # by this process, which the kernel never refuses a second time
 _guard = threading.Lock()
+
+
+class World(Protocol):
+    """Of common.distributed: the processes of a run."""
+
+    is_main: bool
+
+    def any(self, flags: dict[str, bool]) -> dict[str, bool]:
+        """Whether a flag is up on any process."""
 
 
 class DirectoryLock:
@@ -68,14 +77,32 @@ class DirectoryLock:
 
 
 @contextlib.contextmanager
-def locked(directory: Path, name: str = LOCK_FILE) -> Iterator[None]:
-    """Alone in `directory` inside. Raises ValueError, naming who writes there, where another is."""
+def locked(directory: Path, name: str = LOCK_FILE, waits: bool = False) -> Iterator[None]:
+    """Alone in `directory` inside. Where another is: raises ValueError naming who writes there, or waits for it."""
     lock = DirectoryLock(directory, name)
+    while waits and lock.is_taken:
+        time.sleep(0.05)
+        lock = DirectoryLock(directory, name)
     try:
         require_free(lock, directory)
         yield
     finally:
         lock.release()
+
+
+@contextlib.contextmanager
+def alone_in(directory: Path, world: World, name: str = LOCK_FILE) -> Iterator[None]:
+    """`locked` for all processes of a run: the main one holds it, all raise the ValueError."""
+    lock = DirectoryLock(directory, name) if world.is_main else None
+    try:
+        if world.any({"taken": lock is not None and lock.is_taken})["taken"]:
+            if lock:
+                require_free(lock, directory)
+            raise ValueError(f"another command is writing to {directory}")
+        yield
+    finally:
+        if lock:
+            lock.release()
 
 
 def require_free(lock: DirectoryLock, directory: Path) -> None:

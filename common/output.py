@@ -9,12 +9,13 @@ import contextlib
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
-from common.files import atomic_path, ensure_writable_directory, naming_a_full_disk
-from common.lock import DirectoryLock, require_free
+from common.files import atomic_directory, atomic_path, ensure_writable_directory, naming_a_full_disk
+from common.lock import DirectoryLock, locked, require_free
 
 RECORD = ".written.jsonl"
 _SHOWN = 3  # foreign files that a message names
@@ -24,11 +25,16 @@ _MANY = 64
 class OutputDirectory:
     """Use as a context manager; the lock is held until `close`."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises ValueError where the directory cannot be written to or another command writes there."""
+    def __init__(self, path: Path, wait_s: float = 0.0) -> None:
+        """Raises ValueError where the directory cannot be written to or another command writes there for longer than
+        `wait_s` seconds."""
         self._is_new = not path.exists()
         self.path = ensure_writable_directory(path)
         self._lock = DirectoryLock(path)
+        patient_until = time.monotonic() + wait_s
+        while self._lock.is_taken and time.monotonic() < patient_until:
+            time.sleep(0.05)
+            self._lock = DirectoryLock(path)
         require_free(self._lock, path)
         self._known: dict[str, dict[int, set[str]]] = {}  # name -> size -> sha256
         self._lists: set[str] = set()  # names that grow by lines
@@ -189,6 +195,42 @@ class OutputDirectory:
         lines = (json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries if entry)
         with contextlib.suppress(OSError), atomic_path(self.path / RECORD) as temporary:
             temporary.write_text("".join(lines), encoding="utf-8")
+
+
+SHORT_WAIT = 20.0  # seconds: for another command that writes one file too
+
+
+def require_replaceable(*paths: Path) -> None:
+    """Raises ValueError where one of these files is there and not what a command of ours wrote: before the work."""
+    for path in paths:
+        if os.path.lexists(path):
+            with OutputDirectory(path.parent, SHORT_WAIT) as files:
+                files.require_ours([path.name])
+
+
+@contextlib.contextmanager
+def writing_file(path: Path) -> Iterator[Path]:
+    """A file in a directory that is not the command's own: yields a temporary path, like `OutputDirectory.writing`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with OutputDirectory(path.parent, SHORT_WAIT) as files, files.writing(path.name) as temporary:
+        yield temporary
+
+
+@contextlib.contextmanager
+def new_directory(target: Path) -> Iterator[Path]:
+    """A directory that appears whole: yields a temporary one to fill. Raises ValueError where anything stands at
+    `target` or another command is making it."""
+    require_new(target)
+    ensure_writable_directory(target.parent)
+    with locked(target.parent, f".{target.name}.lock"):
+        require_new(target)
+        with atomic_directory(target) as temporary:
+            yield temporary
+
+
+def require_new(target: Path) -> None:
+    if os.path.lexists(target):
+        raise ValueError(f"{target} exists already: name a new directory")
 
 
 def _fingerprint(path: Path) -> tuple[int, str]:

@@ -24,6 +24,7 @@ from common.checkpoint import new_step_directory, read_config, resolve, write_mo
 from common.config import command, parse_options
 from common.distributed import pick_device
 from common.log import say
+from common.output import require_new
 from common.precision import autocast
 from dalle import sequence
 from dalle.losses import position_losses
@@ -99,8 +100,7 @@ def average(options: Options) -> dict[str, float]:
     """Write the mean as a run directory; its figures. Raises FileNotFoundError or ValueError saying what is wrong."""
     if len(options.sources) < 2:
         raise ValueError("name at least two generators to average")
-    if options.target.exists():
-        raise ValueError(f"{options.target} exists already: name a new directory")
+    require_new(options.target)
     directories = [resolve(source) for source in options.sources]
     device = pick_device(options.device)
     _, val, has_tokens = open_shards(

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from common.checkpoint import resolve, write_model
 from common.config import command, parse_options, to_mapping
-from common.files import atomic_directory, sha256_file
+from common.files import sha256_file
 from common.log import say
+from common.output import new_directory, require_new
 from dalle.dalle_pytorch import KIND, BareTextTokenizer, DallePytorch, DallePytorchConfig
 from vq.convert import guess_kind, tokenizer_from_dalle_pytorch, tokenizer_from_taming
 from vq.foreign import read_foreign
@@ -256,8 +257,7 @@ def image_tokenizer_of(imported: Imported, override: Path | None) -> ImageTokeni
 
 def convert(options: Options) -> Imported:
     """Read, translate and write. Raises ValueError or FileNotFoundError saying what is wrong with the files."""
-    if options.target.exists():
-        raise ValueError(f"{options.target} exists already: name a new directory")
+    require_new(options.target)
     imported = import_checkpoint(options.source)
     text_tokenizer = BareTextTokenizer.from_pretrained(options.text_tokenizer)
     if text_tokenizer.vocab_size != imported.config.num_text_tokens:
@@ -267,7 +267,7 @@ def convert(options: Options) -> Imported:
         )
     image_tokenizer = image_tokenizer_of(imported, options.image_tokenizer)
     source = {"file": options.source.name, "sha256": sha256_file(options.source)}
-    with atomic_directory(options.target) as directory:
+    with new_directory(options.target) as directory:
         text_tokenizer.save(directory)
         if options.image_tokenizer:
             shutil.copytree(resolve(options.image_tokenizer), directory / "image_tokenizer")

@@ -13,8 +13,9 @@ from typing import Any
 
 from common import checkpoint
 from common.distributed import World
-from common.files import atomic_directory, ensure_writable_directory
+from common.files import atomic_directory
 from common.log import say
+from common.run_dir import claim
 from dalle.text_tokenizer import TextTokenizer
 from dalle.train_options import Options
 from data_tools.captions import CaptionChoice, pick_caption
@@ -64,7 +65,7 @@ class TrainData:
 
         Raises FileNotFoundError or ValueError in one sentence, also when the run was started with another tokenizer.
         """
-        ensure_writable_directory(run_dir)
+        claim(run_dir, world.is_main)
         goes_on = bool(checkpoint.step_directories(run_dir))
         image_dir, text_dir = run_dir / "image_tokenizer", run_dir / "text_tokenizer"
         if world.is_main and not (goes_on and image_dir.is_dir()):

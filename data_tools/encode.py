@@ -64,6 +64,7 @@ def encode_shards(
     for split, place in jobs[world.rank :: world.size]:
         name = source.name(place)
         if (target / name).is_file():
+            ShardIndex.open(target / name, "").require(member)
             counts["shards_kept"] += 1
             continue
         bar = tqdm(desc=name, unit="images", disable=not world.is_main, dynamic_ncols=True)

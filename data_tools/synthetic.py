@@ -9,7 +9,6 @@ Sample `index` of `seed` is a pure function of the two; validation samples have 
 Nothing is downloaded; the pictures are CC0.
 """
 
-import contextlib
 import functools
 import hashlib
 import io
@@ -18,7 +17,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from PIL import Image
 
 from common.config import command, parse_options
 from common.files import ensure_writable_directory, read_json, write_json
+from common.lock import locked
 from data_tools.records import Record
 from data_tools.shards import DATASET_FILE, ShardWriter
 from data_tools.synthetic_render import Ground, Look, Pattern, render
@@ -206,7 +205,7 @@ def ensure_synthetic(
         print(f"synthetic pictures: {num_train} + {num_val} in {options.dst}, reused", flush=True)
         return options.dst
     ensure_writable_directory(options.dst)
-    with _locked(options.dst):
+    with locked(options.dst, waits=True):  # alone among the processes of this machine
         if not _is_whole(options):  # another process may have drawn them while this one waited
             print(f"synthetic pictures: drawing {num_train} + {num_val} into {options.dst}", flush=True)
             write_json(options.dst / RECIPE_FILE, recipe)
@@ -218,16 +217,6 @@ def _is_whole(options: SyntheticOptions) -> bool:
     dataset, expected = options.dst / DATASET_FILE, _expected_shards(options)
     there = dataset.is_file() and all((options.dst / name).is_file() for name in expected)
     return there and read_json(dataset)["shards"] == expected
-
-
-@contextlib.contextmanager
-def _locked(dst: Path) -> Iterator[None]:
-    """Alone among the processes of this machine; the lock of a killed process is free again."""
-    import fcntl
-
-    with (dst / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _recipe(options: SyntheticOptions) -> dict[str, Any]:

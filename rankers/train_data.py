@@ -10,6 +10,7 @@ import torch
 from common.distributed import World
 from common.files import atomic_directory
 from common.log import say
+from common.run_dir import claim
 from data_tools.index import ShardIndex
 from data_tools.loader import IMAGE_SUFFIXES
 from data_tools.synthetic import ensure_synthetic
@@ -44,6 +45,7 @@ class RankerData:
         train = ShardIndex.open(source, "train", options.remote).require(*IMAGE_SUFFIXES)
         val = ShardIndex.open(source, "val", options.remote).require(*IMAGE_SUFFIXES)
         names = scan_names(train, options.attributes)
+        claim(options.loop.run_dir, world.is_main)
         towers = options.loop.run_dir / TOWERS
         init = find_folder(options.init) if options.init else None
         if world.is_main:

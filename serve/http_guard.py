@@ -4,6 +4,7 @@ Pure ASGI, so that streamed answers pass through untouched.
 """
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +23,7 @@ SECURITY_HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "permissions-policy": "camera=(), microphone=(), geolocation=()",
 }
-DOCS_POLICY = "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'"
+DRAIN_SECONDS, DRAIN_TIMES = 3.0, 4  # of a body that is refused: seconds, and times the largest one allowed
 
 
 class Guard:
@@ -55,12 +56,24 @@ class Guard:
         except ApiError as error:
             if started:
                 raise
+            await self._drain(receive)
             await _answer(error, guarded_send)
 
     def _refuse_announced(self, scope: dict[str, Any]) -> None:
         for name, value in scope["headers"]:
             if name == b"content-length" and (not value.isdigit() or int(value) > self.max_body_bytes):
                 raise self._too_large()
+
+    async def _drain(self, receive: Callable) -> None:
+        """Read what is left of a body, within limits: a client that is still sending would not see the answer."""
+        size = 0
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DRAIN_SECONDS):
+                while size <= DRAIN_TIMES * self.max_body_bytes:
+                    message = await receive()
+                    size += len(message.get("body", b""))
+                    if message["type"] == "http.disconnect" or not message.get("more_body", False):
+                        return
 
     def _too_large(self) -> ApiError:
         return ApiError(

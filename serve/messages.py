@@ -63,7 +63,7 @@ class ModelInfo:
     weights: str
     ranker: str
     images_per_second: float
-    """Measured with a full batch when the worker started."""
+    """Of full batches, measured when the worker started."""
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ from serve.messages import (
 FILL_EVERY = 1.0  # seconds between reports of how full the batch is
 IDLE_POLL = 0.5  # seconds; a message wakes the worker at once
 PARTIAL_FORMAT = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}
+MEASURED_STEPS = 8
 WARM_UP_TEXTS = ("一件红色的连衣裙", "红色", "a red dress")
 UNKNOWN_GREY = (200, 200, 200)  # of the part of a partial image that has no tokens yet
 
@@ -127,20 +128,22 @@ class Worker:
         )
 
     def _measure(self) -> float:
-        """Images a second of one full batch, decoding and ranking included; also warms everything up."""
+        """Images a second of full batches, from some steps and one decoding; also warms everything up."""
+        count, batcher, pipeline = self.options.max_images, self.batcher, self.pipeline
         text = self._known_text()
-        for _ in range(2):
-            started = time.perf_counter()
-            requests = tuple(Request(text, i) for i in range(self.options.max_images))
-            self.batcher.submit(Job(requests))
-            finished = []
-            while not self.batcher.is_idle:
-                finished += self.batcher.step()
-            images = self.pipeline.decode_ids(torch.stack([f.ids for f in finished]).to(self.pipeline.device))
-            if self.ranker:
-                self.ranker.score(text, images)
-            seconds = time.perf_counter() - started
-        return len(finished) / seconds
+        job = batcher.submit(Job(tuple(Request(text, i) for i in range(count))))
+        batcher.step()  # the texts are read in this one
+        started = time.perf_counter()
+        for _ in range(MEASURED_STEPS):
+            batcher.step()
+        seconds = (time.perf_counter() - started) / MEASURED_STEPS * batcher.num_tokens
+        ids = torch.stack([ids for _, ids, _ in batcher.progress(job)])
+        batcher.cancel(job)
+        started = time.perf_counter()
+        images = pipeline.decode_ids(ids.to(pipeline.device))
+        if self.ranker:
+            self.ranker.score(text, images)
+        return count / (seconds + time.perf_counter() - started)
 
     def _known_text(self) -> str:
         """A text that the tokenizer can read. Raises ValueError when it reads none of ours."""

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from common import checkpoint
 from common.config import command, read_mapping, to_mapping
-from common.files import atomic_directory, sha256_file
+from common.files import sha256_file
 from common.log import say
+from common.output import new_directory, require_new
 from vq.dvae import DvaeConfig
 from vq.foreign import read_foreign, tensors_of
 from vq.model import KIND, ImageTokenizer, TokenizerConfig
@@ -227,8 +228,7 @@ def image_size_of(options: Options, content: Any, weights: Weights) -> int:
 
 def convert(options: Options) -> ImageTokenizer:
     """Read, translate and write. Raises ValueError or FileNotFoundError saying what is wrong with the files."""
-    if options.target.exists():
-        raise ValueError(f"{options.target} exists already: name a new directory")
+    require_new(options.target)
     content = read_foreign(options.source)
     weights = _of_tokenizer(tensors_of(content, options.source))
     kind = guess_kind(weights) if options.kind == "auto" else options.kind
@@ -245,7 +245,7 @@ def convert(options: Options) -> ImageTokenizer:
     except ValueError as error:
         raise ValueError(f"{options.source} cannot be imported as {kind}: {error}") from error
     source = {"kind": kind, "file": options.source.name, "sha256": sha256_file(options.source)}
-    with atomic_directory(options.target) as directory:
+    with new_directory(options.target) as directory:
         mapping = to_mapping(tokenizer.config)
         checkpoint.write_model(directory, KIND, mapping, tokenizer.state_dict(), step=0, imported=source)
     return ImageTokenizer.from_pretrained(options.target)

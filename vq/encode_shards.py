@@ -22,7 +22,9 @@ from common.config import command, parse_options
 from common.distributed import World, start_world, stop_world
 from common.files import ensure_writable_directory, read_json, write_json
 from common.image import make_grid, resize_square, stack_rows, to_image, to_tensor
+from common.lock import alone_in
 from common.log import say
+from common.output import RECORD, OutputDirectory
 from common.precision import Precision, autocast
 from data_tools.augment import Chain, PictureAugment
 from data_tools.crops import CropFlip
@@ -32,11 +34,12 @@ from data_tools.index import ShardIndex, ShardSource
 from data_tools.line_views import LineSource
 from data_tools.loader import IMAGE_SUFFIXES, open_image
 from data_tools.remote import RemoteOptions
+from data_tools.shards import DATASET_FILE
 from vq.losses import psnr
 from vq.model import ImageTokenizer
 from vq.native import Engine, PictureEncoder
 
-TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_FILE, ROUNDTRIP = "tokenizer.json", "roundtrip.png"
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,9 @@ def encode_shards(tokenizer: ImageTokenizer, options: Options, world: World) -> 
     made_by = {"sha256": tokenizer.codes_sha256, "grid_size": tokenizer.grid_size}
     made_by |= {"codebook_size": tokenizer.codebook_size, "views": options.views}
     made_by |= {} if options.lines == "none" else {"lines": options.lines}
+    if not (target / TOKENIZER_FILE).is_file():
+        _require_empty(target)
+    world.barrier()
     if (target / TOKENIZER_FILE).is_file():
         found = require_tokenizer(target, tokenizer.codes_sha256)
         if found.get("lines", "none") != options.lines:
@@ -126,6 +132,17 @@ def encode_shards(tokenizer: ImageTokenizer, options: Options, world: World) -> 
     return encode_image_shards(source, target, views, "ids.npy", encode, world)
 
 
+def _require_empty(target: Path) -> None:
+    """Raises ValueError where a folder without our tokenizer.json holds what this command would write or count."""
+    found = [
+        p.name for p in sorted(target.iterdir()) if p.suffix == ".tar" or p.name in (DATASET_FILE, ROUNDTRIP)
+    ]
+    if found:
+        raise ValueError(
+            f"{target} holds {found[0]}, not written here: choose another folder for the token shards"
+        )
+
+
 @torch.no_grad()
 def roundtrip(tokenizer: ImageTokenizer, options: Options, world: World) -> float:
     """Decode a few stored codes, write them under their originals as roundtrip.png; returns the mean PSNR in dB."""
@@ -144,7 +161,11 @@ def roundtrip(tokenizer: ImageTokenizer, options: Options, world: World) -> floa
         decoded = tokenizer.decode_ids(torch.stack(ids).to(world.device)).cpu()
     images = torch.stack(originals)
     rows = [make_grid([to_image(x) for x in part], columns=len(part)) for part in (images, decoded)]
-    stack_rows([[row] for row in rows]).save(options.target / "roundtrip.png")
+    with OutputDirectory(options.target) as files:
+        if not (options.target / RECORD).exists() and (options.target / ROUNDTRIP).is_file():
+            files.adopt([ROUNDTRIP])  # a release before the record wrote it beside its tokenizer.json
+        with files.writing(ROUNDTRIP) as temporary:
+            stack_rows([[row] for row in rows]).save(temporary, format="PNG")
     return float(psnr(decoded, images).mean())
 
 
@@ -154,15 +175,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, int]:
     world = start_world(options.device)
     try:
         tokenizer = ImageTokenizer.from_pretrained(options.checkpoint, world.device)
-        counts = encode_shards(tokenizer, options, world)
-        if world.is_main:
-            kept = f", {counts['shards_kept']} shards were there already" if counts["shards_kept"] else ""
-            say(f"encoded {counts['pictures']} pictures, skipped {counts['skipped']} corrupt ones{kept}")
-            if options.check:
+        ensure_writable_directory(options.target)
+        with alone_in(options.target, world, ".encoding.lock"):
+            counts = encode_shards(tokenizer, options, world)
+            if world.is_main:
+                kept = f", {counts['shards_kept']} shards were there already" if counts["shards_kept"] else ""
+                say(f"encoded {counts['pictures']} pictures, skipped {counts['skipped']} corrupt ones{kept}")
+            if world.is_main and options.check:
                 figure = roundtrip(tokenizer, options, world)
-                say(
-                    f"stored codes decode back at {figure:.2f} dB: look at {options.target / 'roundtrip.png'}"
-                )
+                say(f"stored codes decode back at {figure:.2f} dB: look at {options.target / ROUNDTRIP}")
         return counts
     finally:
         stop_world()

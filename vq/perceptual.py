@@ -196,7 +196,7 @@ def load_perceptual(spec: str, device: torch.device | str = "cpu") -> Perceptual
         files = lpips_files()
         if files:
             model = lpips_from_files(*files)
-        elif (DEFAULT_DIRECTORY / "latest").exists() or (DEFAULT_DIRECTORY / "config.json").is_file():
+        elif checkpoint.latest_step(DEFAULT_DIRECTORY) or (DEFAULT_DIRECTORY / "config.json").is_file():
             model = PerceptualDistance.from_pretrained(DEFAULT_DIRECTORY)
         else:
             raise FileNotFoundError(

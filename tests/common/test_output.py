@@ -6,7 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from common.output import RECORD, OutputDirectory
+from common.output import (
+    RECORD,
+    OutputDirectory,
+    new_directory,
+    require_replaceable,
+    writing_file,
+)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -143,6 +149,32 @@ def test_another_record_is_not_taken_for_ours(tmp_path):
     with pytest.raises(ValueError, match="is no record of ours"):
         OutputDirectory(tmp_path)
     assert contents(tmp_path) == {RECORD: b"a diary\nof mine\n"}
+
+
+def test_a_new_directory_replaces_nothing(tmp_path):
+    with new_directory(tmp_path / "deep" / "new") as temporary:
+        (temporary / "a").write_text("a")
+        with pytest.raises(ValueError, match="another command"), new_directory(tmp_path / "deep" / "new"):
+            pass
+    assert contents(tmp_path) == {"deep/new/a": b"a"}
+    (tmp_path / "link").symlink_to("nowhere")
+    for name in ("deep/new", "deep/new/a", "link"):
+        with pytest.raises(ValueError, match="exists already"), new_directory(tmp_path / name):
+            pass
+    assert contents(tmp_path) == {"deep/new/a": b"a"}
+
+
+def test_single_files_are_replaced_only_where_they_are_ours(tmp_path):
+    for text in ("one", "two"):
+        require_replaceable(tmp_path / "page.html", tmp_path / "page.json")
+        with writing_file(tmp_path / "page.html") as temporary:
+            temporary.write_text(text)
+    (tmp_path / "page.json").write_text("mine")
+    with pytest.raises(ValueError, match=r"page\.json"):
+        require_replaceable(tmp_path / "page.html", tmp_path / "page.json")
+    with pytest.raises(ValueError, match=r"page\.json"), writing_file(tmp_path / "page.json") as temporary:
+        temporary.write_text("new")
+    assert (tmp_path / "page.html").read_text() == "two" and (tmp_path / "page.json").read_text() == "mine"
 
 
 def test_one_at_a_time_and_nothing_left_of_a_refusal(tmp_path):
