@@ -13,7 +13,7 @@ the same bytes; picture i of a seed does not depend on the batch size. Then: pyt
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,9 +30,9 @@ from dalle import inpaint
 from dalle.fast import FastOptions
 from dalle.inpaint import Source
 from dalle.pipeline import TextToImage, default_checkpoint
-from dalle.prompts import Prompt, count_prompts, read_prompts
 from dalle.sampling import SamplingOptions
-from data_tools.images import BadImage, decode
+from data_tools.images import open_file as open_picture
+from data_tools.prompts import Prompt, Unused, count_prompts, read_prompts, usable
 
 DEFAULT_TEXT = "一件红色的连衣裙"
 
@@ -94,20 +94,6 @@ class Options:
             raise ValueError("--inpaint needs --mask PICTURE, white where it is to be redrawn")
 
 
-def open_picture(path: Path, ground: str = "white") -> Image.Image:
-    """As the pictures of a catalogue are read: upright, in RGB, what is transparent laid on `ground`.
-
-    Raises FileNotFoundError or ValueError naming the file.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no picture {path}")
-    try:
-        return decode(path.read_bytes(), ground=ground)
-    except BadImage as error:
-        reason = f"{error.reason.replace('_', ' ')} {error.what}".strip()
-        raise ValueError(f"{path} is no readable picture: {reason}") from error
-
-
 def open_mask(path: Path, picture: Image.Image) -> Image.Image:
     """White where the picture is to be redrawn. Raises ValueError for a mask of another shape, which would not lie on
     it."""
@@ -149,42 +135,13 @@ def origin(options: Options, pipeline: TextToImage) -> dict[str, Any]:
     }
 
 
-@dataclass
-class Unused:
-    """What a file of prompts lost on the way."""
-
-    reasons: list[str] = field(default_factory=list)
-    """Why texts were skipped; the first few."""
-    skipped: int = 0
-    cut: int = 0
-
-    def report(self, path: Path) -> None:
-        for reason in self.reasons:
-            say(f"skipped: {reason}")
-        if self.skipped:
-            say(f"skipped {self.skipped} of the texts in {path}")
-        if self.cut:
-            say(f"note: {self.cut} of the texts in {path} were too long for the generator and cut")
-
-
-def usable(prompts: Iterator[Prompt], pipeline: TextToImage, unused: Unused) -> Iterator[Prompt]:
-    """Prompts that can be drawn; the others are counted."""
-    for prompt in prompts:
-        try:
-            _, note = pipeline.encode_text(prompt.text)
-        except ValueError as error:
-            unused.skipped += 1
-            unused.reasons += [str(error)] if unused.skipped <= 5 else []
-        else:
-            unused.cut += bool(note)
-            yield prompt
-
-
 def draw_all(options: Options, pipeline: TextToImage, out: OutDirectory, num_texts: int) -> int:
     """Draws and writes everything; returns the number of pictures drawn now."""
     source, unused = make_source(options, pipeline), Unused()
     if options.prompts_file:
-        prompts = usable(read_prompts(options.prompts_file), pipeline, unused)
+        prompts = usable(
+            read_prompts(options.prompts_file), lambda text: pipeline.encode_text(text)[1], unused
+        )
     else:
         prompts = iter([Prompt(options.text)])
         note = pipeline.encode_text(options.text)[1]
