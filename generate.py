@@ -35,10 +35,10 @@ from dalle.fast import FastOptions
 from dalle.inpaint import Source
 from dalle.lines import LineControl
 from dalle.pipeline import Picture, TextToImage, default_checkpoint
-from dalle.prompts import Prompt, count_prompts, read_prompts
 from dalle.sampling import SamplingOptions
-from data_tools.images import BadImage, decode
+from data_tools.images import open_file as open_picture
 from data_tools.line_drawings import LineMethod, extract, open_drawing
+from data_tools.prompts import Prompt, Unused, count_prompts, read_prompts, usable
 from diffusion.white_background import Whitener, WhitenOptions
 
 NEEDED = (  # flags, and those of which they need one
@@ -127,20 +127,6 @@ class Options:
             raise ValueError("--inpaint needs --mask PICTURE, white where it is to be redrawn")
 
 
-def open_picture(path: Path, ground: str = "white") -> Image.Image:
-    """As the pictures of a catalogue are read: upright, in RGB, what is transparent laid on `ground`.
-
-    Raises FileNotFoundError or ValueError naming the file.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no picture {path}")
-    try:
-        return decode(path.read_bytes(), ground=ground)
-    except BadImage as error:
-        reason = f"{error.reason.replace('_', ' ')} {error.what}".strip()
-        raise ValueError(f"{path} is no readable picture: {reason}") from error
-
-
 def open_mask(path: Path, picture: Image.Image) -> Image.Image:
     """White where the picture is to be redrawn. Raises ValueError for a mask of another shape, which would not lie on
     it."""
@@ -210,37 +196,6 @@ def origin(options: Options, pipeline: TextToImage) -> dict[str, Any]:
     }
 
 
-@dataclass
-class Unused:
-    """What a file of prompts lost on the way."""
-
-    reasons: list[str] = field(default_factory=list)
-    """Why texts were skipped; the first few."""
-    skipped: int = 0
-    cut: int = 0
-
-    def report(self, path: Path) -> None:
-        for reason in self.reasons:
-            say(f"skipped: {reason}")
-        if self.skipped:
-            say(f"skipped {self.skipped} of the texts in {path}")
-        if self.cut:
-            say(f"note: {self.cut} of the texts in {path} were too long for the generator and cut")
-
-
-def usable(prompts: Iterator[Prompt], pipeline: TextToImage, unused: Unused) -> Iterator[Prompt]:
-    """Prompts that can be drawn; the others are counted."""
-    for prompt in prompts:
-        try:
-            _, note = pipeline.encode_text(prompt.text)
-        except ValueError as error:
-            unused.skipped += 1
-            unused.reasons += [str(error)] if unused.skipped <= 5 else []
-        else:
-            unused.cut += bool(note)
-            yield prompt
-
-
 def onto_white(pictures: Iterator[Picture], options: Options) -> Iterator[Picture]:
     """The same on a white background; those that had to be left as they are are counted and said."""
     whitener, notes = Whitener.open(options.white), []
@@ -256,7 +211,9 @@ def draw_all(options: Options, pipeline: TextToImage, out: OutDirectory, num_tex
     """Draws and writes everything; returns the number of pictures drawn now."""
     source, line, unused = make_source(options, pipeline), make_line(options, pipeline), Unused()
     if options.prompts_file:
-        prompts = usable(read_prompts(options.prompts_file), pipeline, unused)
+        prompts = usable(
+            read_prompts(options.prompts_file), lambda text: pipeline.encode_text(text)[1], unused
+        )
     else:
         prompts = iter([Prompt(options.text)])
         note = pipeline.encode_text(options.text)[1]

@@ -6,6 +6,7 @@ the base that diffusion.train_base trains).
 """
 
 import contextlib
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,9 +16,10 @@ import torch
 from torch import nn
 
 from common import checkpoint
-from common.files import read_json
+from common.files import read_json, sha256_file
 from diffusion.hub import download
 
+KIND = "diffusion"
 INDEX = "model_index.json"
 PARTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
 TEXT_CLASSES = {
@@ -64,8 +66,9 @@ class DiffusionBase:
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "DiffusionBase":
         """Moves the networks in place; returns self."""
-        for part in (self.vae, self.text_encoder, self.unet):
-            part.to(device=device, dtype=dtype)
+        with quiet():
+            for part in (self.vae, self.text_encoder, self.unet):
+                part.to(device=device, dtype=dtype)
         return self
 
     def with_text_len(self, text_len: int) -> "DiffusionBase":
@@ -348,4 +351,14 @@ def make_pipeline(base: DiffusionBase) -> Any:
 
 def newest_base(runs: Path = Path("runs")) -> Path | None:
     """The run of kind `diffusion` that was written last."""
-    return checkpoint.newest_run("diffusion", runs)
+    return checkpoint.newest_run(KIND, runs)
+
+
+def base_sha256(path: Path) -> str:
+    """Identity of a base: the digest of its file, or of the digests of a folder's weight files by name."""
+    if path.is_file():
+        return sha256_file(path)
+    digest = hashlib.sha256()
+    for file in sorted([*path.glob("*/*.safetensors"), *path.glob("*/*.bin")]):
+        digest.update(f"{file.parent.name}/{file.name} {sha256_file(file)}\n".encode())
+    return digest.hexdigest()

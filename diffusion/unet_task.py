@@ -19,14 +19,13 @@ from common.optim import Ema, learning_rate, make_optimizer
 from common.precision import autocast
 from data_tools.captions import hides_caption
 from diffusion.autoencoder_task import require_same_average, require_same_config
-from diffusion.base import DiffusionBase, save_base
+from diffusion.base import KIND, DiffusionBase, base_sha256, save_base
 from diffusion.base_options import Options
 from diffusion.latents import sample_posterior
 from diffusion.objective import NoiseSchedule, diffusion_loss, sample_generator, sample_noise
 from diffusion.sampling import SamplingOptions, make_scheduler, sample_latents
 from diffusion.text import count_truncated, encode_texts, hidden_states
 
-KIND = "diffusion"
 NUM_TIMESTEPS = 1000
 
 
@@ -289,24 +288,12 @@ class UnetTask:
 
 def write_model_config(directory: Path, state: dict[str, Any], step: int, costs: dict[str, Any]) -> None:
     """config.json of a folder of kind `diffusion`: what it is, and what its training took."""
-    sha256 = folder_sha256(directory)
+    sha256 = base_sha256(directory)
     values = {"format": checkpoint.FORMAT, "kind": KIND, "model": state["config"], "step": step}
     write_json(
         directory / "config.json",
         values | {"sha256": sha256, "versions": {"torch": torch.__version__}} | costs,
     )
-
-
-def folder_sha256(directory: Path) -> str:
-    """Identity of a base in diffusers' layout: the digests of its weight files, by name."""
-    import hashlib
-
-    from common.files import sha256_file
-
-    digest = hashlib.sha256()
-    for path in sorted(directory.glob("*/*.safetensors")):
-        digest.update(f"{path.parent.name}/{path.name} {sha256_file(path)}\n".encode())
-    return digest.hexdigest()
 
 
 def describe(task: UnetTask, num_samples: int, captions: list[str]) -> str:
