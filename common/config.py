@@ -129,11 +129,12 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
     if not path.is_file():
         raise FileNotFoundError(f"no config file {path}")
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
         values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} is not valid {path.suffix[1:]}: {str(error).splitlines()[0]}") from error
+    except (json.JSONDecodeError, yaml.YAMLError, UnicodeDecodeError) as error:
+        kind = path.suffix[1:] or "yaml"
+        raise ValueError(f"{path} is not valid {kind}: {str(error).splitlines()[0]}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a mapping of option names to values, not {type(values).__name__}")
     return values
