@@ -92,6 +92,9 @@ class KVCache:
     entries: Tensor  # (num_layers, 2, B, H_kv, L, K)
     bias: Tensor  # (B, 1, 1, L): 0, or -inf for padding
     text_len: int
+    lines: Tensor | None = (
+        None  # (B, N, D): features of line drawings; n is added to the input before image token n
+    )
 
     @property
     def batch_size(self) -> int:
@@ -100,6 +103,12 @@ class KVCache:
     @property
     def length(self) -> int:
         return self.entries.shape[4]
+
+    def lines_at(self, index: int | Tensor) -> Tensor:
+        """What is added to the input that predicts image token `index`: (B, 1, D)"""
+        if isinstance(index, int):
+            return self.lines[:, index : index + 1]
+        return self.lines.index_select(1, index.view(1))
 
     def bias_at(self, index: int | Tensor) -> Tensor:
         """What the query at `index` adds to its scores. An int looks at the filled part alone; a tensor at all of the

@@ -151,12 +151,15 @@ class GraphDecoder:
 
     def __init__(self, model: Dalle) -> None:
         self.model, self.config = model, model.config
-        self.stages: dict[torch.Size, _Stage] = {}
+        self.stages: dict[tuple[torch.Size, bool], _Stage] = {}  # by texts, and whether a drawing is followed
 
-    def new_cache(self, text_ids: Tensor) -> "_Stage":
-        fresh = self.model.new_cache(text_ids)
-        stage = self.stages.setdefault(text_ids.shape, _Stage(self.model, fresh))
+    def new_cache(self, text_ids: Tensor, lines: Tensor | None = None) -> "_Stage":
+        fresh = self.model.new_cache(text_ids, lines)
+        key = (text_ids.shape, lines is not None)
+        stage = self.stages.setdefault(key, _Stage(self.model, fresh))
         stage.cache.bias.copy_(fresh.bias)
+        if lines is not None:
+            stage.cache.lines.copy_(fresh.lines)
         return stage
 
     def prefill(self, text_ids: Tensor, cache: "_Stage", image_ids: Tensor | None = None) -> Tensor:
@@ -194,7 +197,10 @@ class _Stage:
 
     def _capture(self, length: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         view = KVCache(
-            self.cache.entries[..., :length, :], self.cache.bias[..., :length], self.cache.text_len
+            self.cache.entries[..., :length, :],
+            self.cache.bias[..., :length],
+            self.cache.text_len,
+            self.cache.lines,
         )
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())

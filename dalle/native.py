@@ -140,6 +140,7 @@ class NativeCache:
     def __init__(self, config: DalleConfig, bias: Tensor) -> None:
         """bias: (R, L) float32, 0 or -inf where a key is padding."""
         c = config
+        self.lines: Tensor | None = None
         self.bias = bias.contiguous()
         rows, self.length = bias.shape
         stored, blocks = rows * c.num_kv_heads, -(-self.length // BLOCK)
@@ -151,6 +152,15 @@ class NativeCache:
         gated = torch.empty(rows, c.ffn_dim, dtype=torch.bfloat16)
         self.buffers = (self.keys, self.values, self.bias, x, qkv, attended, gated)
         self.struct = _Cache(*(t.data_ptr() for t in self.buffers), rows, self.length, blocks)
+
+    def follow(self, lines: Tensor, model: _Model) -> None:
+        """Features of line drawings (R, N, D): a step reads its inputs from `inputs`, where its embedding is read
+        otherwise."""
+        self.lines = lines.float().contiguous()
+        self.inputs = torch.empty(lines.shape[0], lines.shape[2])
+        self.rows = torch.arange(lines.shape[0])
+        self.model = _Model.from_buffer_copy(model)
+        self.model.image_embed = self.inputs.data_ptr()
 
     def fill(self, layer: int, k: Tensor, v: Tensor, start: int = 0) -> None:
         """The prefix of the rows from `start` on: k and v (R, H_kv, n, K)"""
@@ -175,6 +185,7 @@ class _RowsFrom:
 
     cache: NativeCache
     start: int
+    lines: Tensor | None = None  # these rows follow no drawings
 
     def fill(self, layer: int, k: Tensor, v: Tensor) -> None:
         self.cache.fill(layer, k, v, self.start)
@@ -215,10 +226,18 @@ class NativeDecoder(PackedDecoder):
         )  # fmt: skip
 
     @torch.inference_mode()
-    def new_cache(self, text_ids: Tensor) -> NativeCache:
+    def new_cache(self, text_ids: Tensor, lines: Tensor | None = None) -> NativeCache:
+        """As `Dalle.new_cache`."""
         c = self.config
         bias = sequence.key_bias(sequence.text_mask(text_ids, c.pad_id), c.num_image_tokens, torch.float32)
-        return NativeCache(c, bias[:, 0, 0])
+        cache = NativeCache(c, bias[:, 0, 0])
+        if lines is not None and len(lines) > c.codebook_size:
+            raise ValueError(
+                f"{len(lines)} rows with drawings need a codebook of as many codes: lower the batch size"
+            )
+        if lines is not None:
+            cache.follow(lines, self.struct)
+        return cache
 
     @torch.inference_mode()
     def new_rows(self, capacity: int) -> NativeCache:
@@ -264,11 +283,14 @@ class NativeDecoder(PackedDecoder):
     def _step(self, image_ids: Tensor, positions: Tensor, cache: NativeCache) -> Tensor:
         """positions: (R,), or (1,) for all rows alike."""
         c = self.config
-        image_ids, positions = image_ids.contiguous(), positions.contiguous()
+        image_ids, positions, model = image_ids.contiguous(), positions.contiguous(), self.struct
+        if cache.lines is not None:  # this step's inputs in the place of the embedding, row by row
+            torch.add(self.image_embed[image_ids], cache.lines[cache.rows, positions + 1], out=cache.inputs)
+            image_ids, model = cache.rows, cache.model
         logits = torch.empty(len(image_ids), c.codebook_size)
         rows = _Rows(positions.data_ptr(), int(len(positions) > 1), len(image_ids), c.num_image_tokens)
         known = _library().step(
-            ctypes.addressof(self.struct), ctypes.addressof(cache.struct), ctypes.addressof(rows), image_ids.data_ptr(),
+            ctypes.addressof(model), ctypes.addressof(cache.struct), ctypes.addressof(rows), image_ids.data_ptr(),
             logits.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         if not known:

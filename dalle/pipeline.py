@@ -28,6 +28,7 @@ from common.precision import autocast
 from dalle import dalle_pytorch, model, sequence
 from dalle.fast import FastOptions, prepare, resolve_options
 from dalle.inpaint import Source
+from dalle.lines import LineControl, LineEncoder, LineFeatures, encode_control
 from dalle.sampling import SamplingOptions, picture_generator, sample_ids
 from dalle.text_tokenizer import TextTokenizer
 from vq.model import ImageTokenizer
@@ -78,6 +79,7 @@ class TextToImage:
         self.device = next(generator.parameters()).device
         self.fast = resolve_options(generator, fast)
         self.generator = prepare(generator.eval(), self.fast)
+        self.line_encoder: LineEncoder | None = getattr(generator, "line_encoder", None)
         if image_tokenizer.codebook_size != self.config.codebook_size:
             raise ValueError(
                 f"the generator draws from {self.config.codebook_size} image codes, the image tokenizer has "
@@ -118,14 +120,18 @@ class TextToImage:
         negative: str = "",
         batch_size: int = 8,
         source: Source | None = None,
+        line: LineControl | None = None,
         **sampling: Any,
     ) -> list[Image.Image]:
-        """Pictures 0 .. num_images - 1 of the seed; `sampling`: fields of SamplingOptions. Raises ValueError."""
+        """Pictures 0 .. num_images - 1 of the seed; `line`: a drawing to follow; `sampling`: fields of SamplingOptions.
+
+        Raises ValueError.
+        """
         unknown = set(sampling) - {f.name for f in dataclasses.fields(SamplingOptions)}
         if unknown:
             raise ValueError(f"unknown sampling option {', '.join(sorted(unknown))}")
         pictures = self.generate(
-            [text], num_images, seed, SamplingOptions(**sampling), negative, batch_size, source
+            [text], num_images, seed, SamplingOptions(**sampling), negative, batch_size, source, line
         )
         return [picture.image for picture in pictures]
 
@@ -138,12 +144,13 @@ class TextToImage:
         negative: str = "",
         batch_size: int = 8,
         source: Source | None = None,
+        line: LineControl | None = None,
     ) -> Iterator[Picture]:
         """Pictures 0 .. num_images - 1 of every text in order; texts may be endless. Raises ValueError."""
         if num_images < 1:
             raise ValueError(f"num_images must be at least 1, not {num_images}")
         requests = (Request(text, i) for text in texts for i in range(num_images))
-        return self.draw(requests, seed, options, negative, batch_size, source)
+        return self.draw(requests, seed, options, negative, batch_size, source, line)
 
     def draw(
         self,
@@ -153,6 +160,7 @@ class TextToImage:
         negative: str = "",
         batch_size: int = 8,
         source: Source | None = None,
+        line: LineControl | None = None,
     ) -> Iterator[Picture]:
         """The same for a stream of requests. Raises ValueError for bad options at once, for a bad text at its turn."""
         if batch_size < 1:
@@ -164,12 +172,15 @@ class TextToImage:
                 "a negative prompt works through guidance: set cfg_scale to something other than 1"
             )
         null_ids = self.encode_text(negative)[0] if negative.strip() else self.null_ids()
+        features = None if line is None else encode_control(self.line_encoder, line, self.device)
         stream = iter(requests)
         batches = iter(lambda: list(itertools.islice(stream, batch_size)), [])
         return (
             picture
             for batch in batches
-            for picture in self._draw_batch(batch, seed, options, null_ids, bool(negative.strip()), source)
+            for picture in self._draw_batch(
+                batch, seed, options, null_ids, bool(negative.strip()), source, features
+            )
         )
 
     def encode_text(self, text: str) -> tuple[Tensor, str]:
@@ -218,13 +229,14 @@ class TextToImage:
         null_ids: Tensor,
         is_negative: bool,
         source: Source | None,
+        lines: LineFeatures | None,
     ) -> Iterator[Picture]:
         started = time.perf_counter()
         text_ids = torch.cat([self.encode_text(request.text)[0] for request in batch])  # (B, T)
         generators = [picture_generator(seed, request.index) for request in batch]
         canvas = source.canvas(generators, self.device) if source else None
         null_ids = null_ids.expand(len(batch), -1)
-        sampled = sample_ids(self.generator, text_ids, null_ids, generators, options, canvas)
+        sampled = sample_ids(self.generator, text_ids, null_ids, generators, options, canvas, lines)
         images = self.decode_ids(sampled.ids)
         seconds = (time.perf_counter() - started) / len(batch)
         scores = sampled.log_likelihood.tolist()

@@ -8,6 +8,7 @@ import io
 import struct
 import zlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from PIL import Image, ImageOps
@@ -132,6 +133,17 @@ def decode(
         raise BadImage("too_many_pixels", str(error)) from error
     except DECODE_ERRORS as error:
         raise BadImage(_reason(error), _one_line(error)) from error
+
+
+def open_file(path: Path, ground: str = "white") -> Image.Image:
+    """`decode` of an image file. Raises FileNotFoundError or ValueError naming the file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no picture {path}")
+    try:
+        return decode(path.read_bytes(), ground=ground)
+    except BadImage as error:
+        reason = f"{error.reason.replace('_', ' ')} {error.what}".strip()
+        raise ValueError(f"{path} is no readable picture: {reason}") from error
 
 
 def _check_shape(size: tuple[int, int], limits: ImageLimits) -> None:

@@ -42,6 +42,7 @@ __all__ = [
     "PATTERNS",
     "Sample",
     "draw_goods",
+    "draw_masked",
     "draw_sample",
     "ensure_synthetic",
     "prompt",
@@ -116,6 +117,13 @@ def draw_goods(
     rng: np.random.Generator, kind: str, color: str, pattern: str, ground: str, image_size: int = 64
 ) -> Image.Image:
     """A picture of the named goods; the rest is drawn from `rng`. Raises ValueError for unknown names."""
+    return draw_masked(rng, kind, color, pattern, ground, image_size)[0]
+
+
+def draw_masked(
+    rng: np.random.Generator, kind: str, color: str, pattern: str, ground: str, image_size: int = 64
+) -> tuple[Image.Image, np.ndarray]:
+    """The same picture and the share of each pixel that the goods cover: (S, S) in [0, 1]; shadows are none of them."""
     for name, table in ((kind, KINDS), (color, COLORS), (pattern, PATTERNS), (ground, GROUNDS)):
         if name not in table:
             raise ValueError(f"{name!r} is none of {', '.join(table)}")

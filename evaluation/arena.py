@@ -51,7 +51,7 @@ class Options(MeasuringOptions):
     arm: tuple[str, ...] = ()
     """NAME=PATH of each arm, see above; the first is the one that others are compared with."""
     prompts: Path | None = None
-    """File with one text a line, .tsv or .jsonl (see dalle/prompts.py); None: captions of the reference's held-out
+    """File with one text a line, .tsv or .jsonl (see data_tools/prompts.py); None: captions of the reference's held-out
     split."""
     num_prompts: int = 0
     """So many of the prompts, drawn by the seed; 0: all of a file, 200 captions."""

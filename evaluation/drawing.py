@@ -11,9 +11,9 @@ from tqdm import tqdm
 
 from common.log import say
 from common.out_directory import OutDirectory, Request
-from dalle.prompts import read_prompts
 from data_tools.captions import pick_caption
 from data_tools.index import ShardIndex
+from data_tools.prompts import read_prompts
 from evaluation.arms import Arm
 from evaluation.sets import SampleSet
 from rankers.outdir import LIST

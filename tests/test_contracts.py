@@ -86,6 +86,8 @@ CONFIG_SCRIPTS = {
     "dalle": "train_dalle",
     "ranker": "rankers.train",
     "judge": "evaluation.train_judge",
+    "base": "diffusion.train_base",
+    "controlnet": "diffusion.train_controlnet",
 }
 
 

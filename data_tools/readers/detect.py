@@ -244,7 +244,15 @@ def _find_line_drawing(path: Path) -> list[Part]:
     if path.is_dir() and (pair := line_drawing.find_folders(path)):
         titles = next((path / name for name in line_drawing.TITLE_FILES if (path / name).is_file()), None)
         return [Part("train", pair, titles, path)]
-    return _list_finder((".json", ".jsonl"), _is_drawing_list)(path) or _find_drawing_parquet(path)
+    found = _list_finder((".json", ".jsonl"), _is_drawing_list)(path) or _find_drawing_parquet(path)
+    return found or (_drawings_by_split(path) if path.is_dir() else [])
+
+
+def _drawings_by_split(path: Path) -> list[Part]:
+    """A folder for each split, `train/` and `val/`, each with its list."""
+    folders = [path / name for name in sorted(os.listdir(path)) if name.lower() in SPLITS]
+    found = [(folder, _find_line_drawing(folder)) for folder in folders if folder.is_dir()]
+    return [replace(parts[0], split=SPLITS[folder.name.lower()]) for folder, parts in found if parts]
 
 
 # --- tars and folders ------------------------------------------------------------------------------------------

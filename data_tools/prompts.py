@@ -1,4 +1,4 @@
-"""Files of prompts for generate.py, read one line at a time.
+"""Files of prompts for generate.py and diffusion.generate, read one line at a time.
 
     .txt      a text a line
     .tsv      id<TAB>text, as contests hand out their test texts; further columns are left alone
@@ -8,9 +8,11 @@ Empty lines are left out. Ids are names: they are kept as they stand and end up 
 """
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from common.log import say
 
 TEXT_NAMES, KEY_NAMES = ("text", "caption"), ("key", "id")
 
@@ -51,6 +53,40 @@ def count_prompts(path: Path) -> int:
         if prompt.key is not None:
             keys.add(prompt.key)
     return count
+
+
+@dataclass
+class Unused:
+    """What a file of prompts lost on the way."""
+
+    reasons: list[str] = field(default_factory=list)
+    """Why texts were skipped; the first few."""
+    skipped: int = 0
+    cut: int = 0
+
+    def report(self, path: Path) -> None:
+        for reason in self.reasons:
+            say(f"skipped: {reason}")
+        if self.skipped:
+            say(f"skipped {self.skipped} of the texts in {path}")
+        if self.cut:
+            say(f"note: {self.cut} of the texts in {path} were too long for the generator and cut")
+
+
+def usable(prompts: Iterator[Prompt], note: Callable[[str], str], unused: Unused) -> Iterator[Prompt]:
+    """Prompts that a generator can read; the others are counted.
+
+    note: what is lost of a text, "" for nothing; raises ValueError for one that cannot be read.
+    """
+    for prompt in prompts:
+        try:
+            lost = note(prompt.text)
+        except ValueError as error:
+            unused.skipped += 1
+            unused.reasons += [str(error)] if unused.skipped <= 5 else []
+        else:
+            unused.cut += bool(lost)
+            yield prompt
 
 
 def _plain(line: str, where: str) -> Prompt:
