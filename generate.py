@@ -15,6 +15,10 @@ Takes the generator that was trained last, else the one that ships; `--checkpoin
 the same bytes; picture i of a seed does not depend on the batch size. Then: python rerank.py out/
 """
 
+import common  # noqa: F401 (before torch: Ctrl-C meanwhile leaves no traceback)
+
+# isort: split
+
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace

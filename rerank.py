@@ -8,6 +8,10 @@
 Writes ranking.json, ranked.png and copies rank00.png, rank01.png ... of the best; doing it again gives the same.
 """
 
+import common  # noqa: F401 (before torch: Ctrl-C meanwhile leaves no traceback)
+
+# isort: split
+
 import itertools
 import shutil
 from collections.abc import Sequence

@@ -12,6 +12,10 @@ The data are token shards (`python -m vq.encode_shards`), or image shards that a
 started again goes on from the newest checkpoint in the run directory.
 """
 
+import common  # noqa: F401 (before torch: Ctrl-C meanwhile leaves no traceback)
+
+# isort: split
+
 import math
 import shutil
 import time

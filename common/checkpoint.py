@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from common.compact import widen
-from common.files import read_json, sha256_file, size_of, write_json
+from common.files import read_json, require_content, sha256_file, size_of, write_json
 from common.run_dir import (
     LATEST,
     clean,
@@ -165,6 +165,7 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
     path = directory / "model.safetensors"
     if not path.is_file():
         raise FileNotFoundError(f"{directory} holds no model.safetensors")
+    require_content(path)
     try:
         return widen(load_file(str(path)))
     except (SafetensorError, ValueError) as error:

@@ -143,6 +143,24 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def require_content(path: Path) -> None:
+    """Raises ValueError where a file of weights is what stands in its place: a Git LFS or git-annex pointer, a web page
+    that was saved instead, or nothing."""
+    with path.open("rb") as file:
+        opening = file.read(512).lstrip(b"\xef\xbb\xbf \t\r\n")
+    again = "download the file itself"
+    if opening.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path} is a Git LFS pointer, not the file: run `git lfs pull` there, or {again}")
+    if b"annex/objects/" in opening and path.stat().st_size < 1000:
+        raise ValueError(
+            f"{path} is a git-annex pointer, not the file: run `git annex get` there, or {again}"
+        )
+    if opening.lower().startswith((b"<!doctype", b"<html", b"<head", b"<?xml", b"<!--", b"<body")):
+        raise ValueError(f"{path} is a web page (HTML or XML) that was saved in place of the file: {again}")
+    if not opening:
+        raise ValueError(f"{path} is empty: {again}")
+
+
 def ensure_writable_directory(path: Path) -> Path:
     """Create `path` and prove that a file can be written there. Raises ValueError saying why not."""
     try:

@@ -11,6 +11,8 @@ ranker = load_ranker("runs/ranker,likelihood:out")                        # mean
 from pathlib import Path
 from typing import Any
 
+import common  # noqa: F401 (before torch: Ctrl-C meanwhile leaves no traceback)
+
 DEFAULT_RANKER = Path("pretrained/goods-128/ranker")
 
 

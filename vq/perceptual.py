@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from common import checkpoint
 from common.config import from_mapping, to_mapping
 from common.files import sha256_file
-from vq.foreign import read_tensors
+from vq.foreign import read_tensors, require_finite
 
 KIND = "perceptual"
 DEFAULT_DIRECTORY = Path("runs/perceptual")
@@ -236,6 +236,8 @@ def lpips_from_files(network: Path, linear: Path) -> PerceptualDistance:
     Raises ValueError naming what a file lacks.
     """
     weights, taken = read_tensors(network), read_tensors(linear)
+    require_finite(weights, network)
+    require_finite(taken, linear)
     model = PerceptualDistance(FeatureConfig(architecture="vgg16"))
     state: dict[str, Any] = {"floor": model.floor}
     prefix = "loss.perceptual_loss."

@@ -63,7 +63,7 @@ def test_arms_that_were_drawn_before(tmp_path, shards, judge_dir, ranker_dir, go
     assert {"Figures", "Differences", "Choosing the best of n", "Nearest training pictures"} <= set(
         re.findall("<h2>(.*?)</h2>", page)
     )
-    assert page.count('class="pair"') >= 6 and TEXTS[0] in page and page.count("<polyline") == 9
+    assert page.count('class="pair"') >= 6 and TEXTS[0] in page and page.count("<polyline") == 12
     assert "frechet" in capsys.readouterr().out
 
 
