@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from common.compact import widen
-from common.files import read_json, require_content, sha256_file, size_of, write_json
+from common.files import read_json, require_content, sha256_file, shipped, size_of, write_json
 from common.run_dir import (
     LATEST,
     clean,
@@ -117,7 +117,9 @@ def resolve(name: str | Path) -> Path:
 
     Raises FileNotFoundError when it is none of these.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
+    if str(name).startswith("pretrained/"):
+        path = shipped(str(name))
     if (path / "config.json").is_file():
         return path
     run_dir = path.parent if path.name == LATEST else path

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from common.files import DISK_FULL
+from common.files import DISK_FULL, shipped
 from common.terminal import make_streams_safe
 
 Options = TypeVar("Options")
@@ -40,7 +40,7 @@ def parse_options(
     """
     import tyro
 
-    args = _drop_local_rank(list(sys.argv[1:] if argv is None else argv))
+    args = _drop_local_rank(expand_home(sys.argv[1:] if argv is None else argv))
     path, args = _take_config_flag(args)
     if path is None and not any(a.startswith(("--data", "--image-folder")) for a in args):
         path = embedded
@@ -100,6 +100,12 @@ def _complete_bare_flags(args: list[str], boolean: set[str]) -> list[str]:
     return result
 
 
+def expand_home(args: Sequence[str]) -> list[str]:
+    """`--flag=~/x` as a shell expands `--flag ~/x`; `~` stays where nobody knows the home."""
+    flags = (re.match(r"(--[\w.-]+=)(~.*)", arg, re.DOTALL) for arg in args)
+    return [m[1] + os.path.expanduser(m[2]) if m else arg for arg, m in zip(args, flags, strict=True)]
+
+
 def _drop_local_rank(args: list[str]) -> list[str]:
     kept, skip = [], False
     for arg in args:
@@ -117,9 +123,9 @@ def _take_config_flag(args: list[str]) -> tuple[Path | None, list[str]]:
         if arg == "--config":
             if i + 1 == len(args):
                 raise ValueError("--config needs a file: --config configs/goods_128/vqgan.yaml")
-            return Path(args[i + 1]), args[:i] + args[i + 2 :]
+            return shipped(args[i + 1]), args[:i] + args[i + 2 :]
         if arg.startswith("--config="):
-            return Path(arg.removeprefix("--config=")), args[:i] + args[i + 1 :]
+            return shipped(arg.removeprefix("--config=")), args[:i] + args[i + 1 :]
     return None, args
 
 

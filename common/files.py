@@ -98,6 +98,12 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def shipped(name: str) -> Path:
+    """What comes with this project, from any working directory; under the working directory where it is there too."""
+    here, there = Path(name), Path(__file__).parent.parent / name
+    return there if there.exists() and not here.exists() else here
+
+
 def size_of(directory: Path) -> int:
     """Bytes of all files under `directory`."""
     return sum(f.stat().st_size for f in directory.rglob("*") if f.is_file())

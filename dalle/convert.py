@@ -126,13 +126,8 @@ def is_centred(version: Any) -> bool:
     return not numbers or (int(numbers[1]), int(numbers[2])) < (1, 5)
 
 
-def infer_config(
-    hparams: dict[str, Any], weights: dict[str, Tensor], conv_centred: bool = False
-) -> tuple[DallePytorchConfig, list[str]]:
-    """The config, from the weights wherever they tell, and a line for each option that they contradict.
-
-    `conv_centred`: the window of conv_like attention, which only the file's release tells.
-    """
+def attention_types(hparams: dict[str, Any], weights: dict[str, Tensor]) -> tuple[str, ...]:
+    """The patterns, repeated over the layers. Raises ValueError for those that are not supported."""
     attn_types = hparams.get("attn_types") or ("full",)
     attn_types = tuple(attn_types.split(",") if isinstance(attn_types, str) else attn_types)
     if "mlp" in attn_types or any(".sgu." in name for name in weights):
@@ -140,11 +135,22 @@ def infer_config(
             "attn_types 'mlp' (gMLP blocks in place of attention) is not supported here: retrain with full, axial_row, "
             "axial_col or conv_like"
         )
+    if "sparse" in attn_types:
+        raise ValueError("attn_types 'sparse' needs DeepSpeed's block-sparse kernels, not supported here")
+    return attn_types
+
+
+def infer_config(
+    hparams: dict[str, Any], weights: dict[str, Tensor], conv_centred: bool = False
+) -> tuple[DallePytorchConfig, list[str]]:
+    """The config, from the weights wherever they tell, and a line for each option that they contradict.
+
+    `conv_centred`: the window of conv_like attention, which only the file's release tells.
+    """
+    attn_types = attention_types(hparams, weights)
     blocks = [m for m in map(BLOCK.fullmatch, weights) if m]
     if not blocks:
         raise ValueError("the checkpoint holds no transformer layers")
-    if "sparse" in attn_types:
-        raise ValueError("attn_types 'sparse' needs DeepSpeed's block-sparse kernels, not supported here")
     vocab, dim = weights["to_logits.1.weight"].shape
     max_text_len = int(hparams.get("text_seq_len", 256))
     num_text_tokens = int(hparams.get("num_text_tokens", 10000))

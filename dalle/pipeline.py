@@ -21,22 +21,22 @@ from torch import Tensor, nn
 
 from common import checkpoint
 from common.distributed import pick_device
-from common.files import read_json
+from common.files import read_json, shipped
 from common.image import to_image
 from common.out_directory import Request
-from common.precision import autocast
 from dalle import dalle_pytorch, model, sequence
 from dalle.fast import FastOptions, prepare, resolve_options
 from dalle.inpaint import Source
 from dalle.lines import LineControl, LineEncoder, LineFeatures, encode_control
 from dalle.sampling import SamplingOptions, picture_generator, sample_ids
 from dalle.text_tokenizer import TextTokenizer
+from vq.decode_each import decode_each
 from vq.model import ImageTokenizer
 
 if TYPE_CHECKING:
     from dalle.release import Card
 
-PRETRAINED = Path("pretrained/goods-128/generator")
+PRETRAINED = "pretrained/goods-128/generator"
 
 
 @dataclass(frozen=True)
@@ -249,12 +249,9 @@ class TextToImage:
             figures = (seed, ids[i], scores[i], null_scores[i], seconds)
             yield Picture(images[i], request.text, request.index, *figures, key=request.key)
 
-    @torch.inference_mode()
     def decode_ids(self, ids: Tensor) -> list[Image.Image]:
-        """(B, N) long -> B pictures."""
-        with autocast(self.device):
-            pixels = self.image_tokenizer.decode_ids(ids)
-        return [to_image(p) for p in pixels.float().cpu()]
+        """(B, N) long -> B pictures, each the same in any batch."""
+        return [to_image(pixels) for pixels in decode_each(self.image_tokenizer, ids)]
 
 
 def load_generator(directory: Path) -> tuple[nn.Module, TextTokenizer, dict[str, Any]]:
@@ -274,11 +271,12 @@ def load_generator(directory: Path) -> tuple[nn.Module, TextTokenizer, dict[str,
     return generator, text_tokenizer, config
 
 
-def default_checkpoint(runs: Path = Path("runs"), pretrained: Path = PRETRAINED) -> Path:
+def default_checkpoint(runs: Path = Path("runs"), pretrained: Path | None = None) -> Path:
     """The generator trained last, else the one that ships. Raises FileNotFoundError naming the command to run."""
     found = checkpoint.newest_run(model.KIND, runs)
     if found:
         return found
+    pretrained = pretrained or shipped(PRETRAINED)
     if (pretrained / "config.json").is_file():
         return pretrained
     raise FileNotFoundError(

@@ -9,6 +9,7 @@
 """
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,7 @@ def brivl_ranker(name: str, device: str = "auto", precision: str = "auto") -> Tw
         need = "needs" if PRESETS[preset].takes_boxes else "takes no"
         raise ValueError(f"brivl:{name}: the preset {preset} {need} boxes=FILE.jsonl of detector boxes")
     boxes = read_boxes(Path(options["boxes"])) if "boxes" in options else None
+    path = os.path.expanduser(path)
     model = load_brivl(Path(path), BrivlConfig())
     vocab = Path(options.get("vocab", Path(path).parent / "vocab.txt"))
     towers = BrivlTowers(f"brivl:{name}", model, PRESETS[preset], vocab, boxes, device, precision)

@@ -5,6 +5,7 @@ xlm-roberta-large-ViT-H-14/frozen_laion5b_s13b_b90k (1.2B), nllb-clip-base-sigli
 recall on Chinese captions is near chance.
 """
 
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -163,6 +164,7 @@ def _misfit(error: BaseException) -> str:
 def _split_name(name: str, open_clip: Any) -> tuple[str, str]:
     if "@" in name:
         model, _, file = name.partition("@")
+        file = os.path.expanduser(file)
         if not Path(file).is_file():
             raise FileNotFoundError(f"no weights file {file} for clip:{name}")
     else:

@@ -10,6 +10,7 @@ Gumbel tokenizers encode with the most likely code, where the original draws one
 """
 
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ import tyro
 from torch import Tensor
 
 from common import checkpoint
-from common.config import command, read_mapping, to_mapping
+from common.config import command, expand_home, read_mapping, to_mapping
 from common.files import sha256_file
 from common.log import say
 from common.output import new_directory, require_new
@@ -289,7 +290,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _parse(argv: Sequence[str] | None) -> Options:
     """`--config` names the foreign yaml here, not one of ours."""
-    return tyro.cli(Options, args=argv, description=__doc__)
+    return tyro.cli(Options, args=expand_home(sys.argv[1:] if argv is None else argv), description=__doc__)
 
 
 if __name__ == "__main__":

@@ -58,6 +58,7 @@ _READ_ERRORS = (
     KeyError,
     TypeError,
     AttributeError,
+    OSError,  # of a file that was cut: it was opened before
 )
 
 

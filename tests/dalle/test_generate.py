@@ -8,10 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from small_checkpoint import CAPTIONS
 
+from common.checkpoint import resolve
 from common.output import OutputDirectory
+from dalle.pipeline import default_checkpoint
 from generate import main, open_mask, open_picture
 
 ROOT = Path(__file__).parent.parent.parent
@@ -64,6 +67,38 @@ def test_the_same_seed_gives_the_same_bytes_in_any_batch(generator_dir, tmp_path
     other = run(generator_dir, tmp_path / "c", "--seed", "1")
     assert pictures(first) == pictures(second) != pictures(other)
     assert (first / "grid.png").read_bytes() == (second / "grid.png").read_bytes()
+
+
+@pytest.mark.slow
+def test_the_released_generator_gives_the_same_bytes_in_any_batch(tmp_path):
+    """Also on two threads, as a user's machine has them."""
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads, batch in ((1, 8), (2, 3), (2, 1), (2, 5)):
+            torch.set_num_threads(threads)
+            out = tmp_path / f"{threads}_{batch}"
+            arguments = [
+                "\u4e00\u4ef6\u7ea2\u8272\u7684T\u6064",
+                "8",
+                str(out),
+                "--seed",
+                "3",
+                "--batch-size",
+                str(batch),
+            ]
+            main(
+                [*arguments, "--checkpoint", str(ROOT / "pretrained/goods-128/generator"), "--device", "cpu"]
+            )
+            found.append(pictures(out))
+    finally:
+        torch.set_num_threads(before)
+    assert len(found[0]) == 8 and all(one == found[0] for one in found)
+
+
+def test_the_default_generator_is_found_from_any_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert default_checkpoint() == ROOT / "pretrained/goods-128/generator"
+    assert resolve("pretrained/goods-128/generator") == ROOT / "pretrained/goods-128/generator"
 
 
 def test_fewer_pictures_leave_none_of_the_earlier_run(generator_dir, tmp_path):
