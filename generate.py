@@ -7,14 +7,21 @@
     python generate.py "一条蓝色牛仔裤" 4 out/ --prime picture.png --keep-rows 8    # keeps the picture's upper rows
     python generate.py "一条蓝色牛仔裤" 4 out/ --inpaint picture.png --mask mask.png
     python generate.py "一条蓝色牛仔裤" 4 out/ --vary picture.png --strength 0.4
+    python generate.py "红色T恤" 8 out/ --line drawing.png             # follows the drawing; a generator with --lines
+    python generate.py "蓝色T恤" 4 out/ --like photo.png               # same shape and background, colour of the text
+    python generate.py "红色T恤" 8 out/ --whiten                       # on pure white
 
 Takes the generator that was trained last, else the one that ships; `--checkpoint` names another. The same seed gives
 the same bytes; picture i of a seed does not depend on the batch size. Then: python rerank.py out/
 """
 
+import common  # noqa: F401 (before torch: Ctrl-C meanwhile leaves no traceback)
+
+# isort: split
+
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,16 +31,28 @@ from tqdm import tqdm
 
 from common.config import command, parse_options, to_mapping
 from common.files import sha256_file
+from common.image import resize_square
 from common.log import say
+from common.out_directory import OutDirectory, Request
 from dalle import inpaint
 from dalle.fast import FastOptions
 from dalle.inpaint import Source
-from dalle.outdir import OutDirectory
-from dalle.pipeline import Request, TextToImage, default_checkpoint
-from dalle.prompts import Prompt, count_prompts, read_prompts
+from dalle.lines import LineControl
+from dalle.pipeline import Picture, TextToImage, default_checkpoint
 from dalle.sampling import SamplingOptions
-from data_tools.images import BadImage, decode
+from data_tools.images import open_file as open_picture
+from data_tools.line_drawings import LineMethod, extract, open_drawing
+from data_tools.prompts import Prompt, Unused, count_prompts, read_prompts, usable
+from diffusion.white_background import Whitener, WhitenOptions
 
+NEEDED = (  # flags, and those of which they need one
+    ("keep_rows", ("prime",)),
+    ("mask", ("inpaint",)),
+    ("strength", ("vary",)),
+    ("line_scale", ("line", "like")),
+    ("line_cfg_scale", ("line", "like")),
+    ("like_method", ("like",)),
+)
 DEFAULT_TEXT = "一件红色的连衣裙"
 
 
@@ -71,6 +90,20 @@ class Options:
     """Picture to make variations of."""
     strength: float | None = None
     """Share of the tokens that --vary redraws, above 0 to 1; default 0.5."""
+    line: Path | None = None
+    """Line drawing that the images follow: dark on light or light on dark, of any size."""
+    line_scale: float | None = None
+    """Weight of the drawing, 0 (none) to 10; default 1."""
+    line_cfg_scale: float | None = None
+    """Guidance on the drawing beside that on the text, 0 to 10; default 1, which costs nothing."""
+    like: Path | None = None
+    """Photo whose shape and plain background stay while colour and material follow the text."""
+    like_method: LineMethod | None = None
+    """How --like draws the photo's lines: canny, xdog or contour; default canny."""
+    whiten: bool = False
+    """Put the products on a pure white background."""
+    white: WhitenOptions = field(default_factory=WhitenOptions)
+    """How --whiten does it."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     fast: FastOptions = field(default_factory=FastOptions)
@@ -85,27 +118,17 @@ class Options:
             raise ValueError(
                 f'give a text or --prompts-file, not both: python generate.py "" {self.num_images} ...'
             )
-        if sum(path is not None for path in (self.prime, self.inpaint, self.vary)) > 1:
-            raise ValueError("choose one of --prime, --inpaint and --vary")
-        for flag, needed in (("keep_rows", "prime"), ("mask", "inpaint"), ("strength", "vary")):
-            if getattr(self, flag) is not None and getattr(self, needed) is None:
-                raise ValueError(f"--{flag.replace('_', '-')} needs --{needed} PICTURE")
+        if sum(path is not None for path in (self.prime, self.inpaint, self.vary, self.like)) > 1:
+            raise ValueError("choose one of --prime, --inpaint, --vary and --like")
+        if self.line and self.like:
+            raise ValueError("--like takes its lines from the photo: leave --line out")
+        for flag, needed in NEEDED:
+            if getattr(self, flag) is not None and all(getattr(self, name) is None for name in needed):
+                raise ValueError(f"--{flag.replace('_', '-')} needs --{' or --'.join(needed)} PICTURE")
+        if self.white != WhitenOptions() and not self.whiten:
+            raise ValueError("options of --white need --whiten")
         if self.inpaint and not self.mask:
             raise ValueError("--inpaint needs --mask PICTURE, white where it is to be redrawn")
-
-
-def open_picture(path: Path, ground: str = "white") -> Image.Image:
-    """As the pictures of a catalogue are read: upright, in RGB, what is transparent laid on `ground`.
-
-    Raises FileNotFoundError or ValueError naming the file.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no picture {path}")
-    try:
-        return decode(path.read_bytes(), ground=ground)
-    except BadImage as error:
-        reason = f"{error.reason.replace('_', ' ')} {error.what}".strip()
-        raise ValueError(f"{path} is no readable picture: {reason}") from error
 
 
 def open_mask(path: Path, picture: Image.Image) -> Image.Image:
@@ -129,16 +152,44 @@ def make_source(options: Options, pipeline: TextToImage) -> Source | None:
     if options.vary:
         strength = 0.5 if options.strength is None else options.strength
         return inpaint.vary(tokenizer, open_picture(options.vary), strength)
+    if options.like:
+        source = inpaint.keep_background(tokenizer, open_picture(options.like))
+        if source is None:
+            say(
+                f"note: {options.like} has no plain background that could be kept: all of the image is made anew"
+            )
+        return source
     return None
+
+
+def make_line(options: Options, pipeline: TextToImage) -> LineControl | None:
+    """The drawing that the images follow, if one was given. Raises FileNotFoundError or ValueError naming the file."""
+    size, path = pipeline.image_tokenizer.image_size, options.line or options.like
+    if path is None:
+        return None
+    if options.like:
+        lines = extract(resize_square(open_picture(path), size), options.like_method or "canny")
+    else:
+        if not path.is_file():
+            raise FileNotFoundError(f"no drawing {path}")
+        try:
+            lines, note = open_drawing(path.read_bytes(), size)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        if note:
+            say(f"note: {path} is {note}")
+    scales = {"scale": options.line_scale, "cfg_scale": options.line_cfg_scale}
+    return LineControl(lines, **{name: value for name, value in scales.items() if value is not None})
 
 
 def origin(options: Options, pipeline: TextToImage) -> dict[str, Any]:
     """What every line of images.jsonl repeats: all that a picture depends on beside its text and index."""
-    names = ("prime", "keep_rows", "inpaint", "mask", "vary", "strength")
+    names = ("prime", "inpaint", "vary", "line", "like", *(flag for flag, _ in NEEDED))
     given = {n: getattr(options, n) for n in names if getattr(options, n) is not None}
     source: dict[str, Any] = {n: str(value) for n, value in given.items()}
     source |= {f"{n}_sha256": sha256_file(v) for n, v in given.items() if isinstance(v, Path) and v.is_file()}
-    return {
+    whiten = {"whiten": Whitener.open(options.white).origin()} if options.whiten else {}
+    return whiten | {
         "seed": options.seed,
         "sampling": to_mapping(options.sampling),
         "negative": options.negative,
@@ -149,42 +200,24 @@ def origin(options: Options, pipeline: TextToImage) -> dict[str, Any]:
     }
 
 
-@dataclass
-class Unused:
-    """What a file of prompts lost on the way."""
-
-    reasons: list[str] = field(default_factory=list)
-    """Why texts were skipped; the first few."""
-    skipped: int = 0
-    cut: int = 0
-
-    def report(self, path: Path) -> None:
-        for reason in self.reasons:
-            say(f"skipped: {reason}")
-        if self.skipped:
-            say(f"skipped {self.skipped} of the texts in {path}")
-        if self.cut:
-            say(f"note: {self.cut} of the texts in {path} were too long for the generator and cut")
-
-
-def usable(prompts: Iterator[Prompt], pipeline: TextToImage, unused: Unused) -> Iterator[Prompt]:
-    """Prompts that can be drawn; the others are counted."""
-    for prompt in prompts:
-        try:
-            _, note = pipeline.encode_text(prompt.text)
-        except ValueError as error:
-            unused.skipped += 1
-            unused.reasons += [str(error)] if unused.skipped <= 5 else []
-        else:
-            unused.cut += bool(note)
-            yield prompt
+def onto_white(pictures: Iterator[Picture], options: Options) -> Iterator[Picture]:
+    """The same on a white background; those that had to be left as they are are counted and said."""
+    whitener, notes = Whitener.open(options.white), []
+    for picture in pictures:
+        found = whitener(picture.image)
+        notes += [found.note] if found.note else []
+        yield replace(picture, image=found.image)
+    if notes:
+        say(f"note: {len(notes)} images were not put on white, the last one {notes[-1]}")
 
 
 def draw_all(options: Options, pipeline: TextToImage, out: OutDirectory, num_texts: int) -> int:
     """Draws and writes everything; returns the number of pictures drawn now."""
-    source, unused = make_source(options, pipeline), Unused()
+    source, line, unused = make_source(options, pipeline), make_line(options, pipeline), Unused()
     if options.prompts_file:
-        prompts = usable(read_prompts(options.prompts_file), pipeline, unused)
+        prompts = usable(
+            read_prompts(options.prompts_file), lambda text: pipeline.encode_text(text)[1], unused
+        )
     else:
         prompts = iter([Prompt(options.text)])
         note = pipeline.encode_text(options.text)[1]
@@ -199,8 +232,9 @@ def draw_all(options: Options, pipeline: TextToImage, out: OutDirectory, num_tex
         say(f"note: {leftovers} pictures in {out.path} were drawn otherwise and give way to new ones")
     stood, total = out.count, num_texts * options.num_images
     pictures = pipeline.draw(
-        requests, options.seed, options.sampling, options.negative, options.batch_size, source
+        requests, options.seed, options.sampling, options.negative, options.batch_size, source, line
     )
+    pictures = onto_white(pictures, options) if options.whiten else pictures
     for picture in tqdm(pictures, total=total, initial=stood, unit="picture", dynamic_ncols=True):
         out.add(picture)
     if options.prompts_file:
@@ -216,12 +250,14 @@ def main(argv: Sequence[str] | None = None) -> Path:
     """Draw; returns the out directory."""
     options = parse_options(Options, argv, description=__doc__)
     num_texts = count_prompts(options.prompts_file) if options.prompts_file else 1
-    checkpoint = options.checkpoint or default_checkpoint()
-    pipeline = TextToImage.from_pretrained(checkpoint, options.device, options.fast)
-    out = OutDirectory(options.out_dir, origin(options, pipeline))
-    started = time.perf_counter()
-    drawn = draw_all(options, pipeline, out, num_texts)
-    out.write_grid(options.num_images if options.prompts_file and 1 < options.num_images <= 16 else None)
+    with OutDirectory(options.out_dir) as out:
+        out.require_ours(num_texts * options.num_images)
+        checkpoint = options.checkpoint or default_checkpoint()
+        pipeline = TextToImage.from_pretrained(checkpoint, options.device, options.fast)
+        out.origin = origin(options, pipeline)
+        started = time.perf_counter()
+        drawn = draw_all(options, pipeline, out, num_texts)
+        out.write_grid(options.num_images if options.prompts_file and 1 < options.num_images <= 16 else None)
     seconds = (time.perf_counter() - started) / max(1, drawn)
     say(f"{out.count} pictures in {out.path} | {drawn} drawn now, {seconds:.2f} s each | by {checkpoint}")
     say(f"next: python rerank.py {out.path}")

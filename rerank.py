@@ -8,8 +8,11 @@
 Writes ranking.json, ranked.png and copies rank00.png, rank01.png ... of the best; doing it again gives the same.
 """
 
+import common  # noqa: F401 (before torch: Ctrl-C meanwhile leaves no traceback)
+
+# isort: split
+
 import itertools
-import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,9 +24,10 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from common.config import command, from_mapping, parse_options
-from common.files import atomic_path, ensure_writable_directory, write_json
 from common.image import make_grid, resize_square
 from common.log import say
+from common.out_directory import COPY, RANKED, RANKING, OutDirectory, Request
+from common.output import OutputDirectory
 from common.precision import Precision
 from common.tables import plain_console, shortened
 from rankers import default_ranker, load_ranker
@@ -131,7 +135,7 @@ def _margins(
 def with_copies(ranked: Sequence[Ranked], top_k: int, ending: str) -> list[Ranked]:
     """Names for the copies of the first `top_k` that pass."""
     chosen = [row.file for row in ranked if row.passed][:top_k]
-    names = {file: f"rank{i:02d}{ending}.png" for i, file in enumerate(chosen)}
+    names = {file: _copy_name(i, ending) for i, file in enumerate(chosen)}
     return [replace(row, copy=names.get(row.file)) for row in ranked]
 
 
@@ -149,8 +153,7 @@ def rank_directory(options: Options, ranker: Any) -> dict[str, list[Ranked]]:
     ):
         images = [read_picture(options.out / file) for file in files]
         ranked = rank_text(ranker, text, files, images, options.min_percentile)
-        ending = f"_text{number:02d}" if len(texts) > 1 else ""
-        found[text] = with_copies(ranked, options.top_k, ending)
+        found[text] = with_copies(ranked, options.top_k, _ending(number, len(texts)))
     return found
 
 
@@ -159,16 +162,15 @@ def rank_directory(options: Options, ranker: Any) -> dict[str, list[Ranked]]:
 ROUND = 8  # pictures of a text drawn before looking again
 
 
-def draw_until(options: Options, ranker: Any) -> None:
+def draw_until(options: Options, ranker: Any, out: OutDirectory) -> None:
     """Draw on for every text, behind the pictures that stand, until enough pass or the budget is spent."""
-    from dalle.outdir import OutDirectory
-    from dalle.pipeline import Request
     from dalle.sampling import SamplingOptions
 
     rows = read_out_directory(options.out)
     origin = common_origin(rows, options.out)
+    out.require_ours(len(rows) + options.budget * len({row.text for row in rows}))
     pipeline = load_generator(options, origin)
-    out = OutDirectory(options.out, origin)
+    out.origin = origin
     out.continue_behind_all()
     sampling = from_mapping(SamplingOptions, origin["sampling"], where=f"{options.out}/images.jsonl")
     while requests := wanted(options, rank_directory(options, ranker), read_out_directory(options.out)):
@@ -228,22 +230,41 @@ def load_generator(options: Options, origin: dict[str, Any]) -> Any:
 # --- files ---------------------------------------------------------------------------------------------------------
 
 SHEET_TEXTS, SHOWN_TEXTS = 64, 16  # texts of ranked.png, and of the tables
-OUR_COPIES = re.compile(r"rank\d+(_text\d+)?\.png")
 
 
-def write_ranking(out: Path, options: Options, ranker: Any, texts: dict[str, list[Ranked]]) -> None:
+def require_room(options: Options, rows: Sequence[Row], files: OutputDirectory) -> None:
+    """Raises ValueError where a file that the ranking would replace is not what an earlier one wrote."""
+    count = len({row.text for row in rows})
+    endings = [_ending(number, count) for number in range(count)]
+    most = range(min(options.top_k, len(rows) + options.budget))
+    copies = (_copy_name(i, ending) for ending in endings for i in most)
+    files.require_ours(itertools.chain((RANKING, RANKED), copies))
+
+
+def _ending(number: int, num_texts: int) -> str:
+    return f"_text{number:02d}" if num_texts > 1 else ""
+
+
+def _copy_name(rank: int, ending: str) -> str:
+    return f"rank{rank:02d}{ending}.png"
+
+
+def write_ranking(
+    files: OutputDirectory, options: Options, ranker: Any, texts: dict[str, list[Ranked]]
+) -> None:
     """Copies, ranked.png, then ranking.json; what an earlier ranking left is replaced."""
-    for old in out.iterdir():
-        if OUR_COPIES.fullmatch(old.name):
-            old.unlink()
+    out = files.path
+    for old in files.names():
+        if COPY.fullmatch(old):
+            files.remove(old)
     for row in (row for rows in texts.values() for row in rows if row.copy):
-        with atomic_path(out / row.copy) as temporary:
+        with files.writing(row.copy) as temporary:
             shutil.copyfile(out / row.file, temporary)
-    with atomic_path(out / "ranked.png") as temporary:
+    with files.writing(RANKED) as temporary:
         sheet(out, texts).save(temporary, "PNG")
     calibration = ranker.calibration
-    write_json(
-        out / "ranking.json",
+    files.write_json(
+        RANKING,
         {
             "ranker": ranker.name,
             "encoders": identities(ranker),
@@ -306,7 +327,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[Ranked]]:
     """Rank; returns what ranking.json holds."""
     options = parse_options(Options, argv, description=__doc__)
     read_out_directory(options.out)
-    ensure_writable_directory(options.out)
+    with OutDirectory(options.out) as out:
+        return rank_all(options, out)
+
+
+def rank_all(options: Options, out: OutDirectory) -> dict[str, list[Ranked]]:
+    """Draw what --until asks for, rank, write and show."""
+    require_room(options, read_out_directory(options.out), out.files)
     name = options.ranker or str(default_ranker())
     ranker = load_ranker(name, options.device, options.precision)
     if options.min_percentile and ranker.calibration is None:
@@ -315,9 +342,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[Ranked]]:
             f"`python -m rankers.calibration --ranker {name}`"
         )
     if options.until:
-        draw_until(options, ranker)
+        draw_until(options, ranker, out)
     texts = rank_directory(options, ranker)
-    write_ranking(options.out, options, ranker, texts)
+    write_ranking(out.files, options, ranker, texts)
     for text, ranked in itertools.islice(texts.items(), SHOWN_TEXTS):
         show(text, ranked)
         kept = [row.copy for row in ranked if row.copy]

@@ -6,15 +6,21 @@
     torchrun --nproc_per_node 2 train_dalle.py --config configs/goods_128/dalle.yaml
     deepspeed train_dalle.py --config configs/goods_128/dalle.yaml --deepspeed.zero-stage 2
     python train_dalle.py --init pretrained/goods-128/generator --data MY_TOKENS      # fine-tuning
+    python train_dalle.py --config configs/goods_128/dalle_lines.yaml                 # to follow line drawings
 
 The data are token shards (`python -m vq.encode_shards`), or image shards that are encoded on the fly. The same command
 started again goes on from the newest checkpoint in the run directory.
 """
 
+import common  # noqa: F401 (before torch: Ctrl-C meanwhile leaves no traceback)
+
+# isort: split
+
 import math
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +28,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from common.checkpoint import load_weights, resolve, write_model
+from common.checkpoint import resolve, write_model
 from common.config import command, parse_options, to_mapping
 from common.distributed import BatchPlan, World, batch_plan, make_engine, start_world, stop_world
 from common.files import write_json
@@ -31,11 +37,11 @@ from common.log import say
 from common.loop import fit
 from common.optim import Ema, learning_rate, make_optimizer
 from common.precision import autocast
-from dalle import sequence
+from dalle import line_training, sequence
 from dalle.captions import drop_captions, insert_unknown
 from dalle.from_pictures import names_pictures, prepare_pictures
 from dalle.losses import LossConfig, dalle_loss, position_losses
-from dalle.model import KIND, TRAINING_ONLY, Dalle
+from dalle.model import KIND, TRAINING_ONLY, Dalle, config_mapping
 from dalle.pipeline import TextToImage
 from dalle.plan import measure_peak_flops, train_flops
 from dalle.train_data import TrainData, captions, require_data, require_tokenizers_of
@@ -60,11 +66,12 @@ class GeneratorTask:
             self.pad_id,
             data.image_tokenizer.codebook_size,
             data.image_tokenizer.grid_size,
+            data.image_tokenizer.downsample_factor,
         )
         model = Dalle(self.config).to(world.device)
         if options.init:
             require_tokenizers_of(options.init, data)
-            load_weights(model, resolve(options.init))
+            line_training.load_init(model, resolve(options.init))
         self.ema = Ema(model, options.ema_decay) if options.ema_decay else None
         self.finished = Dalle(self.config).to(world.device).eval()  # what evaluation and sample grids look at
         if options.compile:
@@ -109,13 +116,16 @@ class GeneratorTask:
         text_ids = drop_captions(text_ids, batch["key"], self.pad_id, options.caption_dropout, salt)
         num_targets = self._targets_per_micro_batch(text_ids)
         micro_batches = {"text_ids": text_ids, "image_ids": self._image_ids(batch)}
+        if options.lines:
+            micro_batches |= line_training.line_inputs(batch, options.line_dropout, salt)
         totals: dict[str, float] = {}
         text_lens: list[int] = []
         for micro in self.engine.micro_batches(micro_batches, self.plan.accumulation):
             text_ids, image_ids = self._to_device(micro["text_ids"]), micro["image_ids"].to(self.world.device)
             text_lens.append(text_ids.shape[1])
+            lines = line_training.to_model(micro, self.world.device)
             with autocast(self.world.device, options.precision):
-                output = self.engine.model(text_ids, image_ids)
+                output = self.engine.model(text_ids, image_ids, **lines)
             targets = sequence.text_targets(text_ids, self.pad_id)
             losses = dalle_loss(output, image_ids, targets, num_targets, options.loss)
             self.engine.backward(losses.total)
@@ -170,8 +180,8 @@ class GeneratorTask:
         """Over the validation samples, dealt over processes, with the weights that are saved."""
         self._finish_weights()
         sums = torch.zeros(
-            4, dtype=torch.float64
-        )  # text loss, text targets, image loss without text, samples
+            5, dtype=torch.float64
+        )  # text loss, text targets, image loss without text, without drawing, samples
         curve = torch.zeros(self.config.num_image_tokens, dtype=torch.float64)
         batches = self.data.val_batches(self.plan.micro_batch_size, self.options.val_samples)
         for number, batch in enumerate(batches):
@@ -180,27 +190,35 @@ class GeneratorTask:
             encoded = self.text_tokenizer.encode_batch(batch["text"], self.config.max_text_len)
             text_ids, image_ids = self._to_device(encoded), self._image_ids(batch).to(self.world.device)
             null_ids = sequence.null_captions(len(text_ids), 1, self.pad_id, self.world.device)
+            lines = (
+                {"drawings": batch["line"].to(self.world.device).float() / 255} if self.options.lines else {}
+            )
             with autocast(self.world.device, self.options.precision):
-                output = self.finished(text_ids, image_ids)
-                without_text = self.finished(null_ids, image_ids)
+                output = self.finished(text_ids, image_ids, **lines)
+                without_text = self.finished(null_ids, image_ids, **lines)
+                without_lines = self.finished(text_ids, image_ids) if lines else output
             targets = sequence.text_targets(text_ids, self.pad_id)
             text_loss = dalle_loss(output, image_ids, targets, 1.0, LossConfig()).text
             null_loss = position_losses(without_text.image, image_ids).sum()
             curve += position_losses(output.image, image_ids).double().cpu()
-            sums += torch.tensor([float(text_loss), len(targets), float(null_loss), len(text_ids)])
+            bare_loss = position_losses(without_lines.image, image_ids).sum()
+            counts = (float(text_loss), len(targets), float(null_loss), float(bare_loss), len(text_ids))
+            sums += torch.tensor(counts)
         everything = self.world.sum_(torch.cat([sums, curve]).to(self.world.device)).cpu()
-        return self._figures(*everything[:4].tolist(), everything[4:], step)
+        return self._figures(*everything[:5].tolist(), everything[5:], step)
 
     def _figures(
         self,
         text_loss: float,
         num_targets: float,
         null_loss: float,
+        bare_loss: float,
         num_samples: float,
         curve: Tensor,
         step: int,
     ) -> dict[str, float]:
-        """Bits are a token's; `text_gain_bits`: how much less the picture costs when its caption is known."""
+        """Bits are a token's; `text_gain_bits` and `line_gain_bits`: how much less the picture costs when its caption,
+        or its drawing, is known."""
         self.curve_bits = bits = curve / num_samples / math.log(2)  # (N,)
         if self.world.is_main:
             path = self.options.loop.run_dir / "position_loss" / f"step_{step:08d}.json"
@@ -209,6 +227,8 @@ class GeneratorTask:
         null_bits = null_loss / num_samples / len(bits) / math.log(2)
         figures = {"image_loss": image_bits * math.log(2), "image_bits": image_bits}
         figures["text_gain_bits"] = null_bits - image_bits
+        if self.options.lines:
+            figures["line_gain_bits"] = bare_loss / num_samples / len(bits) / math.log(2) - image_bits
         if self.config.text_head:
             figures["text_loss"] = text_loss / max(1.0, num_targets)
             figures["text_bits"] = figures["text_loss"] / math.log(2)
@@ -227,11 +247,14 @@ class GeneratorTask:
                 self.sample_texts, options.sample_images, options.loop.seed, options.sampling
             )
             pictures["samples"] = make_grid([p.image for p in drawn], columns=options.sample_images)
+            if options.lines:
+                more = (options.sample_images, options.loop.seed, options.sampling)
+                pictures["samples_lines"] = line_training.sample_lines(pipeline, self.data, *more)
         return pictures
 
     def state(self) -> dict[str, Any]:
         state = {
-            "config": to_mapping(self.config),
+            "config": config_mapping(self.config),
             "weights": self.engine.weights(),
             "engine": self.engine.state(),
             "num_samples": len(self.data.train),
@@ -248,7 +271,7 @@ class GeneratorTask:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Raises ValueError when the run directory holds another model, or one without moving average."""
-        before, now, run_dir = state["config"], to_mapping(self.config), self.options.loop.run_dir
+        before, now, run_dir = state["config"], config_mapping(self.config), self.options.loop.run_dir
         changed = [n for n in now if now[n] != before.get(n) and n not in TRAINING_ONLY]
         if changed:
             raise ValueError(
@@ -304,6 +327,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         data = TrainData.prepare(
             loop.run_dir, options.data, options.image_tokenizer, options.text_tokenizer, world, options.remote
         )
+        if options.lines:
+            data.require_lines()
+            data = replace(data, with_lines=True)
         task = GeneratorTask(options, world, plan, data)
         if world.is_main:
             for problem in data.train.problems + data.val.problems:

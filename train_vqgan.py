@@ -8,6 +8,10 @@
 The same command started again goes on from the newest checkpoint in the run directory.
 """
 
+import common  # noqa: F401 (before torch: Ctrl-C meanwhile leaves no traceback)
+
+# isort: split
+
 from collections.abc import Sequence
 from pathlib import Path
 

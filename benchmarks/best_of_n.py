@@ -1,10 +1,10 @@
-"""What the ranker is worth: best of 8 by the ranker against random of 8, on kind and colour by an independent judge.
+"""What the ranker is worth: best of 8 by it against random of 8, on category and colour by an independent judge.
 
     python -m benchmarks.best_of_n                                # the newest generator, ranker and judge of runs/
     python -m benchmarks.best_of_n --checkpoint runs/goods_128_dalle --ranker runs/goods_128_ranker \\
         --judge runs/goods_128_judge --data ../shared/data/goods --num-prompts 300
 
-Prompts are distinct captions of the held-out split that name a kind which the judge knows: those that name a colour
+Prompts are distinct captions of the held-out split that name a category which the judge knows: those that name a colour
 first, then the same with another colour, so that there are enough to judge colours by, then the others. The judge was
 trained apart from the ranker, and its weights are refused if they are the ranker's. "Random" is the mean of all 8
 pictures, what a random choice gets. The bar: the 95 % interval of the difference, over prompts, lies above zero.
@@ -28,14 +28,15 @@ from dalle.pipeline import default_checkpoint
 from dalle.sampling import SamplingOptions
 from data_tools.index import ShardIndex
 from data_tools.loader import IMAGE_SUFFIXES
-from evaluation import goods_judge, report
+from evaluation import report
 from evaluation.arms import ArmSpec, open_arm
 from evaluation.attributes import Lexicon
 from evaluation.choice import Curve, check_independent, chosen_set, curve, judged, score_pictures
 from evaluation.drawing import Plan, common_texts, draw_into, some_of
 from evaluation.features import CACHE
+from evaluation.judge import KIND, GoodsJudge
 from evaluation.metrics import networks_note
-from evaluation.parts import Networks, generated_part
+from evaluation.parts import Networks, generated_part, pixel_colors_of
 from evaluation.reference import Facts, ReferencePictures
 from evaluation.sets import SampleSet
 from rankers import default_ranker, load_ranker
@@ -58,6 +59,8 @@ class Options:
     """Folder of image shards whose held-out captions are the prompts."""
     split: str = "val"
     """Held-out split."""
+    train_split: str = "train"
+    """Split whose images of known colour name colours in pixels; empty: none."""
     num_prompts: int = 360
     """Prompts at most; 0: all distinct captions."""
     recolored: int = 2
@@ -91,12 +94,12 @@ class Options:
 def choose_prompts(
     facts: Sequence[Facts], judge: Any, lexicon: Lexicon, count: int, seed: int, recolored: int = 0
 ) -> list[str]:
-    """Distinct captions whose kind the judge knows: those that name a colour it knows, `recolored` times each with
+    """Distinct captions whose category the judge knows: those that name a colour it knows, `recolored` times each with
     another colour, then captions without; at most `count`, 0 takes all. Raises ValueError where there are none."""
     captions = dict.fromkeys(fact.caption for fact in facts if fact.caption)
-    known = [text for text in captions if judge.words.kinds_meant(text)[2]]
+    known = [text for text in captions if judge.words.categories_meant(text)[2]]
     if not known:
-        raise ValueError("no caption names a kind that the judge knows: it was trained on other goods")
+        raise ValueError("no caption names a category that the judge knows: it was trained on other goods")
     colored = [t for t in known if lexicon.parse(t).words.get("color", "") in judge.words.colors]
     others = [t for t in known if t not in set(colored)]
     groups = [colored, *_recolored(colored, set(captions), judge, lexicon, recolored, seed), others]
@@ -128,13 +131,13 @@ def _recolored(
 
 def prepare(options: Options) -> tuple[Networks, Any, Options]:
     """Judge and ranker, apart from each other, and the options with what was found."""
-    judge = options.judge or str(newest_run(goods_judge.KIND) or "")
+    judge = options.judge or str(newest_run(KIND) or "")
     if not judge:
         raise FileNotFoundError(
             "no judge was trained under runs/: python -m evaluation.train_judge, or name one with --judge"
         )
-    found = goods_judge.GoodsJudge.from_pretrained(judge, options.device)
-    networks = Networks((found,), found)
+    found = GoodsJudge.from_pretrained(judge, options.device)
+    networks = Networks((found.network.deep,), found)
     name = options.ranker or str(default_ranker())
     ranker = load_ranker(name, options.device)
     check_independent(ranker, networks)
@@ -149,7 +152,11 @@ def measure(
     part = generated_part(samples, options.draws, options.seed, options.cache)
     scored = score_pictures(samples, ranker, part)
     widths = [w for w in (1, 2, 4, 8, 16, 32, 64) if w < options.num_images] + [options.num_images]
-    values = judged(networks, lexicon, part)
+    train = (
+        ReferencePictures.of_split(options.data, options.train_split, 128) if options.train_split else None
+    )
+    measured = pixel_colors_of(train, range(len(train)), options.cache) if train else None
+    values = judged(networks, lexicon, part, measured)
     how = (ranker.name, widths, options.draws, options.seed)
     curves = [curve(scored, name, found, *how) for name, found in values.items()]
     return scored, [c for c in curves if c is not None]

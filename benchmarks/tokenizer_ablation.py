@@ -44,7 +44,7 @@ ROWS: dict[str, list[str]] = {
     "adversary_features": [*JUDGE, "--adversary.feature-weight", "1"],
     "foreground_3": ["--loss.foreground-weight", "3"],
 }
-COLUMNS = ("psnr", "psnr_goods", "ssim", "perceptual", "frechet", "usage", "perplexity", "color_shift")
+COLUMNS = ("psnr", "psnr_goods", "ssim", "perceptual", "usage", "perplexity", "color_shift")
 
 
 @dataclass(frozen=True)

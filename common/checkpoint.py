@@ -6,18 +6,16 @@
     training_state/        optimizer, schedule, sample counter: only for going on with the run
     image_tokenizer/ ...   whatever else the kind needs
 
-Written under a temporary name and renamed; the link `latest` moves last. Weights are safetensors and the training
-state is read with `weights_only=True`: nothing is unpickled.
+Written under a temporary name and renamed; `latest` moves last (see common/run_dir.py). Weights are safetensors and
+the training state is read with `weights_only=True`: nothing is unpickled.
 """
 
 import contextlib
 import errno
-import fcntl
 import os
 import pickle
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,7 +23,27 @@ import torch
 from torch import Tensor, nn
 
 from common.compact import widen
-from common.files import atomic_directory, read_json, sha256_file, size_of, write_json
+from common.files import read_json, require_content, sha256_file, shipped, size_of, write_json
+from common.run_dir import (
+    LATEST,
+    clean,
+    latest_step,
+    new_step_directory,
+    newest_run,
+    prune,
+    step_directories,
+    step_directory,
+)
+
+__all__ = [
+    "clean",
+    "latest_step",
+    "new_step_directory",
+    "newest_run",
+    "prune",
+    "step_directories",
+    "step_directory",
+]  # beside what is defined here
 
 FORMAT = 1
 
@@ -44,7 +62,8 @@ def save_weights(path: Path, weights: dict[str, Tensor]) -> None:
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
-    path.chmod(mode)
+    with contextlib.suppress(OSError):  # file systems without modes
+        path.chmod(mode)
 
 
 def write_model(
@@ -67,73 +86,6 @@ def write_model(
         **extra,
     }
     write_json(directory / "config.json", config)
-
-
-@contextlib.contextmanager
-def new_step_directory(run_dir: Path, step: int) -> Iterator[Path]:
-    """Fill the yielded directory; it becomes that of the step in `run_dir` and `latest` points to it."""
-    final = step_directory(run_dir, step)
-    with atomic_directory(final) as temporary:
-        yield temporary
-    point_latest(run_dir, final.name)
-
-
-def point_latest(run_dir: Path, name: str) -> None:
-    link, temporary = run_dir / "latest", run_dir / f".latest.{os.getpid()}"
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(name)
-    if link.is_dir() and not link.is_symlink():  # the run was copied by a program that follows links
-        shutil.rmtree(link)
-    os.replace(temporary, link)
-
-
-def step_directory(run_dir: Path, step: int) -> Path:
-    return run_dir / f"step_{step:08d}"
-
-
-def step_directories(run_dir: Path) -> list[Path]:
-    """Whole checkpoints of a run, oldest first."""
-    return sorted(d for d in run_dir.glob("step_*") if (d / "config.json").is_file())
-
-
-def prune(run_dir: Path, keep_last: int, keep: tuple[Path, ...] = ()) -> None:
-    """Delete all but the newest `keep_last` checkpoints and those in `keep`; 0 keeps all."""
-    for directory in step_directories(run_dir)[:-keep_last] if keep_last else []:
-        if directory not in keep:
-            doomed = directory.with_name(
-                f".{directory.name}.tmp"
-            )  # killed half-way, it is no checkpoint any more
-            os.replace(directory, doomed)
-            shutil.rmtree(doomed)
-
-
-class Lock:
-    """Of a run directory, for one training at a time: two would delete each other's half-written checkpoints.
-
-    It ends with its process, however that ends.
-    """
-
-    def __init__(self, run_dir: Path) -> None:
-        self.is_taken = False
-        self.file = (run_dir / ".lock").open("a")
-        try:  # lockf, unlike flock, is not handed on to forked loaders
-            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            self.is_taken = True
-        except OSError:  # a file system without locks
-            pass
-
-    def release(self) -> None:
-        self.file.close()
-
-
-def clean(run_dir: Path) -> None:
-    """Remove what a killed process left half-written or half-deleted."""
-    for leftover in (*run_dir.glob(".step_*.tmp"), *run_dir.glob(".step_*.old")):
-        shutil.rmtree(leftover)
-    for leftover in (*run_dir.glob(".latest.*"), *run_dir.glob(".*.tmp")):
-        if not leftover.is_dir():
-            leftover.unlink()
 
 
 def ensure_space(run_dir: Path, state: dict[str, Any]) -> None:
@@ -160,30 +112,23 @@ def tensor_bytes(value: Any) -> int:
     return sum(tensor_bytes(v) for v in value)
 
 
-def newest_run(kind: str, runs: Path = Path("runs")) -> Path | None:
-    """The `latest` checkpoint of that kind that was written last, over all runs."""
-    found = []
-    for link in runs.glob("*/latest"):
-        directory = link.resolve()
-        config = directory / "config.json"
-        if config.is_file() and read_json(config).get("kind") == kind:
-            found.append((config.stat().st_mtime, directory))
-    return max(found)[1] if found else None
-
-
 def resolve(name: str | Path) -> Path:
-    """A checkpoint directory, a run directory (its `latest`) or a hub id -> a local checkpoint directory.
+    """A checkpoint directory, a run directory (its newest checkpoint) or a hub id -> a local checkpoint directory.
 
     Raises FileNotFoundError when it is none of these.
     """
-    path = Path(name)
+    path = Path(os.path.expanduser(name))
+    if str(name).startswith("pretrained/"):
+        path = shipped(str(name))
     if (path / "config.json").is_file():
         return path
-    if (path / "latest" / "config.json").is_file():
-        return (path / "latest").resolve()
+    run_dir = path.parent if path.name == LATEST else path
+    found = latest_step(run_dir)
+    if found:
+        return found
     if path.exists():
         raise FileNotFoundError(f"{path} is no checkpoint directory: it holds no config.json")
-    if str(name).count("/") == 1 and not str(name).startswith((".", "/")):
+    if str(name).count("/") == 1 and not str(name).startswith((".", "/", "~")):
         return _download(str(name))
     raise FileNotFoundError(f"no checkpoint directory {name}")
 
@@ -222,6 +167,7 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
     path = directory / "model.safetensors"
     if not path.is_file():
         raise FileNotFoundError(f"{directory} holds no model.safetensors")
+    require_content(path)
     try:
         return widen(load_file(str(path)))
     except (SafetensorError, ValueError) as error:

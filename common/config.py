@@ -10,11 +10,16 @@ import io
 import json
 import os
 import re
+import shutil
 import sys
+import tempfile
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
+
+from common.files import DISK_FULL, shipped
+from common.terminal import make_streams_safe
 
 Options = TypeVar("Options")
 
@@ -35,7 +40,7 @@ def parse_options(
     """
     import tyro
 
-    args = _drop_local_rank(list(sys.argv[1:] if argv is None else argv))
+    args = _drop_local_rank(expand_home(sys.argv[1:] if argv is None else argv))
     _require_text(args)
     path, args = _take_config_flag(args)
     if path is None and not any(a.startswith(("--data", "--image-folder")) for a in args):
@@ -109,6 +114,12 @@ def _require_text(args: Sequence[str]) -> None:
             ) from error
 
 
+def expand_home(args: Sequence[str]) -> list[str]:
+    """`--flag=~/x` as a shell expands `--flag ~/x`; `~` stays where nobody knows the home."""
+    flags = (re.match(r"(--[\w.-]+=)(~.*)", arg, re.DOTALL) for arg in args)
+    return [m[1] + os.path.expanduser(m[2]) if m else arg for arg, m in zip(args, flags, strict=True)]
+
+
 def _drop_local_rank(args: list[str]) -> list[str]:
     kept, skip = [], False
     for arg in args:
@@ -126,9 +137,9 @@ def _take_config_flag(args: list[str]) -> tuple[Path | None, list[str]]:
         if arg == "--config":
             if i + 1 == len(args):
                 raise ValueError("--config needs a file: --config configs/goods_128/vqgan.yaml")
-            return Path(args[i + 1]), args[:i] + args[i + 2 :]
+            return shipped(args[i + 1]), args[:i] + args[i + 2 :]
         if arg.startswith("--config="):
-            return Path(arg.removeprefix("--config=")), args[:i] + args[i + 1 :]
+            return shipped(arg.removeprefix("--config=")), args[:i] + args[i + 1 :]
     return None, args
 
 
@@ -138,11 +149,12 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
     if not path.is_file():
         raise FileNotFoundError(f"no config file {path}")
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
         values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} is not valid {path.suffix[1:]}: {str(error).splitlines()[0]}") from error
+    except (json.JSONDecodeError, yaml.YAMLError, UnicodeDecodeError) as error:
+        kind = path.suffix[1:] or "yaml"
+        raise ValueError(f"{path} is not valid {kind}: {str(error).splitlines()[0]}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a mapping of option names to values, not {type(values).__name__}")
     return values
@@ -220,6 +232,7 @@ def command(main: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(main)
     def wrapper(argv: Sequence[str] | None = None) -> Any:
+        make_streams_safe()
         try:
             return main(argv)
         except (ValueError, OSError, ModuleNotFoundError) as error:
@@ -237,6 +250,20 @@ def command(main: Callable[..., Any]) -> Callable[..., Any]:
 def _one_sentence(error: BaseException) -> str:
     if isinstance(error, ModuleNotFoundError):
         return f"the package {error.name} is not installed: pip install -r requirements.txt"
+    if isinstance(error, OSError) and error.errno in DISK_FULL and "disk full" not in str(error):
+        return _full_disk(error)
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def _full_disk(error: OSError) -> str:
+    """Which file, and how much is free where: the file is not always named by who failed to write it."""
+    name = error.filename
+    folders = [Path(str(name)).parent] if name else [Path(), Path(tempfile.gettempdir())]
+    free = []
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            free.append(f"{shutil.disk_usage(folder).free / 2**20:.1f} MiB are free in {folder.resolve()}")
+    where = f"disk full while writing {name}" if name else "disk full"
+    return f"{where}: {' and '.join(free)}; free some space there and run the same command again"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+CANNOT_REPLACE = (errno.EEXIST, errno.EPERM, errno.EACCES, errno.EBUSY, errno.ETXTBSY, errno.EOPNOTSUPP)
 
 
 @contextlib.contextmanager
@@ -22,9 +23,30 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         with naming_a_full_disk(path):
             yield temporary
-            os.replace(temporary, path)
+            replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def replace(source: Path, target: Path) -> None:
+    """Move a file into place, whatever stands there: also where a rename does not replace (some network drives), or
+    not what another process has open."""
+    try:
+        os.replace(source, target)
+        return
+    except OSError as error:
+        if error.errno not in CANNOT_REPLACE or not target.is_file():
+            raise
+    aside = target.with_name(f".{target.name}.{os.getpid()}.old")
+    try:
+        os.replace(target, aside)
+    except OSError:
+        shutil.copyfile(source, target)  # somebody holds it: its bytes can still be written
+        source.unlink()
+        return
+    os.replace(source, target)
+    with contextlib.suppress(OSError):
+        aside.unlink()
 
 
 @contextlib.contextmanager
@@ -77,15 +99,30 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def shipped(name: str) -> Path:
+    """What comes with this project, from any working directory; under the working directory where it is there too."""
+    here, there = Path(name), Path(__file__).parent.parent / name
+    return there if there.exists() and not here.exists() else here
+
+
 def size_of(directory: Path) -> int:
     """Bytes of all files under `directory`."""
     return sum(f.stat().st_size for f in directory.rglob("*") if f.is_file())
 
 
 def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    """To the disk. Some network drives cannot, for folders above all: they write as they see fit."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        if path.is_dir():
+            return
+        raise
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EACCES, errno.EBADF):
+            raise
     finally:
         os.close(descriptor)
 
@@ -155,6 +192,24 @@ def sha256_file(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def require_content(path: Path) -> None:
+    """Raises ValueError where a file of weights is what stands in its place: a Git LFS or git-annex pointer, a web page
+    that was saved instead, or nothing."""
+    with path.open("rb") as file:
+        opening = file.read(512).lstrip(b"\xef\xbb\xbf \t\r\n")
+    again = "download the file itself"
+    if opening.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path} is a Git LFS pointer, not the file: run `git lfs pull` there, or {again}")
+    if b"annex/objects/" in opening and path.stat().st_size < 1000:
+        raise ValueError(
+            f"{path} is a git-annex pointer, not the file: run `git annex get` there, or {again}"
+        )
+    if opening.lower().startswith((b"<!doctype", b"<html", b"<head", b"<?xml", b"<!--", b"<body")):
+        raise ValueError(f"{path} is a web page (HTML or XML) that was saved in place of the file: {again}")
+    if not opening:
+        raise ValueError(f"{path} is empty: {again}")
 
 
 def ensure_writable_directory(path: Path) -> Path:

@@ -80,15 +80,16 @@ class MetricLog:
             self.file.flush()
         numbers = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, (int, float))}
         if self.writer:
-            for name, value in numbers.items():
-                self.writer.add_scalar(name, value, step)
+            with naming_a_full_disk(self.run_dir / "tensorboard"):
+                for name, value in numbers.items():
+                    self.writer.add_scalar(name, value, step)
         if self.wandb:
             self.wandb.log(numbers, step=step)
 
     def picture(self, step: int, name: str, image: Image.Image) -> Path:
         path = self.run_dir / "samples" / f"{name}_{step:08d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(path)
+        with atomic_path(path) as temporary:
+            image.save(temporary, format="PNG")
         if self.writer:
             self.writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
         if self.wandb:
@@ -109,7 +110,7 @@ def note_keys(run_dir: Path, step: int, keys: Sequence[str], world: World) -> No
     """Which samples this process trained on at `step`; a step that is repeated after a kill stands twice."""
     path = run_dir / "keys" / f"{world.rank}_of_{world.size}.jsonl"
     path.parent.mkdir(exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
+    with naming_a_full_disk(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps({"step": step, "keys": list(keys)}, ensure_ascii=False) + "\n")
 
 

@@ -5,7 +5,6 @@ A task keeps the science: `train_step` shows forward, backward and optimizer ord
 (seed, step), so a run killed anywhere and started again by the same command repeats the very same steps.
 """
 
-import contextlib
 import math
 import signal
 import time
@@ -19,8 +18,10 @@ from PIL import Image
 
 from common import checkpoint
 from common.distributed import World
-from common.files import ensure_writable_directory, write_json
+from common.files import write_json
+from common.lock import alone_in
 from common.log import MetricLog, Window, clock, note_keys, say, short
+from common.run_dir import claim
 
 
 @dataclass(frozen=True)
@@ -141,8 +142,8 @@ def fit(
     `options`: JSON-ready options of the whole run, kept in train_config.json. Returns the last evaluation.
     Raises NonFiniteLoss naming the batch, KeyboardInterrupt after a checkpoint when a signal asked to stop.
     """
-    ensure_writable_directory(config.run_dir)
-    with _alone_in(config.run_dir, world):
+    claim(config.run_dir, world.is_main)
+    with alone_in(config.run_dir, world):
         run = _Run(task, config, world, options)
         run.resume()
         if run.step >= config.num_steps or run.out_of_patience():
@@ -158,22 +159,6 @@ def fit(
             return run.train(batches)
         finally:
             run.close()
-
-
-@contextlib.contextmanager
-def _alone_in(run_dir: Path, world: World) -> Iterator[None]:
-    """Raises ValueError on all processes where another training works in `run_dir`."""
-    lock = checkpoint.Lock(run_dir) if world.is_main else None
-    try:
-        if world.any({"taken": lock is not None and lock.is_taken})["taken"]:
-            raise ValueError(
-                f"{run_dir} is being trained by another process: wait for it or stop it, or choose another "
-                "--loop.run-dir"
-            )
-        yield
-    finally:
-        if lock:
-            lock.release()
 
 
 class _Run:

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import mmap
 import os
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -75,7 +76,8 @@ def why_not(source: Path) -> str:
 @functools.cache
 def library(source: Path) -> ctypes.CDLL:
     """`source` compiled and loaded. Raises OSError or CalledProcessError where it can be neither found nor compiled."""
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    given = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or ""
+    compiler = shlex.split(given)  # "ccache g++", "g++ -march=..."
     if not compiler:
         raise OSError("no C++ compiler (g++)")
     flags = [f"-m{flag.replace('_', '')}" for flag in LEVELS[level()]]
@@ -84,14 +86,14 @@ def library(source: Path) -> ctypes.CDLL:
     options = ("-std=c++17", *exact, "-fopenmp", "-shared", "-fPIC", f"-I{HEADERS}")
     headers = (*HEADERS.glob("*.h"), *source.parent.glob("*.h"))
     texts = [path.read_bytes() for path in (*sorted(headers), source)]
-    text = b"".join(texts) + "\0".join([compiler, *exact]).encode()
+    text = b"".join(texts) + "\0".join([*compiler, *exact]).encode()
     stamp = f"{source.parent.name}-{hashlib.sha256(text).hexdigest()[:16]}"
     path = cache_directory() / "native" / f"{stamp}.so"
     if not path.is_file():
         say(f"compiling {source.parent.name}/{source.name} for this machine, once")
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{stamp}.{os.getpid()}.so")
-        command = [compiler, *options, str(source), "-o", str(temporary)]
+        command = [*compiler, *options, str(source), "-o", str(temporary)]
         subprocess.run(command, check=True, capture_output=True, text=True)
         os.replace(temporary, path)
     return ctypes.CDLL(str(path))

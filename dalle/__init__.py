@@ -1,1 +1,3 @@
 """The generator: an autoregressive transformer over [text | image] and all that turns a sentence into pictures."""
+
+import common  # noqa: F401 (before torch: Ctrl-C meanwhile leaves no traceback)

@@ -92,6 +92,9 @@ class KVCache:
     entries: Tensor  # (num_layers, 2, B, H_kv, L, K)
     bias: Tensor  # (B, 1, 1, L): 0, or -inf for padding
     text_len: int
+    lines: Tensor | None = (
+        None  # (B, N, D): features of line drawings; n is added to the input before image token n
+    )
 
     @property
     def batch_size(self) -> int:
@@ -101,24 +104,50 @@ class KVCache:
     def length(self) -> int:
         return self.entries.shape[4]
 
+    def lines_at(self, index: int | Tensor) -> Tensor:
+        """What is added to the input that predicts image token `index`: (B, 1, D)"""
+        if isinstance(index, int):
+            return self.lines[:, index : index + 1]
+        return self.lines.index_select(1, index.view(1))
+
     def bias_at(self, index: int | Tensor) -> Tensor:
-        """What the query at `index` adds to its scores. An int looks at the filled part alone; a 0-d tensor at all of
-        the cache with the rest hidden, which keeps shapes constant for compiled or captured steps."""
+        """What the query at `index` adds to its scores. An int looks at the filled part alone; a tensor at all of the
+        cache with the rest hidden, which keeps shapes constant for compiled or captured steps: 0-d, or (B,) where each
+        row stands at an index of its own."""
         if isinstance(index, int):
             return self.bias[..., : index + 1]
-        later = torch.arange(self.length, device=index.device) > index
+        later = torch.arange(self.length, device=index.device) > index.view(-1, 1, 1, 1)
         return self.bias.masked_fill(later, float("-inf"))
 
     def update(self, layer: int, k: Tensor, v: Tensor, index: int | Tensor) -> tuple[Tensor, Tensor]:
-        """Store (B, H_kv, n, K) keys and values from `index` on (n = 1 for a tensor); returns those to look at."""
+        """Store (B, H_kv, n, K) keys and values from `index` on (n = 1 for a tensor); returns those to look at.
+
+        A tensor is 0-d, or (B,): an index a row.
+        """
         keys, values = self.entries[layer, 0], self.entries[layer, 1]
         if isinstance(index, int):
             end = index + k.shape[2]
             keys[:, :, index:end], values[:, :, index:end] = k, v
             return keys[:, :, :end], values[:, :, :end]
+        if index.dim():
+            rows = torch.arange(len(k), device=k.device)
+            keys[rows, :, index], values[rows, :, index] = (
+                k[:, :, 0].to(keys.dtype),
+                v[:, :, 0].to(values.dtype),
+            )
+            return keys, values
         keys.index_copy_(2, index.view(1), k.to(keys.dtype))
         values.index_copy_(2, index.view(1), v.to(values.dtype))
         return keys, values
+
+    def rows(self, rows: slice) -> "KVCache":
+        """A view of some rows."""
+        return KVCache(self.entries[:, :, rows], self.bias[rows], self.text_len)
+
+    def move_row(self, source: int, target: int) -> None:
+        """Row `source` takes the place of row `target`, whose contents are lost."""
+        self.entries[:, :, target] = self.entries[:, :, source]
+        self.bias[target] = self.bias[source]
 
 
 class Attention(nn.Module):

@@ -21,13 +21,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.checkpoint import new_step_directory, read_config, resolve, write_model
-from common.config import command, parse_options, to_mapping
+from common.config import command, parse_options
 from common.distributed import pick_device
 from common.log import say
+from common.output import require_new
 from common.precision import autocast
 from dalle import sequence
 from dalle.losses import position_losses
-from dalle.model import KIND, Dalle
+from dalle.model import KIND, Dalle, config_mapping
 from dalle.release import LEFT_OUT
 from dalle.text_tokenizer import TextTokenizer
 from dalle.train_data import captions, open_shards
@@ -99,8 +100,7 @@ def average(options: Options) -> dict[str, float]:
     """Write the mean as a run directory; its figures. Raises FileNotFoundError or ValueError saying what is wrong."""
     if len(options.sources) < 2:
         raise ValueError("name at least two generators to average")
-    if options.target.exists():
-        raise ValueError(f"{options.target} exists already: name a new directory")
+    require_new(options.target)
     directories = [resolve(source) for source in options.sources]
     device = pick_device(options.device)
     _, val, has_tokens = open_shards(
@@ -128,7 +128,7 @@ def average(options: Options) -> dict[str, float]:
         )
         extra = {"image_tokenizer_sha256": configs[0]["image_tokenizer_sha256"]}
         extra["mean_of"] = [config["sha256"] for config in configs]
-        write_model(directory, KIND, to_mapping(mean.config), mean.cpu().state_dict(), step, **extra)
+        write_model(directory, KIND, config_mapping(mean.config), mean.cpu().state_dict(), step, **extra)
     row = {"step": step, "kind": "val", **figures}
     (options.target / "metrics.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
     return figures

@@ -4,11 +4,12 @@
 Each choice is a pure function of (seed, step, key), so it does not depend on how many processes share a batch.
 """
 
-import zlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from data_tools.captions import hides_caption, uniform
 
 
 def drop_captions(
@@ -20,7 +21,7 @@ def drop_captions(
     """
     if share == 0:
         return text_ids
-    hidden = torch.tensor([_uniform(f"{salt[0]}/{salt[1]}/{key}") < share for key in keys])
+    hidden = torch.tensor([hides_caption(key, share, salt) for key in keys])
     return text_ids.masked_fill(hidden[:, None], pad_id)
 
 
@@ -37,18 +38,15 @@ def insert_unknown(
     for row, key in zip(text_ids, keys, strict=True):
         name = f"{salt[0]}/{salt[1]}/{key}/unknown"
         length = int((row != pad_id).sum())
-        if _uniform(name) >= share or not 2 <= length < len(row):
+        if uniform(name) >= share or not 2 <= length < len(row):
             continue
-        place = 1 + int(_uniform(name + "/place") * (length - 1))
-        piece = int(_uniform(name + "/piece") * (vocab_size - 1))
+        place = 1 + int(uniform(name + "/place") * (length - 1))
+        piece = int(uniform(name + "/piece") * (vocab_size - 1))
         row[place + 1 : length + 1] = row[place:length].clone()
         row[place] = piece + (piece >= pad_id)
     return text_ids
 
 
-def _uniform(name: str) -> float:
-    """[0, 1) from the CRC of the name, scrambled: CRCs of names that differ in one digit lie on a lattice."""
-    x = zlib.crc32(name.encode())
-    x = (x ^ (x >> 16)) * 0x45D9F3B & 0xFFFFFFFF  # multiply-xorshift finalizer of murmur3's family
-    x = (x ^ (x >> 16)) * 0x45D9F3B & 0xFFFFFFFF
-    return (x ^ (x >> 16)) / 2**32
+def keep_drawings(keys: Sequence[str], share: float, salt: tuple[int, int]) -> Tensor:
+    """(B,) bool, False for about `share` of the drawings, whatever happens to their captions; salt: (seed, step)."""
+    return torch.tensor([uniform(f"{salt[0]}/{salt[1]}/{key}/drawing") >= share for key in keys])

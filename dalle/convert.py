@@ -15,18 +15,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import tyro
 from torch import Tensor
 
 from common.checkpoint import resolve, write_model
 from common.config import command, parse_options, to_mapping
-from common.files import atomic_directory, sha256_file
+from common.files import sha256_file
 from common.log import say
+from common.output import new_directory, require_new
 from dalle.dalle_pytorch import KIND, BareTextTokenizer, DallePytorch, DallePytorchConfig
 from vq.convert import guess_kind, tokenizer_from_dalle_pytorch, tokenizer_from_taming
-from vq.foreign import read_foreign
+from vq.foreign import read_foreign, require_finite, unwrapped
 from vq.model import ImageTokenizer
 
+CHINESE_VOCAB = 21128  # of bert-base-chinese and of hfl/chinese-roberta-wwm-ext, which differ in case alone
 BLOCK = re.compile(
     r"transformer\.layers\.(?:layers\.(?P<seq>\d+)\.(?P<part>[01])|blocks\.(?P<rev>\d+)\.(?P<stream>[fg])\.net)\."
     r"(?P<rest>scale|fn\.norm(?:_out)?\.(?:weight|bias)|(?P<depth>(?:fn\.)+)(?:to_qkv\.weight|to_out\.0\.(?:weight|bias)"
@@ -82,7 +85,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} is a DiscreteVAE checkpoint, not a generator: import it with python -m vq.convert"
         )
-    return content
+    weights = {str(n): t.detach() for n, t in content["weights"].items() if isinstance(t, Tensor)}
+    return content | {"weights": unwrapped(weights, r"to_logits\.|text_emb\.|transformer\.")}
 
 
 def import_checkpoint(path: Path) -> Imported:
@@ -93,11 +97,9 @@ def import_checkpoint(path: Path) -> Imported:
     for name in ("to_logits.1.weight", "to_logits.0.weight", *positions):
         if name not in weights:
             raise ValueError(f"{path} lacks the weight {name}")
-    damaged = [n for n, t in weights.items() if t.is_floating_point() and not t.isfinite().all()]
-    damaged = [n for n in damaged if not IGNORED.fullmatch(n) or n.startswith("vae.")]
-    if damaged:
-        raise ValueError(f"{path} is damaged: the weight {damaged[0]} holds numbers that are not finite")
-    config, overrides = infer_config(content["hparams"], weights)
+    read = {n: t for n, t in weights.items() if not IGNORED.fullmatch(n) or n.startswith("vae.")}
+    require_finite(read, path)
+    config, overrides = infer_config(content["hparams"], weights, is_centred(content.get("version")))
     translated, leftover = translate(weights, config)
     if leftover:
         raise ValueError(
@@ -118,14 +120,37 @@ def import_checkpoint(path: Path) -> Imported:
     return Imported(config, translated, overrides, content.get("vae_class_name") or guess, vae_options, vae)
 
 
-def infer_config(hparams: dict[str, Any], weights: dict[str, Tensor]) -> tuple[DallePytorchConfig, list[str]]:
-    """The config, from the weights wherever they tell, and a line for each option that they contradict."""
+def is_centred(version: Any) -> bool:
+    """Whether conv_like attention looked around the token: before 1.5.0, whose files say their release, if at all."""
+    numbers = re.match(r"(\d+)\.(\d+)", str(version or ""))
+    return not numbers or (int(numbers[1]), int(numbers[2])) < (1, 5)
+
+
+def attention_types(hparams: dict[str, Any], weights: dict[str, Tensor]) -> tuple[str, ...]:
+    """The patterns, repeated over the layers. Raises ValueError for those that are not supported."""
+    attn_types = hparams.get("attn_types") or ("full",)
+    attn_types = tuple(attn_types.split(",") if isinstance(attn_types, str) else attn_types)
+    if "mlp" in attn_types or any(".sgu." in name for name in weights):
+        raise ValueError(
+            "attn_types 'mlp' (gMLP blocks in place of attention) is not supported here: retrain with full, axial_row, "
+            "axial_col or conv_like"
+        )
+    if "sparse" in attn_types:
+        raise ValueError("attn_types 'sparse' needs DeepSpeed's block-sparse kernels, not supported here")
+    return attn_types
+
+
+def infer_config(
+    hparams: dict[str, Any], weights: dict[str, Tensor], conv_centred: bool = False
+) -> tuple[DallePytorchConfig, list[str]]:
+    """The config, from the weights wherever they tell, and a line for each option that they contradict.
+
+    `conv_centred`: the window of conv_like attention, which only the file's release tells.
+    """
+    attn_types = attention_types(hparams, weights)
     blocks = [m for m in map(BLOCK.fullmatch, weights) if m]
     if not blocks:
         raise ValueError("the checkpoint holds no transformer layers")
-    attn_types = tuple(hparams.get("attn_types") or ("full",))
-    if "sparse" in attn_types:
-        raise ValueError("attn_types 'sparse' needs DeepSpeed's block-sparse kernels, not supported here")
     vocab, dim = weights["to_logits.1.weight"].shape
     max_text_len = int(hparams.get("text_seq_len", 256))
     num_text_tokens = int(hparams.get("num_text_tokens", 10000))
@@ -166,6 +191,7 @@ def infer_config(hparams: dict[str, Any], weights: dict[str, Tensor]) -> tuple[D
         reversible=found["reversible"],
         stable=bool(hparams.get("stable", False)),
         sandwich_norm=any(".norm_out." in m.string for m in blocks),  # a VQGAN beside them has such names too
+        conv_centred=conv_centred and "conv_like" in attn_types,
     )
     return config, overrides
 
@@ -177,13 +203,14 @@ def grid_size(weights: dict[str, Tensor], max_text_len: int) -> int:
             return weights[name].shape[1]
     if "transformer.pos_emb" not in weights:
         raise ValueError("the checkpoint has neither learned nor rotary image positions")
-    num_image_tokens = weights["transformer.pos_emb"].shape[1] - max_text_len - 1
-    side = round(max(num_image_tokens, 0) ** 0.5)
-    if side < 1 or side * side != num_image_tokens:
-        raise ValueError(
-            f"rotary positions leave {num_image_tokens} image tokens beside {max_text_len} text tokens"
-        )
-    return side
+    rows = weights["transformer.pos_emb"].shape[1]
+    for num_image_tokens in (rows - max_text_len - 1, rows - max_text_len):  # releases 1.1.x: one row short
+        side = round(max(num_image_tokens, 0) ** 0.5)
+        if side >= 1 and side * side == num_image_tokens:
+            return side
+    raise ValueError(
+        f"rotary positions leave {rows - max_text_len - 1} image tokens beside {max_text_len} text tokens"
+    )
 
 
 def translate(weights: dict[str, Tensor], config: DallePytorchConfig) -> tuple[dict[str, Tensor], list[str]]:
@@ -201,7 +228,10 @@ def translate(weights: dict[str, Tensor], config: DallePytorchConfig) -> tuple[d
         elif re.fullmatch(r"image_pos_emb\.weights[._][01]", name):
             result["column_positions" if name.endswith("1") else "row_positions"] = tensor.flatten(0, 2)
         elif name == "transformer.pos_emb":
-            result["rotary"] = tensor[0, : config.seq_len]
+            missing = config.seq_len - tensor.shape[1]  # the last row, which no token of a picture needs
+            result["rotary"] = torch.nn.functional.pad(
+                tensor[0, : config.seq_len], (0, 0, 0, max(0, missing))
+            )
         elif name.startswith("to_logits."):
             result[name.replace("to_logits.0", "norm").replace("to_logits.1", "head")] = tensor
         elif not IGNORED.fullmatch(name):
@@ -256,8 +286,7 @@ def image_tokenizer_of(imported: Imported, override: Path | None) -> ImageTokeni
 
 def convert(options: Options) -> Imported:
     """Read, translate and write. Raises ValueError or FileNotFoundError saying what is wrong with the files."""
-    if options.target.exists():
-        raise ValueError(f"{options.target} exists already: name a new directory")
+    require_new(options.target)
     imported = import_checkpoint(options.source)
     text_tokenizer = BareTextTokenizer.from_pretrained(options.text_tokenizer)
     if text_tokenizer.vocab_size != imported.config.num_text_tokens:
@@ -265,9 +294,15 @@ def convert(options: Options) -> Imported:
             f"the generator was trained on {imported.config.num_text_tokens} text tokens, {options.text_tokenizer} has "
             f"{text_tokenizer.vocab_size}: name the right one with --text-tokenizer"
         )
+    if imported.config.num_text_tokens == CHINESE_VOCAB and options.text_tokenizer == Options.text_tokenizer:
+        say(
+            "note: 21128 text tokens are also those of bert-base-chinese, which DALLE-pytorch's --chinese takes and "
+            "which keeps upper case: if the generator was trained so, the same ids of Latin letters need "
+            "--text-tokenizer bert-base-chinese (or its folder)"
+        )
     image_tokenizer = image_tokenizer_of(imported, options.image_tokenizer)
     source = {"file": options.source.name, "sha256": sha256_file(options.source)}
-    with atomic_directory(options.target) as directory:
+    with new_directory(options.target) as directory:
         text_tokenizer.save(directory)
         if options.image_tokenizer:
             shutil.copytree(resolve(options.image_tokenizer), directory / "image_tokenizer")

@@ -60,6 +60,8 @@ class DallePytorchConfig:
     """Divide the last hidden state by its maximum."""
     sandwich_norm: bool = False
     """A second LayerNorm after each sublayer."""
+    conv_centred: bool = False
+    """The window of conv_like lies around the token, as in releases before 1.5.0, not to its upper left."""
 
     def __post_init__(self) -> None:
         if self.rotary == bool(self.text_pos_rows):
@@ -311,7 +313,7 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
 
 def static_mask(config: DallePytorchConfig, name: AttnType) -> Tensor:
     """(L, L) bool, True where a query (row) may see a key: causal; an image token sees all text, and of the image its
-    row, its column or the upper left window."""
+    row, its column or a window, to the upper left or around it."""
     position = torch.arange(config.seq_len)
     cell = position - config.prefix_len
     row, column = cell // config.grid_size, cell % config.grid_size
@@ -325,7 +327,8 @@ def static_mask(config: DallePytorchConfig, name: AttnType) -> Tensor:
         near = same_column
     elif name == "conv_like":
         down, right = row[:, None] - row, column[:, None] - column
-        near = (down >= 0) & (down < CONV_REACH) & (right >= 0) & (right < CONV_REACH)
+        first = -(CONV_REACH // 2) if config.conv_centred else 0
+        near = (down >= first) & (down < first + CONV_REACH) & (right >= first) & (right < first + CONV_REACH)
     else:
         raise ValueError(f"unknown attention pattern {name!r}")
     return causal & (near | (cell < 0))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from common.log import say
 from common.native import level
 from common.precision import has_native_bf16
-from dalle import native, packed
+from dalle import native, packed, sequence
 from dalle.attention import KVCache
 from dalle.model import Dalle
 from dalle.native import NativeDecoder
@@ -107,6 +107,24 @@ class PlainDecoder:
         self.model, self.config = model, model.config
         self.new_cache, self.prefill, self.decode_step = model.new_cache, model.prefill, model.decode_step
 
+    def new_rows(self, capacity: int) -> KVCache:
+        """An empty cache whose rows come and go: `prefill_rows`, `decode_rows`, `move_row`."""
+        text_ids = torch.zeros(capacity, self.config.max_text_len, dtype=torch.long)
+        return self.new_cache(text_ids.to(next(self.model.parameters()).device))
+
+    def prefill_rows(
+        self, text_ids: Tensor, cache: KVCache, start: int, image_ids: Tensor | None = None
+    ) -> Tensor:
+        """As `prefill`, into the rows from `start` on; text_ids (R, max_text_len)."""
+        rows = cache.rows(slice(start, start + len(text_ids)))
+        visible = sequence.text_mask(text_ids, self.config.pad_id)
+        rows.bias.copy_(sequence.key_bias(visible, self.config.num_image_tokens, rows.bias.dtype))
+        return self.prefill(text_ids, rows, image_ids)
+
+    def decode_rows(self, image_ids: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
+        """As `decode_step` for the first R rows, each at a position of its own: (R,) and (R,) -> (R, V)"""
+        return self.model.decode_step(image_ids, positions, cache.rows(slice(0, len(image_ids))))
+
 
 class CompiledDecoder:
     """The step compiled once a row count: positions are tensors, so that shapes never change."""
@@ -133,12 +151,15 @@ class GraphDecoder:
 
     def __init__(self, model: Dalle) -> None:
         self.model, self.config = model, model.config
-        self.stages: dict[torch.Size, _Stage] = {}
+        self.stages: dict[tuple[torch.Size, bool], _Stage] = {}  # by texts, and whether a drawing is followed
 
-    def new_cache(self, text_ids: Tensor) -> "_Stage":
-        fresh = self.model.new_cache(text_ids)
-        stage = self.stages.setdefault(text_ids.shape, _Stage(self.model, fresh))
+    def new_cache(self, text_ids: Tensor, lines: Tensor | None = None) -> "_Stage":
+        fresh = self.model.new_cache(text_ids, lines)
+        key = (text_ids.shape, lines is not None)
+        stage = self.stages.setdefault(key, _Stage(self.model, fresh))
         stage.cache.bias.copy_(fresh.bias)
+        if lines is not None:
+            stage.cache.lines.copy_(fresh.lines)
         return stage
 
     def prefill(self, text_ids: Tensor, cache: "_Stage", image_ids: Tensor | None = None) -> Tensor:
@@ -176,7 +197,10 @@ class _Stage:
 
     def _capture(self, length: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         view = KVCache(
-            self.cache.entries[..., :length, :], self.cache.bias[..., :length], self.cache.text_len
+            self.cache.entries[..., :length, :],
+            self.cache.bias[..., :length],
+            self.cache.text_len,
+            self.cache.lines,
         )
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())

@@ -1,6 +1,6 @@
-"""Starting from a picture: keep its upper rows, redraw what a mask covers, or make variations of it.
+"""Starting from a picture: keep its upper rows, redraw what a mask covers, make variations, or keep its background.
 
-All three keep some of the picture's tokens and draw the others in raster order, so a new token is drawn to fit what
+All of them keep some of the picture's tokens and draw the others in raster order, so a new token is drawn to fit what
 stands above it and to its left. It cannot know what is kept below or to its right: a hole is filled well where its
 upper and left borders say what belongs there, and can end in a seam at its lower and right borders. What is kept goes
 through the image tokenizer and loses what any reconstruction loses.
@@ -17,8 +17,10 @@ from torch import Tensor
 
 from common.image import resize_square, to_tensor
 from dalle.sampling import Canvas
+from data_tools.border import border_matte, is_plausible
 from vq.model import ImageTokenizer
 
+LEAST_COVER = 0.1  # of a pixel of a token: what the product covers less is background
 BLOB = 4  # token cells across: variations change patches of about this size rather than single cells
 
 
@@ -73,6 +75,18 @@ def vary(tokenizer: ImageTokenizer, picture: Image.Image, strength: float) -> So
     if not 0 < strength <= 1:
         raise ValueError(f"strength must lie in (0, 1], not {strength}")
     return Source(encode_picture(tokenizer, picture), None, strength)
+
+
+def keep_background(tokenizer: ImageTokenizer, picture: Image.Image) -> Source | None:
+    """Redraw the tokens that the product touches and keep the others; None where no plain background is found."""
+    size, factor = tokenizer.image_size, tokenizer.downsample_factor
+    matte = border_matte(resize_square(picture, size))
+    if not is_plausible(matte):
+        return None
+    touched = F.max_pool2d(torch.from_numpy(matte)[None, None], factor)[0, 0] > LEAST_COVER  # (h, w)
+    if touched.all():
+        return None
+    return Source(encode_picture(tokenizer, picture), ~touched.flatten())
 
 
 def scattered(num_tokens: int, strength: float, generator: torch.Generator) -> Tensor:

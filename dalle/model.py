@@ -4,163 +4,43 @@ DALL-E (Ramesh et al. 2021, section 2.2) in the blocks of Llama (Touvron et al. 
 SwiGLU, no biases, rotary positions, QK-norm. What stands where is `dalle/sequence.py`'s business alone.
 """
 
-import dataclasses
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from common.checkpoint import load_weights, read_config, resolve
-from common.config import from_mapping
+from common.checkpoint import load_weights, resolve
 from common.precision import checkpoint_contexts
 from dalle import sequence, train_heads, train_native
 from dalle.attention import Attention, CausalMask, KVCache, RMSNorm, new_cache, on_eager_cpu, rotary_table
 from dalle.cpu_kernels import dropout_mask
-
-KIND = "generator"
-TRAINING_ONLY = (
-    "dropout",
-    "attention_dropout",
-    "token_dropout",
-    "stochastic_depth",
-    "gradient_checkpointing",
+from dalle.lines import LineEncoder
+from dalle.model_config import (
+    KIND,
+    SIZES,
+    TRAINING_ONLY,
+    DalleConfig,
+    ModelOptions,
+    SizeName,
+    config_mapping,
+    read_model_config,
 )
-SizeName = Literal["3m", "8m", "14m", "26m", "50m", "110m", "340m", "760m", "1.4b", "3b"]
 
-
-@dataclass(frozen=True)
-class ModelOptions:
-    """Architecture of the generator; the vocabularies and the grid come from the two tokenizers."""
-
-    size: SizeName = "3m"
-    """Row of the size table: dim, num_layers and num_heads where they are not given."""
-    dim: int | None = None
-    """Width; None takes the row's."""
-    num_layers: int | None = None
-    """Blocks; None takes the row's."""
-    num_heads: int | None = None
-    """Attention heads; None takes the row's."""
-    num_kv_heads: int | None = None
-    """Heads of keys and values, a divisor of num_heads; None: as many as num_heads."""
-    ffn_multiple: float = 8 / 3
-    """Width of SwiGLU over dim, rounded up to a multiple of 64."""
-    text_embed_dim: int | None = None
-    """Width of the text embedding before it is projected to dim: small for a large vocabulary; None: dim."""
-    tie_text_head: bool = True
-    """The text head reuses the text embedding."""
-    tie_image_head: bool = False
-    """The image head reuses the image embedding."""
-    rope_theta: float = 1000.0
-    """Longest wavelength of the rotary positions over 2 pi, in tokens."""
-    dropout: float = 0.0
-    """Dropout on the output of every branch."""
-    attention_dropout: float = 0.0
-    """Dropout on attention weights."""
-    token_dropout: float = 0.0
-    """Share of image inputs whose embedding is zeroed in training: the text and what is left must do."""
-    stochastic_depth: float = 0.0
-    """Probability that the last block's branches are skipped for a sample; grows linearly from 0 at the first."""
-    gradient_checkpointing: bool = False
-    """Recompute each block in the backward pass: less memory, a third more work."""
-
-    def __post_init__(self) -> None:
-        for name in ("dropout", "attention_dropout", "token_dropout", "stochastic_depth"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must lie in [0, 1), not {getattr(self, name)}")
-        for name in ("dim", "num_layers", "num_heads", "num_kv_heads", "text_embed_dim"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
-
-    def config(
-        self,
-        text_vocab_size: int,
-        pad_id: int,
-        max_text_len: int,
-        codebook_size: int,
-        grid_size: int,
-        text_head: bool = True,
-    ) -> "DalleConfig":
-        """The model's own config for these vocabularies."""
-        dim, num_layers, num_heads = SIZES[self.size]
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "size"}
-        values["dim"] = self.dim or dim
-        values["num_layers"] = self.num_layers or num_layers
-        values["num_heads"] = self.num_heads or num_heads
-        values["num_kv_heads"] = self.num_kv_heads or values["num_heads"]
-        values["text_embed_dim"] = self.text_embed_dim or values["dim"]
-        return DalleConfig(
-            text_vocab_size=text_vocab_size,
-            pad_id=pad_id,
-            max_text_len=max_text_len,
-            codebook_size=codebook_size,
-            grid_size=grid_size,
-            text_head=text_head,
-            **values,
-        )
-
-
-@dataclass(frozen=True)
-class DalleConfig:
-    """All that builds a `Dalle`; kept in the checkpoint's config.json."""
-
-    text_vocab_size: int
-    pad_id: int
-    max_text_len: int
-    codebook_size: int
-    grid_size: int
-    dim: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    text_embed_dim: int
-    text_head: bool = True  # False: trained without a text loss
-    tie_text_head: bool = True
-    tie_image_head: bool = False
-    ffn_multiple: float = 8 / 3
-    rope_theta: float = 1000.0
-    dropout: float = 0.0
-    attention_dropout: float = 0.0
-    token_dropout: float = 0.0
-    stochastic_depth: float = 0.0
-    gradient_checkpointing: bool = False
-
-    def __post_init__(self) -> None:
-        if self.dim % self.num_heads:
-            raise ValueError(f"dim {self.dim} does not divide over {self.num_heads} heads")
-        if self.head_dim % 4:
-            raise ValueError(
-                f"dim / num_heads is {self.head_dim}; rotary positions in two axes need a multiple of 4"
-            )
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_kv_heads {self.num_kv_heads} must divide num_heads {self.num_heads}")
-        if not 0 <= self.pad_id < self.text_vocab_size:
-            raise ValueError(f"pad_id {self.pad_id} is outside the vocabulary of {self.text_vocab_size}")
-        if self.max_text_len < 2 or self.grid_size < 1:
-            raise ValueError(
-                f"max_text_len must be at least 2 and grid_size at least 1, not {self.max_text_len} and "
-                f"{self.grid_size}"
-            )
-
-    @property
-    def head_dim(self) -> int:
-        return self.dim // self.num_heads
-
-    @property
-    def ffn_dim(self) -> int:
-        return -(-int(self.dim * self.ffn_multiple) // 64) * 64
-
-    @property
-    def num_image_tokens(self) -> int:
-        return self.grid_size**2
-
-    @property
-    def sequence_len(self) -> int:
-        return self.max_text_len + self.num_image_tokens
+__all__ = [
+    "KIND",
+    "SIZES",
+    "TRAINING_ONLY",
+    "Dalle",
+    "DalleConfig",
+    "DalleOutput",
+    "ModelOptions",
+    "SizeName",
+    "config_mapping",
+    "read_model_config",
+]
 
 
 class DalleOutput(NamedTuple):
@@ -253,6 +133,7 @@ class Dalle(nn.Module):
             self.image_head = nn.Linear(c.dim, c.codebook_size, bias=False)
         table = rotary_table(sequence.positions(c.max_text_len, c.grid_size), c.head_dim, c.rope_theta)
         self.register_buffer("rotary", table, persistent=False)
+        self.line_encoder = LineEncoder(c.dim, c.line_factor, c.line_width) if c.line_factor else None
         self._init_weights()
 
     @property
@@ -270,16 +151,24 @@ class Dalle(nn.Module):
                 nn.init.normal_(parameter, std=std)
         nn.init.normal_(self.begin_image, std=0.02)
 
-    def forward(self, text_ids: Tensor, image_ids: Tensor) -> DalleOutput:
+    def forward(
+        self,
+        text_ids: Tensor,
+        image_ids: Tensor,
+        drawings: Tensor | None = None,
+        has_drawing: Tensor | None = None,
+    ) -> DalleOutput:
         """text_ids: (B, T) long, padded on the right, T <= max_text_len; image_ids: (B, N) long.
 
-        Raises ValueError when T or N does not fit the config.
+        drawings: (B, 1, S, S) in [0, 1], and which of them count: (B,) bool, None: all.
+        Raises ValueError when T or N does not fit the config, and for drawings where the model takes none.
         """
         if image_ids.shape[1] != self.config.num_image_tokens:
             raise ValueError(
                 f"the model draws {self.config.num_image_tokens} image tokens, got {image_ids.shape[1]}"
             )
-        x, table, mask = self._inputs(text_ids, image_ids[:, :-1])  # (B, L, D)
+        lines = None if drawings is None else self.line_features(drawings, has_drawing)
+        x, table, mask = self._inputs(text_ids, image_ids[:, :-1], lines)  # (B, L, D)
         for block in self.blocks:
             if self.config.gradient_checkpointing and self.training:
                 x = checkpoint(block, x, table, mask, use_reentrant=False, context_fn=checkpoint_contexts)
@@ -287,17 +176,36 @@ class Dalle(nn.Module):
                 x = block(x, table, mask)
         return self._outputs(x, text_ids)
 
+    def line_features(self, drawings: Tensor, has_drawing: Tensor | None = None) -> Tensor:
+        """What is added to image inputs, (B, N, D): zeros where there is no drawing. Raises ValueError."""
+        if self.line_encoder is None:
+            raise ValueError("this model takes no line drawings")
+        features = self.line_encoder(drawings)
+        if features.shape[1] != self.config.num_image_tokens:
+            raise ValueError(
+                f"a drawing of side {drawings.shape[-1]} gives {features.shape[1]} tokens, the model has "
+                f"{self.config.num_image_tokens}"
+            )
+        return features if has_drawing is None else features * has_drawing[:, None, None].to(features.dtype)
+
     def compile_blocks(self) -> None:
         """Forward passes of the blocks under torch.compile: one compilation for all of them, names stay."""
         for block in self.blocks:
             block.compile(dynamic=False)
 
-    def new_cache(self, text_ids: Tensor, dtype: torch.dtype | None = None) -> KVCache:
-        """An empty cache for `text_ids` (B, T) and all image tokens; dtype None: that of the weights."""
+    def new_cache(
+        self, text_ids: Tensor, lines: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> KVCache:
+        """An empty cache for `text_ids` (B, T) and all image tokens; dtype None: that of the weights.
+
+        lines: (B, N, D), features of drawings.
+        """
         c = self.config
         visible = sequence.text_mask(text_ids, c.pad_id)
         dtype = dtype or self.image_embed.weight.dtype
-        return new_cache(c.num_layers, c.num_kv_heads, c.head_dim, visible, c.num_image_tokens, dtype)
+        cache = new_cache(c.num_layers, c.num_kv_heads, c.head_dim, visible, c.num_image_tokens, dtype)
+        cache.lines = None if lines is None else lines.to(self.image_embed.weight.dtype)
+        return cache
 
     @torch.no_grad()
     def prefill(self, text_ids: Tensor, cache: KVCache, image_ids: Tensor | None = None) -> Tensor:
@@ -306,7 +214,7 @@ class Dalle(nn.Module):
         -> logits (B, V) of image token n, the first unknown one.
         """
         known = text_ids.new_empty(text_ids.shape[0], 0) if image_ids is None else image_ids
-        x, table, mask = self._inputs(text_ids, known)
+        x, table, mask = self._inputs(text_ids, known, cache.lines)
         for layer, block in enumerate(self.blocks):
             x = block.prefill(x, table, mask, cache, layer)
         return self.image_logits(x[:, -1])
@@ -316,13 +224,18 @@ class Dalle(nn.Module):
         """image_ids: (B,) long, the token just drawn at image index `position` -> logits (B, V) of the next.
 
         `position` as an int reads the filled part of the cache alone; as a 0-d long tensor it keeps every shape
-        constant, for `torch.compile` and CUDA graphs.
+        constant, for `torch.compile` and CUDA graphs; as (B,) long each row stands at a position of its own.
         """
         index = position + cache.text_len + 1
         row = position + self.config.max_text_len + 1
-        constant_shape = isinstance(position, Tensor)
-        table = self.rotary.index_select(1, row.view(1)) if constant_shape else self.rotary[:, row : row + 1]
+        if isinstance(position, int):
+            table = self.rotary[:, row : row + 1]  # (2, 1, K)
+        else:
+            table = self.rotary.index_select(1, row.view(-1))  # (2, 1 or B, K)
+            table = table[:, :, None] if position.dim() else table  # (2, B, 1, K)
         x = self.image_embed(image_ids)[:, None]  # (B, 1, D)
+        if cache.lines is not None:
+            x = x + cache.lines_at(position + 1)
         bias = cache.bias_at(index)
         for layer, block in enumerate(self.blocks):
             x = block.decode(x, table, bias, cache, layer, index)
@@ -349,19 +262,26 @@ class Dalle(nn.Module):
         image, plain_text = train_heads.run_both(x, self.norm, weights, text_len, mask)
         return DalleOutput(image, plain_text if text is None else text)
 
-    def _inputs(self, text_ids: Tensor, image_ids: Tensor) -> tuple[Tensor, Tensor, CausalMask]:
-        """(B, T) and (B, n) -> embeddings (B, T + 1 + n, D), rotary table, attention mask"""
+    def _inputs(
+        self, text_ids: Tensor, image_ids: Tensor, lines: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, CausalMask]:
+        """(B, T), (B, n) and (B, N, D) -> embeddings (B, T + 1 + n, D), rotary table, attention mask"""
         c = self.config
         batch_size, text_len = text_ids.shape
         if text_len > c.max_text_len:
             raise ValueError(f"the model reads {c.max_text_len} text tokens, got {text_len}")
         image = self.image_embed(image_ids)
-        if c.token_dropout and self.training:
-            kept = torch.rand(image.shape[:2], device=image.device) >= c.token_dropout
-            image = image * kept[..., None]
         begin = self.begin_image.to(image.dtype).expand(batch_size, 1, -1)
         text = self.text_in(self.text_embed(text_ids)).to(image.dtype)
-        x = torch.cat([text, begin, image], 1)  # (B, T + 1 + n, D)
+        image = torch.cat([begin, image], 1)  # (B, 1 + n, D)
+        if lines is not None:
+            image = image + lines[:, : image.shape[1]].to(image.dtype)
+        if (
+            c.token_dropout and self.training
+        ):  # of both: a norm of nearly nothing would have a gradient of thousands
+            kept = torch.rand(image_ids.shape, device=image.device) >= c.token_dropout
+            image = image * F.pad(kept, (1, 0), value=True)[..., None]
+        x = torch.cat([text, image], 1)  # (B, T + 1 + n, D)
         num_image = x.shape[1] - text_len
         rows = sequence.input_rows(text_len, c.max_text_len, num_image)
         table = torch.cat([self.rotary[:, r] for r in rows], 1)  # (2, T + 1 + n, K)
@@ -374,27 +294,3 @@ class Dalle(nn.Module):
         model = cls(read_model_config(directory))
         load_weights(model, directory)
         return model.eval()
-
-
-def read_model_config(directory: Path) -> DalleConfig:
-    """Raises ValueError when the checkpoint is of another kind or its config is damaged."""
-    model: dict[str, Any] = read_config(directory, KIND).get("model", {})
-    try:
-        return from_mapping(DalleConfig, model, where=f"{directory}/config.json")
-    except TypeError as error:
-        raise ValueError(f"{directory}/config.json is damaged: {error}") from error
-
-
-# name: (dim, num_layers, num_heads); the names give the size of the blocks, vocabularies come on top
-SIZES: dict[str, tuple[int, int, int]] = {
-    "3m": (192, 6, 3),
-    "8m": (256, 10, 4),
-    "14m": (384, 8, 6),
-    "26m": (512, 8, 8),
-    "50m": (640, 10, 10),
-    "110m": (768, 15, 12),
-    "340m": (1024, 27, 16),
-    "760m": (1536, 27, 16),
-    "1.4b": (2048, 28, 16),
-    "3b": (2560, 38, 20),
-}

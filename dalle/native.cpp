@@ -45,11 +45,19 @@ struct Model {
 };
 
 struct Cache {
-    Half *keys, *values;     // (layers, R H_kv, ...)
-    const float* bias;       // (R, L): 0, or -inf where a key is padding
-    float *x, *qkv;          // (R, D), (R, (H + 2 H_kv) K)
-    Bf16 *attended, *gated;  // (R, H K), (R, N / 2 of gate_up)
-    int64_t rows, length, num_blocks;
+    Half *keys, *values;     // (layers, C H_kv, ...) for C rows at most
+    const float* bias;       // (C, L): 0, or -inf where a key is padding
+    float *x, *qkv;          // (C, D), (C, (H + 2 H_kv) K)
+    Bf16 *attended, *gated;  // (C, H K), (C, N / 2 of gate_up)
+    int64_t capacity, length, num_blocks;
+};
+
+// The first `count` rows of a cache and the image index of each; stride 0: all rows stand at the same.
+struct Rows {
+    const int64_t* positions;
+    int64_t stride, count, num_image;
+
+    int64_t position(int64_t row) const { return positions[row * stride]; }
 };
 
 }  // extern "C"
@@ -243,16 +251,19 @@ void attend(const float* q, const Half* keys, const Half* values, const Half* ne
 }
 
 // Keys and values of kv heads `tasks` go into the cache, and their queries look at it.
-void attend_heads(const Model& m, const Cache& c, int64_t layer, int64_t row_of_turns, int64_t index, Range tasks) {
+void attend_heads(const Model& m, const Cache& c, const Rows& rows, int64_t layer, Range tasks) {
     static thread_local std::vector<float> own;
     std::vector<float>& room = once(own);
-    const int64_t width = m.head_dim, stored = c.rows * m.num_kv_heads, share_of_keys = m.num_heads / m.num_kv_heads;
+    const int64_t width = m.head_dim, stored = c.capacity * m.num_kv_heads;
+    const int64_t share_of_keys = m.num_heads / m.num_kv_heads;
     room.resize(c.num_blocks * BLOCK + width);
     float *scores = room.data() + width, *turned = room.data();
-    const float* plain = m.turns + ((layer * 2) * m.num_positions + row_of_turns) * 2 * width;
-    const float* rolled = plain + m.num_positions * 2 * width;
     for (int64_t task = tasks.begin; task < tasks.end; task++) {
         const int64_t row = task / m.num_kv_heads, head = task % m.num_kv_heads;
+        const int64_t from_end = rows.position(row) - rows.num_image;
+        const int64_t index = c.length + from_end + 1;  // of the cache
+        const float* plain = m.turns + ((layer * 2 + 1) * m.num_positions + from_end) * 2 * width;
+        const float* rolled = plain + m.num_positions * 2 * width;
         const float* heads = c.qkv + row * (m.num_heads + 2 * m.num_kv_heads) * width;
         Half* keys = c.keys + (layer * stored + task) * c.num_blocks * width * BLOCK;
         Half* values = c.values + (layer * stored + task) * (c.length + 1) * width;
@@ -290,40 +301,40 @@ void gated(const Linear* l, const Bf16* a, int64_t rows, Bf16* y, int threads) {
     multiply_gated(*l, a, rows, y, share(num_groups(*l), omp_get_thread_num(), omp_get_num_threads()));
 }
 
-// ids (R) at `index` of the cache, which turns as row `row_of_turns` says -> logits (R, V); false for an unknown id
-bool step(const Model* model, const Cache* cache, const int64_t* ids, int64_t row_of_turns, int64_t index,
-          float* logits, int threads) {
+// ids (R) of the tokens at the rows' positions -> logits (R, V) of the next ones; false for an unknown id
+bool step(const Model* model, const Cache* cache, const Rows* which, const int64_t* ids, float* logits, int threads) {
     const Model& m = *model;
     const Cache& c = *cache;
-    if (std::any_of(ids, ids + c.rows, [&](int64_t id) { return id < 0 || id >= m.head.outputs; })) return false;
+    const int64_t count = which->count;
+    if (std::any_of(ids, ids + count, [&](int64_t id) { return id < 0 || id >= m.head.outputs; })) return false;
 #pragma omp parallel num_threads(threads)
     {
         static thread_local std::vector<Bf16> own;  // each thread norms all rows itself: cheaper than waiting
         std::vector<Bf16>& normed = once(own);
-        normed.resize(c.rows * m.dim);
+        normed.resize(count * m.dim);
         const int64_t thread = omp_get_thread_num(), all = omp_get_num_threads();
         const auto groups = [&](const Linear& l) { return share(num_groups(l), thread, all); };
-        const Range rows = share(c.rows, thread, all);
+        const Range rows = share(count, thread, all);
         for (int64_t r = rows.begin; r < rows.end; r++)
             std::copy_n(m.image_embed + ids[r] * m.dim, m.dim, c.x + r * m.dim);
 #pragma omp barrier
         for (int64_t i = 0; i < m.num_layers; i++) {
             const Layer& layer = m.layers[i];
-            norm(c.x, normed.data(), c.rows, m.dim, m.eps);
-            multiply_into(layer.qkv, normed.data(), c.rows, c.qkv, groups(layer.qkv));
+            norm(c.x, normed.data(), count, m.dim, m.eps);
+            multiply_into(layer.qkv, normed.data(), count, c.qkv, groups(layer.qkv));
 #pragma omp barrier
-            attend_heads(m, c, i, row_of_turns, index, share(c.rows * m.num_kv_heads, thread, all));
+            attend_heads(m, c, *which, i, share(count * m.num_kv_heads, thread, all));
 #pragma omp barrier
-            add_product(layer.out, c.attended, c.rows, c.x, groups(layer.out));
+            add_product(layer.out, c.attended, count, c.x, groups(layer.out));
 #pragma omp barrier
-            norm(c.x, normed.data(), c.rows, m.dim, m.eps);
-            multiply_gated(layer.gate_up, normed.data(), c.rows, c.gated, groups(layer.gate_up));
+            norm(c.x, normed.data(), count, m.dim, m.eps);
+            multiply_gated(layer.gate_up, normed.data(), count, c.gated, groups(layer.gate_up));
 #pragma omp barrier
-            add_product(layer.down, c.gated, c.rows, c.x, groups(layer.down));
+            add_product(layer.down, c.gated, count, c.x, groups(layer.down));
 #pragma omp barrier
         }
-        norm(c.x, normed.data(), c.rows, m.dim, m.eps);
-        multiply_into(m.head, normed.data(), c.rows, logits, groups(m.head));
+        norm(c.x, normed.data(), count, m.dim, m.eps);
+        multiply_into(m.head, normed.data(), count, logits, groups(m.head));
     }
     return true;
 }

@@ -5,6 +5,7 @@ What the operators of PyTorch cost besides their work, about 0.2 ms a layer, fal
 
 import ctypes
 import functools
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -58,7 +59,14 @@ class _Model(ctypes.Structure):
 class _Cache(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("keys", "values", "bias", "x", "qkv", "attended", "gated")),
-        *((name, ctypes.c_int64) for name in ("rows", "length", "num_blocks")),
+        *((name, ctypes.c_int64) for name in ("capacity", "length", "num_blocks")),
+    )
+
+
+class _Rows(ctypes.Structure):
+    _fields_ = (
+        ("positions", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("stride", "count", "num_image")),
     )
 
 
@@ -73,7 +81,7 @@ def _library() -> ctypes.CDLL:
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     for name in ("linear", "gated"):
         getattr(library, name).argtypes = (pointer, pointer, integer, pointer, ctypes.c_int)
-    library.step.argtypes = (pointer, pointer, pointer, integer, integer, pointer, ctypes.c_int)
+    library.step.argtypes = (pointer, pointer, pointer, pointer, pointer, ctypes.c_int)
     library.linear.restype = library.gated.restype = None
     library.step.restype = ctypes.c_bool
     return library
@@ -132,6 +140,7 @@ class NativeCache:
     def __init__(self, config: DalleConfig, bias: Tensor) -> None:
         """bias: (R, L) float32, 0 or -inf where a key is padding."""
         c = config
+        self.lines: Tensor | None = None
         self.bias = bias.contiguous()
         rows, self.length = bias.shape
         stored, blocks = rows * c.num_kv_heads, -(-self.length // BLOCK)
@@ -144,13 +153,42 @@ class NativeCache:
         self.buffers = (self.keys, self.values, self.bias, x, qkv, attended, gated)
         self.struct = _Cache(*(t.data_ptr() for t in self.buffers), rows, self.length, blocks)
 
-    def fill(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """The prefix: k and v (R, H_kv, n, K)"""
+    def follow(self, lines: Tensor, model: _Model) -> None:
+        """Features of line drawings (R, N, D): a step reads its inputs from `inputs`, where its embedding is read
+        otherwise."""
+        self.lines = lines.float().contiguous()
+        self.inputs = torch.empty(lines.shape[0], lines.shape[2])
+        self.rows = torch.arange(lines.shape[0])
+        self.model = _Model.from_buffer_copy(model)
+        self.model.image_embed = self.inputs.data_ptr()
+
+    def fill(self, layer: int, k: Tensor, v: Tensor, start: int = 0) -> None:
+        """The prefix of the rows from `start` on: k and v (R, H_kv, n, K)"""
+        rows = slice(start * k.shape[1], (start + len(k)) * k.shape[1])
         k, v = k.flatten(0, 1), v.flatten(0, 1)
         n = k.shape[1]
-        self.values[layer, :, :n] = v
+        self.values[layer, rows, :n] = v
         k = torch.nn.functional.pad(k, (0, 0, 0, -n % BLOCK)).unflatten(1, (-1, BLOCK))
-        self.keys[layer, :, : k.shape[1]] = k.transpose(2, 3)
+        self.keys[layer, rows, : k.shape[1]] = k.transpose(2, 3)
+
+    def move_row(self, source: int, target: int) -> None:
+        """Row `source` takes the place of row `target`, whose contents are lost."""
+        heads = self.keys.shape[1] // len(self.bias)
+        to, of = (slice(r * heads, (r + 1) * heads) for r in (target, source))
+        self.keys[:, to], self.values[:, to] = self.keys[:, of], self.values[:, of]
+        self.bias[target] = self.bias[source]
+
+
+@dataclass(frozen=True)
+class _RowsFrom:
+    """The rows of a cache from `start` on, for `prefill`."""
+
+    cache: NativeCache
+    start: int
+    lines: Tensor | None = None  # these rows follow no drawings
+
+    def fill(self, layer: int, k: Tensor, v: Tensor) -> None:
+        self.cache.fill(layer, k, v, self.start)
 
 
 class NativeDecoder(PackedDecoder):
@@ -188,23 +226,71 @@ class NativeDecoder(PackedDecoder):
         )  # fmt: skip
 
     @torch.inference_mode()
-    def new_cache(self, text_ids: Tensor) -> NativeCache:
+    def new_cache(self, text_ids: Tensor, lines: Tensor | None = None) -> NativeCache:
+        """As `Dalle.new_cache`."""
         c = self.config
         bias = sequence.key_bias(sequence.text_mask(text_ids, c.pad_id), c.num_image_tokens, torch.float32)
-        return NativeCache(c, bias[:, 0, 0])
+        cache = NativeCache(c, bias[:, 0, 0])
+        if lines is not None and len(lines) > c.codebook_size:
+            raise ValueError(
+                f"{len(lines)} rows with drawings need a codebook of as many codes: lower the batch size"
+            )
+        if lines is not None:
+            cache.follow(lines, self.struct)
+        return cache
+
+    @torch.inference_mode()
+    def new_rows(self, capacity: int) -> NativeCache:
+        """An empty cache whose rows come and go: `prefill_rows`, `decode_rows`, `move_row`."""
+        return NativeCache(
+            self.config, torch.zeros(capacity, self.config.max_text_len + self.config.num_image_tokens)
+        )
+
+    @torch.inference_mode()
+    def prefill_rows(
+        self, text_ids: Tensor, cache: NativeCache, start: int, image_ids: Tensor | None = None
+    ) -> Tensor:
+        """As `prefill`, into the rows from `start` on; text_ids (R, max_text_len)."""
+        c = self.config
+        bias = sequence.key_bias(sequence.text_mask(text_ids, c.pad_id), c.num_image_tokens, torch.float32)
+        cache.bias[start : start + len(text_ids)] = bias[:, 0, 0]
+        return self.prefill(text_ids, _RowsFrom(cache, start), image_ids)
 
     @torch.inference_mode()
     def decode_step(self, image_ids: Tensor, position: int, cache: NativeCache) -> Tensor:
         """As `Dalle.decode_step`: the token drawn at `position` (R,) -> logits (R, V) of the next."""
+        if len(image_ids) != cache.struct.capacity:
+            raise ValueError(f"expected {cache.struct.capacity} ids, got {len(image_ids)}")
+        self._require_positions(position, position)
+        return self._step(image_ids, torch.tensor([position]), cache)
+
+    @torch.inference_mode()
+    def decode_rows(self, image_ids: Tensor, positions: Tensor, cache: NativeCache) -> Tensor:
+        """The same for the first R rows of the cache, each at a position of its own: (R,) and (R,) -> (R, V)"""
+        if len(positions) != len(image_ids) or len(image_ids) > cache.struct.capacity:
+            raise ValueError(
+                f"expected a position for each of at most {cache.struct.capacity} ids, got {len(image_ids)} ids and "
+                f"{len(positions)} positions"
+            )
+        self._require_positions(*(int(p) for p in positions.aminmax()))
+        return self._step(image_ids, positions, cache)
+
+    def _require_positions(self, lowest: int, highest: int) -> None:
+        last = self.config.num_image_tokens - 1
+        if lowest < 0 or highest >= last:
+            raise ValueError(f"positions must lie in [0, {last}), not {lowest} to {highest}")
+
+    def _step(self, image_ids: Tensor, positions: Tensor, cache: NativeCache) -> Tensor:
+        """positions: (R,), or (1,) for all rows alike."""
         c = self.config
-        if image_ids.shape != (cache.struct.rows,) or not 0 <= position < c.num_image_tokens - 1:
-            raise ValueError(f"expected {cache.struct.rows} ids at a position below {c.num_image_tokens - 1}")
-        image_ids = image_ids.contiguous()
+        image_ids, positions, model = image_ids.contiguous(), positions.contiguous(), self.struct
+        if cache.lines is not None:  # this step's inputs in the place of the embedding, row by row
+            torch.add(self.image_embed[image_ids], cache.lines[cache.rows, positions + 1], out=cache.inputs)
+            image_ids, model = cache.rows, cache.model
         logits = torch.empty(len(image_ids), c.codebook_size)
-        row_of_turns = self.num_positions + position - c.num_image_tokens
-        index = position + cache.length - c.num_image_tokens + 1
+        rows = _Rows(positions.data_ptr(), int(len(positions) > 1), len(image_ids), c.num_image_tokens)
         known = _library().step(
-            ctypes.addressof(self.struct), ctypes.addressof(cache.struct), image_ids.data_ptr(), row_of_turns, index,
+            ctypes.addressof(model), ctypes.addressof(cache.struct), ctypes.addressof(rows), image_ids.data_ptr(),
             logits.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         if not known:

@@ -129,23 +129,25 @@ class PackedDecoder:
         self.eps, self.head_eps = (model.norm.eps * c.dim) ** 0.5, (model.norm.eps * c.head_dim) ** 0.5
 
     @torch.inference_mode()
-    def new_cache(self, text_ids: Tensor) -> PackedCache:
+    def new_cache(self, text_ids: Tensor, lines: Tensor | None = None) -> PackedCache:
+        """As `Dalle.new_cache`."""
         c = self.config
         bias = sequence.key_bias(sequence.text_mask(text_ids, c.pad_id), c.num_image_tokens, torch.float32)
-        return PackedCache(
+        cache = PackedCache(
             c.num_layers, c.num_heads, c.num_kv_heads, c.head_dim, bias[:, 0], self.cache_dtype
         )
+        cache.lines = None if lines is None else lines.float()
+        return cache
 
     @torch.inference_mode()
     def prefill(self, text_ids: Tensor, cache: PackedCache, image_ids: Tensor | None = None) -> Tensor:
         """As `Dalle.prefill`: logits (R, V) of the first unknown image token. Rows that are alike are computed once."""
-        known_ids = text_ids if image_ids is None else torch.cat([text_ids, image_ids], 1)
-        known_ids, which = known_ids.unique(dim=0, return_inverse=True)  # (U, n), (R,)
-        text_ids, image_ids = known_ids.split([text_ids.shape[1], known_ids.shape[1] - text_ids.shape[1]], 1)
+        text_ids, image_ids, lines, which = _distinct_rows(text_ids, image_ids, cache.lines)
         begin = self.begin_image.expand(len(text_ids), 1, -1)
-        x = torch.cat(
-            [self.text_in(self.text_embed(text_ids)), begin, self.image_embed[image_ids]], 1
-        )  # (U, n, D)
+        image = torch.cat([begin, self.image_embed[image_ids]], 1)
+        if lines is not None:
+            image = image + lines[:, : image.shape[1]]
+        x = torch.cat([self.text_in(self.text_embed(text_ids)), image], 1)  # (U, n, D)
         rows, n, _ = x.shape
         text_len = text_ids.shape[1]
         visible = sequence.text_mask(text_ids, self.config.pad_id)
@@ -168,6 +170,8 @@ class PackedDecoder:
         cache.move_to(position + cache.length - num_image + 1)
         turns = self.turns[:, :, position - num_image].index_select(2, self.head_group)
         x = self.image_embed[image_ids]  # (R, D)
+        if cache.lines is not None:
+            x = x + cache.lines[:, position + 1]
         for layer, block in enumerate(self.blocks):
             q, k, v = self._heads(x, block, turns[layer])  # (R, H or H_kv, K)
             self._finish(x, cache.attend(layer, q, k, v).to(self.compute_dtype), block)
@@ -207,6 +211,24 @@ class PackedDecoder:
 
     def _logits(self, x: Tensor) -> Tensor:
         return self.head(self._norm(x))
+
+
+def _distinct_rows(
+    text_ids: Tensor, image_ids: Tensor | None, lines: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Texts (U, T), known image tokens (U, n) and drawings (U, N, D) of the U different rows, and which of them each
+    row is: (R,)"""
+    image_ids = text_ids.new_empty(len(text_ids), 0) if image_ids is None else image_ids
+    number = text_ids.new_zeros(len(text_ids), 1)
+    if lines is not None:  # neighbours alike have one number: rows of a drawing stand side by side
+        is_new = (lines[1:] != lines[:-1]).flatten(1).any(1)
+        number[1:, 0] = is_new.long().cumsum(0)
+    rows, which = torch.cat([number, text_ids, image_ids], 1).unique(dim=0, return_inverse=True)
+    _, text_ids, image_ids = rows.split([1, text_ids.shape[1], image_ids.shape[1]], 1)
+    if lines is not None:
+        first = torch.zeros(len(rows), dtype=torch.long).scatter_(0, which, torch.arange(len(which)))
+        lines = lines[first]
+    return text_ids, image_ids, lines, which
 
 
 def int8_steps(weight: Tensor) -> tuple[Tensor, Tensor]:

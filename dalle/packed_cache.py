@@ -32,6 +32,7 @@ class PackedCache:
         dtype: torch.dtype,
     ) -> None:
         """bias: (R, 1, L) float32, 0 or -inf where a key is padding. dtype: of turned keys and values."""
+        self.lines: Tensor | None = None  # (R, N, D) float32: features of line drawings
         rows, _, length = bias.shape
         self.bias, self.dtype, self.length = bias, dtype, length
         self.shape = (rows, num_kv_heads, head_dim)

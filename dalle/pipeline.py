@@ -21,30 +21,22 @@ from torch import Tensor, nn
 
 from common import checkpoint
 from common.distributed import pick_device
-from common.files import read_json
+from common.files import read_json, shipped
 from common.image import to_image
-from common.precision import autocast
+from common.out_directory import Request
 from dalle import dalle_pytorch, model, sequence
 from dalle.fast import FastOptions, prepare, resolve_options
 from dalle.inpaint import Source
+from dalle.lines import LineControl, LineEncoder, LineFeatures, encode_control
 from dalle.sampling import SamplingOptions, picture_generator, sample_ids
 from dalle.text_tokenizer import TextTokenizer
+from vq.decode_each import decode_each
 from vq.model import ImageTokenizer
 
 if TYPE_CHECKING:
     from dalle.release import Card
 
-PRETRAINED = Path("pretrained/goods-128/generator")
-
-
-@dataclass(frozen=True)
-class Request:
-    """One picture to draw: picture `index` of the seed, for `text`."""
-
-    text: str
-    index: int
-    key: str | None = None
-    """Name of the text, where it has one."""
+PRETRAINED = "pretrained/goods-128/generator"
 
 
 @dataclass(frozen=True)
@@ -87,6 +79,7 @@ class TextToImage:
         self.device = next(generator.parameters()).device
         self.fast = resolve_options(generator, fast)
         self.generator = prepare(generator.eval(), self.fast)
+        self.line_encoder: LineEncoder | None = getattr(generator, "line_encoder", None)
         if image_tokenizer.codebook_size != self.config.codebook_size:
             raise ValueError(
                 f"the generator draws from {self.config.codebook_size} image codes, the image tokenizer has "
@@ -127,14 +120,18 @@ class TextToImage:
         negative: str = "",
         batch_size: int = 8,
         source: Source | None = None,
+        line: LineControl | None = None,
         **sampling: Any,
     ) -> list[Image.Image]:
-        """Pictures 0 .. num_images - 1 of the seed; `sampling`: fields of SamplingOptions. Raises ValueError."""
+        """Pictures 0 .. num_images - 1 of the seed; `line`: a drawing to follow; `sampling`: fields of SamplingOptions.
+
+        Raises ValueError.
+        """
         unknown = set(sampling) - {f.name for f in dataclasses.fields(SamplingOptions)}
         if unknown:
             raise ValueError(f"unknown sampling option {', '.join(sorted(unknown))}")
         pictures = self.generate(
-            [text], num_images, seed, SamplingOptions(**sampling), negative, batch_size, source
+            [text], num_images, seed, SamplingOptions(**sampling), negative, batch_size, source, line
         )
         return [picture.image for picture in pictures]
 
@@ -147,12 +144,13 @@ class TextToImage:
         negative: str = "",
         batch_size: int = 8,
         source: Source | None = None,
+        line: LineControl | None = None,
     ) -> Iterator[Picture]:
         """Pictures 0 .. num_images - 1 of every text in order; texts may be endless. Raises ValueError."""
         if num_images < 1:
             raise ValueError(f"num_images must be at least 1, not {num_images}")
         requests = (Request(text, i) for text in texts for i in range(num_images))
-        return self.draw(requests, seed, options, negative, batch_size, source)
+        return self.draw(requests, seed, options, negative, batch_size, source, line)
 
     def draw(
         self,
@@ -162,6 +160,7 @@ class TextToImage:
         negative: str = "",
         batch_size: int = 8,
         source: Source | None = None,
+        line: LineControl | None = None,
     ) -> Iterator[Picture]:
         """The same for a stream of requests. Raises ValueError for bad options at once, for a bad text at its turn."""
         if batch_size < 1:
@@ -172,13 +171,16 @@ class TextToImage:
             raise ValueError(
                 "a negative prompt works through guidance: set cfg_scale to something other than 1"
             )
-        null_ids = self.encode_text(negative)[0] if negative.strip() else self._null_ids()
+        null_ids = self.encode_text(negative)[0] if negative.strip() else self.null_ids()
+        features = None if line is None else encode_control(self.line_encoder, line, self.device)
         stream = iter(requests)
         batches = iter(lambda: list(itertools.islice(stream, batch_size)), [])
         return (
             picture
             for batch in batches
-            for picture in self._draw_batch(batch, seed, options, null_ids, bool(negative.strip()), source)
+            for picture in self._draw_batch(
+                batch, seed, options, null_ids, bool(negative.strip()), source, features
+            )
         )
 
     def encode_text(self, text: str) -> tuple[Tensor, str]:
@@ -215,7 +217,7 @@ class TextToImage:
             directory = release(self.directory, Path(folder) / "release", card or Card())
             return push_to_hub(directory, repo_id, private)
 
-    def _null_ids(self) -> Tensor:
+    def null_ids(self) -> Tensor:
         config = self.config
         return sequence.null_captions(1, config.max_text_len, config.pad_id, self.device)
 
@@ -227,13 +229,14 @@ class TextToImage:
         null_ids: Tensor,
         is_negative: bool,
         source: Source | None,
+        lines: LineFeatures | None,
     ) -> Iterator[Picture]:
         started = time.perf_counter()
         text_ids = torch.cat([self.encode_text(request.text)[0] for request in batch])  # (B, T)
         generators = [picture_generator(seed, request.index) for request in batch]
         canvas = source.canvas(generators, self.device) if source else None
         null_ids = null_ids.expand(len(batch), -1)
-        sampled = sample_ids(self.generator, text_ids, null_ids, generators, options, canvas)
+        sampled = sample_ids(self.generator, text_ids, null_ids, generators, options, canvas, lines)
         images = self.decode_ids(sampled.ids)
         seconds = (time.perf_counter() - started) / len(batch)
         scores = sampled.log_likelihood.tolist()
@@ -246,12 +249,9 @@ class TextToImage:
             figures = (seed, ids[i], scores[i], null_scores[i], seconds)
             yield Picture(images[i], request.text, request.index, *figures, key=request.key)
 
-    @torch.inference_mode()
     def decode_ids(self, ids: Tensor) -> list[Image.Image]:
-        """(B, N) long -> B pictures."""
-        with autocast(self.device):
-            pixels = self.image_tokenizer.decode_ids(ids)
-        return [to_image(p) for p in pixels.float().cpu()]
+        """(B, N) long -> B pictures, each the same in any batch."""
+        return [to_image(pixels) for pixels in decode_each(self.image_tokenizer, ids)]
 
 
 def load_generator(directory: Path) -> tuple[nn.Module, TextTokenizer, dict[str, Any]]:
@@ -271,11 +271,12 @@ def load_generator(directory: Path) -> tuple[nn.Module, TextTokenizer, dict[str,
     return generator, text_tokenizer, config
 
 
-def default_checkpoint(runs: Path = Path("runs"), pretrained: Path = PRETRAINED) -> Path:
+def default_checkpoint(runs: Path = Path("runs"), pretrained: Path | None = None) -> Path:
     """The generator trained last, else the one that ships. Raises FileNotFoundError naming the command to run."""
     found = checkpoint.newest_run(model.KIND, runs)
     if found:
         return found
+    pretrained = pretrained or shipped(PRETRAINED)
     if (pretrained / "config.json").is_file():
         return pretrained
     raise FileNotFoundError(

@@ -23,8 +23,9 @@ from PIL import Image
 from common.checkpoint import read_weights, require_intact, resolve, save_weights
 from common.compact import Precision, compact
 from common.config import command, parse_options
-from common.files import atomic_directory, read_json, read_lines, sha256_file, write_json
+from common.files import read_json, read_lines, sha256_file, write_json
 from common.log import say
+from common.output import new_directory, require_new
 from vq.model import ImageTokenizer
 
 LEFT_OUT = ("training_state", "train_config.json")  # the latter may name somebody's folders
@@ -75,8 +76,7 @@ def release(
     """Write the released directory. Raises FileNotFoundError or ValueError saying what is wrong."""
     directory = resolve(source)
     decoder = decoder_of(image_tokenizer, directory) if image_tokenizer else None
-    if target.exists():
-        raise ValueError(f"{target} exists already: name a new directory")
+    require_new(target)
     if card.grid:
         require_picture(card.grid)
     for found in (
@@ -85,7 +85,7 @@ def release(
     ):
         require_intact(found.parent)
     card = card if card.grid else with_samples(card, directory)
-    with atomic_directory(target) as temporary:
+    with new_directory(target) as temporary:
         shutil.copytree(
             directory, temporary, ignore=shutil.ignore_patterns(*LEFT_OUT, CARD), dirs_exist_ok=True
         )

@@ -12,11 +12,14 @@ one batch size: for another number of rows its libraries may take another produc
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from dalle.lines import LineFeatures
 
 ROW_BLOCK = (
     8  # of unpacked products on CPUs: float32 ones differ for rows that are no multiple of 4, bfloat16 for 1
@@ -69,7 +72,7 @@ class Generator(Protocol):
     config: Any  # codebook_size, num_image_tokens
     row_multiple: int  # rows of a pass are filled up to a multiple of this
 
-    def new_cache(self, text_ids: Tensor) -> Any: ...
+    def new_cache(self, text_ids: Tensor, lines: Tensor | None = None) -> Any: ...
 
     def prefill(self, text_ids: Tensor, cache: Any, image_ids: Tensor | None = None) -> Tensor: ...
 
@@ -183,14 +186,16 @@ def sample_ids(
     generators: Sequence[torch.Generator],
     options: SamplingOptions,
     canvas: Canvas | None = None,
+    lines: LineFeatures | None = None,
 ) -> Sampled:
     """Draw a token grid for each row of `text_ids` (B, T).
 
     null_ids: (B, T), what guidance leads away from: null captions or negative prompts; not run when cfg_scale is 1.
-    generators: one a row (`picture_generator`). canvas: tokens to keep. Nothing in the loop waits for the device.
+    generators: one a row (`picture_generator`). canvas: tokens to keep. lines: a drawing that all follow, also the
+    likelihoods. Nothing in the loop waits for the device.
     """
     with torch.inference_mode():
-        drawn = _draw(model, text_ids, null_ids, generators, options, canvas)
+        drawn = _draw(model, text_ids, null_ids, generators, options, canvas, lines)
     return Sampled(*(None if t is None else t.clone() for t in drawn))  # clones may take part in training
 
 
@@ -201,12 +206,13 @@ def _draw(
     generators: Sequence[torch.Generator],
     options: SamplingOptions,
     canvas: Canvas | None,
+    lines: LineFeatures | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """ids (B, N), log-likelihoods (B,) with and without text."""
-    batch_size, num_tokens = len(text_ids), model.config.num_image_tokens
-    device = text_ids.device
-    rows = torch.cat([text_ids, null_ids]) if options.is_guided else text_ids
-    rows = fill_rows(rows, model.row_multiple)  # (R, T): with text, without text, filling
+    batch_size, num_tokens, device = len(text_ids), model.config.num_image_tokens, text_ids.device
+    parts = _parts(text_ids, null_ids, options, lines)
+    rows = fill_rows(torch.cat(parts), model.row_multiple)  # (R, T): with text, without text, filling
+    to_rows = partial(_to_rows, num_rows=len(rows), num_parts=len(parts))
     start = canvas.prefix_len if canvas else 0
     ids = (
         canvas.ids.clone() if canvas else torch.zeros(batch_size, num_tokens, dtype=torch.long, device=device)
@@ -214,30 +220,33 @@ def _draw(
     likelihood = torch.zeros(len(rows), num_tokens, device=device)  # of each token
     seen = torch.empty(JUDGED_CHUNK, len(rows), model.config.codebook_size, device=device)  # logits
 
-    cache = model.new_cache(rows)
-    logits = model.prefill(rows, cache, _to_rows(ids[:, :start], len(rows), options) if start else None)
+    cache = (
+        model.new_cache(rows)
+        if lines is None
+        else model.new_cache(rows, _line_rows(lines, rows, batch_size * len(parts) - batch_size))
+    )
+    logits = model.prefill(rows, cache, to_rows(ids[:, :start]) if start else None)
     noise = _noise_from(generators, model.config.codebook_size, device, start)
     for n in range(start, num_tokens):
         if n > start and n % NOISE_CHUNK == 0:
             noise = draw_noise(generators, model.config.codebook_size, device)
         seen[n % JUDGED_CHUNK] = logits
-        logits = guided = seen[n % JUDGED_CHUNK]  # (R, V) float32
-        if options.is_guided:
-            scale = guidance_scale(n, num_tokens, options.cfg_scale, options.cfg_schedule)
-            guided = guide(logits[:batch_size], logits[batch_size : 2 * batch_size], scale)
-        drawn = choose(guided[:batch_size], noise[n % NOISE_CHUNK], options)  # (B,)
+        logits = seen[n % JUDGED_CHUNK]  # (R, V) float32
+        scale = guidance_scale(n, num_tokens, options.cfg_scale, options.cfg_schedule)
+        guided = _guided(logits[: batch_size * len(parts)].chunk(len(parts)), scale, options, lines)
+        drawn = choose(guided, noise[n % NOISE_CHUNK], options)  # (B,)
         if canvas:
             drawn = torch.where(canvas.keep[:, n], ids[:, n], drawn)
         ids[:, n] = drawn
-        row_ids = _to_rows(drawn, len(rows), options)
+        row_ids = to_rows(drawn)
         if n + 1 < num_tokens:
             logits = model.decode_step(row_ids, n, cache)
         if (n + 1) % JUDGED_CHUNK == 0 or n + 1 == num_tokens:
             some = slice(max(start, n // JUDGED_CHUNK * JUDGED_CHUNK), n + 1)
             chunk = seen[some.start % JUDGED_CHUNK : n % JUDGED_CHUNK + 1]
-            likelihood[:, some] = token_likelihoods(chunk, _to_rows(ids[:, some], len(rows), options))
+            likelihood[:, some] = token_likelihoods(chunk, to_rows(ids[:, some]))
     if canvas:
-        likelihood.masked_fill_(_to_rows(canvas.keep, len(rows), options), 0.0)
+        likelihood.masked_fill_(to_rows(canvas.keep), 0.0)
     total = likelihood.sum(-1)  # (R,)
     return ids, total[:batch_size], total[batch_size : 2 * batch_size] if options.is_guided else None
 
@@ -248,10 +257,42 @@ def token_likelihoods(logits: Tensor, ids: Tensor) -> Tensor:
     return (chosen - logits.logsumexp(-1)).t()
 
 
-def _to_rows(values: Tensor, num_rows: int, options: SamplingOptions) -> Tensor:
-    """What belongs to the B pictures, for all rows of a pass: twice with guidance, then the filling."""
-    doubled = torch.cat([values, values]) if options.is_guided else values
-    return fill_rows(doubled, num_rows)
+def _parts(
+    text_ids: Tensor, null_ids: Tensor, options: SamplingOptions, lines: LineFeatures | None
+) -> list[Tensor]:
+    """Texts (B, T) of the rows of a pass: with text, without text, and the last of them without the drawing."""
+    parts = [text_ids] + [null_ids] * options.is_guided
+    return parts + parts[-1:] * (lines is not None and lines.is_guided)
+
+
+def _guided(
+    parts: Sequence[Tensor], scale: float, options: SamplingOptions, lines: LineFeatures | None
+) -> Tensor:
+    """Logits (B, V) of each part of the rows -> those to choose from.
+
+    With a drawing that is guided too (Brooks et al. 2023, arXiv:2211.09800, equation 3): first from no drawing towards
+    the drawing, without text, then on towards the text, with the drawing.
+    """
+    if lines is None or not lines.is_guided:
+        return guide(*parts, scale) if options.is_guided else parts[0]
+    followed = guide(parts[-2], parts[-1], lines.cfg_scale)
+    return followed + scale * (parts[0] - parts[1]) if options.is_guided else followed
+
+
+def _line_rows(lines: LineFeatures, rows: Tensor, first_without: int) -> Tensor:
+    """Features for all rows of a pass, (R, N, D): where the drawing is guided, zeros from `first_without` on."""
+    features = lines.features.expand(len(rows), -1, -1)
+    if not lines.is_guided:
+        return features
+    has_drawing = torch.ones(len(rows), 1, 1, device=rows.device)
+    has_drawing[first_without:] = 0
+    return features * has_drawing
+
+
+def _to_rows(values: Tensor, num_rows: int, num_parts: int) -> Tensor:
+    """What belongs to the B pictures, for all rows of a pass: once a part, then the filling."""
+    repeated = torch.cat([values] * num_parts) if num_parts > 1 else values
+    return fill_rows(repeated, num_rows)
 
 
 def _noise_from(

@@ -13,13 +13,15 @@ from typing import Any
 
 from common import checkpoint
 from common.distributed import World
-from common.files import atomic_directory, ensure_writable_directory
+from common.files import atomic_directory
 from common.log import say
+from common.run_dir import claim
 from dalle.text_tokenizer import TextTokenizer
 from dalle.train_options import Options
 from data_tools.captions import CaptionChoice, pick_caption
 from data_tools.holdout import open_splits
 from data_tools.index import ShardIndex
+from data_tools.line_drawings import LINE_MEMBER
 from data_tools.loader import (
     IMAGE_SUFFIXES,
     DecodeImage,
@@ -49,6 +51,8 @@ class TrainData:
     image_tokenizer: ImageTokenizer
     image_tokenizer_dir: Path
     text_tokenizer: TextTokenizer
+    with_lines: bool = False
+    """Batches of tokens also have `line` (B, 1, S, S) uint8."""
 
     @classmethod
     def prepare(
@@ -66,7 +70,7 @@ class TrainData:
         """
         if data and not is_remote(data):
             open_splits(data)  # what the user named is looked at before what is derived from it
-        ensure_writable_directory(run_dir)
+        claim(run_dir, world.is_main)
         goes_on = bool(checkpoint.step_directories(run_dir))
         image_dir, text_dir = run_dir / "image_tokenizer", run_dir / "text_tokenizer"
         if world.is_main and not (goes_on and image_dir.is_dir()):
@@ -120,7 +124,17 @@ class TrainData:
     @property
     def _decode_tokens(self) -> DecodeTokens:
         tokenizer = self.image_tokenizer
-        return DecodeTokens(num_tokens=tokenizer.grid_size**2, codebook_size=tokenizer.codebook_size)
+        return DecodeTokens(
+            num_tokens=tokenizer.grid_size**2, codebook_size=tokenizer.codebook_size, lines=self.with_lines
+        )
+
+    def require_lines(self) -> None:
+        """Raises ValueError where the shards hold no drawings."""
+        if not (self.has_tokens and self.train.has(LINE_MEMBER) and self.val.has(LINE_MEMBER)):
+            raise ValueError(
+                f"--lines needs token shards with drawings, and {self.train.paths[0].parent} has none: make them with "
+                "`python -m vq.encode_shards TOKENIZER IMAGES TOKENS --lines mixed`"
+            )
 
     def val_batches(self, batch_size: int, limit: int) -> Iterator[dict[str, Any]]:
         """The first `limit` validation samples in order: plain crops, first captions."""

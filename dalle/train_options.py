@@ -52,6 +52,13 @@ class Options:
     short_caption_share: float = 0.0
     """Where a picture has several captions: share of the draws that take the shortest; the others take any."""
     fact_captions: FactCaptions = field(default_factory=FactCaptions)
+    lines: bool = False
+    """Train the generator to follow line drawings, of token shards that vq.encode_shards --lines made; with --init it
+    starts as the generator it is."""
+    line_dropout: float = 0.3
+    """Share of drawings hidden in training, so that the generator stays one without drawings too."""
+    line_width: int = 128
+    """Channels of the encoder of drawings, a multiple of 8."""
     unknown_insert: float = 0.0
     """Share of captions with a random piece of the vocabulary put in, which teaches to read past unknown words."""
     text_augment: TextAugment = field(default_factory=TextAugment)
@@ -86,6 +93,8 @@ class Options:
     def __post_init__(self) -> None:
         if not 0 <= self.caption_dropout < 1:
             raise ValueError(f"caption_dropout must lie in [0, 1), not {self.caption_dropout}")
+        if not 0 <= self.line_dropout < 1:
+            raise ValueError(f"line_dropout must lie in [0, 1), not {self.line_dropout}")
         if not 0 <= self.unknown_insert <= 1:
             raise ValueError(f"unknown_insert must lie in [0, 1], not {self.unknown_insert}")
         if not 0 <= self.short_caption_share <= 1:
@@ -112,9 +121,27 @@ class Options:
         )
 
     def model_config(
+        self,
+        text_vocab_size: int,
+        pad_id: int,
+        codebook_size: int,
+        grid_size: int,
+        downsample_factor: int = 0,
+    ) -> DalleConfig:
+        """Of the generator to train: `model`, or the sizes of `init`. Raises ValueError where both differ.
+
+        downsample_factor: pixels a token, for the encoder of drawings.
+        """
+        config = self._config_without_lines(text_vocab_size, pad_id, codebook_size, grid_size)
+        if not self.lines and config.line_factor:
+            raise ValueError(f"--init {self.init} follows line drawings: train it with --lines")
+        if not self.lines or config.line_factor:
+            return config
+        return replace(config, line_factor=downsample_factor, line_width=self.line_width)
+
+    def _config_without_lines(
         self, text_vocab_size: int, pad_id: int, codebook_size: int, grid_size: int
     ) -> DalleConfig:
-        """Of the generator to train: `model`, or the sizes of `init`. Raises ValueError where both differ."""
         if not self.init:
             vocabularies = (text_vocab_size, pad_id, self.max_text_len, codebook_size, grid_size)
             return self.model.config(*vocabularies, text_head=self.loss.text_weight > 0)

@@ -15,8 +15,9 @@ import tyro
 from tqdm import tqdm
 
 from common.config import command, parse_options
-from common.files import atomic_directory, ensure_writable_directory, split_lines
+from common.files import ensure_writable_directory, split_lines
 from common.log import say
+from common.output import new_directory, require_new
 from dalle.text_tokenizer import TextTokenizer
 from data_tools.index import ShardIndex
 
@@ -75,6 +76,7 @@ def _sentences(line: str, where: str) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> TextTokenizer:
     """Train, save, report; returns the tokenizer."""
     options = parse_options(Options, argv, description=__doc__)
+    require_new(options.target)
     ensure_writable_directory(options.target.parent)
     captions = []
     for caption in tqdm(read_captions(options.source), unit="captions", desc="reading"):
@@ -84,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> TextTokenizer:
     tokenizer = TextTokenizer.train(
         captions, options.vocab_size, options.model_type, options.character_coverage
     )
-    with atomic_directory(options.target) as temporary:
+    with new_directory(options.target) as temporary:
         tokenizer.save(temporary)
     report = tokenizer.encode(captions[:100_000], options.max_text_len)
     say(

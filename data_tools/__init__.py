@@ -2,3 +2,5 @@
 
 Knows nothing of models: tokenizers and rankers come in as callables.
 """
+
+import common  # noqa: F401 (before torch: Ctrl-C meanwhile leaves no traceback)

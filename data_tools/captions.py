@@ -2,6 +2,7 @@
 
 import json
 import string
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -95,3 +96,20 @@ def pick_caption(data: bytes, rng: np.random.Generator | None, short_share: floa
     if short_share and rng.random() < short_share:
         return min(lines, key=len)
     return lines[int(rng.integers(len(lines)))]
+
+
+def hides_caption(key: str, share: float, salt: tuple[int, int]) -> bool:
+    """Whether the caption of sample `key` is hidden at this step, so that a model also learns to generate without text
+    (Ho and Salimans 2022, classifier-free guidance, algorithm 1); salt: (seed, step).
+
+    A pure function, so it does not depend on how many processes share a batch.
+    """
+    return share > 0 and uniform(f"{salt[0]}/{salt[1]}/{key}") < share
+
+
+def uniform(name: str) -> float:
+    """[0, 1) from the CRC of the name, scrambled: CRCs of names that differ in one digit lie on a lattice."""
+    x = zlib.crc32(name.encode())
+    x = (x ^ (x >> 16)) * 0x45D9F3B & 0xFFFFFFFF  # multiply-xorshift finalizer of murmur3's family
+    x = (x ^ (x >> 16)) * 0x45D9F3B & 0xFFFFFFFF
+    return (x ^ (x >> 16)) / 2**32

@@ -12,6 +12,7 @@ import torch
 
 from common.config import read_mapping
 from common.files import read_json
+from common.run_dir import latest_step
 from data_tools.facts import FORMATS, Facts
 from data_tools.likeness import Likeness, flag_counts
 from data_tools.records import HINTS, LEFT_OUT
@@ -83,7 +84,7 @@ def read_wants(path: Path) -> Wants:
         int(loop.get("num_steps", 1000)),
         int(loop.get("global_batch_size", 32)),
         loop.get("micro_batch_size"),
-        Path(loop.get("run_dir", "runs/run")),
+        Path(loop.get("run_dir") or config.get("run_dir", "runs/run")),
     )
 
 
@@ -96,10 +97,12 @@ def _part(config: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
 
 def _image_size(checkpoint: str) -> int | None:
     """That of an image tokenizer on this disk, None where there is none."""
-    for folder in (Path(checkpoint), Path(checkpoint) / "latest"):
-        if checkpoint and (folder / "config.json").is_file():
-            return read_json(folder / "config.json").get("model", {}).get("image_size")
-    return None
+    if not checkpoint:
+        return None
+    folder = (
+        Path(checkpoint) if (Path(checkpoint) / "config.json").is_file() else latest_step(Path(checkpoint))
+    )
+    return read_json(folder / "config.json").get("model", {}).get("image_size") if folder else None
 
 
 def share(part: float, whole: float) -> str:

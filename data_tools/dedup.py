@@ -23,7 +23,8 @@ import numpy as np
 import tyro
 
 from common.config import command, parse_options, to_mapping
-from common.files import atomic_path, read_json, write_json
+from common.files import atomic_path, ensure_writable_directory, read_json, write_json
+from common.lock import locked
 from data_tools.images import ImageLimits
 from data_tools.parallel import cpu_count
 from data_tools.phash import MAX_DISTANCE, components, near_pairs
@@ -33,6 +34,7 @@ from data_tools.rewrite import Steps, print_report, rewrite
 from data_tools.shard import files_of
 from data_tools.shard_run import REPORT_FILE, announce, say
 from data_tools.signatures import Sign, sign_source
+from data_tools.targets import JOURNAL
 
 WORK = ".signatures"
 GROUPS_FILE = "groups.tsv"
@@ -207,6 +209,17 @@ def dedup(config: DedupConfig) -> dict[str, Any]:
     if report.is_file() and read_json(report).get("job") == job:
         say(f"{config.dst} is complete already, nothing to do")
         return read_json(report)
+    groups, begun = config.dst / GROUPS_FILE, config.dst / WORK
+    if groups.exists() and not (report.is_file() or begun.is_dir() or (config.dst / JOURNAL).is_dir()):
+        raise ValueError(f"{groups} was not written here: move it away or choose another folder")
+    ensure_writable_directory(config.dst)
+    with locked(config.dst, ".dedup.lock"):
+        return _dedup(config, source, others, job)
+
+
+def _dedup(
+    config: DedupConfig, source: Source, others: Sequence[Source], job: dict[str, Any]
+) -> dict[str, Any]:
     signatures, levels, names = _sign_all(config, source, others, job)
     plan = make_plan(signatures, levels, config)
     own = signatures[levels < AGAINST]

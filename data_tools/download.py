@@ -40,11 +40,12 @@ from data_tools.records import Problem, Record
 from data_tools.rewrite import print_report
 from data_tools.rules import load_rules
 from data_tools.rules.captions import CAPTION_REASONS, CaptionJudge
-from data_tools.shard_run import DROPPED_FILE, REPORT_FILE, announce, say
+from data_tools.shard_run import DROPPED_FILE, REPORT_FILE, announce, is_shard, say
 from data_tools.shards import DATASET_FILE, describe_shards
 from data_tools.spool import Spool, read_pictures, write_tar
 from data_tools.targets import JOURNAL, LocalTarget
 
+ABOUT_THE_WHOLE = (DATASET_FILE, REPORT_FILE, DROPPED_FILE)
 WORK = ".download"  # spools of unfinished parts, outcomes of finished ones
 REASONS = CAPTION_REASONS | {
     "image_unavailable": "the server did not give it (details in dropped.jsonl); run again to try the failures again",
@@ -105,9 +106,8 @@ class Download:
 
     def run(self) -> dict[str, Any]:
         """Fetch what is missing; returns the content of report.json."""
-        for folder in (self.config.dst, self.work):  # what killed runs were writing
-            for path in folder.glob(".*.tmp"):
-                path.unlink()
+        for path in self.work.glob(".*.tmp"):  # what killed runs were writing
+            path.unlink()
         self.round = self._begin()
         asyncio.run(self._run())
         return self._finish()
@@ -115,6 +115,9 @@ class Download:
     def _begin(self) -> int:
         """The number of this round: 1 at first, one more each time after a round that ended."""
         job, path = job_of(self.config, self.source), self.work / "job.json"
+        others = [p.name for p in self.config.dst.iterdir() if is_shard(p.name) or p.name in ABOUT_THE_WHOLE]
+        if others and not path.is_file():
+            raise ValueError(f"{self.config.dst} holds {others[0]} of something else: choose an empty folder")
         begun = read_json(path) if path.is_file() else {"job": job, "round": 1}
         if begun["job"] != job:
             raise ValueError(
@@ -368,6 +371,7 @@ def download(config: DownloadConfig) -> dict[str, Any]:
     target = LocalTarget(config.dst)
     target.lock()
     try:
+        target.tidy()
         report = Download(config, source).run()
         target.remove(JOURNAL)
         return report

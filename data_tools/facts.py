@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from data_tools.images import BadImage, ImageLimits, decode, image_size
+from data_tools.pair_facts import densities, drawing_density, missing_ids, number_of
 from data_tools.phash import picture_signature
 from data_tools.records import Problem, Record, problem
 from data_tools.rules.captions import han_share, special_characters
@@ -33,6 +34,8 @@ PICTURE = np.dtype(
         ("tiling", "<f4"),
         ("phash", "<u8"),
         ("colours", "u1", 48),
+        ("white_area", "<f4"),  # share of the whole picture that is white
+        ("line_density", "<f4"),  # of its line drawing; below 0: pair_facts
     ]
 )
 WHITE = 240  # levels: a ring pixel with all channels from here on counts as white
@@ -55,7 +58,9 @@ class MeasurePicture:
             picture = decode(record.image, self.limits, near=256)
         except BadImage as error:
             return problem(record.where, record.key, error.reason, error.what)
-        return measure(picture, record, self.tiled).tobytes()
+        found = measure(picture, record, self.tiled)
+        found["line_density"] = drawing_density(record, self.limits)
+        return found.tobytes()
 
 
 def measure(picture: Image.Image, record: Record, tiled: bool) -> np.ndarray:
@@ -69,6 +74,7 @@ def measure(picture: Image.Image, record: Record, tiled: bool) -> np.ndarray:
     ring = ring_pixels(pixels)
     found["mean"], found["ground"] = pixels.mean(axis=(0, 1)), np.median(ring, axis=0)
     found["white"] = (ring.min(axis=1) >= WHITE).mean()
+    found["white_area"] = (pixels.min(axis=2) >= WHITE).mean()
     grey = grey256(picture)
     found["sharpness"], found["contrast"] = sharpness(grey), grey.std()
     found["tiling"] = tiling(grey) if tiled else 0.0
@@ -111,6 +117,8 @@ class Facts:
     named: Counter[str] = field(default_factory=Counter)
     """Captions that name an attribute, by class."""
     fields: dict[str, Counter[str]] = field(default_factory=dict)
+    ids: array = field(default_factory=lambda: array("q"))
+    """The number that each id ends in, -1 for none."""
     rows: array = field(default_factory=lambda: array("Q"))
     """Row of each measured picture in its split, from 0."""
     raw: bytearray = field(default_factory=bytearray)
@@ -130,6 +138,7 @@ class Facts:
     ) -> None:
         """Count a record's captions and the fields `names` of its meta."""
         self.kept += 1
+        self.ids.append(number_of(record))
         self.without_picture += not record.image
         self.without_caption += not record.captions
         self.several_captions += len(record.captions) > 1
@@ -189,7 +198,17 @@ class Facts:
             else None,
             "white_grounds": int((pictures["white"] >= 0.9).sum()),
             "pictures": len(pictures),
+            "white_area": spread(pictures["white_area"]),
+            "ids": missing_ids(self.ids),
+            "drawings": self._drawings(),
         }
+
+    def _drawings(self) -> dict[str, Any] | None:
+        """Of line drawings beside the pictures; None where there are none."""
+        found, unreadable = densities(self.pictures["line_density"])
+        if not found and not unreadable:
+            return None
+        return {"count": len(found), "unreadable": unreadable, "line_density": spread(found)}
 
 
 def words_of(caption: str, lexicon: Lexicon) -> list[str]:

@@ -8,6 +8,7 @@ import io
 import struct
 import zlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from PIL import Image, ImageOps
@@ -176,6 +177,17 @@ def is_plain_rgb(data: bytes) -> bool:
     with open_plugin(data, sniff(data)) as image:
         upright = image.getexif().get(0x0112, 1) == 1
         return image.mode == "RGB" and upright and profile_state(image) != "converted"
+
+
+def open_file(path: Path, ground: str = "white") -> Image.Image:
+    """`decode` of an image file. Raises FileNotFoundError or ValueError naming the file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no picture {path}")
+    try:
+        return decode(path.read_bytes(), ground=ground)
+    except BadImage as error:
+        reason = f"{error.reason.replace('_', ' ')} {error.what}".strip()
+        raise ValueError(f"{path} is no readable picture: {reason}") from error
 
 
 def _check_shape(size: tuple[int, int], limits: ImageLimits) -> None:

@@ -22,7 +22,7 @@ import tyro
 from tqdm import tqdm
 
 from common.config import command, parse_options
-from common.files import atomic_path
+from common.output import require_replaceable, writing_file
 from data_tools.images import SUFFIXES, BadImage, ImageLimits, decode, encode, image_size, resize
 from data_tools.readers import Meter, ReaderOptions, Source, open_source
 from data_tools.records import HINTS, Problem, Record, problem
@@ -260,9 +260,10 @@ def _thumbnail(data: bytes) -> str:
 def main(argv: Sequence[str] | None = None) -> list[Findings]:
     """The command of this module."""
     config = parse_options(InspectConfig, argv, description=__doc__.splitlines()[0])
+    require_replaceable(config.out)
     source = open_source(config.src, config.reader, exclude=[config.out])
     found = examine(source, config.rows, config.limit)
-    with atomic_path(config.out) as temporary:
+    with writing_file(config.out) as temporary:
         temporary.write_text(page(source, found), "utf-8")
     print("\n".join(summary(source, found)), file=sys.stderr)
     print(f"page: {config.out}", file=sys.stderr)

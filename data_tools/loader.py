@@ -27,6 +27,7 @@ from data_tools.captions import ANY_LINE, CaptionChoice
 from data_tools.images import BadImage
 from data_tools.images import decode as decode_picture
 from data_tools.index import ShardIndex
+from data_tools.line_drawings import LINE_MEMBER, decode_lines
 from data_tools.remote import ShardUnavailable
 from data_tools.views import read_views
 
@@ -207,24 +208,40 @@ class DecodeTokens:
     captions: CaptionChoice = ANY_LINE
     num_tokens: int = 0
     codebook_size: int = 0
+    lines: bool = False
+    """Also `line` (1, S, S) uint8, the drawing of the view, white on black."""
 
     def __call__(self, index: ShardIndex, i: int, rng: np.random.Generator) -> Batch:
-        members = index.read(i, ("ids.npy", *self.captions.members))
+        members = index.read(i, ("ids.npy", *(LINE_MEMBER,) * self.lines, *self.captions.members))
         try:
             views = read_views(members["ids.npy"])
         except ValueError as error:
             raise CorruptSample(str(error)) from error
-        codes = views[0 if self.first_view else int(rng.integers(len(views)))]
+        view = 0 if self.first_view else int(rng.integers(len(views)))
+        codes = views[view]
         if self.num_tokens and len(codes) != self.num_tokens:
             raise CorruptSample(f"it holds {len(codes)} codes, not {self.num_tokens}")
         if self.codebook_size and codes.max() >= self.codebook_size:
             raise CorruptSample(f"it holds the code {codes.max()}, the tokenizer has {self.codebook_size}")
         text = self.captions.pick(members, None if self.first_view else rng)
-        return {
+        batch = {
             "image_ids": torch.from_numpy(codes.astype(np.int64)),
             "text": text,
             "key": index.samples[i].key,
         }
+        return batch | ({"line": view_lines(members, view, len(views))} if self.lines else {})
+
+
+def view_lines(members: dict[str, bytes], view: int, num_views: int) -> torch.Tensor:
+    """The drawing of one view, (1, S, S) uint8: those of all views stand below each other. Raises CorruptSample."""
+    try:
+        lines = decode_lines(members.get(LINE_MEMBER, b""))  # (A S, S)
+    except ValueError as error:
+        raise CorruptSample(str(error)) from error
+    side = lines.shape[1]
+    if lines.shape[0] != num_views * side:
+        raise CorruptSample(f"line.png is {side} x {lines.shape[0]}, not {num_views} squares")
+    return torch.from_numpy(lines[view * side : (view + 1) * side].copy())[None]
 
 
 def open_image(data: bytes) -> Image.Image:

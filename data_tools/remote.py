@@ -5,7 +5,6 @@ a local one. `dataset.json`, which data_tools.shard writes beside the tars, says
 starts after its first shards; without it (`pipe:`, shards of other tools) all are fetched before the first step.
 """
 
-import fcntl
 import hashlib
 import json
 import math
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from common.files import cache_directory, ensure_writable_directory
+from common.lock import locked
 from data_tools.shards import DATASET_FILE
 
 PIPE = "pipe:"
@@ -284,12 +284,8 @@ class ShardCache:
 
     @contextmanager
     def _lock(self, path: Path) -> Iterator[None]:
-        with path.with_name(f".{path.name}.lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            try:
-                yield
-            finally:  # in words: a process forked meanwhile would keep it by its copy of the descriptor
-                fcntl.flock(file, fcntl.LOCK_UN)
+        with locked(path.parent, f".{path.name}.lock", waits=True):
+            yield
 
     def _fetch(self, shard: RemoteShard) -> None:
         temporary = shard.path.with_name(f".{shard.path.name}.part")

@@ -17,11 +17,10 @@ from data_tools.parallel import Work, ordered_map
 from data_tools.readers import Meter, Part, Source
 from data_tools.records import Problem, Record, problem
 from data_tools.shards import DATASET_FILE, ShardWriter
-from data_tools.targets import JOB_FILE, JOURNAL, Journal, Target
+from data_tools.targets import DROPPED_FILE, JOB_FILE, JOURNAL, REPORT_FILE, Journal, Target
 
 BATCH = 16  # records a work package: 200 kB of pictures, so that the hand-over costs less than a tenth of the work
 EXAMPLES = 3  # places that are named of each reason
-REPORT_FILE, DROPPED_FILE = "report.json", "dropped.jsonl"
 
 
 class Row(NamedTuple):

@@ -16,7 +16,8 @@ from pathlib import Path
 import tyro
 
 from common.config import command, parse_options
-from common.files import atomic_path, read_lines
+from common.files import read_lines
+from common.output import require_replaceable, writing_file
 from data_tools.readers import ReaderOptions, open_source
 from data_tools.records import Record
 
@@ -184,8 +185,9 @@ def _field(record: Record, name: str) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command of this module."""
     config = parse_options(SplitConfig, argv, description=__doc__.splitlines()[0])
+    require_replaceable(config.out)
     splits = split_source(config)
-    with atomic_path(config.out) as temporary:
+    with writing_file(config.out) as temporary:
         temporary.write_text("".join(f"{key}\t{split}\n" for key, split in splits.items()), "utf-8")
     counts = Counter(splits.values())
     text = ", ".join(f"{name} {counts[name]} ({counts[name] / len(splits):.1%})" for name in sorted(counts))

@@ -19,7 +19,8 @@ import tyro
 from tqdm import tqdm
 
 from common.config import command, parse_options
-from common.files import atomic_path, write_json
+from common.files import write_json
+from common.output import require_replaceable, writing_file
 from data_tools.facts import Facts, MeasurePicture
 from data_tools.images import ImageLimits
 from data_tools.likeness import Row, examples, flag_counts, likeness
@@ -130,6 +131,7 @@ def fetch_rows(source: Source, wanted: set[Row]) -> dict[Row, Record]:
 def stats(config: StatsConfig) -> dict[str, Any]:
     """Write the page and its numbers; returns the numbers. Raises ValueError if no row can be read."""
     pages = [config.out, config.out.with_suffix(".json")]
+    require_replaceable(*pages)
     source = open_source(config.src, config.reader, exclude=pages)
     announce(source)
     facts = collect(config, source)
@@ -152,9 +154,10 @@ def stats(config: StatsConfig) -> dict[str, Any]:
     report = Report(
         config.src.name or str(config.src), facts, alike, shown, records, numbers, config.max_text_len
     )
-    with atomic_path(config.out) as temporary:
+    with writing_file(config.out) as temporary:
         temporary.write_text(page(report), "utf-8")
-    write_json(config.out.with_suffix(".json"), numbers)
+    with writing_file(config.out.with_suffix(".json")) as temporary:
+        write_json(temporary, numbers)
     return numbers
 
 

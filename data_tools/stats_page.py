@@ -109,10 +109,34 @@ def _overview(numbers: Mapping[str, Any]) -> str:
         ("shorter side in pixels, smallest / median", lambda s: _pair(s["shorter_side"], "min", "median")),
         ("mean colour R G B, 0 to 1", lambda s: _rgb(s["mean_rgb"])),
         ("ground colour R G B, 0 to 1", lambda s: _rgb(s["ground_rgb"])),
+        (
+            "white pixels of a picture, median",
+            lambda s: f"{s['white_area']['median']:.1%}" if s["white_area"] else "-",
+        ),
+        ("line drawings, unreadable ones", lambda s: _drawings(s["drawings"])),
+        ("lines' share of a drawing, median / largest", lambda s: _density(s["drawings"])),
+        ("ids, missing between them", lambda s: _ids(s["ids"])),
         ("white grounds", lambda s: f"{s['white_grounds']} of {s['pictures']}" if s["pictures"] else "-"),
     ):
         rows.append([label, *(value(numbers["splits"][name]) for name in names)])
     return _table(["", *names], rows)
+
+
+def _drawings(found: Mapping[str, Any] | None) -> str:
+    return f"{found['count']}, {found['unreadable']}" if found else "-"
+
+
+def _density(found: Mapping[str, Any] | None) -> str:
+    spread = found["line_density"] if found else None
+    return f"{spread['median']:.1%} / {spread['max']:.1%}" if spread else "-"
+
+
+def _ids(found: Mapping[str, Any] | None) -> str:
+    if not found:
+        return "-"
+    some = ", ".join(map(str, found["missing_first"][:5]))
+    more = f" ({some}{' ...' if found['missing'] > 5 else ''})" if some else ""
+    return f"{found['first']} to {found['last']}, {found['missing']}{more}"
 
 
 def _counts(reasons: Mapping[str, int]) -> str:

@@ -26,7 +26,8 @@ import tyro
 from tqdm import tqdm
 
 from common.config import command, parse_options
-from common.files import atomic_path, read_lines
+from common.files import read_lines
+from common.output import require_replaceable, writing_file
 from data_tools.images import BadImage, decode, encode, is_plain_rgb, resize, sniff
 from data_tools.readers.texts import read_texts
 
@@ -166,8 +167,9 @@ def write_submission(config: SubmitConfig) -> int:
         raise ValueError(f"{config.target} is the file with the ids: name another one with --to")
     if config.form == "easynlp" and not all(ids.values()):
         raise ValueError(f"{config.ids} has no text in its second column, which --form easynlp needs")
+    require_replaceable(config.target)
     pictures = finished_pictures(config, find_pictures(config.source, list(ids)))
-    with atomic_path(config.target) as temporary:
+    with writing_file(config.target) as temporary:
         if config.form == "zip":
             _write_zip(temporary, pictures, config)
         else:

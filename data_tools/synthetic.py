@@ -9,7 +9,6 @@ Sample `index` of `seed` is a pure function of the two; validation samples have 
 Nothing is downloaded; the pictures are CC0.
 """
 
-import contextlib
 import functools
 import hashlib
 import io
@@ -18,7 +17,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from PIL import Image
 
 from common.config import command, parse_options
 from common.files import ensure_writable_directory, read_json, write_json
+from common.lock import locked
 from data_tools.records import Record
 from data_tools.shards import DATASET_FILE, ShardWriter
 from data_tools.synthetic_render import Ground, Look, Pattern, render
@@ -43,6 +42,7 @@ __all__ = [
     "PATTERNS",
     "Sample",
     "draw_goods",
+    "draw_masked",
     "draw_sample",
     "ensure_synthetic",
     "prompt",
@@ -117,6 +117,13 @@ def draw_goods(
     rng: np.random.Generator, kind: str, color: str, pattern: str, ground: str, image_size: int = 64
 ) -> Image.Image:
     """A picture of the named goods; the rest is drawn from `rng`. Raises ValueError for unknown names."""
+    return draw_masked(rng, kind, color, pattern, ground, image_size)[0]
+
+
+def draw_masked(
+    rng: np.random.Generator, kind: str, color: str, pattern: str, ground: str, image_size: int = 64
+) -> tuple[Image.Image, np.ndarray]:
+    """The same picture and the share of each pixel that the goods cover: (S, S) in [0, 1]; shadows are none of them."""
     for name, table in ((kind, KINDS), (color, COLORS), (pattern, PATTERNS), (ground, GROUNDS)):
         if name not in table:
             raise ValueError(f"{name!r} is none of {', '.join(table)}")
@@ -198,7 +205,7 @@ def ensure_synthetic(
         print(f"synthetic pictures: {num_train} + {num_val} in {options.dst}, reused", flush=True)
         return options.dst
     ensure_writable_directory(options.dst)
-    with _locked(options.dst):
+    with locked(options.dst, waits=True):  # alone among the processes of this machine
         if not _is_whole(options):  # another process may have drawn them while this one waited
             print(f"synthetic pictures: drawing {num_train} + {num_val} into {options.dst}", flush=True)
             write_json(options.dst / RECIPE_FILE, recipe)
@@ -210,16 +217,6 @@ def _is_whole(options: SyntheticOptions) -> bool:
     dataset, expected = options.dst / DATASET_FILE, _expected_shards(options)
     there = dataset.is_file() and all((options.dst / name).is_file() for name in expected)
     return there and read_json(dataset)["shards"] == expected
-
-
-@contextlib.contextmanager
-def _locked(dst: Path) -> Iterator[None]:
-    """Alone among the processes of this machine; the lock of a killed process is free again."""
-    import fcntl
-
-    with (dst / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _recipe(options: SyntheticOptions) -> dict[str, Any]:

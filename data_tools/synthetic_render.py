@@ -54,8 +54,8 @@ class Look:
     ground_angle: float
 
 
-def render(goods: Goods, look: Look, image_size: int) -> Image.Image:
-    """An RGB picture of `image_size` pixels a side."""
+def render(goods: Goods, look: Look, image_size: int) -> tuple[Image.Image, np.ndarray]:
+    """An RGB picture of `image_size` pixels a side, and how much of each pixel the goods cover: (S, S) in [0, 1]."""
     matrix, shift = _placement(goods, look)
     weights = _material_weights(goods, look, matrix, shift, image_size)  # (S, S, 4)
     alpha = np.minimum(weights[..., 0] + weights[..., 1] + weights[..., 2] + weights[..., 3], 1.0)  # (S, S)
@@ -64,7 +64,7 @@ def render(goods: Goods, look: Look, image_size: int) -> Image.Image:
     goods_rgb = _lit(goods_rgb, alpha, _light(goods, look, alpha, matrix, shift))
     ground = _ground(look, image_size) * (1.0 - _shadow(goods, look, alpha, matrix, shift))[..., None]
     picture = ground * (1.0 - alpha)[..., None] + goods_rgb
-    return Image.fromarray(np.clip(picture + 0.5, 0, 255).astype(np.uint8))
+    return Image.fromarray(np.clip(picture + 0.5, 0, 255).astype(np.uint8)), alpha
 
 
 def _placement(goods: Goods, look: Look) -> tuple[np.ndarray, np.ndarray]:

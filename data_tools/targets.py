@@ -6,6 +6,7 @@ the journal and is done again.
 """
 
 import json
+import re
 import shutil
 import tempfile
 from collections import Counter
@@ -13,9 +14,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from common.files import ensure_writable_directory, write_json
+from common.lock import DirectoryLock, require_free
 from data_tools.records import Problem
 
 JOURNAL = ".journal"
+REPORT_FILE, DROPPED_FILE = "report.json", "dropped.jsonl"
+OUR_TEMPORARY = re.compile(
+    r"\.(?:.+-\d{5,}\.tar|report\.json|dataset\.json|dropped\.jsonl|groups\.tsv)(?:\.\d+)?\.tmp"
+)
 JOB_FILE = (
     f"{JOURNAL}/job.json"  # what the journal belongs to; removed first, so a journal without it is void
 )
@@ -63,18 +69,20 @@ class LocalTarget:
         self._lock = None
 
     def lock(self) -> None:
-        """Hold the folder until `close`; the lock ends with the process, however it ends."""
-        import fcntl
+        """Hold the folder until `close`; the lock ends with the process, however it ends. Raises ValueError also where
+        the folder holds files of the user's under names of ours."""
+        self._lock = DirectoryLock(self.staging)
+        require_free(self._lock, self.staging)
+        self._require_ours()
 
-        folder = self.staging / JOURNAL
-        folder.mkdir(exist_ok=True)
-        self._lock = (folder / "lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"another run is writing to {self.staging}: wait for it or choose another folder"
-            ) from error
+    def _require_ours(self) -> None:
+        begun = (self.staging / JOURNAL).is_dir()
+        report = self.staging / REPORT_FILE
+        if report.is_file() and not _is_report(report):
+            raise ValueError(f"{report} is no report of ours: move it away or choose another folder")
+        dropped = self.staging / DROPPED_FILE
+        if dropped.exists() and not (begun or report.is_file()):
+            raise ValueError(f"{dropped} was not written here: move it away or choose another folder")
 
     def put(self, path: Path) -> None:
         assert path.parent == self.staging
@@ -100,16 +108,22 @@ class LocalTarget:
             path.unlink(missing_ok=True)
 
     def tidy(self) -> None:
-        for path in self.staging.glob(".*.tmp"):
-            path.unlink()
+        for path in self.staging.iterdir():
+            if OUR_TEMPORARY.fullmatch(path.name):
+                path.unlink()
 
     def close(self) -> None:
-        if not self._lock:
-            return
-        folder = self.staging / JOURNAL
-        if folder.is_dir() and [path.name for path in folder.iterdir()] == ["lock"]:
-            shutil.rmtree(folder)
-        self._lock.close()
+        if self._lock:
+            self._lock.release()
+
+
+def _is_report(path: Path) -> bool:
+    """Whether it has the counts that every report of ours has."""
+    try:
+        report = json.loads(path.read_bytes())
+    except ValueError:
+        return False
+    return isinstance(report, dict) and {"read", "kept", "dropped", "reasons"} <= set(report)
 
 
 class RemoteTarget:

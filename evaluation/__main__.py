@@ -19,8 +19,8 @@ from typing import Any
 import tyro
 
 from common.config import command, parse_options, to_mapping
-from common.files import ensure_writable_directory, write_json
 from common.log import say
+from common.output import OutputDirectory
 from common.tables import plain_console
 from evaluation.metrics import (
     Figure,
@@ -30,7 +30,7 @@ from evaluation.metrics import (
     settings_of,
 )
 from evaluation.options import MeasuringOptions
-from evaluation.report import write_report
+from evaluation.report import METRICS, PAGE, write_report
 from evaluation.sets import LIKELIHOOD, SampleSet
 
 
@@ -109,7 +109,13 @@ def main(argv: Sequence[str] | None = None) -> list[Figure]:
     options = parse_options(Options, argv, description=__doc__)
     options.check_reference()
     samples = chosen(options)
-    destination = ensure_writable_directory(options.write_to or options.out_dir)
+    with OutputDirectory(options.write_to or options.out_dir) as files:
+        files.require_ours((METRICS, PAGE))
+        return report(options, samples, files)
+
+
+def report(options: Options, samples: SampleSet, files: OutputDirectory) -> list[Figure]:
+    """Measure, show and write."""
     networks = options.networks()
     refuse_rerankers(samples, networks)
     reference = options.real_pictures(samples)
@@ -119,8 +125,8 @@ def main(argv: Sequence[str] | None = None) -> list[Figure]:
     for line in (*judges, *(f"left out {reason}" for reason in left_out)):
         say(line)
     beside = {name: settings[name] for name in ("seeds", "guidance", "rerank_width", "reranker")}
-    write_json(
-        destination / "metrics.json",
+    files.write_json(
+        METRICS,
         {
             "settings": settings,
             "figures": [figure.to_json() | beside for figure in figures],
@@ -131,8 +137,9 @@ def main(argv: Sequence[str] | None = None) -> list[Figure]:
         },
     )
     remarks = [*judges, *(f"Left out: {reason}" for reason in left_out)]
-    page = write_report(destination / "report.html", samples, figures, reference, settings, remarks)
-    say(f"wrote {destination / 'metrics.json'} | {page}")
+    with files.writing(PAGE) as temporary:
+        write_report(temporary, samples, figures, reference, settings, remarks)
+    say(f"wrote {files.path / METRICS} | {files.path / PAGE}")
     return figures
 
 

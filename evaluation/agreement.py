@@ -10,8 +10,8 @@ import torch
 from evaluation.attributes import (
     SlotHits,
     hard_negative_hits,
+    judged_categories,
     judged_colors,
-    judged_kinds,
     pixel_colors,
 )
 from evaluation.features import RankerTower
@@ -74,8 +74,10 @@ def attribute_hits(bench: Bench, part: Part) -> dict[str, tuple[SlotHits, str, s
     networks, lexicon = bench.networks, bench.lexicon
     found: dict[str, tuple[SlotHits | None, str, str]] = {}
     if networks.judge:
-        judge, features = networks.judge, part.features(networks.judge)
-        found[f"kind_right[{judge.name}]"] = (judged_kinds(judge, part.texts, features), judge.name, "")
+        judge, features = networks.judge, part.features(networks.judge.network)
+        for name, top in (("category_right", 1), ("category_top5", 5)):
+            hits = judged_categories(judge, part.texts, features, top)
+            found[f"{name}[{judge.name}]"] = (hits, judge.name, "")
         found[f"color_right[{judge.name}]"] = (
             judged_colors(judge, lexicon, part.texts, features),
             judge.name,

@@ -21,8 +21,8 @@ import numpy as np
 import tyro
 
 from common.config import command, parse_options, to_mapping
-from common.files import ensure_writable_directory, write_json
 from common.log import say
+from common.output import OutputDirectory
 from common.tables import plain_console
 from dalle.sampling import SamplingOptions
 from evaluation.arms import Arm, ArmSpec, open_arm
@@ -39,7 +39,7 @@ from evaluation.metrics import (
     settings_of,
 )
 from evaluation.options import MeasuringOptions
-from evaluation.parts import generated_part
+from evaluation.parts import generated_part, pixel_colors_of
 from evaluation.sets import SampleSet
 from evaluation.statistics import Interval
 from rankers import load_ranker
@@ -52,7 +52,7 @@ class Options(MeasuringOptions):
     arm: tuple[str, ...] = ()
     """NAME=PATH of each arm, see above; the first is the one that others are compared with."""
     prompts: Path | None = None
-    """File with one text a line, .tsv or .jsonl (see dalle/prompts.py); None: captions of the reference's held-out
+    """File with one text a line, .tsv or .jsonl (see data_tools/prompts.py); None: captions of the reference's held-out
     split."""
     num_prompts: int = 0
     """So many of the prompts, drawn by the seed; 0: all of a file, 200 captions."""
@@ -218,7 +218,9 @@ def measure_arm(
     """Figures of all pictures of an arm, and curves of choosing among them."""
     figures, left_out = measure_all(samples, reference, networks, options.measure, options.cache)
     part = generated_part(samples, options.measure.draws, options.measure.seed, options.cache)
-    values = judged(networks, Lexicon.of_reference(reference.facts), part)
+    train = reference.train
+    measured = pixel_colors_of(train, range(len(train)), options.cache) if train else None
+    values = judged(networks, Lexicon.of_reference(reference.facts), part, measured)
     if ranker is not None:
         samples = score_pictures(samples, ranker, part)
     scorer = scorer_of(samples, ranker)
@@ -253,7 +255,6 @@ def run(options: Options) -> Match:
     ranker = load_ranker(options.ranker, options.device) if options.ranker else None
     if ranker is not None:
         check_independent(ranker, networks)
-    ensure_writable_directory(options.out)
     sets, usable, unusable = draw_all(options, specs, texts)
     reference = options.real_pictures(sets[0])
     arms = [
@@ -317,15 +318,19 @@ def join_arms(argv: Sequence[str] | None) -> list[str] | None:
 def main(argv: Sequence[str] | None = None) -> Match:
     """Compare; returns what the page is made of."""
     from evaluation.arena_page import write_arena_page
+    from evaluation.report import METRICS, PAGE
 
     options = parse_options(Options, join_arms(argv), description=__doc__)
-    match = run(options)
-    show(match)
-    for line in (*match.judges, *dict.fromkeys(r for arm in match.arms for r in arm.left_out)):
-        say(line)
-    write_json(options.out / "metrics.json", match.to_json())
-    path = write_arena_page(options.out / "report.html", match)
-    say(f"wrote {path} and {options.out / 'metrics.json'}")
+    with OutputDirectory(options.out) as files:
+        files.require_ours((METRICS, PAGE))
+        match = run(options)
+        show(match)
+        for line in (*match.judges, *dict.fromkeys(r for arm in match.arms for r in arm.left_out)):
+            say(line)
+        files.write_json(METRICS, match.to_json())
+        with files.writing(PAGE) as temporary:
+            write_arena_page(temporary, match)
+    say(f"wrote {options.out / PAGE} and {options.out / METRICS}")
     return match
 
 

@@ -194,7 +194,7 @@ def _apart(match: "Match") -> str:
     """Prompts whose means by prompt are furthest apart, on the first figure that has them."""
     if len(match.arms) < 2:
         return ""
-    order = ("kind_right", "clip_score", "color_right", "nearest_distance")
+    order = ("category_right", "clip_score", "color_right", "nearest_distance")
     names = [f.name for f in match.arms[0].figures if f.by_prompt]
     name = next((n for start in order for n in names if n.startswith(start)), None)
     found = [next((f.by_prompt for f in arm.figures if f.name == name), {}) for arm in match.arms]

@@ -83,7 +83,7 @@ class ArmSpec:
 
 @dataclass(frozen=True)
 class Drawn:
-    """One picture; what `dalle.outdir.OutDirectory` writes of it."""
+    """One picture; what `common.out_directory.OutDirectory` writes of it."""
 
     image: Image.Image
     text: str

@@ -1,11 +1,13 @@
 """Does a picture show what its title names: slots of the title, checked three ways.
 
-Slots are the kind, the colour, and whatever else the closed word lists of data_tools find in the reference's captions
-(material, pattern, audience ...). A text-picture scorer must prefer the title to the same title with another word in
-the slot (hard negatives); the judge's heads must name the kind and the colour; the pixels must have the colour.
+Slots are the category, the colour, and whatever else the closed word lists of data_tools find in the reference's
+captions (material, pattern, audience ...). A scorer of texts and images must prefer the title to the same title with
+another word in the slot (hard negatives); the judge's heads must name category and colour; the pixels must have the
+colour.
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,18 +16,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.rules.lexicon import load_lexicon
-from evaluation.goods_judge import GoodsJudge
+from evaluation.judge import GoodsJudge
 from evaluation.pixel_colors import PixelColors
 from evaluation.reference import Facts
 
 MOST_NEGATIVES = 24  # other words that a title is tried with
-_LISTED = {"color": "colour"}  # slots of ours that the word lists call otherwise
+_LISTED = {"color": "colour", "category": "kind"}  # slots of ours that the word lists call otherwise
 _NO_SLOT = ("shape", "style", "season")  # words that other words of their class do not exclude
 
 
 @dataclass(frozen=True)
 class Slots:
-    """The words of a title by slot: `kind`, `color`, and classes of the word lists; a slot has one word at most."""
+    """The words of a title by slot: `category`, `color`, and classes of the word lists; a slot has one word at most."""
 
     words: dict[str, str]
     places: dict[str, int]
@@ -38,30 +40,32 @@ class Lexicon:
 
     words: dict[str, tuple[str, ...]]
     meanings: dict[str, frozenset[str]] = field(default_factory=dict)
-    """Word for a kind -> labels that it may mean."""
+    """Word for a category -> labels that it may mean."""
 
     @classmethod
     def of_reference(cls, facts: Sequence[Facts]) -> "Lexicon":
         """From facts and captions; without facts from the captions alone, by the word lists."""
         meanings: dict[str, set[str]] = {}
         for fact in facts:
-            for word in {fact.kind, fact.word} - {""}:
-                meanings.setdefault(word, set()).add(fact.kind or word)
-        found: dict[str, set[str]] = {"kind": set(meanings), "color": {f.color for f in facts if f.color}}
+            for word in {fact.category, fact.word} - {""}:
+                meanings.setdefault(word, set()).add(fact.category or word)
+        found: dict[str, set[str]] = {"category": set(meanings), "color": {f.color for f in facts if f.color}}
         names = {listed: slot for slot, listed in _LISTED.items()}
         captions = sorted({fact.caption for fact in facts})
         for caption in captions:
-            for listed, words in load_lexicon().attributes(_without(caption, found["kind"])).items():
+            for listed, words in load_lexicon().attributes(_without(caption, found["category"])).items():
                 slot = names.get(listed, listed)
-                if listed not in _NO_SLOT and not (slot in ("kind", "color") and found[slot] and meanings):
+                if listed not in _NO_SLOT and not (
+                    slot in ("category", "color") and found[slot] and meanings
+                ):
                     found.setdefault(slot, set()).update(words)
         words = {slot: tuple(sorted(values)) for slot, values in found.items() if len(values) > 1}
         return cls(words, {word: frozenset(labels) for word, labels in meanings.items()})
 
     def parse(self, text: str) -> Slots:
-        """The longest known word of each slot; the kind goes first, so a colour inside its name is no colour."""
+        """The longest known word of each slot; the category goes first, so a colour inside its name is no colour."""
         words, places, rest = {}, {}, text
-        for slot in sorted(self.words, key=lambda s: (s != "kind", s != "color", s)):
+        for slot in sorted(self.words, key=lambda s: (s != "category", s != "color", s)):
             word = max((w for w in self.words[slot] if w in rest), key=len, default="")
             if word:
                 words[slot], places[slot] = word, rest.index(word)
@@ -71,13 +75,13 @@ class Lexicon:
     def negatives(self, text: str, slot: str, parsed: Slots | None = None) -> list[str]:
         """The text with other words in the slot, at most MOST_NEGATIVES, the same ones for the same text.
 
-        A word that contains the right one, is contained in it, or may mean the same kind is no negative.
+        A word that contains the right one, is contained in it, or may mean the same category is no negative.
         """
         parsed = parsed or self.parse(text)
         word = parsed.words.get(slot, "")
         if not word:
             return []
-        own = self.meanings.get(word, frozenset()) if slot == "kind" else frozenset()
+        own = self.meanings.get(word, frozenset()) if slot == "category" else frozenset()
         others = [
             other
             for other in self.words[slot]
@@ -125,16 +129,27 @@ def hard_negative_hits(
     return SlotHits(hits, _chance([len(negatives[text]) + 1 for text in texts if text in negatives]))
 
 
-def judged_kinds(judge: GoodsJudge, texts: Sequence[str], features: NDArray) -> SlotHits | None:
-    """Whether the judge's first kind is one that the title may mean; None where it knows the kind of no title."""
-    meant = [judge.words.kinds_meant(text)[2] for text in texts]
+def judged_categories(
+    judge: GoodsJudge, texts: Sequence[str], features: NDArray, top: int = 1
+) -> SlotHits | None:
+    """Whether one of the judge's `top` first categories is one that the title may mean.
+
+    None where it knows the category of no title.
+    """
+    meant = [judge.words.categories_meant(text)[2] for text in texts]
     if not any(meant):
         return None
-    named = judge.probabilities(features).argmax(1)
-    hits = [float(judge.words.kinds[named[i]] in kinds) if kinds else np.nan for i, kinds in enumerate(meant)]
-    return SlotHits(
-        np.array(hits), _chance([len(judge.words.kinds) / len(kinds) for kinds in meant if kinds])
-    )
+    ranked = judge.top_categories(features, top)
+    hits = [float(not set(meant[i]).isdisjoint(ranked[i])) if meant[i] else np.nan for i in range(len(texts))]
+    known = len(judge.words.categories)
+    return SlotHits(np.array(hits), float(np.mean([_blind(known, len(m), top) for m in meant if m])))
+
+
+def _blind(known: int, meant: int, top: int) -> float:
+    """Chance that `top` different categories of `known`, chosen blindly, hold one of `meant`."""
+    if top > known - meant:
+        return 1.0
+    return 1 - math.comb(known - meant, top) / math.comb(known, top)
 
 
 def judged_colors(

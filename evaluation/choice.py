@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation.attributes import Lexicon, judged_colors, judged_kinds
+from evaluation.attributes import Lexicon, SlotHits, judged_categories, judged_colors, pixel_colors
 from evaluation.features import RankerTower
 from evaluation.parts import Networks, Part
+from evaluation.pixel_colors import ColorHistogram, PixelColors
 from evaluation.resampling import Resampling, difference, mean_estimate
 from evaluation.sets import LIKELIHOOD, SampleSet
 from evaluation.statistics import Interval
@@ -81,22 +82,27 @@ def check_independent(ranker: Any, networks: Networks) -> None:
             )
 
 
-def judged(networks: Networks, lexicon: Lexicon, part: Part) -> dict[str, NDArray]:
-    """(N,) values by name: whether kind, colour, and all of these that a text names are right by the judge.
+def judged(
+    networks: Networks, lexicon: Lexicon, part: Part, measured: PixelColors | None = None
+) -> dict[str, NDArray]:
+    """(N,) values by name: whether category, colour, and all of these that a text names are right by the judge, and
+    whether the pixels have the colour by `measured`.
 
     NaN where the text names none of them.
     """
-    if networks.judge is None:
-        return {}
-    features = part.features(networks.judge)
-    kinds = judged_kinds(networks.judge, part.texts, features)
-    colors = judged_colors(networks.judge, lexicon, part.texts, features)
-    found = {"kind right": kinds, "colour right": colors}
+    found: dict[str, SlotHits | None] = {}
+    if networks.judge is not None:
+        features = part.features(networks.judge.network)
+        found["category right"] = judged_categories(networks.judge, part.texts, features)
+        found["colour right"] = judged_colors(networks.judge, lexicon, part.texts, features)
     values = {name: hits.hits for name, hits in found.items() if hits is not None}
     if len(values) == 2:
         both = np.stack(list(values.values()))
         named = np.isfinite(both)
         values[ALL_NAMED] = np.where(named.any(0), np.where(named, both, 1.0).min(0), np.nan)
+    if measured is not None:
+        hits = pixel_colors(measured, lexicon, part.texts, part.features(ColorHistogram()))
+        values |= {} if hits is None else {"colour right, pixels": hits.hits}
     return values
 
 

@@ -22,6 +22,9 @@ from common.files import read_json, read_lines
 from common.log import clock, say
 from common.tables import plain_console
 
+EMBEDDED = Path("data/synthetic")
+COLORED = 400  # its training images by which colours are named
+
 
 @dataclass(frozen=True)
 class Options:
@@ -88,17 +91,20 @@ def pictures_quality(out: Path) -> str:
 
 
 def ranking_quality(out: Path) -> str:
-    """How many of the best four show the colour that the sentence names, measured in the pixels."""
-    from data_tools.synthetic import COLORS
-    from evaluation.judge import dominant_color
+    """How many of the best four show the colour that the sentence names, by the nearest training images."""
+    from evaluation.parts import pixel_colors_of
+    from evaluation.pixel_colors import ColorHistogram
+    from evaluation.reference import ReferencePictures
 
     text = json.loads(read_lines(out / "images.jsonl")[0])["text"]
-    named = [key for key, name in COLORS.items() if name in text]
+    train = ReferencePictures.of_split(str(EMBEDDED), "train", 64, limit=COLORED)
+    measured = pixel_colors_of(train, range(len(train)), None)
+    named = [color for color in measured.colors if color in text] if measured else []
     best = sorted(out.glob("rank*.png"))[:4]
     if not named or not best:
         return "no colour named"
-    right = sum(dominant_color(Image.open(path)) == named[0] for path in best)
-    return f"{right} of the best {len(best)} are {named[0]}, measured in the pixels"
+    seen = measured.named(ColorHistogram().features([Image.open(path) for path in best]))
+    return f"{seen.count(named[0])} of the best {len(best)} are {named[0]}, measured in the pixels"
 
 
 def run_dir(config: str) -> Path:
@@ -122,7 +128,7 @@ def stages(options: Options) -> list[Stage]:
         Stage(
             "product pictures drawn by us",
             ("-m", "data_tools.synthetic"),
-            Path("data/synthetic"),
+            EMBEDDED,
             data_quality,
         ),
         Stage("image tokenizer", ("train_vqgan.py",), vqgan, tokenizer_quality),

@@ -1,7 +1,9 @@
-"""How a set of pictures lies among real ones: the statistics of evaluation.statistics with weights, for drawings.
+"""How a set of images lies among real ones: statistics with weights, for bootstrap replicates.
 
-A weight says how often a picture counts; with ones they equal the plain statistics, which the tests check. The real
-pictures stay as they are: intervals are over the generated ones.
+A weight says how often an image counts; with ones they are the plain statistics. The real images stay as they are:
+intervals are over the generated ones. Frechet distance: Heusel et al. 2017 (arXiv:1706.08500, equation 6). KID:
+Binkowski et al. 2018 (arXiv:1801.01401). Precision and recall: Kynkaanniemi et al. 2019 (arXiv:1904.06991). Density and
+coverage: Naeem et al. 2020 (arXiv:2002.09797).
 """
 
 from collections.abc import Sequence
@@ -18,7 +20,7 @@ MOST_NEIGHBOURS = 5000  # pictures a side whose neighbours are looked for
 
 
 class Frechet:
-    """Distance of weighted sets to one set of real features; see `frechet_distance` of evaluation.statistics.
+    """Distance of weighted sets to one set of real features: |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)).
 
     The eigenvalues of C_a C_b are those of R^T C_a R with C_b = R R^T, which is symmetric and has the rank of the
     smaller of pictures and widths.
@@ -107,7 +109,7 @@ def inception_estimate(probabilities: NDArray, resampling: Resampling) -> Estima
 def manifold_estimates(
     features: NDArray, real: NDArray, resampling: Resampling, k: int = 5
 ) -> dict[str, Estimate]:
-    """precision, recall, density, coverage with k-nearest-neighbour balls; see `manifold` of evaluation.statistics.
+    """precision, recall, density, coverage with k-nearest-neighbour balls.
 
     More than MOST_NEIGHBOURS pictures a side are thinned evenly. Raises ValueError when a side has not more than k.
     """

@@ -10,11 +10,10 @@ import numpy as np
 from tqdm import tqdm
 
 from common.log import say
-from dalle.outdir import OutDirectory
-from dalle.pipeline import Request
-from dalle.prompts import read_prompts
+from common.out_directory import OutDirectory, Request
 from data_tools.captions import pick_caption
 from data_tools.index import ShardIndex
+from data_tools.prompts import read_prompts
 from evaluation.arms import Arm
 from evaluation.sets import SampleSet
 from rankers.outdir import LIST
@@ -49,19 +48,19 @@ def draw_into(directory: Path, name: str, arm: Arm, plan: Plan) -> SampleSet:
 
     Raises ValueError when `directory` holds pictures of another checkpoint, seed or setting.
     """
-    out = OutDirectory(directory, _plain(arm.origin))
-    standing = _standing(directory, out.origin)
-    out.continue_from(iter(standing))
-    have = set(standing[: out.count])
-    todo = [request for request in plan.requests if request not in have]
-    total = len(plan.requests)
-    if have and todo:
-        say(f"{name}: {total - len(todo)} of {total} pictures stand in {directory}: going on behind them")
-    for picture in tqdm(
-        arm.draw(todo), name, total, initial=total - len(todo), unit="picture", dynamic_ncols=True
-    ):
-        out.add(picture)
-    out.forget_leftovers()  # a damaged tail
+    with OutDirectory(directory, _plain(arm.origin)) as out:
+        standing = _standing(directory, out.origin)
+        out.continue_from(iter(standing))
+        have = set(standing[: out.count])
+        todo = [request for request in plan.requests if request not in have]
+        total = len(plan.requests)
+        out.require_ours(out.count + len(todo))
+        if have and todo:
+            say(f"{name}: {total - len(todo)} of {total} pictures stand in {directory}: going on behind them")
+        bar = tqdm(arm.draw(todo), name, total, initial=total - len(todo), unit="picture", dynamic_ncols=True)
+        for picture in bar:
+            out.add(picture)
+        out.forget_leftovers()  # a damaged tail
     return plan.of(SampleSet.from_out_dir(directory, name))
 
 

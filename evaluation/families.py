@@ -119,7 +119,7 @@ def attributes_figures(bench: Bench) -> Family:
             best = mean_estimate(real[name][0].hits, bench.captioned.resampling, is_share=True)
         text = f"a blind guess: {hits.chance:.1%}" + (f"; {note}" if note else "")
         figures.append(figure_of(name, estimate, True, network, text, best))
-    return figures, [] if found else ["attributes: no title names a kind or a colour that can be checked"]
+    return figures, [] if found else ["attributes: no title names a category or a colour that can be checked"]
 
 
 def diversity_figures(bench: Bench) -> Family:

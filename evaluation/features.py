@@ -1,7 +1,7 @@
 """Pictures as vectors: the feature networks that statistics are computed on, and features kept on disk by content.
 
 FID, KID and IS are these statistics on the published Inception weights and on nothing else; on any other network
-they carry its name (`frechet_distance[judge-resnet]`). Weights are never downloaded silently.
+they carry its name (`frechet_distance[efficientnet_lite1]`). Weights are never downloaded silently.
 """
 
 import hashlib
@@ -10,6 +10,7 @@ import pickle
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,13 +18,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from common.distributed import pick_device
 from common.files import sha256_file
+from common.image import resize_square, to_tensor
 from data_tools.images import BadImage
 from data_tools.loader import CorruptSample
 from data_tools.phash import picture_signature
 from rankers.base import as_rgb, content_hash, identities
+from vq.imagenet_features import JUDGE_NETWORK, load_imagenet_features
 
 CACHE = Path(".cache/features")
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -128,6 +132,74 @@ class MirroredPictures:
 
 
 # --- networks ------------------------------------------------------------------------------------------------------
+
+INPUT_SIZE = 160
+# Of the features that vq.imagenet_features returns; at a half and a quarter of the side.
+SHALLOW_STAGES = (1, 2)
+CENTRE_WIDTH = 0.45  # of half a side: the deviation of the Gaussian weight of the middle
+
+
+class JudgeNetwork:
+    """The ImageNet network that evaluation alone uses, EfficientNet-Lite1, pooled for two purposes.
+
+    Columns `deep`: the final features averaged over places, which ImageNet's classes were read from; statistics and
+    categories stand on them. Columns `shallow`: mean, deviation and centre-weighted mean of the first stages, where
+    colour is not lost yet. Float32, so that features do not hang on the batch or on what the machine computes in.
+    """
+
+    def __init__(self, input_size: int = INPUT_SIZE, device: str = "auto") -> None:
+        """Raises FileNotFoundError saying what to install."""
+        self.device, self.input_size = pick_device(device), input_size
+        self.network = load_imagenet_features(JUDGE_NETWORK, self.device)
+        self.name = JUDGE_NETWORK
+        pooled = f"deep mean; {SHALLOW_STAGES} mean, deviation, centre {CENTRE_WIDTH}"
+        what = f"{self.network.identity} at {input_size}: {pooled}"
+        self.identity = hashlib.sha256(what.encode()).hexdigest()
+        config = self.network.config
+        self.num_deep = config.head_channels
+        self.num_shallow = 3 * sum(config.widths[stage] for stage in SHALLOW_STAGES)
+
+    @property
+    def deep(self) -> "FeatureColumns":
+        return FeatureColumns(self, self.name, slice(0, self.num_deep))
+
+    @torch.inference_mode()
+    def features(self, images: Sequence[Image.Image]) -> Features:
+        """(N, deep + shallow)"""
+        pixels = [to_tensor(resize_square(as_rgb(image), self.input_size)) for image in images]
+        stages = self.network(torch.stack(pixels).to(self.device))
+        deep = self.network.final(stages[-1]).mean((2, 3))
+        shallow = [part for stage in SHALLOW_STAGES for part in _pooled(stages[stage])]
+        return torch.cat([deep, *shallow], dim=1).cpu().numpy()  # (N, 1280 + 120)
+
+    def probabilities(self, features: Features) -> None:
+        return None
+
+
+def _pooled(stage: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, C, h, w) -> mean, deviation and centre-weighted mean (B, C)."""
+    y, x = (torch.linspace(-1, 1, side, device=stage.device) for side in stage.shape[-2:])
+    weight = torch.exp(-(y[:, None] ** 2 + x**2) / (2 * CENTRE_WIDTH**2))
+    return stage.mean((2, 3)), stage.std((2, 3)), (stage * weight).sum((2, 3)) / weight.sum()
+
+
+@dataclass(frozen=True)
+class FeatureColumns:
+    """Some columns of a network's features as a network: they are computed and kept on disk with the others."""
+
+    whole: FeatureNetwork
+    name: str
+    columns: slice
+
+    @property
+    def identity(self) -> str:
+        return self.whole.identity
+
+    def features(self, images: Sequence[Image.Image]) -> Features:
+        return self.whole.features(images)[:, self.columns]
+
+    def probabilities(self, features: Features) -> None:
+        return None
 
 
 class Inception:

@@ -25,7 +25,8 @@ from typing import Any, Literal
 import tyro
 
 from common.config import command, parse_options
-from common.files import ensure_writable_directory, read_lines
+from common.files import ensure_writable_directory
+from common.lock import locked
 from common.log import say
 from common.tables import plain_console
 from evaluation.arms import ArmSpec
@@ -121,14 +122,13 @@ class Study:
 
     def __init__(self, pairs: Sequence[Pair], path: Path, seed: int) -> None:
         """Raises ValueError when `path` cannot be written, or holds something else than choices."""
-        ensure_writable_directory(path.parent)
         self.pairs = {pair.id: pair for pair in pairs}
         self.path, self.seed, self.lock = path, seed, threading.Lock()
         self.done: dict[str, set[str]] = defaultdict(set)
         if path.is_file():
-            _drop_half_line(path)
             for line in read_choices(path):
                 self.done[line["rater"]].add(line["pair"])
+            _drop_half_line(path)
 
     def order(self, rater: str) -> list[str]:
         """Ids in this rater's order, the exchanged ones in the second half."""
@@ -203,8 +203,12 @@ class Study:
 
 
 def read_choices(path: Path) -> Iterator[dict[str, Any]]:
-    """Lines of a choices file. Raises ValueError naming a line that is none."""
-    for number, text in enumerate(read_lines(path), 1):
+    """Whole lines of a choices file. Raises ValueError naming a line that is none."""
+    data = path.read_bytes()
+    *whole, rest = data.split(b"\n")
+    if rest and not (whole or rest.startswith(b"{")):
+        whole = [rest]  # no killed server left that
+    for number, text in enumerate(whole, 1):
         try:
             line = json.loads(text)
             names = {"pair", "rater", "sets", "choice", "winner", "exchanged"}
@@ -308,8 +312,12 @@ def main(argv: Sequence[str] | None = None) -> list[Result] | None:
     from evaluation.human_page import serve
 
     pairs = make_pairs(load_sets(options.sets), options.num_pairs, options.repeat_share, options.seed)
-    study = Study(pairs, options.choices, options.seed)
-    with serve(study, options.host, options.port) as server:
+    ensure_writable_directory(options.choices.parent)
+    alone = locked(options.choices.parent, f".{options.choices.name}.lock")
+    with (
+        alone,
+        serve(study := Study(pairs, options.choices, options.seed), options.host, options.port) as server,
+    ):
         say(f"{len(study.pairs)} questions at http://{options.host}:{server.server_port}/ | ctrl-C ends it")
         say(f"choices go to {options.choices}; python -m evaluation.human --results {options.choices}")
         try:

@@ -101,11 +101,11 @@ def measure_all(
 
 def networks_note(networks: Networks) -> Sequence[str]:
     """What is known of the judges themselves, a line each."""
-    if networks.judge is None or "kind_accuracy" not in networks.judge.validation:
+    if networks.judge is None or "category_accuracy" not in networks.judge.validation:
         return []
     known = networks.judge.validation
     lines = []
-    for slot in ("kind", "color"):
+    for slot in ("category", "color"):
         if f"{slot}_accuracy" in known:
             share, low, high = (known[f"{slot}_{n}"] for n in ("accuracy", "low", "high"))
             lines.append(

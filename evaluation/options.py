@@ -5,11 +5,16 @@ from pathlib import Path
 
 from common.checkpoint import newest_run
 from data_tools.index import ShardIndex
-from evaluation import goods_judge
 from evaluation.features import CACHE
+from evaluation.judge import KIND
 from evaluation.parts import MeasureOptions, Networks, Reference
 from evaluation.sets import SampleSet
 from rankers.pairs import AttributeConfig
+
+
+def judge_name() -> str:
+    """The newest judge of runs/; empty where none was trained."""
+    return str(newest_run(KIND) or "")
 
 
 @dataclass(frozen=True)
@@ -23,7 +28,7 @@ class MeasuringOptions:
     train_split: str = "train"
     """Their training split, for memorisation; empty: none."""
     judge: str = ""
-    """Judge of kinds and colours (python -m evaluation.train_judge); empty: the newest of runs/, if there is one."""
+    """Judge of categories and colours (python -m evaluation.train_judge); empty: the newest of runs/, or none."""
     clip: str = ""
     """Ranker that scores texts with pictures, see rankers; never the one that chooses; empty: none."""
     inception: str = ""
@@ -47,7 +52,7 @@ class MeasuringOptions:
 
     def judge_name(self) -> str:
         """Empty where none is named and none was trained."""
-        return self.judge or str(newest_run(goods_judge.KIND) or "")
+        return self.judge or judge_name()
 
     def real_pictures(self, samples: SampleSet) -> Reference:
         """What the set is compared with."""

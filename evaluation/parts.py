@@ -12,10 +12,12 @@ from common.log import say
 from evaluation.attributes import Lexicon
 from evaluation.features import (
     CACHE,
+    FeatureColumns,
     FeatureNetwork,
     Features,
     FeatureStore,
     Inception,
+    JudgeNetwork,
     MirroredPictures,
     Pictures,
     RankerTower,
@@ -24,7 +26,7 @@ from evaluation.features import (
     embed,
     find_inception,
 )
-from evaluation.goods_judge import GoodsJudge
+from evaluation.judge import GoodsJudge
 from evaluation.pixel_colors import ColorHistogram, PixelColors
 from evaluation.reference import Facts, ReferencePictures, common_side
 from evaluation.resampling import Resampling
@@ -39,7 +41,7 @@ class Networks:
     statistics: tuple[FeatureNetwork, ...] = ()
     """For distances between sets, diversity and memorisation; the first is the main one."""
     judge: GoodsJudge | None = None
-    """Names kinds and colours."""
+    """Names categories and colours."""
     scorer: RankerTower | None = None
     """Scores texts with pictures."""
 
@@ -47,22 +49,15 @@ class Networks:
     def load(cls, judge: str = "", clip: str = "", inception: str = "", device: str = "auto") -> "Networks":
         """From a judge's directory, a ranker's name, and the file of FID's weights (empty: torch's hub cache).
 
-        Statistics are on Inception where its weights are, and on the judge; without both on the ranker's tower.
-        Raises FileNotFoundError or ValueError in one sentence; without any network at all too.
+        Statistics are on Inception where its weights are, and on the judge's ImageNet network, which needs no judge.
+        Raises FileNotFoundError or ValueError in one sentence.
         """
         weights = find_inception(inception)
         found_judge = GoodsJudge.from_pretrained(judge, device) if judge else None
         scorer = RankerTower(load_ranker(clip, device)) if clip else None
-        statistics: list[FeatureNetwork] = [Inception(weights, device)] if weights else []
-        statistics += [found_judge] if found_judge else []
-        if not statistics and scorer:
-            statistics.append(scorer)
-        if not statistics:
-            raise ValueError(
-                "no network to measure with: name a judge (--judge, trained by python -m evaluation.train_judge), a "
-                "ranker that did not choose the pictures (--clip), or the weights of FID (--inception)"
-            )
-        return cls(tuple(statistics), found_judge, scorer)
+        network = found_judge.network if found_judge else JudgeNetwork(device=device)
+        statistics: tuple[FeatureNetwork, ...] = (Inception(weights, device),) if weights else ()
+        return cls((*statistics, network.deep), found_judge, scorer)
 
     @property
     def identities(self) -> dict[str, str]:
@@ -97,6 +92,8 @@ class Part:
 
     def features(self, network: FeatureNetwork, mirrored: bool = False) -> Features:
         """(N, D); NaN in the row of a picture that cannot be read. Raises ValueError when none can."""
+        if isinstance(network, FeatureColumns):
+            return self.features(network.whole, mirrored)[:, network.columns]
         if self.whole is not None:
             return self.whole.features(network, mirrored)[self.rows]
         name = network.identity + "m" * mirrored
@@ -205,6 +202,22 @@ class MeasureOptions:
 MOST_COLORED = 5000  # training pictures of known colour that name colours
 
 
+def pixel_colors_of(
+    pictures: ReferencePictures, places: Sequence[int], cache: Path | None
+) -> PixelColors | None:
+    """What names colours in pixels, from those of `pictures` at `places` whose colour is known; None where too few
+    are."""
+    found = [(int(place), pictures.facts(int(place)).color) for place in places]
+    found = [(place, color) for place, color in found if color]
+    found = found[:: max(1, -(-len(found) // MOST_COLORED))]
+    colors = [color for _, color in found]
+    if not PixelColors.enough(colors):
+        return None
+    chosen = SomePictures(pictures, [place for place, _ in found])
+    part = Part(colors, chosen, Resampling(colors, 1), cache)
+    return PixelColors(part.features(ColorHistogram()), colors)
+
+
 class Bench:
     """The parts that are compared, and what is learned from the real ones."""
 
@@ -231,14 +244,7 @@ class Bench:
         if self._colors is None and self.train is not None:
             pictures = self.reference.train
             places = range(len(pictures)) if self.train.rows is None else self.train.rows
-            found = [(int(place), pictures.facts(int(place)).color) for place in places]
-            found = [(place, color) for place, color in found if color]
-            found = found[:: max(1, -(-len(found) // MOST_COLORED))]
-            colors = [color for _, color in found]
-            if PixelColors.enough(colors):
-                chosen = SomePictures(pictures, [place for place, _ in found])
-                part = Part(colors, chosen, Resampling(colors, 1), self.train.cache)
-                self._colors = PixelColors(part.features(ColorHistogram()), colors)
+            self._colors = pixel_colors_of(pictures, places, self.train.cache)
         return self._colors
 
     def train_like_generated(self) -> Part | None:

@@ -2,8 +2,7 @@
 
 No network: a histogram of CIELAB colours over the goods (the middle of the picture, and what is not joined to the
 border), compared with those of reference pictures whose colour is known (k nearest neighbours, Hellinger affinity).
-`evaluation.colors` has the fixed tones of the synthetic goods; shops have twenty names for colours, and where navy
-ends is theirs to say.
+Shops have twenty names for colours, and where navy ends is theirs to say.
 """
 
 import functools
@@ -16,11 +15,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from common.files import sha256_file
-from evaluation.colors import goods_mask, lab_of
 
 _SIDE = 64
 _LIGHT_CELLS, _TONE_CELLS = 7, 9
 _CENTRE_WIDTH = 0.45  # of half a side: the deviation of the weight of the middle
+_BACKGROUND_DISTANCE = 7.0  # CIELAB distance up to which a pixel may be background
 _MIN_MASK = 0.03  # a mask of less than this share of the picture has missed the goods
 NEIGHBOURS = 7
 MIN_PER_COLOR = 5
@@ -115,3 +114,25 @@ def _weight(rgb: NDArray) -> NDArray:
     weight = np.exp(-squared / (2 * _CENTRE_WIDTH**2))
     mask = goods_mask(rgb)
     return weight * (0.05 + mask) if mask.mean() > _MIN_MASK else weight
+
+
+def goods_mask(rgb: np.ndarray) -> np.ndarray:
+    """(S, S) bool from (S, S, 3) in [0, 1]: pixels that no path of background-like pixels joins to the border."""
+    import cv2
+
+    border = [rgb[:2], rgb[-2:], rgb[:, :2], rgb[:, -2:]]
+    background = np.median(np.concatenate([side.reshape(-1, 3) for side in border]), axis=0)
+    like = np.linalg.norm(lab_of(rgb) - lab_of(background[None, None]), axis=2) < _BACKGROUND_DISTANCE
+    if np.ptp(background) > 0.1:  # wood: darker planks and shadows keep its hue, brown goods do not
+        ratio = rgb / np.maximum(background, 1e-3)
+        like |= (np.ptp(ratio, axis=2) < 0.12) & (ratio.mean(axis=2) > 0.5) & (ratio.mean(axis=2) < 1.12)
+    framed = np.pad(like, 1, constant_values=True).astype(np.uint8)
+    _, labels = cv2.connectedComponents(framed, connectivity=4)
+    return labels[1:-1, 1:-1] != labels[0, 0]
+
+
+def lab_of(rgb: np.ndarray) -> np.ndarray:
+    """CIELAB of (H, W, 3) sRGB in [0, 1]: lightness 0..100, a and b about -100..100."""
+    import cv2
+
+    return cv2.cvtColor(np.ascontiguousarray(rgb, dtype=np.float32), cv2.COLOR_RGB2LAB)

@@ -21,11 +21,13 @@ class Facts:
 
     key: str
     caption: str
-    kind: str
+    category: str
     color: str
     """The colour's name where the caption names it."""
     word: str
-    """The noun that the caption uses for the kind."""
+    """The noun that the caption uses for the category."""
+    known_color: str = ""
+    """The colour's name, also where the caption does not name it."""
 
 
 class ReferencePictures:
@@ -81,6 +83,7 @@ class ReferencePictures:
             value_of(meta, self.attributes.label_field),
             color if color in caption else "",
             value_of(meta, self.word_field),
+            color,
         )
 
 

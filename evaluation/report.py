@@ -56,6 +56,9 @@ def page(title: str, sections: Iterable[str]) -> str:
     return f'<!doctype html><html lang="zh"><head>{head}</head><body><h1>{name}</h1>{body}</body></html>\n'
 
 
+METRICS, PAGE = "metrics.json", "report.html"  # of the evaluation and of the arena
+
+
 def write_page(path: Path, title: str, sections: Iterable[str]) -> Path:
     """Atomically. Raises OSError when the file cannot be written."""
     text = page(title, sections)

@@ -19,8 +19,8 @@ from typing import Any, Literal
 import yaml
 
 from common.config import command, parse_options, to_mapping
-from common.files import atomic_path, ensure_writable_directory, write_json
 from common.log import say
+from common.output import OutputDirectory
 from dalle.pipeline import default_checkpoint
 from dalle.sampling import SamplingOptions
 from evaluation.arena import Difference
@@ -46,7 +46,7 @@ class Options(MeasuringOptions):
     checkpoint: str = ""
     """Generator; empty: the one that was trained last."""
     prompts: Path | None = None
-    """File of prompts, see dalle/prompts.py; None: captions of the reference."""
+    """File of prompts, see data_tools/prompts.py; None: captions of the reference."""
     cfg_scales: tuple[float, ...] = (1.0, 2.0, 3.0, 4.0, 6.0)
     """Guidance to try."""
     temperatures: tuple[float, ...] = (0.9, 1.0)
@@ -57,7 +57,7 @@ class Options(MeasuringOptions):
     """Values of top-p to try; 1 keeps all."""
     grid: Literal["one_by_one", "full"] = "one_by_one"
     """One knob after the other, or all combinations."""
-    objectives: tuple[str, ...] = ("frechet_distance", "kind_right")
+    objectives: tuple[str, ...] = ("frechet_distance", "category_right")
     """Figures of evaluation whose mean rank decides; frechet_distance stands for FID too."""
     search_prompts: int = 40
     """Prompts of the search."""
@@ -248,7 +248,6 @@ def run(options: Options) -> Sweep:
     )
     if not isinstance(arm, OwnArm):
         raise ValueError(f"{checkpoint} is no generator of ours: only those have these knobs")
-    ensure_writable_directory(options.out)
     first, second = split_texts(options, arm)
 
     def figures_of(part: str, plan: Plan, sampling: SamplingOptions) -> tuple[SampleSet, dict[str, Figure]]:
@@ -289,14 +288,18 @@ def main(argv: Sequence[str] | None = None) -> Sweep:
     from evaluation.sweep_page import show, write_sweep_page
 
     options = parse_options(Options, argv, description=__doc__)
-    sweep = run(options)
-    show(sweep)
-    write_json(options.out / "sweep.json", sweep.to_json())
-    with atomic_path(options.out / "winner.yaml") as temporary:
+    with OutputDirectory(options.out) as files:
+        files.require_ours(("sweep.json", "sweep.html", "winner.yaml"))
+        sweep = run(options)
+        show(sweep)
+        written = files.write_json("sweep.json", sweep.to_json())
         text = f"# python generate.py TEXT 8 out/ --config {options.out / 'winner.yaml'}\n"
-        temporary.write_text(text + yaml.safe_dump({"sampling": to_mapping(sweep.winner)}), "utf-8")
-    path = write_sweep_page(options.out / "sweep.html", sweep)
-    say(f"wrote {path}, {options.out / 'sweep.json'} and {options.out / 'winner.yaml'}")
+        winner = files.write_text(
+            "winner.yaml", text + yaml.safe_dump({"sampling": to_mapping(sweep.winner)})
+        )
+        with files.writing("sweep.html") as temporary:
+            write_sweep_page(temporary, sweep)
+    say(f"wrote {options.out / 'sweep.html'}, {written} and {winner}")
     say(f"winning flags: {flags(sweep.winner)}")
     return sweep
 

@@ -1,320 +1,297 @@
-"""Train the judge of goods: kind and colour of a picture, from the facts in the shards' JSON.
+"""Train the judge of goods: category and colour of an image, from the facts in the shards' JSON.
 
-    python -m evaluation.train_judge                                        # the embedded default, a minute on a CPU
-    python -m evaluation.train_judge --config configs/goods_128/judge.yaml
+    python -m evaluation.train_judge                                        # the embedded default
+    python -m evaluation.train_judge --config configs/goods_128/judge.yaml  # 10 minutes on a core of a CPU
     python -m evaluation.train_judge --data DIR --attributes.label-field category
 
-Needs image shards whose JSON names the kind; the colour is learned where it is named. The same command started again
-goes on from the newest checkpoint. The judge must not share weights or objective with any ranker: it says which
-picture a ranker was right to choose.
+Needs image shards whose JSON names the category; the colour is learned where it is named. Features of a frozen ImageNet
+network are taken once and kept by the content of each image (a run that was killed goes on there), then two linear
+heads are fitted to them: multinomial logistic regression, a convex problem with one solution, so there is no seed.
 """
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from common import checkpoint
 from common.config import command, parse_options, to_mapping
-from common.distributed import BatchPlan, EngineName, World, batch_plan, make_engine, start_world, stop_world
-from common.image import make_grid, resize_square, to_image, to_tensor
+from common.files import ensure_writable_directory, write_json
+from common.image import make_grid
 from common.log import say
-from common.loop import LoopConfig, fit
-from common.optim import Ema, OptimConfig, learning_rate, make_optimizer
-from common.precision import Precision, autocast
-from data_tools.holdout import open_splits
 from data_tools.index import ShardIndex
-from data_tools.loader import IMAGE_SUFFIXES, CorruptSample, eval_batches, open_image, train_batches
+from data_tools.loader import IMAGE_SUFFIXES
 from data_tools.synthetic import ensure_synthetic
-from evaluation.goods_judge import JudgeNetwork, JudgeSizes, Vocabulary, save_judge
-from evaluation.judge import degrade
+from evaluation.features import CACHE, INPUT_SIZE, FeatureStore, JudgeNetwork, embed
+from evaluation.judge import GoodsJudge, JudgeHeads, Vocabulary, save_judge
+from evaluation.reference import Facts, ReferencePictures
 from evaluation.statistics import wilson
-from rankers.growing import at_size, check_train_sizes, train_size
-from rankers.pairs import AttributeConfig, CropAugment, read_meta, value_of
+from rankers.pairs import AttributeConfig
+from vq.labels import LABEL_KEYS
 
 EMBEDDED = Path("data/synthetic")
-MAX_KINDS = 5000
+MAX_CATEGORIES = 5000
+TOP = 5
 
 
 @dataclass(frozen=True)
 class Options:
-    """Image shards -> judge of kinds and colours."""
+    """Image shards -> judge of categories and colours."""
 
     data: str = ""
     """Folder of image shards (train-*.tar, val-*.tar); empty: the embedded default in data/synthetic."""
     attributes: AttributeConfig = field(default_factory=AttributeConfig)
+    """Which fields of the JSON name category and colour."""
     word_field: str = "item_zh"
-    """Field with the noun that a caption uses for the kind, where it is another than the label; empty: none."""
-    model: JudgeSizes = field(default_factory=JudgeSizes)
-    augment: CropAugment = field(default_factory=lambda: CropAugment(min_area=0.5, light=0.05))
-    train_sizes: tuple[int, ...] = (64,)
-    """Sides in pixels of the training pictures, one after the other in equal parts of the run."""
-    degrade: float = 0.4
-    """Share of pictures blurred, made coarse, compressed or noisy, as generated ones may be."""
-    color_weight: float = 0.5
-    """Weight of the colour's loss beside the kind's."""
-    label_smoothing: float = 0.1
-    """Probability spread over the other kinds."""
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-3, warmup_steps=50, beta2=0.98))
-    loop: LoopConfig = field(
-        default_factory=lambda: LoopConfig(
-            run_dir=Path("runs/judge"), num_steps=300, global_batch_size=64, eval_every=150, save_every=150
-        )
-    )
-    ema_decay: float = 0.99
-    """Decay of the moving average of weights that is saved."""
-    val_pictures: int = 2000
-    """Validation pictures an evaluation looks at."""
-    engine: EngineName = "auto"
-    """auto: DeepSpeed under its launcher, DDP under torchrun, else plain."""
+    """Field with the noun that a caption uses for the category, where it is another than the label; empty: none."""
+    image_sizes: tuple[int, ...] = (128,)
+    """Sides in pixels at which images are learned, those at which images will be judged."""
+    input_size: int = INPUT_SIZE
+    """Side in pixels to which images are resized for the frozen network."""
+    l2: float = 3e-3
+    """Weight of the squared weights of the head of categories."""
+    color_l2: float = 3e-3
+    """The same of the head of colours, which has fewer images to learn from."""
+    max_iterations: int = 150
+    """Iterations of L-BFGS a head."""
+    max_images: int = 0
+    """Training images at most, the first ones; 0: all."""
+    run_dir: Path = Path("runs/judge")
+    """Directory of the judge."""
+    cache: Path = CACHE
+    """Folder where features of images are kept."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
-    precision: Precision = "auto"
-    """auto takes bf16 autocast where the machine has it."""
-    num_workers: int = 1
-    """Processes that decode pictures; 0 decodes in the training process."""
 
     def __post_init__(self) -> None:
-        check_train_sizes(self.train_sizes)
-        if not 0 <= self.degrade <= 1 or not 0 <= self.label_smoothing < 1 or self.color_weight < 0:
+        if not self.image_sizes or min(self.image_sizes) < 32:
+            raise ValueError(f"image_sizes must be at least 32, not {list(self.image_sizes)}")
+        if self.input_size < 32:
+            raise ValueError(f"input_size must be at least 32, not {self.input_size}")
+        if min(self.l2, self.color_l2) <= 0 or self.max_iterations < 1 or self.max_images < 0:
             raise ValueError(
-                "degrade must lie in [0, 1], label_smoothing in [0, 1) and color_weight not be negative"
+                "l2 and color_l2 must be above 0, max_iterations at least 1 and max_images not negative"
             )
-        if not 0 < self.ema_decay < 1:
-            raise ValueError(f"ema_decay must lie between 0 and 1, not {self.ema_decay}")
         if not self.attributes.label_field:
             raise ValueError(
-                "the judge learns kinds: name the field that holds them, --attributes.label-field"
+                "the judge learns categories: name the field that holds them, --attributes.label-field"
             )
-
-
-def scan_words(index: ShardIndex, attributes: AttributeConfig, word_field: str) -> Vocabulary:
-    """Kinds, colours and the words for kinds, over all samples. Raises ValueError for fewer than two kinds."""
-    kinds, colors = set(), set()
-    names: dict[str, set[str]] = {}
-    for i in range(len(index)):
-        meta = _meta(index, i)
-        kind = value_of(meta, attributes.label_field)
-        if kind:
-            kinds.add(kind)
-            for word in {kind, value_of(meta, word_field)} - {""}:
-                names.setdefault(word, set()).add(kind)
-        colors.add(value_of(meta, attributes.color_field))
-    if not 2 <= len(kinds) <= MAX_KINDS:
-        raise ValueError(
-            f"the field {attributes.label_field} of {index.paths[0].parent} has {len(kinds)} values: a judge needs 2 "
-            f"to {MAX_KINDS} kinds of goods; name another field with --attributes.label-field"
-        )
-    colors -= {""}
-    words = {word: sorted(meant) for word, meant in sorted(names.items())}
-    return Vocabulary(tuple(sorted(kinds)), tuple(sorted(colors)) if len(colors) > 1 else (), words)
-
-
-def _meta(index: ShardIndex, i: int) -> dict[str, Any]:
-    """{} where the JSON is damaged: such a sample is counted when its picture is read."""
-    try:
-        return read_meta(index.read(i, ("json",)).get("json", b""))
-    except CorruptSample:
-        return {}
 
 
 @dataclass(frozen=True)
-class DecodeFacts:
-    """Sample -> image (3, S, S) in [-1, 1], kind and color () long, -1 for none, key."""
+class Labelled:
+    """Images of one split at one size, with what the shards say of them."""
 
-    image_size: int
-    words: Vocabulary
-    attributes: AttributeConfig
-    augment: CropAugment | None = None
-    degrade: float = 0.0
+    images: ReferencePictures
+    facts: tuple[Facts, ...]
 
-    def __call__(self, index: ShardIndex, i: int, rng: np.random.Generator) -> dict[str, Any]:
-        members = index.read(i, (*IMAGE_SUFFIXES, "json"))
-        image = open_image(next((members[s] for s in IMAGE_SUFFIXES if s in members), b""))
-        meta = read_meta(members.get("json", b""))
-        return {
-            "image": self._pixels(image, rng),
-            "kind": torch.tensor(_place(self.words.kinds, value_of(meta, self.attributes.label_field))),
-            "color": torch.tensor(_place(self.words.colors, value_of(meta, self.attributes.color_field))),
-            "key": index.samples[i].key,
-        }
-
-    def _pixels(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
-        if self.augment is None:
-            return to_tensor(resize_square(image, self.image_size))
-        square = resize_square(image, round(self.image_size * 1.15))
-        if rng.random() < self.degrade:
-            square = degrade(rng, square)
-        return self.augment(square, self.image_size, rng)
+    @classmethod
+    def of_split(cls, options: Options, split: str, side: int) -> "Labelled":
+        """Raises FileNotFoundError or ValueError when the shards cannot be read."""
+        source = options.data or str(EMBEDDED)
+        index = ShardIndex.open(source, split).require(*IMAGE_SUFFIXES)
+        limit = options.max_images if split == "train" else 0
+        images = ReferencePictures(index, side, options.attributes, options.word_field, limit)
+        found = tuple(images.facts(i) for i in range(len(images)))
+        if not any(fact.category for fact in found):
+            images, found = _by_other_field(options, index, side, limit) or (images, found)
+        return cls(images, found)
 
 
-def _place(names: Sequence[str], name: str) -> int:
-    return names.index(name) if name in names else -1
-
-
-class JudgeTask:
-    """Loss and optimizer order of one step."""
-
-    validation_metric = "kind_error"
-
-    def __init__(
-        self, options: Options, world: World, plan: BatchPlan, val: ShardIndex, words: Vocabulary
-    ) -> None:
-        self.options, self.world, self.val, self.words = options, world, val, words
-        torch.manual_seed(options.loop.seed)
-        sizes = (options.model, len(words.kinds), len(words.colors))
-        self.model = JudgeNetwork(*sizes).to(world.device)
-        self.finished = JudgeNetwork(*sizes).to(world.device)
-        self.ema = Ema(self.model, options.ema_decay)
-        optimizer = make_optimizer(self.model, options.optim)
-        self.engine = make_engine(self.model, optimizer, world, plan, options.optim.grad_clip, options.engine)
-        self.plan = plan
-        self.figures: dict[str, float] = {}
-        self.wrong: list[Image.Image] = []
-        self.evaluated_step = -1
-
-    def train_step(self, batch: dict[str, Any], step: int) -> dict[str, float]:
-        options, device = self.options, self.world.device
-        self.model.train()
-        lr = learning_rate(options.optim, step, options.loop.num_steps)
-        self.engine.set_lr(lr)
-        tensors = {name: batch[name] for name in ("image", "kind", "color")}
-        sums: dict[str, float] = {}
-        for micro in self.engine.micro_batches(tensors, self.plan.accumulation):
-            parts = self.losses({name: value.to(device) for name, value in micro.items()}, step)
-            self.engine.backward(parts["loss"])
-            for name, value in parts.items():
-                sums[name] = sums.get(name, 0.0) + float(value.detach()) / self.plan.accumulation
-        sums["grad_norm"] = self.engine.step()
-        with self.engine.full_weights() as model:
-            self.ema.update(model)
-        return sums | {"lr": lr}
-
-    def losses(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-        """Cross-entropies over the pictures whose kind, and whose colour, is known; float32."""
-        options = self.options
-        images = at_size(batch["image"], train_size(options.train_sizes, step, options.loop.num_steps))
-        with autocast(self.world.device, options.precision):
-            kinds, colors = self.engine.model(images)
-        kind = mean_cross_entropy(kinds, batch["kind"], options.label_smoothing)
-        color = mean_cross_entropy(colors, batch["color"], 0.0)
-        right = (kinds.argmax(1) == batch["kind"]).float().mean()
-        loss = kind + options.color_weight * color
-        return {"loss": loss, "kind_loss": kind, "color_loss": color, "batch_accuracy": right}
-
-    @torch.no_grad()
-    def evaluate(self, step: int) -> dict[str, float]:
-        """Shares right over the validation pictures with 95 % intervals; every process does the same."""
-        self.finished.load_state_dict(self.ema.shadow)
-        self.finished.eval()
-        decode = DecodeFacts(self.options.model.image_size, self.words, self.options.attributes)
-        hits: dict[str, list[bool]] = {"kind": [], "color": []}
-        self.wrong = []
-        for batch in eval_batches(self.val, decode, 64, self.options.val_pictures):
-            logits = dict(zip(hits, self.finished(batch["image"].to(self.world.device)), strict=True))
-            for name, found in hits.items():
-                known = (batch[name] >= 0).nonzero()[:, 0]
-                if len(known):
-                    right = logits[name].argmax(1).cpu()[known] == batch[name][known]
-                    found += right.tolist()
-                    if name == "kind":
-                        self.wrong += [to_image(batch["image"][i]) for i in known[~right]]
-        if not hits["kind"]:
-            raise ValueError(f"no validation picture of {self.val.paths[0].parent} has a known kind")
-        self.figures = {"kind_error": 1 - sum(hits["kind"]) / len(hits["kind"])}
-        for name, found in hits.items():
-            if found:
-                share = wilson(sum(found), len(found))
-                self.figures |= {f"{name}_accuracy": share.value, f"{name}_low": share.low}
-                self.figures |= {f"{name}_high": share.high, f"{name}_count": float(len(found))}
-        self.evaluated_step = step
-        return self.figures
-
-    def sample(self, step: int) -> dict[str, Image.Image]:
-        """The first 64 validation pictures whose kind is named wrong."""
-        if self.evaluated_step != step:
-            self.evaluate(step)
-        return {"kind_wrong": make_grid(self.wrong[:64])} if self.wrong else {}
-
-    def state(self) -> dict[str, Any]:
-        state = {"config": self.config(), "weights": self.engine.weights(), "engine": self.engine.state()}
-        return state | {"ema": self.ema.state()}
-
-    def config(self) -> dict[str, Any]:
-        return to_mapping(self.options.model) | {"vocabulary": to_mapping(self.words)}
-
-    def save(self, directory: Path, step: int, state: dict[str, Any]) -> None:
-        if self.evaluated_step != step:
-            self.evaluate(step)
-        save_judge(directory, self.options.model, self.words, self.ema.shadow, step, self.figures)
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Raises ValueError when the run directory holds a judge of other sizes or other kinds."""
-        before, now = state["config"], self.config()
-        changed = [name for name in now if now[name] != before.get(name)]
-        if changed:
-            raise ValueError(
-                f"{self.options.loop.run_dir} holds a judge with another {changed[0]}: choose another "
-                "--loop.run-dir, or the options and data that it was started with"
+def _by_other_field(
+    options: Options, index: ShardIndex, side: int, limit: int
+) -> tuple[ReferencePictures, tuple[Facts, ...]] | None:
+    """By the first usual name of a label that these shards have, where they lack the field of the options."""
+    for name in LABEL_KEYS:
+        attributes = AttributeConfig(name, options.attributes.color_field, options.attributes.fact_fields)
+        images = ReferencePictures(index, side, attributes, options.word_field, limit)
+        found = tuple(images.facts(i) for i in range(len(images)))
+        if any(fact.category for fact in found):
+            say(
+                f"no image of {images.name} has {options.attributes.label_field!r}: categories are read from {name!r}"
             )
-        self.engine.load_state(state["weights"], state["engine"])
-        self.ema.load_state(state["ema"])
-        self.evaluated_step = -1
+            return images, found
+    return None
 
 
-def mean_cross_entropy(logits: Tensor, target: Tensor, smoothing: float) -> Tensor:
-    """Over the rows with a target of 0 or more, in float32; 0 with a gradient of 0 where there is none."""
-    known = target >= 0
-    if not bool(known.any()):
-        return logits.float().sum() * 0.0
-    return F.cross_entropy(logits.float()[known], target[known], label_smoothing=smoothing)
+def scan_vocabulary(facts: Sequence[Facts], where: str, label_field: str) -> Vocabulary:
+    """Categories, colours and the words for categories. Raises ValueError for fewer than two categories."""
+    categories = Counter(fact.category for fact in facts if fact.category)
+    if not categories:
+        raise ValueError(
+            f"none of the {len(facts)} images of {where} has a category: a judge needs the field {label_field!r} (or "
+            f"{', '.join(LABEL_KEYS)}) in every KEY.json; name yours with --attributes.label-field"
+        )
+    if len(categories) == 1:
+        raise ValueError(
+            f"all labelled images of {where} are of one category, {next(iter(categories))!r}: a judge needs at least "
+            "two to tell apart; name a finer field with --attributes.label-field"
+        )
+    if len(categories) > MAX_CATEGORIES:
+        raise ValueError(
+            f"{label_field!r} has {len(categories)} values in {where}, more than {MAX_CATEGORIES}: it looks like a "
+            "title, not a category; name another field with --attributes.label-field"
+        )
+    names: dict[str, set[str]] = {}
+    for fact in facts:
+        for word in {fact.category, fact.word} - {""} if fact.category else ():
+            names.setdefault(word, set()).add(fact.category)
+    colors = sorted({fact.known_color for fact in facts if fact.known_color})
+    words = {word: sorted(meant) for word, meant in sorted(names.items())}
+    return Vocabulary(tuple(sorted(categories)), tuple(colors) if len(colors) > 1 else (), words)
 
 
-def open_data(options: Options, world: World) -> tuple[ShardIndex, ShardIndex]:
-    """Training and validation shards."""
-    source = options.data or str(EMBEDDED)
-    if not options.data:
-        if world.is_main:
-            say("no --data given: training on the embedded default, drawn by data_tools.synthetic")
-            if not any(EMBEDDED.glob("train-*.tar")):
-                ensure_synthetic(EMBEDDED)
-        world.barrier()
-    return tuple(index.require(*IMAGE_SUFFIXES) for index in open_splits(source))
+def fit_head(
+    features: Tensor, targets: Tensor, num_classes: int, l2: float, max_iterations: int
+) -> tuple[Tensor, Tensor]:
+    """(N, D) standardised features, (N,) classes -> weight (C, D) and bias (C,) of logistic regression.
+
+    Minimises the mean cross-entropy plus l2 / 2 times the squared weights by L-BFGS from zero.
+    """
+    weight = torch.zeros(num_classes, features.shape[1], requires_grad=True)
+    bias = torch.zeros(num_classes, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [weight, bias], max_iter=max_iterations, history_size=10, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(features @ weight.T + bias, targets) + 0.5 * l2 * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return weight.detach(), bias.detach()
+
+
+def fit_heads(
+    network: JudgeNetwork, words: Vocabulary, features: NDArray, facts: Sequence[Facts], options: Options
+) -> JudgeHeads:
+    """Both heads, each on the images (N, D) whose class is known."""
+    rows = torch.from_numpy(features)
+    heads = JudgeHeads(network.num_deep, network.num_shallow, len(words.categories), len(words.colors))
+    heads.mean.copy_(rows.mean(0))
+    heads.scale.copy_(rows.std(0) + 1e-3)
+    deep, shallow = heads.standardised(rows)
+    tasks = [("category", heads.category, deep, words.categories, options.l2)]
+    tasks += [("color", heads.color, shallow, words.colors, options.color_l2)] * (heads.color is not None)
+    for name, head, inputs, classes, l2 in tasks:
+        number = {value: i for i, value in enumerate(classes)}
+        values = [fact.category if name == "category" else fact.known_color for fact in facts]
+        known = [i for i, value in enumerate(values) if value]
+        targets = torch.tensor([number[values[i]] for i in known])
+        say(f"fitting the head of {len(classes)} values of {name} to {len(known)} rows of features")
+        fitted = fit_head(inputs[known], targets, len(classes), l2, options.max_iterations)
+        with torch.no_grad():
+            head.weight.copy_(fitted[0])
+            head.bias.copy_(fitted[1])
+    return heads.eval()
+
+
+def take_features(
+    network: JudgeNetwork, sizes: Sequence[Labelled], options: Options
+) -> tuple[NDArray, list[Facts]]:
+    """Features (N, D) and facts of the readable images, every image at every size."""
+    rows, facts = [], []
+    for data in sizes:
+        found, kept = embed(network, data.images, FeatureStore(network, options.cache))
+        rows.append(found)
+        facts += [data.facts[i] for i in kept]
+    return np.concatenate(rows), facts
+
+
+def validate(
+    judge: GoodsJudge, features: NDArray, facts: Sequence[Facts]
+) -> tuple[dict[str, float], NDArray]:
+    """Shares named right with 95 % intervals, and which images (N,) have a category that is named wrong."""
+    number = {name: i for i, name in enumerate(judge.words.categories)}
+    wanted = np.array([number.get(fact.category, -1) for fact in facts])
+    order = np.argsort(-judge.probabilities(features), axis=1, kind="stable")
+    hits = {
+        "category": (order[:, 0] == wanted)[wanted >= 0],
+        f"category_top{TOP}": (order[:, :TOP] == wanted[:, None]).any(1)[wanted >= 0],
+    }
+    if judge.words.colors:
+        places = {name: i for i, name in enumerate(judge.words.colors)}
+        colors = np.array([places.get(fact.known_color, -1) for fact in facts])
+        hits["color"] = (judge.color_probabilities(features).argmax(1) == colors)[colors >= 0]
+    metrics: dict[str, float] = {}
+    for name, found in hits.items():
+        if len(found):
+            share = wilson(int(found.sum()), len(found))
+            metrics |= {f"{name}_accuracy": share.value, f"{name}_low": share.low, f"{name}_high": share.high}
+            metrics[f"{name}_count"] = float(len(found))
+    return metrics, (order[:, 0] != wanted) & (wanted >= 0)
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
-    """Train; returns the last evaluation."""
+    """Fit the heads; returns the shares named right on the validation images."""
     options = parse_options(Options, argv, description=__doc__)
-    loop, world = options.loop, start_world(options.device)
+    run_dir = ensure_writable_directory(options.run_dir)
+    lock = checkpoint.Lock(run_dir)
+    if lock.is_taken:
+        raise ValueError(f"{run_dir} is being written by another process: choose another --run-dir")
     try:
-        plan = batch_plan(loop.global_batch_size, world.size, loop.micro_batch_size)
-        train, val = open_data(options, world)
-        words = scan_words(train, options.attributes, options.word_field)
-        task = JudgeTask(options, world, plan, val, words)
-        if world.is_main:
-            for problem in train.problems + val.problems:
-                say(f"note: {problem}")
-            count = sum(p.numel() for p in task.model.parameters())
-            say(
-                f"{len(train)} pictures, {count / 1e6:.1f}M parameters, {len(words.kinds)} kinds, {len(words.colors)} "
-                "colours"
-            )
-        sizes = (max(options.train_sizes), words, options.attributes)
-        decode = DecodeFacts(*sizes, options.augment, options.degrade)
-
-        def batches(start_sample: int) -> Iterator[dict[str, Any]]:
-            size, workers = plan.global_batch_size, options.num_workers
-            return train_batches(train, decode, size, world, loop.seed, start_sample, workers)
-
-        return fit(task, batches, loop, world, to_mapping(options))
+        if not options.data:
+            say("no --data given: training on the embedded default, made by data_tools.synthetic")
+            if not any(EMBEDDED.glob("train-*.tar")):
+                ensure_synthetic(EMBEDDED)
+        sizes = [Labelled.of_split(options, "train", side) for side in options.image_sizes]
+        words = scan_vocabulary(sizes[0].facts, sizes[0].images.name, options.attributes.label_field)
+        val = [Labelled.of_split(options, "val", side) for side in options.image_sizes]
+        network = JudgeNetwork(options.input_size, options.device)
+        return _train(options, network, words, sizes, val)
     finally:
-        stop_world()
+        lock.release()
+
+
+def _train(
+    options: Options,
+    network: JudgeNetwork,
+    words: Vocabulary,
+    train: Sequence[Labelled],
+    val: Sequence[Labelled],
+) -> dict[str, float]:
+    checkpoint.clean(options.run_dir)
+    labelled = sum(bool(fact.category) for fact in train[0].facts)
+    say(
+        f"{len(train[0].facts)} images, {labelled} with one of {len(words.categories)} categories, "
+        f"{len(words.colors)} colours; features of {network.name} at {network.input_size} pixels"
+    )
+    heads = fit_heads(network, words, *take_features(network, train, options), options)
+    judge = GoodsJudge(network, heads, words, "")
+    shown, metrics = [], {}
+    for data in val:
+        features, facts = take_features(network, [data], options)
+        found, wrong = validate(judge, features, facts)
+        if "category_accuracy" not in found:
+            raise ValueError(f"no validation image of {data.images.name} has a category that was learned")
+        for name in ("category", f"category_top{TOP}", "color"):
+            if f"{name}_accuracy" in found:
+                share = [found[f"{name}_{part}"] for part in ("accuracy", "low", "high")]
+                say(
+                    f"{data.images.side} px | {name} right {share[0]:.1%} [{share[1]:.1%}, {share[2]:.1%}] of "
+                    f"{found[f'{name}_count']:.0f} real held-out images"
+                )
+        place = {
+            fact.key: i for i, fact in enumerate(data.facts)
+        }  # images that cannot be read have no features
+        shown = shown or [data.images.open(place[facts[i].key]) for i in np.flatnonzero(wrong)[:64]]
+        metrics = metrics or found
+    with checkpoint.new_step_directory(options.run_dir, 1) as directory:
+        save_judge(directory, network, heads, words, 1, metrics)
+        write_json(directory / "train_config.json", to_mapping(options))
+        if shown:
+            make_grid(shown).save(directory / "category_wrong.png")
+    say(f"wrote {options.run_dir / 'latest'}")
+    return metrics
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ ranker = load_ranker("runs/ranker,likelihood:out")                        # mean
 from pathlib import Path
 from typing import Any
 
-DEFAULT_RANKER = Path("pretrained/goods-128/ranker")
+import common  # noqa: F401 (before torch: Ctrl-C meanwhile leaves no traceback)
+
+DEFAULT_RANKER = "pretrained/goods-128/ranker"
 
 
 def load_ranker(name: str | Path, device: str = "auto", precision: str = "auto") -> Any:
@@ -38,10 +40,11 @@ def load_ranker(name: str | Path, device: str = "auto", precision: str = "auto")
 def default_ranker() -> Path:
     """The newest ranker trained here, else the one that ships. Raises FileNotFoundError saying how to get one."""
     from common.checkpoint import newest_run
+    from common.files import shipped
 
     found = newest_run("ranker")
-    if found is None and (DEFAULT_RANKER / "config.json").is_file():
-        found = DEFAULT_RANKER
+    if found is None and (shipped(DEFAULT_RANKER) / "config.json").is_file():
+        found = shipped(DEFAULT_RANKER)
     if found is None:
         raise FileNotFoundError(
             f"no ranker was trained under runs/ and none lies in {DEFAULT_RANKER}: train one with "

@@ -9,11 +9,10 @@
 """
 
 import json
-import pickle
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import parse_qsl
 
 import numpy as np
@@ -28,6 +27,7 @@ from common.precision import autocast
 from rankers.base import TwoTowerRanker, as_rgb, content_hash
 from rankers.brivl_model import Brivl, BrivlConfig
 from rankers.calibration import find_calibration
+from vq.foreign import read_foreign, require_finite, tensors_of, unwrapped
 
 Box = tuple[float, float, float, float]
 
@@ -65,6 +65,7 @@ def brivl_ranker(name: str, device: str = "auto", precision: str = "auto") -> Tw
         need = "needs" if PRESETS[preset].takes_boxes else "takes no"
         raise ValueError(f"brivl:{name}: the preset {preset} {need} boxes=FILE.jsonl of detector boxes")
     boxes = read_boxes(Path(options["boxes"])) if "boxes" in options else None
+    path = os.path.expanduser(path)
     model = load_brivl(Path(path), BrivlConfig())
     vocab = Path(options.get("vocab", Path(path).parent / "vocab.txt"))
     towers = BrivlTowers(f"brivl:{name}", model, PRESETS[preset], vocab, boxes, device, precision)
@@ -181,22 +182,15 @@ def load_brivl(path: Path, config: BrivlConfig) -> Brivl:
             f"no BriVL weights {path}: get brivl-with-roberta-base.pth of the brivl-nmi project, or "
             "BriVL-1.0-5500w.pth where you have it"
         )
-    try:
-        values: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        LookupError,
-    ) as error:  # the last: no pickle at all
-        raise ValueError(f"{path} cannot be read as a file of plain tensors") from error
+    values = read_foreign(path)
     if not isinstance(values, dict) or not isinstance(values.get("learnable"), dict):
         raise ValueError(f"{path} is no BriVL checkpoint: it has no entry 'learnable'")
     kept = {
         name: tensor
-        for name, tensor in values["learnable"].items()
+        for name, tensor in unwrapped(tensors_of(values["learnable"], path), r"(?:img|text)encoder\.").items()
         if name.startswith(("imgencoder.", "textencoder.")) and not name.endswith("position_ids")
     }
+    require_finite(kept, path)
     with torch.device("meta"):
         model = Brivl(config)
     wanted = model.state_dict()

@@ -17,15 +17,26 @@ from rankers.calibration import find_calibration
 from rankers.clip import RankerTowers
 from rankers.model import ModelConfig, RankerModel, one_axis
 from rankers.text import RankerTokenizer
+from vq.foreign import read_tensors, require_finite, unwrapped
 
 MAX_TEXT_LEN = 52  # [CLS] and [SEP] included: what all published models were trained with
 TOWER_FILES = (
     "config.json",
     "preprocessor_config.json",
+    "processor_config.json",
     "vocab.txt",
     "tokenizer.json",
     "tokenizer_config.json",
 )
+
+
+WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+ANCHOR = r"text_model\.|vision_model\.|text_projection\.|logit_scale"  # how names of the model begin
 
 
 def chinese_clip_ranker(name: str, device: str = "auto", precision: str = "auto") -> TwoTowerRanker:
@@ -46,7 +57,7 @@ def find_folder(name: str) -> Path:
         if not (path / "config.json").is_file():
             raise FileNotFoundError(f"{path} is no Chinese-CLIP folder: it holds no config.json")
         return path
-    patterns = [*TOWER_FILES, "model.safetensors", "pytorch_model.bin"]
+    patterns = [*TOWER_FILES, *WEIGHTS, "model-*.safetensors", "pytorch_model-*.bin"]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -58,15 +69,21 @@ def find_folder(name: str) -> Path:
 
 def load_folder(folder: Path) -> tuple[RankerModel, RankerTokenizer]:
     """Weights and tokenizer of a folder. Raises ValueError when the folder holds another model."""
-    from transformers import ChineseCLIPModel
+    from transformers import ChineseCLIPConfig, ChineseCLIPModel
 
     config = model_config(folder)
-    if not any((folder / name).is_file() for name in ("model.safetensors", "pytorch_model.bin")):
-        raise FileNotFoundError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
+    weights = {}
+    for path in weight_files(folder):
+        weights |= read_tensors(path)
+        require_finite(weights, path)
     with torch.device("meta"):
         model = RankerModel(config, folder)
     loaded, report = ChineseCLIPModel.from_pretrained(
-        str(folder), dtype=torch.float32, output_loading_info=True
+        None,
+        config=ChineseCLIPConfig.from_pretrained(str(folder)),
+        state_dict=unwrapped(weights, ANCHOR),
+        dtype=torch.float32,
+        output_loading_info=True,
     )
     missing = sorted(report["missing_keys"])
     if missing:
@@ -78,25 +95,59 @@ def load_folder(folder: Path) -> tuple[RankerModel, RankerTokenizer]:
     return model.eval(), RankerTokenizer(folder, config.max_text_len)
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """One file, or the shards that an index lists. Raises FileNotFoundError or ValueError naming what is missing."""
+    found = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    if found is None:
+        raise FileNotFoundError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
+    if found.suffix != ".json":
+        return [found]
+    shards = _mapping(found).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise ValueError(f"{found} lists no weights")
+    names = sorted({Path(str(name)).name for name in shards.values()})
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{found} lists {missing[0]}, which is not in {folder}: download it too")
+    return [folder / name for name in names]
+
+
+def _pictures(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """How pictures are prepared: in a file of its own, or, from transformers 5 on, in the processor's."""
+    path = folder / "preprocessor_config.json"
+    if path.is_file() or not (folder / "processor_config.json").is_file():
+        return path, _mapping(path)
+    path = folder / "processor_config.json"
+    values = _mapping(path).get("image_processor")
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"{path} says nothing of an image_processor, nor is there a preprocessor_config.json"
+        )
+    return path, values
+
+
 def model_config(folder: Path) -> ModelConfig:
     """The folder's preprocessing as a ranker's config; its towers are described by the folder itself."""
     values = _mapping(folder / "config.json")
     if values.get("model_type") != "chinese_clip":
         raise ValueError(f"{folder} holds a model of type {values.get('model_type')!r}, not 'chinese_clip'")
-    pictures = _mapping(folder / "preprocessor_config.json")
+    path, pictures = _pictures(folder)
     if pictures.get("do_center_crop") is not False or pictures.get("resample", 3) != 3:
         raise ValueError(
-            f"{folder}/preprocessor_config.json does not squash pictures bicubically (do_center_crop false, resample "
+            f"{path} does not squash pictures bicubically (do_center_crop false, resample "
             "3) as the published Chinese-CLIP models do"
         )
-    size = pictures["size"]
-    side = size if isinstance(size, int) else size.get("height", size.get("shortest_edge"))
+    lacking = [name for name in ("size", "image_mean", "image_std") if not pictures.get(name)]
+    size = pictures.get("size")
+    side = size.get("height", size.get("shortest_edge")) if isinstance(size, dict) else size
+    if lacking or not isinstance(side, int):
+        raise ValueError(f"{path} does not say {', '.join(lacking) or 'a size in pixels'}")
     length = min(MAX_TEXT_LEN, values["text_config"].get("max_position_embeddings", 512))
     return ModelConfig(
         architecture="chinese_clip",
         image_tower="chinese_clip",
         embed_dim=values.get("projection_dim", 512),
-        image_size=int(side),
+        image_size=side,
         max_text_len=length,
         mean=tuple(pictures["image_mean"]),
         std=tuple(pictures["image_std"]),

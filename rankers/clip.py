@@ -5,6 +5,8 @@ xlm-roberta-large-ViT-H-14/frozen_laion5b_s13b_b90k (1.2B), nllb-clip-base-sigli
 recall on Chinese captions is near chance.
 """
 
+import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from rankers.base import TwoTowerRanker
 from rankers.calibration import find_calibration
 from rankers.model import RankerModel, load_model
 from rankers.text import RankerTokenizer
+from vq.foreign import read_tensors, require_finite, unwrapped
 
 
 class RankerTowers:
@@ -112,7 +115,7 @@ def published_ranker(name: str, device: str = "auto", precision: str = "auto") -
 
     model_name, tag = _split_name(name, open_clip)
     try:
-        model, _, transform = open_clip.create_model_and_transforms(model_name, pretrained=tag)
+        model, transform = _from_file(model_name, Path(tag)) if "@" in name else _from_tag(model_name, tag)
         tokenizer = open_clip.get_tokenizer(model_name)
     except (OSError, RuntimeError) as error:  # open_clip wraps download errors in both
         raise FileNotFoundError(
@@ -123,9 +126,45 @@ def published_ranker(name: str, device: str = "auto", precision: str = "auto") -
     return TwoTowerRanker(towers, find_calibration(towers.name))
 
 
+def _from_tag(model_name: str, tag: str) -> tuple[Any, Any]:
+    import open_clip
+
+    model, _, transform = open_clip.create_model_and_transforms(model_name, pretrained=tag)
+    return model, transform
+
+
+def _from_file(model_name: str, path: Path) -> tuple[Any, Any]:
+    """Weights of `model_name` from a file that may have been wrapped. Raises ValueError where they are of another."""
+    import open_clip
+    from open_clip.factory import load_checkpoint
+
+    tensors = unwrapped(read_tensors(path), r"visual\.|text\.|transformer\.|positional_embedding|logit_scale")
+    require_finite(tensors, path)
+    model, _, transform = open_clip.create_model_and_transforms(
+        model_name, pretrained=None, load_weights=False, pretrained_text=False
+    )
+    with (
+        tempfile.TemporaryDirectory() as folder
+    ):  # plain names, for what open_clip renames and resizes itself
+        plain = Path(folder) / "weights.safetensors"
+        checkpoint.save_weights(plain, tensors)
+        try:
+            load_checkpoint(model, str(plain))
+        except (RuntimeError, KeyError, AttributeError, ValueError) as error:
+            raise ValueError(f"{path} does not hold the weights of {model_name}: {_misfit(error)}") from error
+    return model, transform
+
+
+def _misfit(error: BaseException) -> str:
+    """What PyTorch says of the first name or shape, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[1] if len(lines) > 1 else _first_line(error))[:160]
+
+
 def _split_name(name: str, open_clip: Any) -> tuple[str, str]:
     if "@" in name:
         model, _, file = name.partition("@")
+        file = os.path.expanduser(file)
         if not Path(file).is_file():
             raise FileNotFoundError(f"no weights file {file} for clip:{name}")
     else:

@@ -19,6 +19,7 @@ from torch import Tensor
 from common.config import command, parse_options
 from common.files import write_json
 from common.log import say
+from common.output import require_replaceable, writing_file
 from common.tables import plain_console
 from data_tools.index import ShardIndex
 from rankers import default_ranker, load_ranker
@@ -102,6 +103,8 @@ def _place(column: str) -> tuple[int, int, str]:
 @command
 def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
     options = parse_options(Options, argv, description=__doc__)
+    if options.out:
+        require_replaceable(options.out)
     index = ShardIndex.open(options.data, options.split)
     pairs = load_pairs(index, options.attributes, options.limit)
     names = scan_names(index, options.attributes)
@@ -122,7 +125,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
         f"{len(pairs.images)} pictures, {len(distinct)} captions, {len(names.labels)} kinds of {options.data}",
     )
     if options.out:
-        write_json(options.out, results)
+        with writing_file(options.out) as temporary:
+            write_json(temporary, results)
         say(f"wrote {options.out}")
     return results
 

@@ -21,6 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from common.config import command, parse_options
+from common.lock import locked
 from common.log import say
 from data_tools.images import BadImage, decode
 from data_tools.readers import Meter, ReaderOptions, open_source
@@ -64,14 +65,17 @@ def read_whole_lines(path: Path) -> dict[str, float]:
         return {}
     data = path.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
+    try:
+        rows = [json.loads(line) for line in whole.split(b"\n")[:-1]]
+        scores = {row["key"]: float(row["score"]) for row in rows}
+        if data and not rows and not data.startswith(b"{"):
+            raise ValueError("a line that no killed run left")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no file of scores: name a new one") from error
     if len(whole) < len(data):
         with path.open("r+b") as file:
             file.truncate(len(whole))
-    try:
-        rows = [json.loads(line) for line in whole.split(b"\n") if line]
-        return {row["key"]: float(row["score"]) for row in rows}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no file of scores: name a new one") from error
+    return scores
 
 
 def _batches(options: Options, known: dict[str, float]) -> Iterator[list[tuple[str, str, Image.Image]]]:
@@ -102,8 +106,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Write the scores; returns them by key."""
     options = parse_options(Options, argv, description=__doc__)
     ranker = load_ranker(options.ranker, options.device)
-    scores = read_whole_lines(options.out)
     options.out.parent.mkdir(parents=True, exist_ok=True)
+    with locked(options.out.parent, f".{options.out.name}.lock"):
+        return score_all(options, ranker)
+
+
+def score_all(options: Options, ranker: Any) -> dict[str, float]:
+    """Go on behind what an earlier run has written."""
+    scores = read_whole_lines(options.out)
     with options.out.open("a", encoding="utf-8") as file, torch.inference_mode():
         for rows in _batches(options, scores):
             keys, texts, images = (list(column) for column in zip(*rows, strict=True))

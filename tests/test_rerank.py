@@ -13,6 +13,7 @@ import generate
 import rerank
 from common.checkpoint import write_model
 from common.config import to_mapping
+from common.output import OutputDirectory
 from dalle.model import Dalle, ModelOptions
 from dalle.text_tokenizer import TextTokenizer
 from rankers import load_ranker
@@ -244,6 +245,41 @@ def test_bad_flags_end_with_code_2(out, ranker_dir, generator_dir, more, words, 
     error = " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert caught.value.code == 2 and words in error
     assert contents(out) == before
+
+
+@pytest.mark.parametrize("name", ["ranking.json", "ranked.png", "rank00.png", "rank03.png"])
+def test_the_users_files_are_refused(out, ranker_dir, name, capsys):
+    (out / name).write_bytes(b"mine")
+    before = contents(out)
+    with pytest.raises(SystemExit) as caught:
+        rank(out, ranker_dir)
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and f"holds {name}, not written here" in error
+    assert contents(out) == before
+
+
+def test_other_names_of_the_users_stay(out, ranker_dir):
+    rank(out, ranker_dir)
+    mine = ("rank1_backup.png", "rank04.png", "rank00_text00.png", "rank0.png", "ranking.json.bak")
+    for name in mine:
+        (out / name).write_bytes(b"mine")
+    rank(out, ranker_dir, "--top-k", "2")
+    assert all((out / name).read_bytes() == b"mine" for name in mine)
+
+
+def test_drawing_on_never_replaces_the_users_files(out, ranker_dir, generator_dir, capsys):
+    (out / "0007.png").write_bytes(b"mine")
+    before = contents(out)
+    more = ["--min-percentile", "100", "--until", "9", "--budget", "9", "--checkpoint", str(generator_dir)]
+    with pytest.raises(SystemExit):
+        rank(out, ranker_dir, *more)
+    assert "holds 0007.png" in capsys.readouterr().err and contents(out) == before
+
+
+def test_not_while_another_command_writes_there(out, ranker_dir, capsys):
+    with OutputDirectory(out), pytest.raises(SystemExit) as caught:
+        rank(out, ranker_dir)
+    assert caught.value.code == 2 and "another command is writing to" in capsys.readouterr().err
 
 
 def test_an_out_directory_that_is_a_file(tmp_path, ranker_dir, capsys):

@@ -10,6 +10,7 @@ Gumbel tokenizers encode with the most likely code, where the original draws one
 """
 
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,16 +21,18 @@ import tyro
 from torch import Tensor
 
 from common import checkpoint
-from common.config import command, read_mapping, to_mapping
-from common.files import atomic_directory, sha256_file
+from common.config import command, expand_home, read_mapping, to_mapping
+from common.files import sha256_file
 from common.log import say
+from common.output import new_directory, require_new
 from vq.dvae import DvaeConfig
-from vq.foreign import read_foreign, tensors_of
+from vq.foreign import read_foreign, require_finite, tensors_of, unwrapped
 from vq.model import KIND, ImageTokenizer, TokenizerConfig
 from vq.taming import TamingConfig
 
 SourceKind = Literal["auto", "taming", "llamagen", "dalle_pytorch"]
 Weights = dict[str, Tensor]
+ANCHOR = r"vae\.|encoder\.(?:conv_in|conv_blocks|down|0)\.|codebook\.weight"  # how names of a tokenizer begin
 IGNORED = re.compile(r"(loss|model_ema|colorize|logvar)(\..*)?|quantize\.codebook_used")
 
 
@@ -202,35 +205,57 @@ def _of_tokenizer(weights: Weights) -> Weights:
     return weights
 
 
+def _section(values: dict[str, Any], path: Path, *names: str) -> dict[str, Any]:
+    """A mapping inside a mapping; {} where a section is missing or empty. Raises ValueError naming the file."""
+    for depth, name in enumerate(names):
+        values = values.get(name) or {}
+        if not isinstance(values, dict):
+            where = ".".join(names[: depth + 1])
+            raise ValueError(f"{path}: {where} must be a mapping, not {str(values)[:40]!r}")
+    return values
+
+
+def _number(values: dict[str, Any], name: str, path: Path) -> int | None:
+    """None where it is missing or empty. Raises ValueError naming the file."""
+    value = values.get(name)
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        return value
+    if isinstance(value, str) and value.strip().isascii() and value.strip().isdigit() and int(value):
+        return int(value)
+    raise ValueError(f"{path}: {name} must be a whole number above 0, not {str(value)[:40]!r}")
+
+
 def image_size_of(options: Options, content: Any, weights: Weights) -> int:
     """From the flag, the yaml (checked against the weights) or the file's own options; 256 if none says."""
     stated = 0
     if options.config:
-        params = read_mapping(options.config).get("model", {}).get("params", {})
-        stated = int(params.get("ddconfig", {}).get("resolution", 0))
+        params = _section(read_mapping(options.config), options.config, "model", "params")
+        ddconfig = _section(params, options.config, "ddconfig")
+        stated = _number(ddconfig, "resolution", options.config) or 0
         for key in ("n_embed", "embed_dim"):
             books = [
                 weights[n] for n in ("quantize.embedding.weight", "quantize.embed.weight") if n in weights
             ]
-            if key in params and books and params[key] != books[0].shape[key == "embed_dim"]:
+            said = _number(params, key, options.config)
+            if said is not None and books and said != books[0].shape[key == "embed_dim"]:
                 found = books[0].shape[key == "embed_dim"]
                 raise ValueError(
-                    f"{options.config} says {key} {params[key]}, the weights have {found}: not of one model"
+                    f"{options.config} says {key} {said}, the weights have {found}: not of one model"
                 )
     elif isinstance(content, dict):
         for entry in ("vae_params", "hparams"):
             if isinstance(content.get(entry), dict) and "image_size" in content[entry]:
-                stated = int(content[entry]["image_size"])
+                stated = _number(content[entry], "image_size", options.source) or 0
                 break
     return options.image_size or stated or 256
 
 
 def convert(options: Options) -> ImageTokenizer:
     """Read, translate and write. Raises ValueError or FileNotFoundError saying what is wrong with the files."""
-    if options.target.exists():
-        raise ValueError(f"{options.target} exists already: name a new directory")
+    require_new(options.target)
     content = read_foreign(options.source)
-    weights = _of_tokenizer(tensors_of(content, options.source))
+    weights = unwrapped(_of_tokenizer(unwrapped(tensors_of(content, options.source), ANCHOR)), ANCHOR)
+    require_finite(_kept(weights), options.source)
     kind = guess_kind(weights) if options.kind == "auto" else options.kind
     image_size = image_size_of(options, content, weights)
     try:
@@ -245,7 +270,7 @@ def convert(options: Options) -> ImageTokenizer:
     except ValueError as error:
         raise ValueError(f"{options.source} cannot be imported as {kind}: {error}") from error
     source = {"kind": kind, "file": options.source.name, "sha256": sha256_file(options.source)}
-    with atomic_directory(options.target) as directory:
+    with new_directory(options.target) as directory:
         mapping = to_mapping(tokenizer.config)
         checkpoint.write_model(directory, KIND, mapping, tokenizer.state_dict(), step=0, imported=source)
     return ImageTokenizer.from_pretrained(options.target)
@@ -265,7 +290,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _parse(argv: Sequence[str] | None) -> Options:
     """`--config` names the foreign yaml here, not one of ours."""
-    return tyro.cli(Options, args=argv, description=__doc__)
+    return tyro.cli(Options, args=expand_home(sys.argv[1:] if argv is None else argv), description=__doc__)
 
 
 if __name__ == "__main__":

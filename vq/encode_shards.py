@@ -8,10 +8,7 @@ holds the identity of its codes: shards of two tokenizers never mix. Whole shard
 """
 
 import io
-import json
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,26 +17,29 @@ import numpy as np
 import torch
 import tyro
 from torch import Tensor
-from tqdm import tqdm
 
 from common.config import command, parse_options
 from common.distributed import World, start_world, stop_world
-from common.files import ensure_writable_directory, read_json, split_lines, write_json
+from common.files import ensure_writable_directory, read_json, write_json
 from common.image import make_grid, resize_square, stack_rows, to_image, to_tensor
+from common.lock import alone_in
 from common.log import say
+from common.output import RECORD, OutputDirectory
 from common.precision import Precision, autocast
 from data_tools.augment import Chain, PictureAugment
 from data_tools.crops import CropFlip
+from data_tools.encode import Views
+from data_tools.encode import encode_shards as encode_image_shards
 from data_tools.index import ShardIndex, ShardSource
-from data_tools.loader import IMAGE_SUFFIXES, Augment, CorruptSample, open_image
-from data_tools.records import Record
+from data_tools.line_views import LineSource
+from data_tools.loader import IMAGE_SUFFIXES, open_image
 from data_tools.remote import RemoteOptions
-from data_tools.shards import ShardWriter, add_to_dataset
+from data_tools.shards import DATASET_FILE
 from vq.losses import psnr
 from vq.model import ImageTokenizer
 from vq.native import Engine, PictureEncoder
 
-TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_FILE, ROUNDTRIP = "tokenizer.json", "roundtrip.png"
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,9 @@ class Options:
     """Encoded views a training picture: the plain one and views - 1 augmented ones. Validation pictures have one."""
     augment: CropFlip = field(default_factory=CropFlip)
     move: PictureAugment = field(default_factory=PictureAugment)
+    lines: LineSource = "none"
+    """Line drawings beside the codes, for train_dalle.py --lines: canny, xdog and contour draw each view, mixed takes
+    the three in turn, given takes the drawings of data_tools.lines."""
     batch_size: int = 64
     """Pictures of one forward pass."""
     remote: RemoteOptions = field(default_factory=RemoteOptions)
@@ -112,8 +115,16 @@ def encode_shards(tokenizer: ImageTokenizer, options: Options, world: World) -> 
     target = ensure_writable_directory(options.target)
     made_by = {"sha256": tokenizer.codes_sha256, "grid_size": tokenizer.grid_size}
     made_by |= {"codebook_size": tokenizer.codebook_size, "views": options.views}
+    made_by |= {} if options.lines == "none" else {"lines": options.lines}
+    if not (target / TOKENIZER_FILE).is_file():
+        _require_empty(target)
+    world.barrier()
     if (target / TOKENIZER_FILE).is_file():
         found = require_tokenizer(target, tokenizer.codes_sha256)
+        if found.get("lines", "none") != options.lines:
+            raise ValueError(
+                f"{target} holds shards with --lines {found.get('lines', 'none')}, not {options.lines}"
+            )
         if found.get("views") != options.views:
             raise ValueError(
                 f"{target} holds shards of {found.get('views')} views a picture, not {options.views}"
@@ -121,97 +132,26 @@ def encode_shards(tokenizer: ImageTokenizer, options: Options, world: World) -> 
     elif world.is_main:
         write_json(target / TOKENIZER_FILE, made_by)
     encoder = PictureEncoder(tokenizer, world.device, options.precision, options.engine)
-    mine = jobs[world.rank :: world.size]
-    counts = {"pictures": 0, "skipped": 0, "shards_kept": 0}
-    for split, place in mine:
-        done = target / source.name(place)
-        if done.is_file():
-            counts["shards_kept"] += 1
-            continue
-        _encode_one(encoder, options, world, split, source.fetch(place), counts)
-    world.barrier()
-    if world.is_main:
-        for split in ("train", "val"):
-            paths = sorted(target.glob(f"{split}-*.tar"))
-            add_to_dataset(target, split, {p.name: len(ShardIndex.open(p, "").samples) for p in paths})
-    return counts
+    dtype = np.uint16 if tokenizer.codebook_size <= 65536 else np.uint32
 
+    def encode(images: Tensor) -> np.ndarray:
+        return encoder(images).cpu().numpy().astype(dtype)
 
-def _encode_one(
-    encoder: PictureEncoder, options: Options, world: World, split: str, path: Path, counts: dict[str, int]
-) -> None:
-    """One input shard -> one output shard under the same name, by way of a folder that is renamed from."""
-    index = ShardIndex.open(path, "").require(*IMAGE_SUFFIXES)
-    views = options.views if split == "train" else 1
-    work = options.target / f".work-{path.stem}"
-    for stale in work.glob("*"):
-        stale.unlink()
-    with ShardWriter(work, split, samples_per_shard=len(index)) as writer:
-        bar = tqdm(total=len(index), desc=path.name, unit="pictures", disable=not world.is_main)
-        for samples, pictures in _picture_batches(
-            index, options, encoder.tokenizer.image_size, views, counts
-        ):
-            ids = encoder(pictures.flatten(0, 1)).cpu().unflatten(0, (-1, views))
-            for i, row in zip(samples, ids, strict=True):
-                writer.write(_record(index, i, row, encoder.tokenizer.codebook_size))
-            counts["pictures"] += len(samples)
-            bar.update(len(samples))
-        bar.close()
-    (work / f"{split}-00000.tar").rename(options.target / path.name)
-    for leftover in work.glob("*"):
-        leftover.unlink()
-    work.rmdir()
-
-
-def _picture_batches(
-    index: ShardIndex, options: Options, image_size: int, views: int, counts: dict[str, int]
-) -> Iterator[tuple[list[int], Tensor]]:
-    """Sample numbers (b,) and their views (b, A, 3, S, S); corrupt pictures are counted and left out.
-
-    The pictures of the next batch are opened while one is encoded.
-    """
-    each = max(1, options.batch_size // views)
     augment = Chain((options.move, options.augment)) if options.move.is_on else options.augment
-
-    def load(i: int) -> Tensor:
-        image = open_image(next(iter(index.read(i, IMAGE_SUFFIXES).values())))
-        return torch.stack(list(_views(image, index.samples[i].key, augment, image_size, views)))
-
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        ahead = deque((i, pool.submit(load, i)) for i in range(min(2 * each, len(index))))
-        samples, rows = [], []
-        while ahead:
-            i, loaded = ahead.popleft()
-            if i + 2 * each < len(index):
-                ahead.append((i + 2 * each, pool.submit(load, i + 2 * each)))
-            try:
-                rows.append(loaded.result())
-                samples.append(i)
-            except CorruptSample as error:
-                counts["skipped"] += 1
-                say(f"skipped a corrupt sample ({counts['skipped']} so far): {index.samples[i].key}: {error}")
-            if rows and (len(rows) == each or not ahead):
-                yield samples, torch.stack(rows)
-                samples, rows = [], []
+    views = Views(tokenizer.image_size, options.views, augment, options.batch_size, options.lines)
+    source = ShardSource(str(options.source), options.remote)
+    return encode_image_shards(source, target, views, "ids.npy", encode, world)
 
 
-def _views(image, key: str, augment: Augment, image_size: int, views: int) -> Iterator[Tensor]:
-    """The centre crop, then crops drawn from (key, view): the same whenever the picture is encoded."""
-    yield to_tensor(resize_square(image, image_size))
-    seed = list(key.encode())
-    for view in range(1, views):
-        yield to_tensor(resize_square(augment(image, np.random.default_rng([view, *seed])), image_size))
-
-
-def _record(index: ShardIndex, i: int, ids: Tensor, codebook_size: int) -> Record:
-    members = index.read(i, ("txt", "json"))
-    buffer = io.BytesIO()
-    np.save(
-        buffer, ids.numpy().astype(np.uint16 if codebook_size <= 65536 else np.uint32), allow_pickle=False
-    )
-    captions = tuple(split_lines(members.get("txt", b"").decode("utf-8", errors="replace")))
-    meta = json.loads(members["json"]) if "json" in members else {}
-    return Record(index.samples[i].key, b"", "", captions, meta, extra={"ids.npy": buffer.getvalue()})
+def _require_empty(target: Path) -> None:
+    """Raises ValueError where a folder without our tokenizer.json holds what this command would write or count."""
+    found = [
+        p.name for p in sorted(target.iterdir()) if p.suffix == ".tar" or p.name in (DATASET_FILE, ROUNDTRIP)
+    ]
+    if found:
+        raise ValueError(
+            f"{target} holds {found[0]}, not written here: choose another folder for the token shards"
+        )
 
 
 @torch.no_grad()
@@ -232,7 +172,11 @@ def roundtrip(tokenizer: ImageTokenizer, options: Options, world: World) -> floa
         decoded = tokenizer.decode_ids(torch.stack(ids).to(world.device)).cpu()
     images = torch.stack(originals)
     rows = [make_grid([to_image(x) for x in part], columns=len(part)) for part in (images, decoded)]
-    stack_rows([[row] for row in rows]).save(options.target / "roundtrip.png")
+    with OutputDirectory(options.target) as files:
+        if not (options.target / RECORD).exists() and (options.target / ROUNDTRIP).is_file():
+            files.adopt([ROUNDTRIP])  # a release before the record wrote it beside its tokenizer.json
+        with files.writing(ROUNDTRIP) as temporary:
+            stack_rows([[row] for row in rows]).save(temporary, format="PNG")
     return float(psnr(decoded, images).mean())
 
 
@@ -243,15 +187,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, int]:
     try:
         ShardSource(options.source, options.remote).find("train")  # the user's own first
         tokenizer = ImageTokenizer.from_pretrained(options.checkpoint, world.device)
-        counts = encode_shards(tokenizer, options, world)
-        if world.is_main:
-            kept = f", {counts['shards_kept']} shards were there already" if counts["shards_kept"] else ""
-            say(f"encoded {counts['pictures']} pictures, skipped {counts['skipped']} corrupt ones{kept}")
-            if options.check:
+        ensure_writable_directory(options.target)
+        with alone_in(options.target, world, ".encoding.lock"):
+            counts = encode_shards(tokenizer, options, world)
+            if world.is_main:
+                kept = f", {counts['shards_kept']} shards were there already" if counts["shards_kept"] else ""
+                say(f"encoded {counts['pictures']} pictures, skipped {counts['skipped']} corrupt ones{kept}")
+            if world.is_main and options.check:
                 figure = roundtrip(tokenizer, options, world)
-                say(
-                    f"stored codes decode back at {figure:.2f} dB: look at {options.target / 'roundtrip.png'}"
-                )
+                say(f"stored codes decode back at {figure:.2f} dB: look at {options.target / ROUNDTRIP}")
         return counts
     finally:
         stop_world()

@@ -4,9 +4,9 @@
     python -m vq.evaluate runs/goods_128_vqgan ../shared/data/goods --perceptual runs/perceptual_eval
 
 PSNR (also over the goods alone, as vq.foreground guesses them) and SSIM of 8-bit levels; LPIPS, or the named features
-of vq.train_perceptual in its place; rFID with Inception weights where they are on this machine, else the Frechet
-distance of those named features; use of the codebook; colour shift; pictures a second. Writes figures.json and
-index.html (one file, pictures inside).
+of vq.train_perceptual in its place; use of the codebook; colour shift; pictures a second. Writes figures.json and
+index.html (one file, pictures inside). Whether goods are still recognised, and rFID: python -m
+evaluation.reconstructions.
 """
 
 import base64
@@ -21,13 +21,14 @@ from typing import Annotated, Any
 import torch
 import tyro
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from common.config import command, parse_options
 from common.distributed import pick_device
-from common.files import atomic_path, ensure_writable_directory, write_json
+from common.files import atomic_path
 from common.image import to_image
 from common.log import say
+from common.output import OutputDirectory
 from common.precision import Precision, autocast
 from data_tools.loader import DecodeImage, eval_batches
 from vq.data import open_pictures
@@ -37,8 +38,6 @@ from vq.model import ImageTokenizer
 from vq.native import PictureEncoder
 from vq.perceptual import PerceptualDistance, load_perceptual
 from vq.quantizer import CodeUsage
-
-INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 
 
 @dataclass(frozen=True)
@@ -102,46 +101,6 @@ class Totals:
     timed: int = 0
 
 
-class _Features(nn.Module):
-    """What torchmetrics' Frechet distance takes: pictures in [-1, 1] -> (B, D)."""
-
-    def __init__(self, perceptual: PerceptualDistance) -> None:
-        super().__init__()
-        self.perceptual = perceptual
-        self.num_features = perceptual.config.tap_widths[-1]
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.perceptual.pooled(images)
-
-
-class FrechetMeter:
-    """rFID with Inception weights from the torch hub cache, else the distance of the perceptual network's features."""
-
-    def __init__(self, perceptual: PerceptualDistance | None, device: torch.device) -> None:
-        from torchmetrics.image.fid import FrechetInceptionDistance
-
-        path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
-        self.inception = path.is_file()
-        self.meter, self.name = None, ""
-        if self.inception:
-            self.name = "rFID (Inception)"
-            self.meter = FrechetInceptionDistance(2048, feature_extractor_weights_path=str(path)).to(device)
-        elif perceptual:
-            self.name = f"Frechet distance of {perceptual.name}, not comparable with rFID"
-            self.meter = FrechetInceptionDistance(_Features(perceptual), normalize=True).to(device)
-
-    def add(self, originals: Tensor, reconstructions: Tensor) -> None:
-        """(B, 3, S, S) twice, in [-1, 1]."""
-        for images, real in ((originals, True), (reconstructions, False)):
-            if self.inception:
-                images = levels(images).to(torch.uint8)
-            if self.meter is not None:
-                self.meter.update(images, real=real)
-
-    def value(self) -> float | None:
-        return float(self.meter.compute()) if self.meter is not None else None
-
-
 def levels(images: Tensor) -> Tensor:
     """[-1, 1] -> whole numbers 0..255, float."""
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round()
@@ -153,11 +112,10 @@ def evaluate(
 ) -> tuple[dict[str, Any], list[Row]]:
     """Figures by name, and the pictures worst first. Raises ValueError for data that holds none."""
     perceptual = _perceptual(options, device)
-    frechet = FrechetMeter(perceptual, device)
     totals = Totals(CodeUsage(tokenizer.codebook_size))
     encoder = PictureEncoder(tokenizer, device, options.precision)
     for batch in _batches(options, options.image_size or tokenizer.image_size):
-        _add(totals, batch, encoder, perceptual, frechet, options, device)
+        _add(totals, batch, encoder, perceptual, options, device)
     if not totals.rows:
         raise ValueError(f"none of the pictures in {options.data} could be read")
     rows, shift = totals.rows, torch.cat(totals.shifts)
@@ -168,8 +126,6 @@ def evaluate(
         "ssim": sum(r.ssim for r in rows) / len(rows),
         "perceptual": sum(r.perceptual for r in rows) / len(rows) if perceptual else None,
         "perceptual_kind": perceptual.name if perceptual else "not measured",
-        "frechet": frechet.value(),
-        "frechet_kind": frechet.name or "not measured",
         "color_shift": float(shift.mean(0).abs().max()),
         "encode_per_second": totals.timed / totals.encode_seconds if totals.timed else None,
         "decode_per_second": totals.timed / totals.decode_seconds if totals.timed else None,
@@ -208,7 +164,6 @@ def _add(
     batch: dict[str, Any],
     encoder: PictureEncoder,
     perceptual: PerceptualDistance | None,
-    frechet: FrechetMeter,
     options: Options,
     device: torch.device,
 ) -> None:
@@ -230,7 +185,6 @@ def _add(
     totals.timed += len(images)
     totals.usage.add(ids)
     totals.shifts.append(color_shift(decoded, images).cpu())
-    frechet.add(images, decoded)
     rounded = levels(decoded) / 127.5 - 1
     similar = ssim(levels(decoded), levels(images), data_range=255.0, reduction="none").view(-1).tolist()
     noise, on_goods = psnr(rounded, images).tolist(), psnr(rounded, images, border_mask(images)).tolist()
@@ -296,7 +250,13 @@ figcaption {{ font-size: 12px; color: #555 }}
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Evaluate; returns the figures."""
     options = parse_options(Options, argv, description=__doc__)
-    ensure_writable_directory(options.out)
+    with OutputDirectory(options.out) as files:
+        files.require_ours(("figures.json", "index.html"))
+        return report(options, files)
+
+
+def report(options: Options, files: OutputDirectory) -> dict[str, Any]:
+    """Evaluate, show and write."""
     device = pick_device(options.device)
     tokenizer = ImageTokenizer.from_pretrained(options.checkpoint, device)
     figures, rows = evaluate(tokenizer, options, device)
@@ -307,10 +267,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "data": options.data,
         "codes_sha256": tokenizer.codes_sha256,
     }
-    write_json(options.out / "figures.json", figures | about)
-    write_page(
-        options.out / "index.html", figures, rows[: options.show], f"Image tokenizer {options.checkpoint}"
-    )
+    files.write_json("figures.json", figures | about)
+    with files.writing("index.html") as temporary:
+        write_page(temporary, figures, rows[: options.show], f"Image tokenizer {options.checkpoint}")
     say(f"wrote {options.out / 'index.html'} and figures.json")
     return figures
 

@@ -7,12 +7,15 @@ object in the place of everything else: no foreign code is imported or called.
 
 import collections
 import pickle
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from common.files import require_content
 
 
 class Inert:
@@ -37,6 +40,8 @@ class Inert:
         pass
 
 
+OUTER = r"(?:(?:module|model|first_stage_model)\.)"
+INNER = re.compile(r"(^|\.)(?:(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+")
 _ALLOWED = {
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
@@ -53,6 +58,7 @@ _READ_ERRORS = (
     KeyError,
     TypeError,
     AttributeError,
+    OSError,  # of a file that was cut: it was opened before
 )
 
 
@@ -85,6 +91,7 @@ def read_foreign(path: Path) -> Any:
         raise ValueError(f"{path} is a directory: give the weights file inside it")
     if not path.is_file():
         raise FileNotFoundError(f"no weights file {path}")
+    require_content(path)
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     try:
@@ -108,16 +115,40 @@ def tensors_of(content: Any, path: Path) -> dict[str, Tensor]:
 
     Raises ValueError naming `path` when there are none.
     """
-    for entry in ("ema", "state_dict", "model", "weights"):
-        if isinstance(content, dict) and isinstance(content.get(entry), dict):
-            content = content[entry]
+    entries = ("ema", "state_dict", "model_state_dict", "model", "module", "weights")
+    while isinstance(content, dict) and not any(isinstance(value, Tensor) for value in content.values()):
+        inside = next((content[entry] for entry in entries if isinstance(content.get(entry), dict)), None)
+        if inside is None:
             break
+        content = inside
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
     tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     if not tensors:
         raise ValueError(f"{path} holds no tensors (entries: {', '.join(map(str, list(content)[:5]))})")
     return {n.removeprefix("module."): t.detach() for n, t in tensors.items()}
+
+
+def unwrapped(tensors: dict[str, Tensor], anchor: str) -> dict[str, Tensor]:
+    """Names without what wrappers put before them: `module.`, `_orig_mod.`, `model.`, `first_stage_model.` in any
+    nesting. `anchor`: a regular expression of how some weight of the model itself begins.
+
+    What stands beside an autoencoder in the file of a latent diffusion model (`first_stage_model.`) is left out.
+    """
+    named = {INNER.sub(r"\1", name): tensor for name, tensor in tensors.items()}
+    found = [m[1] for m in (re.match(rf"({OUTER}*)(?:{anchor})", name) for name in named) if m]
+    prefix = max(dict.fromkeys(found), key=found.count, default="")
+    inside = {name.removeprefix(prefix): t for name, t in named.items() if name.startswith(prefix)}
+    if "first_stage_model." in prefix:
+        return inside
+    return {name: t for name, t in named.items() if not name.startswith(prefix)} | inside
+
+
+def require_finite(tensors: dict[str, Tensor], path: Path) -> None:
+    """Raises ValueError naming a weight that holds NaN or infinity: of a training that had diverged, or damaged."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{path} is damaged: the weight {name} holds numbers that are not finite")
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

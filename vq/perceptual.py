@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from common import checkpoint
 from common.config import from_mapping, to_mapping
 from common.files import sha256_file
-from vq.foreign import read_tensors
+from vq.foreign import read_tensors, require_finite
 
 KIND = "perceptual"
 DEFAULT_DIRECTORY = Path("runs/perceptual")
@@ -196,7 +196,7 @@ def load_perceptual(spec: str, device: torch.device | str = "cpu") -> Perceptual
         files = lpips_files()
         if files:
             model = lpips_from_files(*files)
-        elif (DEFAULT_DIRECTORY / "latest").exists() or (DEFAULT_DIRECTORY / "config.json").is_file():
+        elif checkpoint.latest_step(DEFAULT_DIRECTORY) or (DEFAULT_DIRECTORY / "config.json").is_file():
             model = PerceptualDistance.from_pretrained(DEFAULT_DIRECTORY)
         else:
             raise FileNotFoundError(
@@ -236,6 +236,8 @@ def lpips_from_files(network: Path, linear: Path) -> PerceptualDistance:
     Raises ValueError naming what a file lacks.
     """
     weights, taken = read_tensors(network), read_tensors(linear)
+    require_finite(weights, network)
+    require_finite(taken, linear)
     model = PerceptualDistance(FeatureConfig(architecture="vgg16"))
     state: dict[str, Any] = {"floor": model.floor}
     prefix = "loss.perceptual_loss."

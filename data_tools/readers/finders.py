@@ -174,7 +174,15 @@ def _find_line_drawing(folder: Folder) -> list[Part]:
     if not folder.only and (pair := line_drawing.find_folders(root)):
         titles = next((root / name for name in line_drawing.TITLE_FILES if (root / name).is_file()), None)
         return [Part("train", pair, titles, root)]
-    return _lists((".json", ".jsonl"), _is_drawing_list)(folder) or _find_drawing_parquet(folder)
+    found = _lists((".json", ".jsonl"), _is_drawing_list)(folder) or _find_drawing_parquet(folder)
+    return found or ([] if folder.only else _drawings_of_splits(folder))
+
+
+def _drawings_of_splits(folder: Folder) -> list[Part]:
+    """A folder for each split, `train/` and `val/`, each with its list."""
+    names = [name for name in folder.inventory.folders if name.lower() in SPLITS]
+    found = [(n, _find_line_drawing(Folder(folder.inventory.below(n), folder.options))) for n in names]
+    return [replace(parts[0], split=SPLITS[name.lower()]) for name, parts in found if parts]
 
 
 # --- tars and folders ------------------------------------------------------------------------------------------

@@ -14,8 +14,9 @@ from common.config import to_mapping
 from dalle.model import KIND, Dalle, ModelOptions
 from dalle.pipeline import TextToImage
 from dalle.text_tokenizer import TextTokenizer
-from data_tools.synthetic import COLORS, KINDS, draw_goods, prompt
-from evaluation.judge import JudgeConfig, train_judge
+from data_tools.synthetic import COLORS, KINDS, draw_goods, ensure_synthetic, prompt
+from evaluation import train_judge
+from evaluation.judge import GoodsJudge
 from rankers import load_ranker
 from rankers.model import ModelConfig, RankerModel, save_ranker
 from rankers.text import TextTowerConfig, write_text_tower
@@ -23,7 +24,6 @@ from vq.autoencoder import FastConfig
 from vq.model import ImageTokenizer, TokenizerConfig
 
 PROMPTS = [prompt(kind, color) for kind in KINDS for color in COLORS]
-TINY_JUDGE = ["--judge.num-train", "60", "--judge.num-epochs", "1", "--judge.batch-size", "20"]
 
 
 @pytest.fixture(scope="module")
@@ -83,28 +83,78 @@ def test_mistakes_and_only_they_are_framed():
     assert rows.min() > 0.85 * height and columns.min() > 0.85 * width, "the last row and column alone"
 
 
-def test_main_draws_ranks_judges_and_writes(tmp_path, generator_dir, ranker_dir, capsys, monkeypatch):
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("synthetic")
+    ensure_synthetic(folder, num_train=120, num_val=10)
+    return folder
+
+
+def test_main_samples_ranks_judges_and_writes(tmp_path, generator_dir, ranker_dir, data, capsys, monkeypatch):
     monkeypatch.setattr(demo_quality, "NUM_CONTROL", 30)
-    out, flags = (
-        tmp_path / "out",
-        ["--num-images", "3", "--num-prompts", "4", "--cache", str(tmp_path / "cache")],
-    )
-    flags += ["--checkpoint", str(generator_dir), "--ranker", str(ranker_dir), "--device", "cpu", *TINY_JUDGE]
+    recipe = ["--data", str(data), "--run-dir", str(tmp_path / "judge"), "--cache", str(tmp_path / "cache")]
+    train_judge.main([*recipe, "--input-size", "48", "--image-sizes", "64"])
+    flags = [
+        "--num-images",
+        "3",
+        "--num-prompts",
+        "4",
+        "--judge",
+        str(tmp_path / "judge"),
+        "--data",
+        str(data),
+    ]
+    flags += ["--checkpoint", str(generator_dir), "--ranker", str(ranker_dir), "--device", "cpu"]
+    out = tmp_path / "out"
     results = demo_quality.main([*flags, "--out", str(out), "--batch-size", "5"])
     assert results == json.loads((out / "results.json").read_text("utf-8"))
-    counts = [row["pictures"]["count"] for row in results["rows"].values()]
-    assert counts == [4, 12, 30]
-    assert "the bar of 90% is MISSED" in capsys.readouterr().out
+    rows = list(results["rows"].values())
+    assert [row["pictures"]["count"] for row in rows] == [4, 12, 30]
+    assert rows[2]["color"]["share"] > 0.8 and rows[2]["kind"]["share"] > 0.5, (
+        "synthetic ones are judged right"
+    )
+    assert "the target of 90% is MISSED" in capsys.readouterr().out
     ranker, pipeline = load_ranker(ranker_dir, "cpu"), TextToImage.from_pretrained(generator_dir, "cpu")
-    judge = train_judge(JudgeConfig(60, 1, 20), tmp_path / "cache")
+    judge = GoodsJudge.from_pretrained(tmp_path / "judge", "cpu")
     for (kind, color), row in zip(pairs(4), results["prompts"], strict=True):
         images = pipeline(prompt(kind, color), 3, seed=0)
         assert row["picture"] == int(ranker.score(prompt(kind, color), images).argmax())
-        assert row["kind_seen"] == judge.kinds(images)[row["picture"]]
+        seen = judge.top_categories(judge.features([images[row["picture"]]]))[0][0]
+        assert KINDS[row["kind_seen"]].nouns[0] == seen
     again = demo_quality.main([*flags, "--out", str(tmp_path / "again"), "--batch-size", "12"])
     assert again["rows"] == results["rows"]
     assert (tmp_path / "again" / "sheet.png").read_bytes() == (out / "sheet.png").read_bytes()
     assert Image.open(out / "sheet.png").width > 1000
+
+
+@pytest.fixture
+def judge_of_others(tmp_path):
+    from evaluation.features import JudgeNetwork
+    from evaluation.judge import JudgeHeads, Vocabulary, save_judge
+
+    folder = tmp_path / "others"
+    folder.mkdir()
+    network = JudgeNetwork(48, "cpu")
+    save_judge(
+        folder,
+        network,
+        JudgeHeads(network.num_deep, network.num_shallow, 2, 0),
+        Vocabulary(("a", "b")),
+        1,
+        {},
+    )
+    return folder
+
+
+def test_a_judge_of_other_goods_is_refused(
+    tmp_path, generator_dir, ranker_dir, data, judge_of_others, capsys
+):
+    flags = ["--checkpoint", str(generator_dir), "--ranker", str(ranker_dir), "--device", "cpu"]
+    with pytest.raises(SystemExit) as stop:
+        demo_quality.main(
+            [*flags, "--judge", str(judge_of_others), "--data", str(data), "--out", str(tmp_path)]
+        )
+    assert stop.value.code == 2 and "judge of other goods" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Literal
 
 import pytest
 
-from common.config import command, from_mapping, parse_options, to_mapping
+from common.config import command, expand_home, from_mapping, parse_options, to_mapping
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,26 @@ class Options:
 def write(path: Path, text: str) -> Path:
     path.write_text(text, "utf-8")
     return path
+
+
+def test_home_is_known_behind_an_equals_sign(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/x")
+    assert expand_home(["--checkpoint=~/a", "--x=~", "~/text", "--y=a~/b", "a=~/b"]) == [
+        "--checkpoint=/home/x/a",
+        "--x=/home/x",
+        "~/text",
+        "--y=a~/b",
+        "a=~/b",
+    ]
+    assert parse_options(Options, ["--folder=~/runs"]).folder == Path("/home/x/runs")
+
+
+def test_a_shipped_config_is_found_from_any_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="unknown option"):  # it was read
+        parse_options(Options, ["--config", "configs/demo/vqgan.yaml"])
+    with pytest.raises(FileNotFoundError, match=r"no config file configs/none\.yaml"):
+        parse_options(Options, ["--config=configs/none.yaml"])
 
 
 def test_defaults_give_way_to_the_file_and_the_file_to_flags(tmp_path):

@@ -43,6 +43,23 @@ def test_the_level_can_be_lowered(monkeypatch):
         native.level()
 
 
+@pytest.mark.skipif(not native.level(), reason="a CPU without compiled kernels")
+def test_a_compiler_may_come_with_arguments(tmp_path, monkeypatch):
+    """ccache g++, g++ -march=...: the words of a shell, quotes included."""
+    log = tmp_path / "a wrapper"
+    log.write_text('#!/bin/sh\necho "$@" > "$(dirname "$0")/said"\nshift\nexec "$@"\n')
+    log.chmod(0o755)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", f"'{log}' --first g++ -DX=1")
+    source = tmp_path / "one.cpp"
+    source.write_text('extern "C" int one() { return X; }')
+    assert native.library.__wrapped__(source).one() == 1
+    assert (tmp_path / "said").read_text().startswith("--first g++ -DX=1 -std=c++17")
+    monkeypatch.setenv("CXX", "none-such g++")
+    with pytest.raises(OSError, match="none-such"):
+        native.library.__wrapped__(source)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(native.level() != "avx512", reason="a CPU that runs the lesser kernels anyway, or none")
 def test_kernels_of_avx2_on_a_better_processor():

@@ -177,6 +177,8 @@ def test_a_vqgan_in_the_file_comes_along(variant, named, tmp_path, vocabulary):
         (lambda c: c["weights"].pop("transformer.layers.layers.1.0.scale"), "blocks.1.attention.scale"),
         (lambda c: c["weights"].update({"surprise.weight": torch.zeros(2)}), "surprise.weight"),
         (lambda c: c["hparams"].update(attn_types=("sparse",)), "sparse"),
+        (lambda c: c["hparams"].update(attn_types=("full", "mlp")), r"'mlp' \(gMLP blocks"),
+        (lambda c: c["hparams"].update(attn_types="full,mlp"), r"'mlp' \(gMLP blocks"),
         (lambda c: c["hparams"].pop("depth"), "vq.convert"),
         (lambda c: c.pop("hparams"), "hparams"),
         (lambda c: c["hparams"].update(heads=5), "5 heads"),
@@ -187,6 +189,61 @@ def test_what_cannot_be_imported_says_why(change, message, tmp_path):
     change(content)
     with pytest.raises(ValueError, match=message):
         import_checkpoint(save(content, tmp_path))
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "model."])
+@pytest.mark.parametrize("variant", ["plain", "reversible"])
+def test_wrapped_names_give_the_same_generator(variant, prefix, tmp_path):
+    plain = import_checkpoint(save(checkpoint(variant), tmp_path))
+    content = checkpoint(variant)
+    content["weights"] = {f"{prefix}{name}": tensor for name, tensor in content["weights"].items()}
+    found = import_checkpoint(save(content, tmp_path))
+    assert found.config == plain.config and list(found.weights) == list(plain.weights)
+    assert all(torch.equal(found.weights[n], plain.weights[n]) for n in plain.weights)
+    assert list(found.vae_weights) == list(plain.vae_weights)
+
+
+@pytest.mark.parametrize(
+    ("version", "centred"),
+    [(None, True), ("1.4.2", True), ("1.0.0", True), ("0.14.3", True), ("1.5.0", False), ("1.10.1", False)],
+)
+def test_conv_like_looked_around_the_token_before_1_5(version, centred, tmp_path):
+    """By hand, on the 8 x 8 grid behind 7 text positions: the token in row 4, column 4 sees what is at most 2 away and
+    not behind it."""
+    content = checkpoint("conv_like") | {"version": version}
+    if version is None:
+        del content["version"]
+    model = build(save(content, tmp_path))
+    mask = model.mask_conv_like[7 + 4 * 8 + 4]
+    seen = {(int(i) // 8, int(i) % 8) for i in mask[7:].nonzero()[:, 0]}
+    around = {(r, c) for r in range(2, 5) for c in range(2, 7) if (r, c) <= (4, 4)}
+    above_left = {(r, c) for r in range(5) for c in range(5)}
+    assert mask[:7].all() and seen == (around if centred else above_left)
+    corner = (
+        model.mask_conv_like[7 + 7][7:].nonzero()[:, 0].tolist()
+    )  # the last of the first row: nothing wraps
+    assert corner == ([5, 6, 7] if centred else [3, 4, 5, 6, 7])
+    published = torch.from_numpy(GOLDEN["conv_like.logits"])
+    assert (logits_of(model) - published).abs().max().gt(0.01) == centred
+
+
+def test_a_rotary_table_that_is_one_row_short(tmp_path):
+    """As releases 1.1.0 and 1.1.1 wrote it: the last row is never read."""
+    content = checkpoint("rotary")
+    content["weights"]["transformer.pos_emb"] = content["weights"]["transformer.pos_emb"][:, :-1]
+    torch.testing.assert_close(
+        logits_of(build(save(content, tmp_path))),
+        torch.from_numpy(GOLDEN["rotary.logits"]),
+        rtol=1e-4,
+        atol=2e-4,
+    )
+
+
+def test_a_generator_of_chinese_is_told_its_tokenizer(tmp_path, monkeypatch, vocabulary, capsys):
+    monkeypatch.setattr("dalle.convert.CHINESE_VOCAB", 23)
+    monkeypatch.setattr("dalle.convert.Options.text_tokenizer", str(vocabulary))
+    convert(tmp_path, vocabulary)
+    assert "--text-tokenizer bert-base-chinese (or its folder)" in capsys.readouterr().out
 
 
 def test_a_foreign_pickle_is_not_executed(tmp_path):

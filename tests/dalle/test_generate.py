@@ -8,9 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from small_checkpoint import CAPTIONS
 
+from common.checkpoint import resolve
+from common.output import OutputDirectory
+from dalle.pipeline import default_checkpoint
 from generate import main, open_mask, open_picture
 
 ROOT = Path(__file__).parent.parent.parent
@@ -41,6 +45,7 @@ def prompts(tmp_path) -> Path:
 def test_writes_the_out_directory(generator_dir, tmp_path):
     out = run(generator_dir, tmp_path / "out", "--seed", "5", "--cfg-scale", "2.5", "--top-k", "12")
     assert sorted(p.name for p in out.iterdir()) == [
+        ".written.jsonl",
         "0000.png",
         "0001.png",
         "0002.png",
@@ -64,12 +69,46 @@ def test_the_same_seed_gives_the_same_bytes_in_any_batch(generator_dir, tmp_path
     assert (first / "grid.png").read_bytes() == (second / "grid.png").read_bytes()
 
 
+@pytest.mark.slow
+def test_the_released_generator_gives_the_same_bytes_in_any_batch(tmp_path):
+    """Also on two threads, as a user's machine has them."""
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads, batch in ((1, 8), (2, 3), (2, 1), (2, 5)):
+            torch.set_num_threads(threads)
+            out = tmp_path / f"{threads}_{batch}"
+            arguments = [
+                "\u4e00\u4ef6\u7ea2\u8272\u7684T\u6064",
+                "8",
+                str(out),
+                "--seed",
+                "3",
+                "--batch-size",
+                str(batch),
+            ]
+            main(
+                [*arguments, "--checkpoint", str(ROOT / "pretrained/goods-128/generator"), "--device", "cpu"]
+            )
+            found.append(pictures(out))
+    finally:
+        torch.set_num_threads(before)
+    assert len(found[0]) == 8 and all(one == found[0] for one in found)
+
+
+def test_the_default_generator_is_found_from_any_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert default_checkpoint() == ROOT / "pretrained/goods-128/generator"
+    assert resolve("pretrained/goods-128/generator") == ROOT / "pretrained/goods-128/generator"
+
+
 def test_fewer_pictures_leave_none_of_the_earlier_run(generator_dir, tmp_path):
     run(generator_dir, tmp_path / "out")
-    (tmp_path / "out" / "ranking.json").write_text("{}")
+    with OutputDirectory(tmp_path / "out") as files:
+        files.write_json("ranking.json", {})
     (tmp_path / "out" / "mine.png").write_bytes(b"not ours")
     out = run(generator_dir, tmp_path / "out", CAPTIONS[1], "2")
     assert sorted(p.name for p in out.iterdir()) == [
+        ".written.jsonl",
         "0000.png",
         "0001.png",
         "grid.png",
@@ -77,6 +116,44 @@ def test_fewer_pictures_leave_none_of_the_earlier_run(generator_dir, tmp_path):
         "mine.png",
     ]
     assert [line["text"] for line in lines(out)] == [CAPTIONS[1]] * 2
+
+
+@pytest.mark.parametrize("name", ["0000.png", "0002.png", "grid.png", "images.jsonl"])
+def test_the_users_files_are_refused_before_anything_is_made(name, generator_dir, tmp_path, capsys):
+    out = tmp_path / "mine"
+    out.mkdir()
+    for mine in (name, "rank1_backup.png", "ranked.png"):
+        (out / mine).write_bytes(b"mine")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(SystemExit) as stopped:
+        run(generator_dir, out)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1
+    assert f"{out} holds {name}, not written here or changed since" in error
+    assert before == {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def test_one_writer_at_a_time(generator_dir, tmp_path, capsys):
+    with OutputDirectory(tmp_path / "out"), pytest.raises(SystemExit) as stopped:
+        run(generator_dir, tmp_path / "out")
+    assert stopped.value.code == 2 and "another command is writing to" in capsys.readouterr().err
+    assert len(pictures(run(generator_dir, tmp_path / "out"))) == 3
+
+
+@pytest.mark.slow
+def test_two_at_once_in_one_directory(generator_dir, tmp_path):
+    """One does all, the other says why not and ends with 2; the list and the images belong together."""
+    commands = []
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text("\n".join(CAPTIONS * 8), encoding="utf-8")
+        commands.append([sys.executable, "generate.py", "", "2", str(tmp_path / "out"), "--device", "cpu"])
+        commands[-1] += ["--prompts-file", str(tmp_path / f"{name}.txt"), "--checkpoint", str(generator_dir)]
+    running = [subprocess.Popen(c, cwd=ROOT, stderr=subprocess.PIPE, text=True) for c in commands]
+    said = [process.communicate()[1] for process in running]
+    codes = [process.returncode for process in running]
+    assert sorted(codes) == [0, 2]
+    assert "another command is writing to" in said[codes.index(2)] and "Traceback" not in "".join(said)
+    assert len(lines(tmp_path / "out")) == len(pictures(tmp_path / "out")) == 80
 
 
 def test_a_file_of_prompts(generator_dir, tmp_path, prompts, capsys):

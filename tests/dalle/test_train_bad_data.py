@@ -170,7 +170,7 @@ def test_two_trainings_do_not_share_a_run_directory(made, run, capsys):
     try:
         assert holder.stdout.readline() == "held\n"
         said = refusal(capsys, flags(made, run, steps=5))
-        assert f"{run} is being trained by another process" in said
+        assert f"another command is writing to {run}" in said
     finally:
         holder.kill()
         holder.communicate()

@@ -21,8 +21,30 @@ def test_two_runs_at_once_are_refused(tmp_path, capsys):
     holder.lock()
     with pytest.raises(SystemExit):
         run(write_t2i(tmp_path / "src"), tmp_path / "out")
-    assert "another run is writing" in capsys.readouterr().err
+    assert "another command is writing" in capsys.readouterr().err
     holder.close()
+
+
+@pytest.mark.parametrize(
+    "name", ["report.json", "dropped.jsonl", "dataset.json", "train-00000.tar", "val-00007.tar"]
+)
+def test_the_users_files_are_refused_and_stay(tmp_path, name, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    for mine in (name, ".notes.tmp", "photo.tar"):
+        (out / mine).write_text('{"mine": 1}')
+    before = contents(out)
+    with pytest.raises(SystemExit) as stopped:
+        run(write_t2i(tmp_path / "src"), out)
+    assert stopped.value.code == 2 and name in capsys.readouterr().err
+    assert contents(out) == before
+
+
+def test_hidden_files_of_the_users_stay(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".notes.tmp").write_text("mine")
+    run(write_t2i(tmp_path / "src"), tmp_path / "out")
+    assert (tmp_path / "out" / ".notes.tmp").read_text() == "mine"
 
 
 def test_remote_target_equals_a_folder_also_after_a_crash(tmp_path, monkeypatch):

@@ -49,10 +49,10 @@ def test_arms_that_were_drawn_before(tmp_path, shards, judge_dir, ranker_dir, go
     found = json.loads((tmp_path / "arena" / "metrics.json").read_text("utf-8"))
     assert list(found["arms"]) == ["again", "bad", "好"] and found["prompts"] == 12
     assert found["arms"]["好"]["seconds_per_picture"] == 0.5
-    points = found["arms"]["bad"]["best_of"]["kind right"]["points"]
+    points = found["arms"]["bad"]["best_of"]["category right"]["points"]
     assert [p["width"] for p in points] == [1, 4] and points[0]["prompts"] == 12
     by_pair = {(d["first"], d["second"], d["figure"].split("[")[0]): d for d in found["differences"]}
-    worse = by_pair["好", "bad", "kind_right"]
+    worse = by_pair["好", "bad", "category_right"]
     assert worse["value"]["value"] < -0.3 and worse["is_sure"], "half of the titles show another kind"
     same = [d["value"] for (a, b, _), d in by_pair.items() if (a, b) == ("好", "again")]
     assert same and all(abs(end) < 1e-9 for value in same for end in value.values())
@@ -63,7 +63,7 @@ def test_arms_that_were_drawn_before(tmp_path, shards, judge_dir, ranker_dir, go
     assert {"Figures", "Differences", "Choosing the best of n", "Nearest training pictures"} <= set(
         re.findall("<h2>(.*?)</h2>", page)
     )
-    assert page.count('class="pair"') >= 6 and TEXTS[0] in page and page.count("<polyline") == 9
+    assert page.count('class="pair"') >= 6 and TEXTS[0] in page and page.count("<polyline") == 12
     assert "frechet" in capsys.readouterr().out
 
 

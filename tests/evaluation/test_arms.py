@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from common.files import write_json
-from dalle.outdir import OutDirectory
+from common.out_directory import OutDirectory
 from dalle.pipeline import Request
 from dalle.sampling import SamplingOptions
 from evaluation import arms
@@ -98,9 +98,9 @@ class TestDrawing:
         whole = draw_into(tmp_path / "whole", "w", AnyArm(Painter(), "x", 3, {"cfg": 0.1}), self.PLAN)
         assert len(whole) == 6 and whole.texts == ["a", "bb"]
         arm = AnyArm(Painter(), "x", 3, {"cfg": 0.1})
-        out = OutDirectory(tmp_path / "part", arm.origin)
-        for picture in list(arm.draw(self.PLAN.requests))[:2]:
-            out.add(picture)
+        with OutDirectory(tmp_path / "part", arm.origin) as out:
+            for picture in list(arm.draw(self.PLAN.requests))[:2]:
+                out.add(picture)
         with (tmp_path / "part" / "images.jsonl").open("a") as file:
             file.write('{"file": "0002.png", "te')
         painter = Painter()

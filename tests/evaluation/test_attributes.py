@@ -14,11 +14,11 @@ from evaluation.attributes import (
     MOST_NEGATIVES,
     Lexicon,
     hard_negative_hits,
+    judged_categories,
     judged_colors,
-    judged_kinds,
     pixel_colors,
 )
-from evaluation.goods_judge import GoodsJudge
+from evaluation.judge import GoodsJudge
 from evaluation.pixel_colors import ColorHistogram, PixelColors
 from evaluation.reference import Facts, ReferencePictures, common_side
 
@@ -43,35 +43,35 @@ GOODS = facts(
 def test_slots_are_what_the_reference_names():
     lexicon = Lexicon.of_reference(GOODS)
     assert lexicon.words["color"] == ("红色", "蓝色")
-    assert lexicon.words["kind"] == tuple(sorted({"夹克", "西装", "外套", "红西柚", "长裤", "牛仔外套"}))
+    assert lexicon.words["category"] == tuple(sorted({"夹克", "西装", "外套", "红西柚", "长裤", "牛仔外套"}))
     assert lexicon.words["pattern"] == tuple(sorted({"条纹", "碎花"}))
     assert lexicon.meanings["外套"] == {"夹克", "西装"}
 
 
 def test_a_colour_inside_the_kind_is_no_colour():
     lexicon = Lexicon.of_reference([*GOODS, *facts(("红色西柚汁", "红色西柚汁", "", "红色西柚汁"))])
-    assert lexicon.parse("一盒红色西柚汁").words == {"kind": "红色西柚汁"}
-    assert lexicon.parse("红色牛仔外套").words == {"kind": "牛仔外套", "color": "红色"}
+    assert lexicon.parse("一盒红色西柚汁").words == {"category": "红色西柚汁"}
+    assert lexicon.parse("红色牛仔外套").words == {"category": "牛仔外套", "color": "红色"}
     assert lexicon.parse("什么也没有").words == {}
 
 
 def test_negatives_change_one_word_and_are_never_true():
     lexicon = Lexicon.of_reference(GOODS)
     assert lexicon.negatives("一件红色外套", "color") == ["一件蓝色外套"]
-    kinds = lexicon.negatives("一件红色外套", "kind")
+    kinds = lexicon.negatives("一件红色外套", "category")
     assert set(kinds) == {
         "一件红色红西柚",
         "一件红色长裤",
     }  # a jacket may be a suit, and denim jackets are jackets
     assert lexicon.negatives("条纹长裤", "pattern") == ["碎花长裤"]
-    assert lexicon.negatives("一条长裤", "color") == [] and lexicon.negatives("", "kind") == []
+    assert lexicon.negatives("一条长裤", "color") == [] and lexicon.negatives("", "category") == []
 
 
 def test_many_words_are_tried_in_a_fixed_choice():
-    lexicon = Lexicon({"kind": tuple(f"第{i:03d}种" for i in range(100))})
-    first = lexicon.negatives("一个第007种", "kind")
-    assert len(first) == MOST_NEGATIVES and first == lexicon.negatives("一个第007种", "kind")
-    assert first != [text.replace("X", "") for text in lexicon.negatives("两个第007种", "kind")]
+    lexicon = Lexicon({"category": tuple(f"第{i:03d}种" for i in range(100))})
+    first = lexicon.negatives("一个第007种", "category")
+    assert len(first) == MOST_NEGATIVES and first == lexicon.negatives("一个第007种", "category")
+    assert first != [text.replace("X", "") for text in lexicon.negatives("两个第007种", "category")]
 
 
 def test_without_facts_the_word_lists_read_the_captions():
@@ -79,7 +79,7 @@ def test_without_facts_the_word_lists_read_the_captions():
         facts(("红色连衣裙", "", "", ""), ("黑色衬衫 纯棉", "", "", ""), ("亚麻衬衫", "", "", ""))
     )
     assert lexicon.words["color"] == tuple(sorted({"红色", "黑色"}))
-    assert set(lexicon.words["kind"]) == {"连衣裙", "衬衫"} and lexicon.words["material"] == tuple(
+    assert set(lexicon.words["category"]) == {"连衣裙", "衬衫"} and lexicon.words["material"] == tuple(
         sorted({"纯棉", "亚麻"})
     )
 
@@ -96,13 +96,13 @@ class Words:
 
 
 def test_hard_negatives_by_a_scorer_that_sees_colour_alone():
-    lexicon = Lexicon({"color": ("红色", "蓝色"), "kind": ("外套", "长裤")})
+    lexicon = Lexicon({"color": ("红色", "蓝色"), "category": ("外套", "长裤")})
     images = np.array([[1.0, 0, 0, 0], [0, 1.0, 0, 0], [0, 0, 1.0, 0]])  # red, blue, a jacket
     texts = ["红色外套", "红色外套", "一件外套"]
     found = hard_negative_hits(Words(), lexicon, "color", texts, images)
     np.testing.assert_array_equal(found.hits, [1, 0, np.nan])
     assert found.chance == pytest.approx(0.5)
-    found = hard_negative_hits(Words(), lexicon, "kind", texts, images)
+    found = hard_negative_hits(Words(), lexicon, "category", texts, images)
     np.testing.assert_array_equal(found.hits, [0, 0, 1])  # equal scores are no hits
     assert hard_negative_hits(Words(), lexicon, "color", ["一件外套"], images[2:]) is None
 
@@ -115,11 +115,11 @@ def test_the_judges_heads_say_what_is_there(judge_dir, shards):
     lexicon = Lexicon.of_reference([reference.facts(i) for i in range(len(reference))])
     right = [caption(kind, color) for kind, color in pairs]
     wrong = [caption(KINDS[(KINDS.index(kind) + 1) % 3], color) for kind, color in pairs]
-    kinds = judged_kinds(judge, [*right, "一张桌子"], np.concatenate([features, features[:1]]))
+    kinds = judged_categories(judge, [*right, "一张桌子"], np.concatenate([features, features[:1]]))
     assert kinds.hits[:-1].mean() > 0.8 and np.isnan(kinds.hits[-1]) and kinds.chance == pytest.approx(1 / 3)
-    assert judged_kinds(judge, wrong, features).hits.mean() < 0.2
+    assert judged_categories(judge, wrong, features).hits.mean() < 0.2
     assert judged_colors(judge, lexicon, right, features).hits.mean() > 0.8
-    assert judged_kinds(judge, ["一张桌子"], features[:1]) is None
+    assert judged_categories(judge, ["一张桌子"], features[:1]) is None
     assert judged_colors(judge, lexicon, ["一张桌子"], features[:1]) is None
 
 
@@ -186,7 +186,7 @@ def test_reference_pictures_are_squares_with_facts(shards):
     reference = ReferencePictures.of_split(str(shards), "val", 32, limit=5)
     assert len(reference) == 5 and reference.open(0).size == (32, 32)
     found = reference.facts(0)
-    assert found.kind in KINDS and found.color in found.caption and found.word in found.caption
+    assert found.category in KINDS and found.color in found.caption and found.word in found.caption
     larger = ReferencePictures.of_split(str(shards), "val", 40)
     assert reference.key(0) != larger.key(0) and len({larger.key(i) for i in range(24)}) == 24
     assert common_side([Image.new("RGB", s) for s in ((64, 64), (64, 80), (32, 32))]) == 64

@@ -26,7 +26,7 @@ from evaluation.features import (
     short_name,
 )
 from evaluation.figures import name_on
-from evaluation.goods_judge import GoodsJudge
+from evaluation.judge import GoodsJudge
 from evaluation.sets import SampleSet
 from rankers import load_ranker
 

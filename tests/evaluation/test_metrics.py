@@ -65,7 +65,12 @@ def figures(good, half_wrong, shards, networks, cache) -> tuple[dict[str, Figure
 
 def test_every_figure_says_what_it_depends_on(figures, good):
     for figure in figures[0].values():
-        assert figure.count >= 1 and figure.network in ("judge-resnet", "pixels", "perceptual-hash")
+        assert figure.count >= 1 and figure.network in (
+            "efficientnet_lite1",
+            "judge",
+            "pixels",
+            "perceptual-hash",
+        )
         assert figure.value.low <= figure.value.value <= figure.value.high
         assert json.loads(json.dumps(figure.to_json()))["name"] == figure.name
     assert settings_of(good) == {
@@ -77,7 +82,7 @@ def test_every_figure_says_what_it_depends_on(figures, good):
 
 def test_pictures_of_another_kind_and_colour_are_seen(figures):
     good, wrong = figures
-    for name in ("kind_right[judge-resnet]", "color_right[judge-resnet]", "color_right[pixels]"):
+    for name in ("category_right[judge]", "color_right[judge]", "color_right[pixels]"):
         assert good[name].value.value > 0.8, name
         assert wrong[name].value.value < 0.65, name
         assert good[name].real > 0.8 and "a blind guess" in good[name].note
@@ -98,11 +103,11 @@ def test_a_better_set_is_nearer_to_the_real_one(shards, networks, cache, tmp_pat
     for samples in (good, grey):
         found = measure(samples, Reference.open(str(shards), samples), networks, QUICK, cache)
         both.append({figure.name: figure for figure in found})
-    for name in ("frechet_distance[judge-resnet]", "kernel_distance[judge-resnet]"):
+    for name in ("frechet_distance[efficientnet_lite1]", "kernel_distance[efficientnet_lite1]"):
         assert both[1][name].value.value > 2 * both[0][name].value.value
         assert paired_difference(both[1][name], both[0][name]).low > 0
     precision, coverage = (
-        [b[f"{name}[judge-resnet]"].value.value for b in both] for name in ("precision", "coverage")
+        [b[f"{name}[efficientnet_lite1]"].value.value for b in both] for name in ("precision", "coverage")
     )
     assert precision[1] <= precision[0] and coverage[1] < coverage[0]
 
@@ -121,7 +126,7 @@ def test_copies_of_training_pictures_are_counted_and_shown(shards, networks, cac
     copied = {(p.sample, p.row) for p in pairs if p.is_copy and p.distance == 0}
     assert {(i, i) for i in range(6)} <= copied and found["memorised[perceptual-hash]"].value.value >= 0.25
     assert pairs[0].caption == reference.train.facts(pairs[0].row).caption
-    assert found["memorised[judge-resnet]"].value.value >= 0.25
+    assert found["memorised[efficientnet_lite1]"].value.value >= 0.25
 
 
 def test_features_are_not_computed_twice(good, shards, networks, cache, figures, monkeypatch):
@@ -169,7 +174,7 @@ def test_real_pictures_are_those_of_the_prompts_where_there_are():
 
 
 def test_figures_of_other_prompts_do_not_pair(figures):
-    name = "kind_right[judge-resnet]"
+    name = "category_right[judge]"
     other = Figure(name, Interval(1, 1, 1), True, "x", 1, by_prompt={"z": 1.0}, draws=figures[0][name].draws)
     for pair in ((figures[0][name], other), (figures[0][name], figures[0]["color_right[pixels]"])):
         with pytest.raises(ValueError, match="no paired difference"):
@@ -182,7 +187,7 @@ def test_what_cannot_be_measured_is_said(shards, networks, cache, tmp_path):
     found, left_out = measure_all(
         one, Reference.open(str(shards), one, train_split=""), networks, QUICK, cache
     )
-    assert {f.name for f in found} >= {"kind_right[judge-resnet]", "color_right[judge-resnet]"}
+    assert {f.name for f in found} >= {"category_right[judge]", "color_right[judge]"}
     said = " ".join(left_out)
     for words in ("at least 2 pictures, not 1", "no text has two pictures", "no training pictures", "--clip"):
         assert words in said
@@ -210,22 +215,23 @@ def test_the_command_writes_a_table_a_file_and_a_page(
     main(arguments(out, shards, cache, "--judge", str(judge_dir), "--clip", str(ranker_dir)))
     shown = capsys.readouterr().out
     for words in (
-        "frechet_distance[judge-resnet]",
+        "frechet_distance[efficientnet_lite1]",
         "clip_score",
         "recall_at_10",
-        "names the kind of",
+        "names the category of",
         "guidance",
     ):
         assert words in shown, words
     written = json.loads((out / "metrics.json").read_text("utf-8"))
     by_name = {figure["name"]: figure for figure in written["figures"]}
     assert (
-        by_name["kind_right[judge-resnet]"]["seeds"] == [3]
-        and by_name["kind_right[judge-resnet]"]["count"] == 24
+        by_name["category_right[judge]"]["seeds"] == [3] and by_name["category_right[judge]"]["count"] == 24
     )
-    assert written["networks"].keys() == {"judge-resnet", "checkpoint"}
+    assert written["networks"].keys() == {"efficientnet_lite1", "judge", "checkpoint"}
     page = (out / "report.html").read_text("utf-8")
-    assert "Nearest training pictures" in page and "kind_right" in page and caption("杯子", "红色") in page
+    assert (
+        "Nearest training pictures" in page and "category_right" in page and caption("杯子", "红色") in page
+    )
     assert not re.search(r'(src|href)="(?!data:)', page)
 
 
@@ -263,7 +269,6 @@ def test_the_encoder_that_reranked_is_refused(out, shards, cache, judge_dir, ran
         (["--judge", "RANKER"], "kind 'ranker', not 'judge'"),
         (["--clip", "none"], "no checkpoint directory none"),
         (["--inception", "none.pth"], "no Inception weights at none.pth"),
-        ([], "no network to measure with"),
         (["--reference", "none", "--judge", "JUDGE"], "no data folder none"),
         (["--split", "test", "--judge", "JUDGE"], "no test-*.tar"),
         (["--best-of", "9", "--judge", "JUDGE"], "best of 9 needs 9 pictures"),
@@ -307,5 +312,5 @@ def test_mixed_sizes_and_modes_and_endless_titles(shards, cache, judge_dir, rank
         image.save(tmp_path / f"{i}.png")
         (tmp_path / f"{i}.txt").write_text(text, "utf-8")
     found = main(arguments(tmp_path, shards, cache, "--judge", str(judge_dir), "--clip", str(ranker_dir)))
-    assert {f.name for f in found} >= {"kind_right[judge-resnet]", "clip_score[checkpoint]"}
+    assert {f.name for f in found} >= {"category_right[judge]", "clip_score[checkpoint]"}
     assert all(np.isfinite(f.value.value) for f in found)

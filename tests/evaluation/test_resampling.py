@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+import torch
+from plain_statistics import frechet_distance, kernel_distance, manifold
 
 from evaluation import statistics as st
 from evaluation.distribution import (
@@ -50,8 +52,9 @@ def test_the_mean_has_the_interval_of_its_prompts():
     assert tripled.interval.value == pytest.approx(single.interval.value)
     wide = [e.interval.high - e.interval.low for e in (single, tripled)]
     assert wide[1] == pytest.approx(wide[0], rel=0.1)
-    plain = st.bootstrap_mean(per_prompt)
-    assert single.interval.low == pytest.approx(plain.low, abs=0.03)
+    rng = np.random.default_rng(5)
+    means = [per_prompt[rng.integers(0, 40, 40)].mean() for _ in range(2000)]
+    assert single.interval.low == pytest.approx(np.quantile(means, 0.025), abs=0.03)
     assert single.by_prompt["text 3"] == pytest.approx(per_prompt[3]) and len(single.by_prompt) == 40
 
 
@@ -111,8 +114,42 @@ def test_unknown_ends_stay_unknown():
 def test_frechet_equals_the_plain_formula_at_any_rank(count, dim):
     fake, real = features(count, dim, 0.5), features(20, dim, seed=3)
     estimate = Frechet(real).estimate(fake, Resampling(texts_of(count), 30), 30)
-    assert estimate.interval.value == pytest.approx(st.frechet_from_features(fake, real), rel=1e-6)
+    assert estimate.interval.value == pytest.approx(frechet_distance(fake, real), rel=1e-6)
     assert estimate.interval.low <= estimate.interval.value <= estimate.interval.high
+
+
+def test_frechet_of_known_gaussians():
+    """Diagonal covariances: sum of (m - n)^2 + (s - t)^2 with standard deviations s, t."""
+    rng = np.random.default_rng(0)
+    real, fake = rng.normal(size=(40_000, 2)), rng.normal(size=(40_000, 2)) * [2, 3] + [1, 2]
+    estimate = Frechet(real).estimate(fake, Resampling(texts_of(40_000), 2), 2)
+    assert estimate.interval.value == pytest.approx(1 + 4 + (2 - 1) ** 2 + (3 - 1) ** 2, rel=0.03)
+
+
+class Flat(torch.nn.Module):
+    num_features = 12
+
+    def forward(self, images):
+        return images.flatten(1).float()
+
+
+def test_frechet_and_kid_equal_torchmetrics():
+    from torchmetrics.image.fid import FrechetInceptionDistance
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    torch.manual_seed(0)
+    real, fake = torch.rand(60, 3, 2, 2), torch.rand(60, 3, 2, 2) ** 2
+    fid = FrechetInceptionDistance(feature=Flat(), normalize=True)
+    kid = KernelInceptionDistance(feature=Flat(), subset_size=60, subsets=1, normalize=True)
+    for metric in (fid, kid):
+        metric.update(real, real=True)
+        metric.update(fake, real=False)
+    rows = [images.flatten(1).numpy() for images in (real, fake)]
+    resampling = Resampling(texts_of(60), 20)
+    found = Frechet(rows[0]).estimate(rows[1], resampling, 2).interval.value
+    assert found == pytest.approx(float(fid.compute()), rel=1e-3)
+    found = kernel_estimate(rows[1], rows[0], resampling).interval.value
+    assert found == pytest.approx(float(kid.compute()[0]), rel=1e-3)
 
 
 def test_weights_count_like_copies():
@@ -120,7 +157,7 @@ def test_weights_count_like_copies():
     resampling = Resampling(texts_of(9), 40)
     copies = [np.repeat(fake, weights.astype(int), axis=0) for weights in resampling.weights()]
     drawn = Frechet(real).estimate(fake, resampling, 40).drawn
-    np.testing.assert_allclose(drawn, [st.frechet_from_features(rows, real) for rows in copies], rtol=1e-6)
+    np.testing.assert_allclose(drawn, [frechet_distance(rows, real) for rows in copies], rtol=1e-6)
     probabilities = np.exp(fake) / np.exp(fake).sum(1, keepdims=True)
     drawn = inception_estimate(probabilities, resampling).drawn
     parts = [np.repeat(probabilities, w.astype(int), axis=0) for w in resampling.weights()]
@@ -128,20 +165,36 @@ def test_weights_count_like_copies():
 
 
 def test_kernel_distance_equals_its_definition_and_pairs_no_picture_with_itself():
-    fake, real = features(700, 3, 0.4), features(40, 3, seed=6)  # more than a block of rows
-    resampling = Resampling(texts_of(700), 60)
+    fake, real = features(520, 3, 0.4), features(20, 3, seed=6)  # more than a block of rows
+    resampling = Resampling(texts_of(520), 60)
     estimate = kernel_estimate(fake, real, resampling)
-    assert estimate.interval.value == pytest.approx(st.polynomial_mmd(fake, real))
+    assert estimate.interval.value == pytest.approx(kernel_distance(fake, real))
     assert estimate.drawn.mean() == pytest.approx(
         estimate.interval.value, abs=3 * estimate.drawn.std() / 60**0.5
     )
 
 
+def test_manifold_of_equal_and_of_distant_sets():
+    points = np.random.default_rng(0).normal(size=(80, 4))
+
+    def values(fake):
+        found = manifold_estimates(fake, points, Resampling(texts_of(len(fake)), 20))
+        return {name: estimate.interval.value for name, estimate in found.items()}
+
+    same = values(points.copy())
+    assert same["precision"] == same["recall"] == same["coverage"] == 1
+    assert set(values(points + 100).values()) == {0}
+    half = values(np.concatenate([points[:40], points[40:] + 100]))
+    assert (
+        half["precision"] == pytest.approx(0.5) and half["coverage"] > 0.9
+    )  # a ball of 5 holds one of the half
+
+
 def test_manifold_equals_the_plain_one():
     fake, real = features(60, 3, 0.5), features(50, 3, seed=7)
-    found, plain = manifold_estimates(fake, real, Resampling(texts_of(60), 100)), st.manifold(real, fake)
+    found, plain = manifold_estimates(fake, real, Resampling(texts_of(60), 100)), manifold(real, fake)
     for name, estimate in found.items():
-        assert estimate.interval.value == pytest.approx(getattr(plain, name)), name
+        assert estimate.interval.value == pytest.approx(plain[name]), name
         assert estimate.interval.low <= estimate.interval.value <= estimate.interval.high, name
 
 

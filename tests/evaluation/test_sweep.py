@@ -27,7 +27,7 @@ def figure(name: str, value: float, higher: bool | None = True) -> Figure:
 
 def trial(**values) -> Trial:
     figures = {"frechet_distance[j]": figure("frechet_distance[j]", values["distance"], False)}
-    figures["kind_right[j]"] = figure("kind_right[j]", values["kind"])
+    figures["category_right[j]"] = figure("category_right[j]", values["kind"])
     figures["diversity[j]"] = figure("diversity[j]", 1.0, None)
     return Trial(SamplingOptions(cfg_scale=values["cfg"]), figures)
 
@@ -39,12 +39,12 @@ def test_ranks_by_hand():
         trial(cfg=3, distance=3, kind=0.9),
     ]
     assert mean_ranks(trials, ["frechet_distance"]) == [2.0, 0.5, 0.5]
-    assert mean_ranks(trials, ["frechet_distance", "kind_right[j]"]) == [2.0, 0.75, 0.25]
+    assert mean_ranks(trials, ["frechet_distance", "category_right[j]"]) == [2.0, 0.75, 0.25]
 
 
 def test_what_decides_is_named():
     figures = trial(cfg=1, distance=5, kind=0.2).figures
-    assert objective_figure(figures, "kind_right").name == "kind_right[j]"
+    assert objective_figure(figures, "category_right").name == "category_right[j]"
     assert objective_figure({"FID": figure("FID", 1, False)}, "frechet_distance").name == "FID"
     with pytest.raises(ValueError, match=r"no figure 'clip_score' was measured .there are frechet_distance"):
         objective_figure(figures, "clip_score")

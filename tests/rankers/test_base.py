@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 from PIL import Image
@@ -112,8 +114,10 @@ def test_an_ensemble_averages_ranks_not_scores(ranker_dir):
         EnsembleRanker([both])
 
 
-def test_the_default_is_a_sentence_where_nothing_was_trained(tmp_path, monkeypatch):
+def test_the_default_is_what_ships_then_a_sentence(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    assert default_ranker() == Path(__file__).parents[2] / "pretrained/goods-128/ranker"
+    monkeypatch.setattr("rankers.DEFAULT_RANKER", "pretrained/none")
     with pytest.raises(FileNotFoundError, match=r"rankers\.train"):
         default_ranker()
 

@@ -237,5 +237,5 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no entry 'learnable'"):
         load_brivl(tmp_path / "other.pth", SMALL)
     (tmp_path / "text.pth").write_text("hello")
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="is no torch file"):
         load_brivl(tmp_path / "text.pth", SMALL)

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from tiny_goods import draw
 from torch.nn import functional as F
 
@@ -148,6 +149,72 @@ def test_chinese_clip_folders_that_are_not_whole(chinese_clip, tmp_path):
         load_folder(folder)
 
 
+@pytest.fixture(scope="module")
+def five(chinese_clip, tmp_path_factory):
+    """As transformers 5 saves model and processor, the weights in several files."""
+    from transformers import ChineseCLIPModel
+
+    folder = tmp_path_factory.mktemp("five")
+    ChineseCLIPModel.from_pretrained(str(chinese_clip)).save_pretrained(str(folder), max_shard_size="20KB")
+    pictures = json.loads((chinese_clip / "preprocessor_config.json").read_text())
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": pictures}))
+    shutil.copyfile(chinese_clip / "vocab.txt", folder / "vocab.txt")
+    assert (folder / "model.safetensors.index.json").is_file() and len(list(folder.glob("model-*"))) > 2
+    return folder
+
+
+def test_chinese_clip_of_transformers_5(chinese_clip, five):
+    images = [draw("杯子", "红色", 1, 50), draw("鞋子", "蓝色", 2, 70)]
+    one, other = (load_ranker(str(f), precision="fp32").score(TEXT, images) for f in (chinese_clip, five))
+    torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        ("shard gone", "which is not in"),
+        ("shard cut", "is no safetensors file"),
+        ("pointer", "Git LFS pointer"),
+        ("nan", "not finite"),
+        ("empty index", "lists no weights"),
+        ("no image processor", "says nothing of an image_processor"),
+        ("no size", "does not say size"),
+    ],
+)
+def test_chinese_clip_shards_that_are_not_whole(five, tmp_path, damage, words):
+    folder = tmp_path / "f"
+    shutil.copytree(five, folder)
+    shard = sorted(folder.glob("model-*.safetensors"))[1]
+    if damage == "shard gone":
+        shard.unlink()
+    elif damage == "shard cut":
+        shard.write_bytes(shard.read_bytes()[:-8])
+    elif damage == "pointer":
+        shard.write_text("version https://git-lfs.github.com/spec/v1\n")
+    elif damage == "nan":
+        weights = load_file(shard)
+        next(iter(weights.values())).view(-1)[0] = float("nan")
+        save_weights(shard, weights)
+    elif damage == "empty index":
+        (folder / "model.safetensors.index.json").write_text("{}")
+    elif damage == "no image processor":
+        (folder / "processor_config.json").write_text("{}")
+    else:
+        (folder / "processor_config.json").write_text('{"image_processor": {"do_center_crop": false}}')
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
+        load_folder(folder)
+
+
+def test_chinese_clip_under_wrapped_names(chinese_clip, tmp_path):
+    folder = tmp_path / "wrapped"
+    shutil.copytree(chinese_clip, folder)
+    weights = load_file(folder / "model.safetensors")
+    save_weights(folder / "model.safetensors", {f"module._orig_mod.{n}": t for n, t in weights.items()})
+    images = [draw("杯子", "红色", 1, 50)]
+    one, other = (load_ranker(str(f), precision="fp32").score(TEXT, images) for f in (chinese_clip, folder))
+    assert torch.equal(one, other)
+
+
 def test_published_weights_that_are_not_here_are_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(FileNotFoundError, match="OFA-Sys/chinese-clip-vit-base-patch16") as caught:
@@ -181,3 +248,19 @@ def test_a_published_open_clip_layout_from_a_local_file(tmp_path):
     ranker = load_ranker(f"clip:tiny-for-test@{tmp_path}/w.safetensors", precision="fp32")
     torch.testing.assert_close(ranker.score("a red cup", images), (image @ text.T)[:, 0], atol=1e-5, rtol=0)
     assert isinstance(images[0], Image.Image)
+    wrapped = {f"module._orig_mod.{n}": t for n, t in model.state_dict().items()}
+    torch.save({"epoch": 3, "state_dict": wrapped}, tmp_path / "wrapped.pt")
+    other = load_ranker(f"clip:tiny-for-test@{tmp_path}/wrapped.pt", precision="fp32")
+    assert torch.equal(other.score("a red cup", images), ranker.score("a red cup", images))
+    whole = (tmp_path / "wrapped.pt").read_bytes()
+    nan = {n: torch.full_like(t, float("nan")) for n, t in model.state_dict().items()}
+    torch.save(nan, tmp_path / "nan.pt")
+    torch.save({"visual.conv1.weight": torch.zeros(2, 2)}, tmp_path / "foreign.pt")
+    torch.save({"a": torch.zeros(2)}, tmp_path / "other.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    for name, data in (("junk", bytes(range(1, 250))), ("empty", b""), ("cut", whole[: len(whole) // 2])):
+        (tmp_path / f"{name}.pt").write_bytes(data)
+    (tmp_path / "page.pt").write_text("<!DOCTYPE html><html></html>")
+    for name in ("junk", "empty", "cut", "page", "foreign", "other", "list", "nan"):
+        with pytest.raises((ValueError, FileNotFoundError), match=rf"{name}\.pt"):
+            load_ranker(f"clip:tiny-for-test@{tmp_path}/{name}.pt")

@@ -45,6 +45,26 @@ def world(tmp_path):
     return tmp_path
 
 
+@pytest.mark.parametrize("name", ["train-00000.tar", "roundtrip.png", "dataset.json"])
+def test_the_users_files_are_refused_and_stay(world, name, capsys):
+    (world / "tokens").mkdir()
+    (world / "tokens" / name).write_bytes(b"mine")
+    with pytest.raises(SystemExit):
+        encode(world)
+    assert f"holds {name}, not written here" in capsys.readouterr().err
+    assert {p.name: p.read_bytes() for p in (world / "tokens").iterdir()} == {name: b"mine"}
+
+
+def test_a_changed_roundtrip_stays(world, capsys):
+    encode(world)
+    encode(world)
+    (world / "tokens" / "roundtrip.png").write_bytes(b"mine")
+    with pytest.raises(SystemExit):
+        encode(world)
+    assert "roundtrip.png" in capsys.readouterr().err
+    assert (world / "tokens" / "roundtrip.png").read_bytes() == b"mine"
+
+
 def encode(world, *flags, run="run", target="tokens"):
     return main([str(world / run), str(world / "images"), str(world / target), "--precision", "fp32", *flags])
 

@@ -303,6 +303,86 @@ def test_a_dalle_pytorch_generator_with_a_vqgan_inside(tmp_path):
     compare(ImageTokenizer.from_pretrained(tmp_path / "out"), IMAGES, *independent(weights, "taming", IMAGES))
 
 
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "module.",
+        "_orig_mod.",
+        "module._orig_mod.",
+        "_orig_mod.module.",
+        "first_stage_model.",
+        "model.",
+        "module.model._orig_mod.",
+        "model.first_stage_model.",
+    ],
+)
+@pytest.mark.parametrize("kind", ["taming", "dvae"])
+def test_wrapped_names_give_the_same_tokenizer(tmp_path, prefix, kind):
+    weights = make_weights("taming") if kind == "taming" else discrete_vae(2, 1)
+    content = {f"{prefix}{name}": tensor for name, tensor in weights.items()}
+    if kind == "taming":
+        content["model_ema.decay"] = torch.zeros(())
+    if "first_stage_model" in prefix:
+        content["model.diffusion_model.out.weight"] = torch.zeros(2)
+        content["cond_stage_model.x"] = torch.full((2,), float("nan"))
+    torch.save({"state_dict": content}, tmp_path / "x.ckpt")
+    torch.save(weights, tmp_path / "plain.ckpt")
+    for name in ("x", "plain"):
+        main([str(tmp_path / f"{name}.ckpt"), str(tmp_path / name)])
+    found, plain = (ImageTokenizer.from_pretrained(tmp_path / name).state_dict() for name in ("x", "plain"))
+    assert list(found) == list(plain) and all(torch.equal(found[n], plain[n]) for n in plain)
+
+
+def test_a_part_that_was_compiled_and_nested_entries(tmp_path):
+    weights = make_weights("taming")
+    content = {n.replace("encoder.", "encoder._orig_mod.", 1): t for n, t in weights.items()}
+    torch.save({"model": {"state_dict": content}, "step": 3}, tmp_path / "x.ckpt")
+    main([str(tmp_path / "x.ckpt"), str(tmp_path / "x")])
+    compare(ImageTokenizer.from_pretrained(tmp_path / "x"), IMAGES, *independent(weights, "taming", IMAGES))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_refused(tmp_path, value, capsys):
+    weights = make_weights("taming")
+    weights["decoder.conv_out.bias"][1] = value
+    torch.save(weights, tmp_path / "x.pt")
+    with pytest.raises(SystemExit) as stop:
+        main([str(tmp_path / "x.pt"), str(tmp_path / "out")])
+    assert stop.value.code == 2
+    assert "the weight decoder.conv_out.bias holds numbers that are not finite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("model:\n", None),
+        ("model:\n  params:\n", None),
+        ("model:\n  params:\n    ddconfig:\n    n_embed:\n", None),
+        ("model: big\n", "model must be a mapping, not 'big'"),
+        ("model:\n  params: [1]\n", "model.params must be a mapping"),
+        ("model:\n  params:\n    ddconfig:\n      resolution: large\n", "resolution must be a whole number"),
+        ("model:\n  params:\n    n_embed: many\n", "n_embed must be a whole number above 0, not 'many'"),
+        ("model:\n  params:\n    embed_dim: -8\n", "embed_dim must be a whole number above 0"),
+        ("", "must hold a mapping"),
+        ("<html>: [", "is not valid yaml"),
+        ("\udcff", "is not valid yaml"),
+    ],
+)
+def test_a_config_with_empty_sections_or_words(tmp_path, text, words, capsys):
+    torch.save(make_weights("taming"), tmp_path / "x.pt")
+    path = tmp_path / "model.yaml"
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    arguments = [str(tmp_path / "x.pt"), str(tmp_path / "out"), "--config", str(path)]
+    if words is None:
+        main(arguments)
+        assert ImageTokenizer.from_pretrained(tmp_path / "out").image_size == 256
+        return
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and words in said and str(path) in said and said.count("\n") == 1
+
+
 def test_foreign_objects_become_inert(tmp_path):
     torch.save({"a": torch.ones(2), "callbacks": LightningCallback()}, tmp_path / "x.pt")
     content = read_foreign(tmp_path / "x.pt")
@@ -342,11 +422,22 @@ def test_weights_that_do_not_fit_are_named(tmp_path, change, message, capsys):
 
 def test_bad_files_are_named(tmp_path, capsys):
     (tmp_path / "x.pt").write_bytes(b"<html>404</html>")
+    (tmp_path / "lfs.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    )
+    (tmp_path / "empty.ckpt").write_bytes(b"")
+    (tmp_path / "junk.pt").write_bytes(bytes(range(1, 200)))
+    torch.save(make_weights("taming"), tmp_path / "whole.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:5000])
     (tmp_path / "old").mkdir()
     (tmp_path / "model.yaml").write_text(YAML.format(codes=99))
     torch.save(make_weights("taming"), tmp_path / "good.pt")
     for arguments, message in (
-        (["x.pt", "out"], "is no torch file"),
+        (["x.pt", "out"], "is a web page (HTML or XML) that was saved in place of the file"),
+        (["lfs.safetensors", "out"], "is a Git LFS pointer, not the file"),
+        (["empty.ckpt", "out"], "is empty"),
+        (["junk.pt", "out"], "is no torch file"),
+        (["cut.pt", "out"], "cut.pt"),
         (["nothing.pt", "out"], "no weights file"),
         (["good.pt", "old"], "exists already"),
         (["old", "out"], "is a directory"),

@@ -6,7 +6,7 @@ import pytest
 from small_checkpoint import CAPTIONS
 from test_generate import lines, pictures, run
 
-from dalle.prompts import Prompt, count_prompts, read_prompts
+from data_tools.prompts import Prompt, count_prompts, read_prompts
 from data_tools.submit import main as submit
 
 

@@ -1,0 +1,193 @@
+"""Images of a run: 0000.png ..., grid.png and images.jsonl, one line an image with all that it depends on.
+
+An image is renamed into place before its line is appended, so after a kill -9 every whole line has its image and the
+next run of the same command goes on behind the last of them. What is the user's in the directory stays (see
+common/output.py).
+"""
+
+import errno
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from PIL import Image
+
+from common.earlier_out import earlier_files
+from common.files import DISK_FULL
+from common.image import make_grid
+from common.output import RECORD, OutputDirectory
+
+LIST, GRID = "images.jsonl", "grid.png"
+MAX_GRID = 64  # images that grid.png shows
+RANKING, RANKED = "ranking.json", "ranked.png"
+COPY = re.compile(r"rank\d{2,}(_text\d{2,})?\.png")  # of the best, which rerank.py makes
+
+
+@dataclass(frozen=True)
+class Request:
+    """One image to make: image `index` of the seed, for `text`."""
+
+    text: str
+    index: int
+    key: str | None = None
+    """Name of the text, where it has one."""
+
+
+class Made(Protocol):
+    """One image and how it came about. `log_likelihood` and `null_log_likelihood` (nats) where the generator knows."""
+
+    image: Image.Image
+    text: str
+    index: int
+    seconds: float
+    key: str | None
+
+
+def image_name(number: int) -> str:
+    return f"{number:04d}.png"
+
+
+class OutDirectory:
+    """Writes one run's images; use as a context manager. `origin`: seed, sampling options, checkpoint ... the same for
+    every line, set before the first image is asked for."""
+
+    def __init__(self, path: Path, origin: dict[str, Any] | None = None) -> None:
+        """Raises ValueError where the directory cannot be written to, or another command writes there; changes nothing
+        in it."""
+        self.files = OutputDirectory(path)
+        self.path, self.origin = self.files.path, origin or {}
+        self.count = 0
+        # bytes of an earlier run's list that stay; None: what does not stay is gone
+        self._kept: int | None = 0
+        try:
+            if not (path / RECORD).exists():
+                self.files.adopt(earlier_files(path))
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "OutDirectory":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.files.close()
+
+    def require_ours(self, num_images: int) -> None:
+        """Raises ValueError where the list, the grid or one of the first `num_images` images, standing or to come, is
+        not what a command of ours wrote: nothing is made then, and nothing touched."""
+        names = (image_name(i) for i in range(num_images))
+        self.files.require_ours(itertools.chain((LIST, GRID, RANKING), names))
+
+    def continue_from(self, requests: Iterator[Request]) -> Iterator[Request]:
+        """What is left of `requests` after those whose images stand already, made with the same `origin`."""
+        lines = self._lines()
+        for request in requests:
+            line, end = next(lines, ({}, 0))
+            if not self._is_done(line, request):
+                requests = itertools.chain([request], requests)
+                break
+            self.count, self._kept = self.count + 1, end
+        return requests
+
+    def continue_behind_all(self) -> None:
+        """Go on behind every image of an earlier run."""
+        for _, end in self._lines():
+            self.count, self._kept = self.count + 1, end
+
+    def num_leftovers(self) -> int:
+        """Images of an earlier run that the first new one replaces."""
+        return 0 if self._kept is None else sum(1 for _ in self._lines(self._kept))
+
+    def forget_leftovers(self) -> None:
+        """Remove what an earlier run listed behind the images that stay, and what was written about the whole.
+
+        `add` does it before the first image, so that a run which fails before has lost nothing.
+        """
+        if self._kept is not None:
+            self._forget_from(self._kept)
+            self._kept = None
+
+    def add(self, made: Made) -> Path:
+        """Write one image and its line. Raises ValueError where a file of the user's has the image's name."""
+        self.forget_leftovers()
+        name = image_name(self.count)
+        line = self.origin | {
+            "file": name,
+            "text": made.text,
+            "index": made.index,
+            "log_likelihood": getattr(made, "log_likelihood", None),
+            "null_log_likelihood": getattr(made, "null_log_likelihood", None),
+            "seconds": round(made.seconds, 4),
+        }
+        if made.key is not None:
+            line["key"] = made.key
+        try:
+            with self.files.writing(name) as temporary:
+                made.image.save(temporary, format="PNG")
+            self.files.append(LIST, json.dumps(line, sort_keys=True, ensure_ascii=False))
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            raise OSError(
+                errno.ENOSPC,
+                f"disk full while writing {self.path / name}: the {self.count} images before it are whole; free some "
+                "space and run the same command again",
+            ) from error
+        self.count += 1
+        return self.path / name
+
+    def write_grid(self, columns: int | None = None) -> Path:
+        """grid.png of the first images, `columns` a row."""
+        images = []
+        for i in range(min(self.count, MAX_GRID)):
+            with Image.open(self.path / image_name(i)) as image:
+                images.append(image.convert("RGB"))
+        with self.files.writing(GRID) as temporary:
+            make_grid(images, columns).save(temporary, format="PNG")
+        return self.path / GRID
+
+    def _lines(self, start: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
+        """Whole lines of an earlier run from byte `start` on, each with the byte it ends at, up to a damaged one."""
+        if not (self.path / LIST).is_file():
+            return
+        with (self.path / LIST).open("rb") as file:
+            file.seek(start)
+            for text in file:
+                try:
+                    line = json.loads(text)
+                except ValueError:
+                    return
+                if not isinstance(line, dict) or not text.endswith(b"\n"):
+                    return
+                yield line, file.tell()
+
+    def _is_done(self, line: dict[str, Any], request: Request) -> bool:
+        name = image_name(self.count)
+        wanted = self.origin | {"file": name, "text": request.text, "index": request.index}
+        same = all(line.get(k) == v for k, v in wanted.items()) and line.get("key") == request.key
+        return same and (self.path / name).is_file()
+
+    def _forget_from(self, kept: int) -> None:
+        """Removes the images listed behind byte `kept`, those lines, and what was written about the whole."""
+        self.files.require_ours([LIST])
+        for line, _ in self._lines(kept):
+            name = str(line.get("file"))
+            if name == Path(name).name and name.endswith(".png"):
+                self.files.remove(name)
+        for name in self.files.names():
+            if name in (GRID, RANKING, RANKED) or COPY.fullmatch(name):
+                self.files.remove(name)
+        if (self.path / LIST).is_file():
+            with (self.path / LIST).open("rb") as file:
+                stays = file.read(kept)
+            with self.files.writing(
+                LIST
+            ) as temporary:  # a new file: a hard link of the old one keeps its lines
+                temporary.write_bytes(stays)

@@ -1,0 +1,188 @@
+"""Image shards -> shards of what a network made of the images (codes, latents): each is encoded once, not once an
+epoch.
+
+Each input shard becomes one output shard of the same name with the array of every image, its caption and its
+metadata. View 0 is the plain centre crop; the others are augmented, and depend on the key alone. Whole shards are
+kept when the command runs again.
+"""
+
+import io
+import json
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from common.distributed import World
+from common.files import split_lines
+from common.image import resize_square, to_image, to_tensor
+from common.log import say
+from data_tools.index import ShardIndex, ShardSource
+from data_tools.line_drawings import LINE_MEMBER, decode_lines, encode_lines
+from data_tools.line_views import LineSource, draw_views, move_lines
+from data_tools.loader import IMAGE_SUFFIXES, Augment, CorruptSample, open_image
+from data_tools.records import Record
+from data_tools.shards import ShardWriter, add_to_dataset
+
+Encode = Callable[[Tensor], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Views:
+    """How images are seen before they are encoded."""
+
+    image_size: int
+    count: int
+    """Views of a training image: the plain one and count - 1 augmented ones. Validation images have one."""
+    augment: Augment
+    batch_size: int
+    """Images of one call of the encoder."""
+    lines: LineSource = "none"
+    """Line drawings of the views, `{key}.line.png`."""
+
+
+def encode_shards(
+    source: ShardSource, target: Path, views: Views, member: str, encode: Encode, world: World
+) -> dict[str, int]:
+    """Every shard of `source` that is not done yet; shards are dealt over processes.
+
+    encode: (n, 3, S, S) in [-1, 1] -> (n, ...), of which each image's rows (A, ...) become `{key}.{member}`, an .npy.
+    Returns {"pictures", "skipped", "shards_kept"} of this process. Raises FileNotFoundError without training shards.
+    """
+    jobs = [(split, place) for split in ("train", "val") for place in source.find(split)]
+    if not any(split == "train" for split, _ in jobs):
+        raise FileNotFoundError(
+            f"no train-*.tar in {source.source}: make shards with `python -m data_tools.shard`"
+        )
+    counts = {"pictures": 0, "skipped": 0, "shards_kept": 0}
+    for split, place in jobs[world.rank :: world.size]:
+        name = source.name(place)
+        if (target / name).is_file():
+            ShardIndex.open(target / name, "").require(member)
+            counts["shards_kept"] += 1
+            continue
+        bar = tqdm(desc=name, unit="images", disable=not world.is_main, dynamic_ncols=True)
+        _encode_one(source.fetch(place), target / name, split, views, member, encode, counts, bar)
+        bar.close()
+    world.barrier()
+    if world.is_main:
+        for split in ("train", "val"):
+            paths = sorted(target.glob(f"{split}-*.tar"))
+            add_to_dataset(target, split, {p.name: len(ShardIndex.open(p, "").samples) for p in paths})
+    return counts
+
+
+def _encode_one(
+    source: Path,
+    target: Path,
+    split: str,
+    views: Views,
+    member: str,
+    encode: Encode,
+    counts: dict[str, int],
+    bar: tqdm,
+) -> None:
+    """One input shard -> one output shard, by way of a folder that is renamed from."""
+    index = ShardIndex.open(source, "").require(*IMAGE_SUFFIXES)
+    count = views.count if split == "train" else 1
+    work = target.parent / f".work-{target.stem}"
+    for stale in work.glob("*"):
+        stale.unlink()
+    bar.reset(total=len(index))
+    with ShardWriter(work, split, samples_per_shard=len(index)) as writer:
+        for samples, images, drawings in _image_batches(index, views, count, counts):
+            arrays = encode(images.flatten(0, 1))
+            arrays = arrays.reshape(len(samples), count, *arrays.shape[1:])
+            for i, rows, lines in zip(samples, arrays, drawings, strict=True):
+                extra = {member: npy_bytes(rows)} | ({LINE_MEMBER: lines} if lines else {})
+                writer.write(_record(index, i, extra))
+            counts["pictures"] += len(samples)
+            bar.update(len(samples))
+    (work / f"{split}-00000.tar").rename(target)
+    for leftover in work.glob("*"):
+        leftover.unlink()
+    work.rmdir()
+
+
+def _image_batches(
+    index: ShardIndex, views: Views, count: int, counts: dict[str, int]
+) -> Iterator[tuple[list[int], Tensor, list[bytes]]]:
+    """Sample numbers (b,), their views (b, A, 3, S, S) and line.png of each; corrupt images are counted and left out.
+
+    The images of the next batch are opened while one is encoded.
+    """
+    each = max(1, views.batch_size // count)
+
+    def load(i: int) -> tuple[Tensor, bytes]:
+        members, key = index.read(i, IMAGE_SUFFIXES), index.samples[i].key
+        image = open_image(next(iter(members.values())))
+        seen = torch.stack(list(_views(image, key, views, count)))
+        if views.lines == "none":
+            return seen, b""
+        if views.lines == "given":
+            given = _given_lines(index.read(i, (LINE_MEMBER,)))
+            rngs = _generators(key, count)
+            lines = move_lines(given, image.size, views.augment, rngs, views.image_size)
+        else:
+            lines = draw_views(views.lines, [to_image(view) for view in seen])
+        return seen, encode_lines(lines)
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        ahead = deque((i, pool.submit(load, i)) for i in range(min(2 * each, len(index))))
+        samples, rows, drawings = [], [], []
+        while ahead:
+            i, loaded = ahead.popleft()
+            if i + 2 * each < len(index):
+                ahead.append((i + 2 * each, pool.submit(load, i + 2 * each)))
+            try:
+                seen, lines = loaded.result()
+                rows.append(seen)
+                drawings.append(lines)
+                samples.append(i)
+            except CorruptSample as error:
+                counts["skipped"] += 1
+                say(f"skipped a corrupt sample ({counts['skipped']} so far): {index.samples[i].key}: {error}")
+            if rows and (len(rows) == each or not ahead):
+                yield samples, torch.stack(rows), drawings
+                samples, rows, drawings = [], [], []
+
+
+def _given_lines(members: dict[str, bytes]) -> np.ndarray:
+    """(H, W) uint8. Raises CorruptSample."""
+    try:
+        return decode_lines(members.get(LINE_MEMBER, b""))
+    except ValueError as error:
+        raise CorruptSample(str(error)) from error
+
+
+def _views(image: Image.Image, key: str, views: Views, count: int) -> Iterator[Tensor]:
+    """The centre crop, then crops that depend on (key, view): the same whenever the image is encoded."""
+    yield to_tensor(resize_square(image, views.image_size))
+    for generator in _generators(key, count):
+        yield to_tensor(resize_square(views.augment(image, generator), views.image_size))
+
+
+def _generators(key: str, count: int) -> Iterator[np.random.Generator]:
+    """Of the views after the plain one."""
+    return (np.random.default_rng([view, *key.encode()]) for view in range(1, count))
+
+
+def npy_bytes(rows: np.ndarray) -> bytes:
+    """The file of an array."""
+    buffer = io.BytesIO()
+    np.save(buffer, np.ascontiguousarray(rows), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _record(index: ShardIndex, i: int, extra: dict[str, bytes]) -> Record:
+    members = index.read(i, ("txt", "json"))
+    captions = tuple(split_lines(members.get("txt", b"").decode("utf-8", errors="replace")))
+    meta = json.loads(members["json"]) if "json" in members else {}
+    return Record(index.samples[i].key, b"", "", captions, meta, extra=extra)

@@ -1,0 +1,159 @@
+"""Put products on a pure white background.
+
+    python -m diffusion.whiten out/ out_white/                        # an out directory of generate.py, or any folder
+    python -m diffusion.whiten shirt.jpg shirt_white.png
+    python -m diffusion.whiten photos/ white/ --method grabcut --erode 1
+    python -m diffusion.whiten photos/ white/ --method poolnet --weights final.pth
+    python -m diffusion.whiten photos/ white/ --method onnx --weights u2net.onnx
+
+`border` needs no weights and suits products on plain backgrounds; `--whiten` of the generating commands is the same.
+An image in which hardly anything or nearly everything passes for product is copied as it is, and said. PNG files keep
+the background at exactly 255.
+"""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from PIL import Image
+from tqdm import tqdm
+
+from common.config import command, parse_options
+from common.files import atomic_path
+from common.image import make_grid
+from common.log import say
+from common.output import OutputDirectory
+from data_tools.images import SUFFIXES, BadImage, decode
+from diffusion.white_background import Whitener, WhitenOptions
+
+LIST, GRID = "images.jsonl", "grid.png"
+MAX_GRID = 64  # images that grid.png shows
+SHOWN = 5  # notes that are said one by one
+
+
+@dataclass(frozen=True)
+class Options:
+    """Put products on white."""
+
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SRC")]
+    """An image, a folder of images, or an out directory of a generating command."""
+    target: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DST")]
+    """The image or the folder to write."""
+    whiten: Annotated[WhitenOptions, tyro.conf.arg(name="")] = field(default_factory=WhitenOptions)
+    device: str = "cpu"
+    """Of the networks: cpu, cuda or cuda:N."""
+
+
+def whiten_file(source: Path, whitener: Whitener) -> tuple[Image.Image, str]:
+    """The image on white, and a note where it was left as it is. Raises ValueError naming a file that is no image."""
+    try:
+        found = whitener(decode(source.read_bytes()))
+    except BadImage as error:
+        reason = f"{error.reason.replace('_', ' ')} {error.what}".strip()
+        raise ValueError(f"{source} is no readable image: {reason}") from error
+    return found.image, found.note
+
+
+def whiten_folder(source: Path, target: Path, whitener: Whitener) -> dict[str, int]:
+    """Every image of a folder, or those that an out directory lists, under the same names as PNG.
+
+    Returns how many were written, left as they are, and unreadable. Raises ValueError for a folder without images, and
+    where `target` holds files of the user's under the same names.
+    """
+    lines = dict(_lines(source))
+    names = list(lines) or [p.name for p in sorted(source.iterdir()) if p.suffix[1:].lower() in SUFFIXES]
+    if not names:
+        raise ValueError(f"{source} holds no images")
+    targets = {name: f"{Path(name).stem}.png" for name in names}
+    if len(set(targets.values())) < len(names):
+        raise ValueError(
+            f"{source} holds images whose names differ in their suffix alone: rename one of them"
+        )
+    counts = {"written": 0, "left": 0, "unreadable": 0}
+    with OutputDirectory(target) as out:
+        out.require_ours([*targets.values(), LIST, GRID])
+        if (target / LIST).is_file():
+            out.remove(LIST)
+        for name in tqdm(names, unit="image", dynamic_ncols=True):
+            try:
+                image, note = whiten_file(source / name, whitener)
+            except (ValueError, OSError) as error:
+                counts["unreadable"] += 1
+                _say_some(counts["unreadable"], f"skipped: {error}")
+                continue
+            with out.writing(targets[name]) as temporary:
+                image.save(temporary, format="PNG")
+            if name in lines:
+                line = lines[name] | {"file": targets[name], "whiten": whitener.origin() | {"note": note}}
+                out.append(LIST, json.dumps(line, sort_keys=True, ensure_ascii=False))
+            counts["written"] += 1
+            counts["left"] += bool(note)
+            if note:
+                _say_some(counts["left"], f"note: {name} was {note}")
+        if not counts["written"]:
+            raise ValueError(f"none of the {len(names)} images of {source} can be read")
+        _write_grid(out, [targets[name] for name in names])
+    return counts
+
+
+def _lines(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(file, line) of the images that images.jsonl lists; names that leave the directory are none of them."""
+    path = source / LIST
+    for text in path.read_text("utf-8").split("\n") if path.is_file() else ():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        name = str(line.get("file", "")) if isinstance(line, dict) else ""
+        if name and name == Path(name).name and (source / name).is_file():
+            yield name, line
+
+
+def _write_grid(out: OutputDirectory, names: Sequence[str]) -> None:
+    """grid.png where the images have one size."""
+    images = [Image.open(out.path / n).convert("RGB") for n in names[:MAX_GRID] if (out.path / n).is_file()]
+    if len({image.size for image in images}) == 1:
+        with out.writing(GRID) as temporary:
+            make_grid(images).save(temporary, format="PNG")
+
+
+def _say_some(count: int, text: str) -> None:
+    if count <= SHOWN:
+        say(text)
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> Path:
+    """The command of this module; returns what was written."""
+    options = parse_options(Options, argv, description=__doc__)
+    if not options.source.exists():
+        raise FileNotFoundError(f"no image or folder {options.source}")
+    whitener = Whitener.open(options.whiten, options.device)
+    started = time.perf_counter()
+    if options.source.is_dir():
+        if options.source.resolve() == options.target.resolve():
+            raise ValueError("DST must be another folder than SRC, whose images stay as they are")
+        counts = whiten_folder(options.source, options.target, whitener)
+        rate = counts["written"] / (time.perf_counter() - started)
+        say(
+            f"{counts['written']} images in {options.target}, {counts['left']} of them left as they were, "
+            f"{counts['unreadable']} unreadable | {rate:.1f} images/s"
+        )
+        return options.target
+    if options.target.suffix.lower() != ".png":
+        raise ValueError(f"DST must be a PNG file, which keeps the background at 255: {options.target}")
+    if options.target.exists():
+        raise ValueError(f"{options.target} exists already: name a new file")
+    image, note = whiten_file(options.source, whitener)
+    with atomic_path(options.target) as temporary:
+        image.save(temporary, format="PNG")
+    say(f"{options.target} {note}".rstrip())
+    return options.target
+
+
+if __name__ == "__main__":
+    main()

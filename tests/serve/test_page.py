@@ -1,0 +1,112 @@
+"""The web page in a real browser: type, see images, repaint one. Skipped where Chromium or Playwright is missing."""
+
+import shutil
+import zipfile
+from io import BytesIO
+
+import pytest
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+TEXT = "一件红色的连衣裙"
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="no Playwright on this machine")
+    with playwright.sync_playwright() as engine:
+        browser = engine.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, service):
+    context = browser.new_context(locale="zh-CN", accept_downloads=True)
+    page = context.new_page()
+    page.set_default_timeout(60_000)
+    problems = []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+    page.goto(service.url)
+    page.evaluate(f"sessionStorage.setItem('key', '{service.key}')")
+    page.reload()
+    yield page
+    # the first load has no key yet, so its list of models is refused
+    assert [p for p in problems if "401" not in p] == []
+    context.close()
+
+
+def finished(page, images: int, runs: int = 1) -> None:
+    """Wait for the end of the page's `runs`-th request and see as many images."""
+    page.wait_for_selector(f"#history button:nth-child({runs})")
+    page.wait_for_selector("#stop", state="hidden")
+    assert page.locator("#images img").count() == images
+
+
+def test_type_and_see_eight_images_then_repaint_one(page):
+    page.fill("#prompt", TEXT)
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#images img[src^='blob:']")  # an image that grows
+    finished(page, 8)
+    assert "8 张" in page.inner_text("#message")
+    page.click("#images figure:nth-child(2) img")
+    box = page.locator("#canvas").bounding_box()
+    page.mouse.move(box["x"] + 40, box["y"] + 40)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 120, box["y"] + 90, steps=5)
+    page.mouse.up()
+    page.click("#repaint")
+    finished(page, 8, runs=2)
+
+
+def test_an_untouched_image_is_not_repainted(page):
+    page.fill("#count", "2")
+    page.fill("#prompt", TEXT)
+    page.click("#go")
+    finished(page, 2)
+    page.locator("#images img").first.press("Enter")  # by keyboard
+    page.click("#repaint")
+    assert "涂抹" in page.inner_text("#about")
+    page.click("#vary")
+    finished(page, 2, runs=2)
+
+
+def test_all_images_come_as_one_zip(page):
+    page.fill("#count", "3")
+    page.fill("#seed", "5")
+    page.fill("#prompt", TEXT)
+    page.click("#go")
+    finished(page, 3)
+    with page.expect_download() as download:
+        page.click("#download")
+    archive = zipfile.ZipFile(BytesIO(download.value.path().read_bytes()))
+    assert archive.testzip() is None and archive.namelist() == ["00.png", "01.png", "02.png"]
+    assert archive.read("00.png")[:4] == b"\x89PNG"
+
+
+def test_english_by_switch_and_errors_in_words(page):
+    page.click("#language")
+    assert page.inner_text("#go") == "Generate" and page.title() == "Product images"
+    page.evaluate("sessionStorage.setItem('key', 'pp-wrong')")
+    page.fill("#prompt", TEXT)
+    page.click("#go")
+    page.wait_for_selector("#message.error")
+    assert "key" in page.inner_text("#message")
+
+
+def test_it_fits_a_phone(browser, service):
+    page = browser.new_page(viewport={"width": 360, "height": 640})
+    page.goto(service.url)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    page.close()
