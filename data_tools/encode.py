@@ -61,6 +61,11 @@ def encode_shards(
         raise FileNotFoundError(
             f"no train-*.tar in {source.source}: make shards with `python -m data_tools.shard`"
         )
+    if len({source.name(place) for _, place in jobs}) < len(jobs):
+        raise ValueError(
+            f"{source.source} names no splits, so it would validate on what it trains on: make shards of it with "
+            "`python -m data_tools.shard SRC DST --val-share 0.1`"
+        )
     counts = {"pictures": 0, "skipped": 0, "shards_kept": 0}
     for split, place in jobs[world.rank :: world.size]:
         name = source.name(place)

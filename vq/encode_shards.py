@@ -101,17 +101,6 @@ def encode_shards(tokenizer: ImageTokenizer, options: Options, world: World) -> 
 
     Returns {"pictures", "skipped", "shards_kept"} of this process. Raises ValueError for a target of another tokenizer.
     """
-    source = ShardSource(str(options.source), options.remote)
-    jobs = [(split, place) for split in ("train", "val") for place in source.find(split)]
-    if not any(split == "train" for split, _ in jobs):
-        raise FileNotFoundError(
-            f"no train-*.tar in {options.source}: make shards with `python -m data_tools.shard`"
-        )
-    if len({source.name(place) for _, place in jobs}) < len(jobs):
-        raise ValueError(
-            f"{options.source} names no splits, so it would validate on what it trains on: make shards of it with "
-            "`python -m data_tools.shard SRC DST --val-share 0.1`"
-        )
     target = ensure_writable_directory(options.target)
     made_by = {"sha256": tokenizer.codes_sha256, "grid_size": tokenizer.grid_size}
     made_by |= {"codebook_size": tokenizer.codebook_size, "views": options.views}
