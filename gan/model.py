@@ -57,16 +57,28 @@ class GeneratorConfig:
         return min(self.max_channels, self.channels * (self.img_size // 2 // side))
 
 
+class ScaledLinear(nn.Module):
+    """Weights of unit variance, scaled when they are used: so Adam moves all layers by like shares (equalized learning
+    rate, Karras et al. 2018, arXiv:1710.10196, section 4.1)."""
+
+    def __init__(self, c_in: int, c_out: int, bias: float = 0.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(c_out, c_in))
+        self.bias = nn.Parameter(torch.full((c_out,), bias))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, c_in) -> (B, c_out)"""
+        return F.linear(x, self.weight * self.weight.shape[1] ** -0.5, self.bias)
+
+
 class StyleConv(nn.Module):
     """Convolution whose input channels are scaled by a style, its output demodulated to unit variance."""
 
     def __init__(self, c_in: int, c_out: int, style_dim: int, kernel_size: int = 3) -> None:
         super().__init__()
-        self.affine = nn.Linear(style_dim, c_in)
+        self.affine = ScaledLinear(style_dim, c_in, bias=1.0)
         self.weight = nn.Parameter(torch.randn(c_out, c_in, kernel_size, kernel_size))
         self.bias = nn.Parameter(torch.zeros(c_out))
-        nn.init.normal_(self.affine.weight, std=style_dim**-0.5)
-        nn.init.ones_(self.affine.bias)
 
     def forward(self, x: Tensor, style: Tensor) -> Tensor:
         """x (B, c_in, s, s), style (B, D) -> (B, c_out, s, s)"""
@@ -84,17 +96,19 @@ class ToBands(nn.Module):
 
     def __init__(self, c_in: int, style_dim: int) -> None:
         super().__init__()
-        self.affine = nn.Linear(style_dim, c_in)
-        self.conv = nn.Conv2d(c_in, 12, 1)
-        nn.init.normal_(self.affine.weight, std=style_dim**-0.5)
-        nn.init.ones_(self.affine.bias)
-        nn.init.normal_(self.conv.weight, std=0.5 * c_in**-0.5)
-        nn.init.zeros_(self.conv.bias)
+        self.affine = ScaledLinear(style_dim, c_in, bias=1.0)
+        self.weight = nn.Parameter(torch.randn(12, c_in, 1, 1))
+        self.bias = nn.Parameter(torch.zeros(12))
+        # Detail starts small: bands LL, LH, HL, HH of three colours each.
+        self.register_buffer(
+            "gains", torch.tensor([0.5, 0.1, 0.1, 0.1]).repeat_interleave(3), persistent=False
+        )
 
     def forward(self, x: Tensor, style: Tensor) -> Tensor:
         """(B, C, s, s) -> (B, 3, 2s, 2s) float32"""
         scale = self.affine(style)[:, :, None, None].to(x.dtype)
-        return from_bands(self.conv(x * scale), 1)
+        weight = self.weight * (self.gains.view(-1, 1, 1, 1) * self.weight.shape[1] ** -0.5)
+        return from_bands(F.conv2d(x * scale, weight, self.bias), 1)
 
 
 class SynthesisBlock(nn.Module):
@@ -124,16 +138,9 @@ class Mapping(nn.Module):
 
     def __init__(self, config: GeneratorConfig, condition_dim: int) -> None:
         super().__init__()
-        self.condition = nn.Linear(condition_dim, config.style_dim)
-        self.layers = nn.ModuleList(
-            [
-                nn.Linear(config.z_dim + config.style_dim, config.style_dim),
-                nn.Linear(config.style_dim, config.style_dim),
-            ]
-        )
-        for layer in (self.condition, *self.layers):
-            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
-            nn.init.zeros_(layer.bias)
+        width = config.style_dim
+        self.condition = ScaledLinear(condition_dim, width)
+        self.layers = nn.ModuleList([ScaledLinear(config.z_dim + width, width), ScaledLinear(width, width)])
 
     def forward(self, z: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         """z (B, z_dim), condition (B, C) -> style part of both (B, D), style part of the condition alone (B, D)"""

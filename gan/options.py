@@ -56,13 +56,13 @@ class Options:
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     d_augment: AugmentConfig = field(default_factory=AugmentConfig)
-    loss: AdversarialLoss = "non_saturating"
+    loss: AdversarialLoss = "hinge"
     """hinge or non_saturating."""
     ema_decay: float = 0.999
     """Decay of the moving average of weights that is saved; 0: none."""
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(
-            lr=5e-4,
+            lr=2e-3,
             warmup_steps=0,
             schedule="constant",
             weight_decay=0.0,

@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -21,6 +20,7 @@ from common.bert_text import CaptionTokenizer
 from common.config import from_mapping
 from common.distributed import pick_device
 from common.image import to_image
+from common.out_directory import Request
 from common.precision import autocast
 from common.run_dir import best_step
 from gan.model import KIND, Generator, GeneratorConfig
@@ -50,17 +50,9 @@ class GanModel(nn.Module):
         self.text, self.generator = text, generator
 
 
-class Request(NamedTuple):
-    """One image to generate: image `index` of the seed, for `text`."""
-
-    text: str
-    index: int
-    key: str | None = None
-
-
 @dataclass(frozen=True)
 class Generated:
-    """One image and how it came about; the fields that an out directory lists."""
+    """One image and how it came about."""
 
     image: Image.Image
     text: str
@@ -68,9 +60,6 @@ class Generated:
     seconds: float
     """This image's share of its batch's time."""
     key: str | None = None
-    log_likelihood: float | None = None
-    """A GAN knows none."""
-    null_log_likelihood: float | None = None
 
 
 @dataclass(frozen=True)
