@@ -105,13 +105,24 @@ class TrainData:
         decode = DecodeLabeled(DecodeImage(self.img_size, first_caption=True), self.labels)
         return eval_batches(index, decode, batch_size, limit)
 
-    def sample_texts(self, named: Sequence[str], count: int) -> tuple[str, ...]:
-        """`named`, or the first different captions of the validation shards. Raises ValueError for unknown ones."""
+    def sample_conditions(self, named: Sequence[str], count: int) -> list[tuple[str, int]]:
+        """(caption, number of its category) of each row of the sample grids: `named`, or the first different captions
+        of the validation shards, or where none is known the first categories.
+
+        Raises ValueError for a named one that is not known, and where there is nothing at all to condition on.
+        """
         for text in named:
             if not is_known(self.tokenizer, text):
                 raise ValueError(f"the text tower knows nothing of the caption {text!r} of --sample-texts")
         texts = dict.fromkeys(text for text in captions(self.val, 1000) if is_known(self.tokenizer, text))
-        return tuple(named) or tuple(texts)[:count]
+        found = [(text, 0) for text in (tuple(named) or tuple(texts)[:count])]
+        found = found or [("", number) for number in range(1, len(self.labels) + 1)][:count]
+        if not found:
+            raise ValueError(
+                "the shards have neither captions that the text tower knows nor two categories: a conditional GAN has "
+                "nothing to go by"
+            )
+        return found
 
 
 def captions(index: ShardIndex, limit: int) -> list[str]:

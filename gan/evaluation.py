@@ -96,8 +96,8 @@ class Evaluation:
         z = torch.randn(
             PER_CAPTION, task.config.generator.z_dim, generator=torch.Generator().manual_seed(SEED + 1)
         )
-        for text in task.sample_texts or ("",):
-            condition = task.conditions([text] * PER_CAPTION, torch.zeros(PER_CAPTION, dtype=torch.long))
+        for text, label in task.samples:
+            condition = task.conditions([text] * PER_CAPTION, torch.full((PER_CAPTION,), label))
             found.append(self.features(task.generate(model, z, condition)).cpu())
         return found
 

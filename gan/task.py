@@ -74,7 +74,7 @@ class GanTask:
         self.ema = Ema(self.model, options.ema_decay) if options.ema_decay else None
         self.finished = build_model(self.config, data.text_folder).to(world.device).eval()
         self.strength = Strength(options.d_augment, plan.global_batch_size)
-        self.sample_texts = data.sample_texts(options.sample_texts, 8)
+        self.samples = data.sample_conditions(options.sample_texts, 8)
         self.evaluation = Evaluation(self)
 
     def _engine(self, model: torch.nn.Module, optim: OptimConfig) -> Any:
@@ -203,13 +203,13 @@ class GanTask:
         model = self.finish_weights()
         if not self.world.is_main:
             return {}
-        columns, rows = self.options.sample_images, len(self.sample_texts)
+        columns = self.options.sample_images
         z = torch.randn(columns, self.config.generator.z_dim, generator=torch.Generator().manual_seed(0))
         images = []
-        for text in self.sample_texts:
-            condition = self.conditions([text] * columns, torch.zeros(columns, dtype=torch.long))
+        for text, label in self.samples:
+            condition = self.conditions([text] * columns, torch.full((columns,), label))
             images += self.generate(model, z, condition).cpu()
-        return {"samples": make_grid([to_image(x) for x in images], columns)} if rows else {}
+        return {"samples": make_grid([to_image(x) for x in images], columns)}
 
     @torch.no_grad()
     def generate(self, model: GanModel, z: Tensor, condition: Condition) -> Tensor:

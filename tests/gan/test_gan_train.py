@@ -191,6 +191,19 @@ def test_another_model_in_the_run_directory_is_refused(train, capsys):
         assert "choose another --loop.run-dir" in capsys.readouterr().err
 
 
+def test_categories_alone_are_enough_and_nothing_is_too_little(train, tmp_path, capsys):
+    def without_captions(i: int, category: str | None) -> dict[str, bytes]:
+        return {name: data for name, data in sample(i, category).items() if name != "txt"}
+
+    samples = [without_captions(i, "") for i in range(8)]
+    run = train("categories", data=write_shards(tmp_path / "some", samples, samples[:3]), steps=1)
+    assert len(TextToGan.from_pretrained(run, "cpu")("", 2, category="杯子")) == 2
+    samples = [without_captions(i, None) for i in range(8)]
+    with pytest.raises(SystemExit):
+        train("nothing", data=write_shards(tmp_path / "none", samples, samples[:3]))
+    assert "a conditional GAN has nothing to go by" in capsys.readouterr().err
+
+
 def test_one_validation_image_is_too_few(train, tmp_path, capsys):
     data = write_shards(tmp_path / "data", [sample(i) for i in range(4)], [sample(0)])
     with pytest.raises(SystemExit):
