@@ -88,13 +88,13 @@ def augment(images: Tensor, u: Tensor, p: float) -> Tensor:
 
 
 def _color(images: Tensor, gates: Tensor, amounts: Tensor) -> Tensor:
-    """Brightness +-0.5, saturation 0 ... 2, contrast 0.5 ... 1.5; `amounts` (B, 3) in [-0.5, 0.5)."""
+    """Brightness +-0.25, saturation and contrast 0.5 ... 1.5; `amounts` (B, 3) in [-0.5, 0.5)."""
     brightness, saturation, contrast = (
         (g * a).view(-1, 1, 1, 1) for g, a in zip(gates.T, amounts.T, strict=True)
     )
-    images = images + brightness
+    images = images + 0.5 * brightness
     grey = images.mean(1, keepdim=True)
-    images = grey + (images - grey) * (1 + 2 * saturation)
+    images = grey + (images - grey) * (1 + saturation)
     mean = images.mean((1, 2, 3), keepdim=True)
     return mean + (images - mean) * (1 + contrast)
 

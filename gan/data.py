@@ -16,8 +16,9 @@ import torch
 from common import checkpoint
 from common.bert_text import CaptionTokenizer, write_text_tower
 from common.distributed import World
-from common.files import atomic_directory, ensure_writable_directory, read_json, write_json
+from common.files import atomic_directory, read_json, write_json
 from common.log import say
+from common.run_dir import claim
 from data_tools.captions import CaptionChoice, pick_caption
 from data_tools.index import ShardIndex
 from data_tools.loader import IMAGE_SUFFIXES, DecodeImage, eval_batches, train_batches
@@ -65,7 +66,7 @@ class TrainData:
         Raises FileNotFoundError or ValueError in one sentence.
         """
         run_dir, size = options.loop.run_dir, options.generator.img_size
-        ensure_writable_directory(run_dir)
+        claim(run_dir, world.is_main)
         if not options.data and world.is_main:
             say(
                 "no --data given: training on the embedded default, product-like images made by data_tools.synthetic"

@@ -1,15 +1,17 @@
 """What tells generated images from real ones, and right captions from wrong ones.
 
-A discriminator reads `inputs`, a list of maps that a trunk makes of images. Of `features: none` these are the Haar
-bands of the image and everything is trained (residual blocks and the deviation over the batch, StyleGAN2, section 4).
-Of `features: imagenet` they are features of a frozen network, mixed across channels and scales by fixed random
-convolutions (Projected GAN, Sauer et al. 2021, arXiv:2111.01007, section 4): a light head a scale learns, which is
-quick on few images. Every head ends in a map of logits that adds a projection on the condition (Miyato and Koyama 2018,
-arXiv:1802.05637).
+A discriminator reads `inputs`, a list of maps that a trunk makes of images. The first are the image's Haar bands, read
+by residual blocks that are trained from the start (with the deviation over the batch, StyleGAN2, section 4). With
+`features: imagenet` features of a frozen network follow, mixed across channels and scales by fixed random convolutions
+(Projected GAN, Sauer et al. 2021, arXiv:2111.01007, section 4): a light head a scale learns what goods look like within
+few images, while the bands show what such a network hardly sees, exact colours and dots (both together as in
+Vision-aided GAN, Kumari et al. 2022, arXiv:2112.09130). Convolutions are spectrally normalized. Every head ends in a
+map of logits that adds a projection on the condition (Miyato and Koyama 2018, arXiv:1802.05637).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import torch
@@ -36,12 +38,14 @@ class DiscriminatorConfig:
     """The discriminator and what it is trained by."""
 
     features: Literal["none", "imagenet"] = "none"
-    """none: all is learned from the images; imagenet: heads on the frozen features of efficientnet_lite0, which needs
-    its package."""
+    """none: all is learned from the images; imagenet: heads on the frozen features of efficientnet_lite0 too, which
+    needs its package."""
     features_size: int = 128
     """Side to which images are resized for the ImageNet features."""
     channels: int = 64
-    """Channels of the largest maps without features; they double at each halving, up to four times."""
+    """Channels of the largest maps of the blocks that read Haar bands; they double at each halving, up to 4 times."""
+    haar_levels: int = 1
+    """Haar levels before those blocks: 2 is a quarter of the cost of 1, enough beside features."""
     mixed_channels: int = 32
     """Channels of the finest of the mixed features; they double at each coarser scale."""
     condition_dim: int = 64
@@ -66,6 +70,8 @@ class DiscriminatorConfig:
         for name in ("channels", "mixed_channels", "condition_dim"):
             if getattr(self, name) < 8 or getattr(self, name) % 8:
                 raise ValueError(f"discriminator.{name} must be a multiple of 8, not {getattr(self, name)}")
+        if self.haar_levels not in (1, 2, 3):
+            raise ValueError(f"discriminator.haar_levels must be 1, 2 or 3, not {self.haar_levels}")
         if not 64 <= self.features_size <= 512:
             raise ValueError(f"discriminator.features_size must lie in [64, 512], not {self.features_size}")
 
@@ -87,36 +93,34 @@ class Trunk(nn.Module):
 
 
 class BandsTrunk(Trunk):
-    """One level of Haar bands."""
+    """Haar bands alone."""
 
-    def __init__(self, img_size: int) -> None:
+    def __init__(self, img_size: int, haar_levels: int) -> None:
         super().__init__()
-        self.widths, self.sides = (12,), (img_size // 2,)
+        self.haar_levels = haar_levels
+        self.widths, self.sides = (3 * 4**haar_levels,), (img_size // 2**haar_levels,)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """(B, 3, S, S) in [-1, 1] -> [(B, 12, S/2, S/2)]"""
-        return [to_bands(images, 1)]
+        """(B, 3, S, S) in [-1, 1] -> [(B, 3 * 4**levels, S / 2**levels, S / 2**levels)]"""
+        return [to_bands(images, self.haar_levels)]
 
 
 class ImageNetTrunk(Trunk):
-    """Frozen features, mixed across channels (1x1) and from coarse to fine (3x3) by fixed random convolutions."""
+    """Haar bands, then frozen features, mixed across channels (1x1) and from coarse to fine (3x3) by fixed random
+    convolutions."""
 
-    def __init__(self, features_size: int, channels: int, seed: int) -> None:
+    def __init__(self, bands: BandsTrunk, features_size: int, channels: int, seed: int) -> None:
         """Raises FileNotFoundError where the weights' package is not installed."""
         super().__init__()
-        self.features_size = features_size
+        self.bands, self.features_size = bands, features_size
         self.network = load_imagenet_features(TRAINING_NETWORK)
         found = [self.network.config.widths[tap] for tap in TAPS]
-        self.widths = tuple(channels * 2**i for i in range(len(TAPS)))
-        self.sides = tuple(-(-features_size // 4 // 2**i) for i in range(len(TAPS)))
+        widths = [channels * 2**i for i in range(len(TAPS))]
+        self.widths = (*bands.widths, *widths)
+        self.sides = (*bands.sides, *(-(-features_size // 4 // 2**i) for i in range(len(TAPS))))
         generator = torch.Generator().manual_seed(seed)
-        self.across = nn.ModuleList(
-            _fixed(a, b, 1, generator) for a, b in zip(found, self.widths, strict=True)
-        )
-        coarser = [*self.widths[1:], 0]
-        self.down = nn.ModuleList(
-            _fixed(b, a, 3, generator) for a, b in zip(self.widths, coarser, strict=True) if b
-        )
+        self.across = nn.ModuleList(_fixed(a, b, 1, generator) for a, b in zip(found, widths, strict=True))
+        self.down = nn.ModuleList(_fixed(b, a, 3, generator) for a, b in pairwise(widths))
         self.requires_grad_(False)
 
     def fixed_weights(self) -> dict[str, Tensor]:
@@ -127,8 +131,8 @@ class ImageNetTrunk(Trunk):
             tensor.copy_(weights[name])
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """(B, 3, S, S) in [-1, 1] -> maps (B, C_l, s_l, s_l), fine to coarse."""
-        size = self.features_size
+        """(B, 3, S, S) in [-1, 1] -> bands, then maps (B, C_l, s_l, s_l), fine to coarse."""
+        size, bands = self.features_size, self.bands(images)
         if images.shape[-1] != size:
             images = F.interpolate(images, (size, size), mode="bilinear", antialias=images.shape[-1] > size)
         features = self.network(images)
@@ -136,7 +140,7 @@ class ImageNetTrunk(Trunk):
         for i in reversed(range(len(mixed) - 1)):
             above = F.interpolate(mixed[i + 1], mixed[i].shape[-2:], mode="bilinear", align_corners=False)
             mixed[i] = (mixed[i] + self.down[i](above)) * 0.5**0.5
-        return mixed
+        return bands + mixed
 
 
 def _fixed(c_in: int, c_out: int, kernel_size: int, generator: torch.Generator) -> nn.Conv2d:
@@ -149,10 +153,11 @@ def _fixed(c_in: int, c_out: int, kernel_size: int, generator: torch.Generator) 
 
 def make_trunk(config: DiscriminatorConfig, img_size: int, seed: int) -> Trunk:
     """The trunk of `config.features`."""
+    bands = BandsTrunk(img_size, config.haar_levels)
     if config.features == "none":
-        return BandsTrunk(img_size)
+        return bands
     if config.features == "imagenet":
-        return ImageNetTrunk(config.features_size, config.mixed_channels, seed)
+        return ImageNetTrunk(bands, config.features_size, config.mixed_channels, seed)
     raise ValueError(f"unknown features {config.features!r}")
 
 
@@ -201,9 +206,9 @@ class DownBlock(nn.Module):
 
     def __init__(self, c_in: int, c_out: int) -> None:
         super().__init__()
-        self.first = nn.Conv2d(c_in, c_in, 3, padding=1)
-        self.second = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.skip = nn.Conv2d(c_in, c_out, 1, bias=False)
+        self.first = spectral_norm(nn.Conv2d(c_in, c_in, 3, padding=1))
+        self.second = spectral_norm(nn.Conv2d(c_in, c_out, 3, padding=1))
+        self.skip = spectral_norm(nn.Conv2d(c_in, c_out, 1, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, c_in, s, s) -> (B, c_out, s/2, s/2)"""
@@ -217,14 +222,14 @@ class ImageHead(nn.Module):
 
     def __init__(self, c_in: int, side: int, channels: int, condition_dim: int) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(c_in, channels, 3, padding=1)
+        self.stem = spectral_norm(nn.Conv2d(c_in, channels, 3, padding=1))
         blocks, width = [], channels
         while side > LAST_SIDE:
             out = min(2 * width, 4 * channels)
             blocks.append(DownBlock(width, out))
             width, side = out, side // 2
         self.blocks = nn.Sequential(*blocks)
-        self.last = nn.Conv2d(width + 1, width, 3, padding=1)
+        self.last = spectral_norm(nn.Conv2d(width + 1, width, 3, padding=1))
         self.logits = LogitHead(width, condition_dim)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -259,10 +264,8 @@ class Discriminator(nn.Module):
         self.text = text
         width = config.condition_dim
         places = list(zip(trunk.widths, trunk.sides, strict=True))
-        if config.features == "none":
-            heads = [ImageHead(c, side, config.channels, width) for c, side in places]
-        else:
-            heads = [FeatureHead(c, side, width) for c, side in places]
+        heads: list[nn.Module] = [ImageHead(*places[0], config.channels, width)]
+        heads += [FeatureHead(c, side, width) for c, side in places[1:]]
         self.heads = nn.ModuleList(heads)
         self.null_text = nn.Parameter(torch.zeros(text.embed_dim))
         self.condition = nn.Linear(text.embed_dim, width * len(heads))

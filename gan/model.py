@@ -174,7 +174,7 @@ class Generator(nn.Module):
         )
 
     def forward(self, z: Tensor, text: Tensor, labels: Tensor, has_text: Tensor) -> Tensor:
-        """z (B, Z), text (B, D), labels (B,) long, has_text (B,) bool -> (B, 3, S, S) float32 in [-1, 1]."""
+        """z (B, Z), text (B, D), labels (B,) long, has_text (B,) bool -> (B, 3, S, S) float32, about [-1, 1]."""
         w, c = self.mapping(z, self.condition(text, labels, has_text))
         return self.synthesis(torch.cat([w, c], dim=1))
 
@@ -199,10 +199,10 @@ class Generator(nn.Module):
         return torch.cat([torch.lerp(torch.stack(rows), w, psi), c], dim=1)
 
     def synthesis(self, style: Tensor) -> Tensor:
-        """(B, 2D) -> (B, 3, S, S) float32 in [-1, 1]: what lies outside a real image's range would tell them apart."""
+        """(B, 2D) -> (B, 3, S, S) float32; a tanh here would saturate and hold wrong colours for good."""
         x = self.constant.expand(len(style), -1, -1, -1).contiguous(memory_format=torch.channels_last)
         image = None
         for block in self.blocks:
             x, part = block(x, style)
             image = part if image is None else enlarge(image) + part
-        return image.tanh()
+        return image

@@ -213,12 +213,12 @@ class GanTask:
 
     @torch.no_grad()
     def generate(self, model: GanModel, z: Tensor, condition: Condition) -> Tensor:
-        """(B, 3, S, S) float32 on the device"""
+        """(B, 3, S, S) float32 in [-1, 1] on the device: what a file would hold."""
         with autocast(self.world.device, self.options.precision):
             text = model.text(condition.text_ids)
-            return model.generator(
-                z.to(self.world.device), text, condition.labels, condition.has_text
-            ).float()
+            z = z.to(self.world.device)
+            images = model.generator(z, text, condition.labels, condition.has_text)
+        return images.float().clamp(-1, 1)
 
     def say(self, text: str) -> None:
         if self.world.is_main:

@@ -22,9 +22,9 @@ def test_nothing_happens_at_p_0_or_behind_shut_gates():
 def test_brightness_saturation_and_contrast_by_hand():
     images = torch.rand(2, 3, 8, 8) * 2 - 1
     brighter = augment(images, fixed(2, c0=0.0, c6=0.75), 0.5)
-    torch.testing.assert_close(brighter, images + 0.25, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(brighter, images + 0.125, atol=1e-5, rtol=1e-5)
     grey = augment(images, fixed(2, c1=0.0, c7=0.0), 0.5)
-    torch.testing.assert_close(grey, images.mean(1, keepdim=True).expand_as(images), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(grey, (images + images.mean(1, keepdim=True)) / 2, atol=1e-5, rtol=1e-5)
     mean = images.mean((1, 2, 3), keepdim=True)
     flat = augment(images, fixed(2, c2=0.0, c8=0.0), 0.5)
     torch.testing.assert_close(flat, mean + (images - mean) / 2, atol=1e-5, rtol=1e-5)
