@@ -199,10 +199,16 @@ class Generator(nn.Module):
         return torch.cat([torch.lerp(torch.stack(rows), w, psi), c], dim=1)
 
     def synthesis(self, style: Tensor) -> Tensor:
-        """(B, 2D) -> (B, 3, S, S) float32; a tanh here would saturate and hold wrong colours for good."""
+        """(B, 2D) -> (B, 3, S, S) float32 in [-1.1, 1.1]"""
         x = self.constant.expand(len(style), -1, -1, -1).contiguous(memory_format=torch.channels_last)
         image = None
         for block in self.blocks:
             x, part = block(x, style)
             image = part if image is None else enlarge(image) + part
-        return image
+        return bounded(image)
+
+
+def bounded(x: Tensor) -> Tensor:
+    """Into [-1.1, 1.1]: pixels far outside would drift, and from the flat ends of a tanh they would never come back. A
+    little room is left for pure black and white."""
+    return 1.1 * x * (1 + x.square()).rsqrt()

@@ -10,6 +10,7 @@ from tiny_gan import TEXTS
 from common import checkpoint
 from common.files import sha256_file, write_json
 from common.out_directory import Request
+from common.run_dir import point_latest
 from gan.pipeline import BATCH, SamplingOptions, TextToGan, default_checkpoint
 
 
@@ -85,7 +86,7 @@ def test_a_run_directory_gives_its_best_checkpoint(run_dir, tmp_path, monkeypatc
     config = json.loads((run / "step_00000009" / "config.json").read_text("utf-8"))
     config["sha256"] = sha256_file(run / "step_00000009" / "model.safetensors")
     write_json(run / "step_00000009" / "config.json", config)
-    checkpoint.point_latest(run, "step_00000009")
+    point_latest(run, "step_00000009")
     assert (run / "best").resolve().name == "step_00000004"
     best, last = (TextToGan.from_pretrained(p, "cpu").sha256 for p in (run, run / "latest"))
     assert best != last == config["sha256"]

@@ -3,6 +3,8 @@ import pytest
 import torch
 
 from evaluation import statistics
+from evaluation.distribution import Frechet
+from evaluation.resampling import Resampling
 from gan.validation import frechet_distance, mean_pair_distance
 
 
@@ -11,7 +13,8 @@ def test_the_frechet_distance_is_that_of_evaluation(shape):
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=shape), rng.normal(0.5, 2.0, size=(shape[0] + 3, shape[1]))
     found = frechet_distance(torch.from_numpy(a), torch.from_numpy(b))
-    assert found == pytest.approx(statistics.frechet_from_features(a, b), rel=1e-4)
+    same_prompt = Resampling(["text"] * len(a), 1)
+    assert found == pytest.approx(Frechet(b).estimate(a, same_prompt, 1).interval.value, rel=1e-6)
     assert frechet_distance(torch.from_numpy(a), torch.from_numpy(a)) == pytest.approx(0, abs=1e-9)
 
 
