@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from common.bert_text import CaptionTokenizer, pad_rows
 from common.image import resize_square, to_tensor
 from data_tools.captions import pick_caption
 from data_tools.index import ShardIndex
 from data_tools.loader import IMAGE_SUFFIXES, CorruptSample, open_image
-from rankers.text import RankerTokenizer, pad_rows
 
 Facts = tuple[int, ...]  # a number for each field's value, 0 where there is none
 
@@ -183,7 +183,7 @@ class DecodePair:
     """
 
     image_size: int
-    tokenizer: RankerTokenizer
+    tokenizer: CaptionTokenizer
     config: AttributeConfig
     names: Vocabulary
     augment: CropAugment | None = None
@@ -231,7 +231,7 @@ class DecodePair:
 
 def pair_decoder(
     image_size: int,
-    tokenizer: RankerTokenizer,
+    tokenizer: CaptionTokenizer,
     config: AttributeConfig,
     names: Vocabulary,
     augment: CropAugment | None = None,

@@ -88,6 +88,7 @@ CONFIG_SCRIPTS = {
     "judge": "evaluation.train_judge",
     "base": "diffusion.train_base",
     "controlnet": "diffusion.train_controlnet",
+    "gan": "gan.train",
 }
 
 
