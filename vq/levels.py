@@ -13,8 +13,8 @@ from typing import Annotated
 import tyro
 
 from common.config import command, parse_options
-from common.files import ensure_writable_directory
 from common.log import say
+from common.output import new_directory, require_new
 from vq.model import ImageTokenizer
 
 
@@ -49,11 +49,10 @@ def first_levels(tokenizer: ImageTokenizer, code_depth: int) -> ImageTokenizer:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(Options, argv, description=__doc__)
-    if options.target.exists():
-        raise ValueError(f"{options.target} exists already: name a new directory")
-    ensure_writable_directory(options.target.parent)
+    require_new(options.target)
     result = first_levels(ImageTokenizer.from_pretrained(options.source), options.code_depth)
-    result.save_pretrained(options.target)
+    with new_directory(options.target) as directory:
+        result.write(directory, 0)
     say(f"{options.target}: {result.config.code_depth} codes a position, {result.codes_sha256[:12]}")
 
 

@@ -5,6 +5,7 @@ import torch
 
 from common.config import from_mapping, to_mapping
 from common.files import read_json, write_json
+from vq import levels
 from vq.autoencoder import FastConfig, from_bands, haar, to_bands
 from vq.dvae import DvaeConfig
 from vq.levels import first_levels
@@ -109,6 +110,16 @@ def test_codes_of_two_levels_are_one_number_and_the_first_level_stands_alone():
     assert torch.equal(first.encode_ids(images), ids // 16)
     with pytest.raises(ValueError, match="below the 1"):
         first_levels(first, 1)
+
+
+def test_the_command_keeps_the_first_codes_and_replaces_nothing(tmp_path, capsys):
+    make("fast-depth").save_pretrained(tmp_path / "two")
+    levels.main([str(tmp_path / "two"), str(tmp_path / "one")])
+    one = ImageTokenizer.from_pretrained(tmp_path / "one")
+    assert one.config.code_depth == 1 and one.codes_sha256[:12] in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        levels.main([str(tmp_path / "two"), str(tmp_path / "one")])
+    assert stop.value.code == 2 and "exists already" in capsys.readouterr().err
 
 
 def test_save_pretrained_replaces_a_whole_directory(tmp_path):
