@@ -77,7 +77,7 @@ class Options:
     batch_size: int = 8
     """Pictures drawn side by side; does not change them."""
     prompts_file: Path | None = None
-    """Instead of the text: .txt with a text a line, .tsv with id<TAB>text, or .jsonl; a run that was killed goes on."""
+    """Instead of the text: .txt (a text a line), .tsv (id<TAB>text), .csv or .jsonl; a run that was killed goes on."""
     prime: Path | None = None
     """Picture whose upper rows stay."""
     keep_rows: int | None = None

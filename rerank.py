@@ -29,6 +29,7 @@ from common.log import say
 from common.out_directory import COPY, RANKED, RANKING, OutDirectory, Request
 from common.output import OutputDirectory
 from common.precision import Precision
+from common.tables import plain_console, shortened
 from rankers import default_ranker, load_ranker
 from rankers.base import identities
 from rankers.calibration import Calibration, default_lexicon, hard_negatives
@@ -302,18 +303,17 @@ def _cell(out: Path, row: Ranked, side: int) -> Image.Image:
 
 def show(text: str, ranked: Sequence[Ranked], top: int = 16) -> None:
     """A table: "beats matched" is the percentile among real pictures with their own captions."""
-    from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=text)
+    table = Table(title=shortened(text))
     for name in ("rank", "file", "score", "beats matched", "beats mismatched", "margin"):
         table.add_column(name, justify="left" if name == "file" else "right")
     table.add_column("nearest wrong text", overflow="fold")
     for row in ranked[:top]:
         cells = [str(row.rank), row.file, f"{row.score:.3f}", _percent(row.percentile)]
         cells += [_percent(row.mismatched_percentile), "-" if row.margin is None else f"{row.margin:+.3f}"]
-        table.add_row(*cells, row.hard_negative or "-", style=None if row.passed else "dim")
-    Console().print(table)
+        table.add_row(*cells, shortened(row.hard_negative or "-"), style=None if row.passed else "dim")
+    plain_console().print(table)
     if len(ranked) > top:
         say(f"... and {len(ranked) - top} more in ranking.json")
 

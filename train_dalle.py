@@ -44,7 +44,7 @@ from dalle.losses import LossConfig, dalle_loss, position_losses
 from dalle.model import KIND, TRAINING_ONLY, Dalle, config_mapping
 from dalle.pipeline import TextToImage
 from dalle.plan import measure_peak_flops, train_flops
-from dalle.train_data import TrainData, captions, require_tokenizers_of
+from dalle.train_data import TrainData, captions, require_data, require_tokenizers_of
 from dalle.train_options import Options
 from vq.native import PictureEncoder
 
@@ -320,6 +320,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     loop, world = options.loop, start_world(options.device)
     try:
         plan = batch_plan(loop.global_batch_size, world.size, loop.micro_batch_size)
+        require_data(options)
         options = options.with_init_tokenizers()
         if names_pictures(options.data):
             options = prepare_pictures(options, world)

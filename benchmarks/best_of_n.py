@@ -23,6 +23,7 @@ from common.checkpoint import newest_run
 from common.config import command, parse_options, to_mapping
 from common.files import ensure_writable_directory, write_json
 from common.log import say
+from common.tables import plain_console
 from dalle.pipeline import default_checkpoint
 from dalle.sampling import SamplingOptions
 from data_tools.index import ShardIndex
@@ -162,7 +163,6 @@ def measure(
 
 
 def show(curves: Sequence[Curve], options: Options) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     names = ("by the judge", "prompts", "random", f"best of {options.num_images}", "difference, 95 %")
@@ -172,7 +172,7 @@ def show(curves: Sequence[Curve], options: Options) -> None:
         gain = f"{last.gain.value:+.1%} [{last.gain.low:+.1%}, {last.gain.high:+.1%}]"
         shares = [f"{p.value.value:.1%} [{p.value.low:.1%}, {p.value.high:.1%}]" for p in (first, last)]
         table.add_row(found.name, str(last.prompts), *shares, gain)
-    Console().print(table)
+    plain_console().print(table)
 
 
 def verdicts(curves: Sequence[Curve]) -> list[str]:

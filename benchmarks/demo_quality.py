@@ -21,6 +21,7 @@ from tqdm import tqdm
 from common.config import command, parse_options, read_mapping, to_mapping
 from common.files import atomic_path, ensure_writable_directory, write_json
 from common.log import say
+from common.tables import plain_console
 from dalle.pipeline import TextToImage
 from dalle.sampling import SamplingOptions
 from data_tools.synthetic import COLORS, KINDS, draw_sample, prompt
@@ -215,7 +216,6 @@ def sheet(
 
 def show(rows: dict[str, dict[str, dict[str, float]]]) -> None:
     """The table on the console."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("pictures", "number", "kind right", "colour right", "both")
@@ -225,7 +225,7 @@ def show(rows: dict[str, dict[str, dict[str, float]]]) -> None:
             for k in ("kind", "color", "both")
         ]
         table.add_row(name, str(row["pictures"]["count"]), *cells)
-    Console(width=110).print(table)
+    plain_console(width=110).print(table)
 
 
 @command

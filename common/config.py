@@ -41,6 +41,7 @@ def parse_options(
     import tyro
 
     args = _drop_local_rank(expand_home(sys.argv[1:] if argv is None else argv))
+    _require_text(args)
     path, args = _take_config_flag(args)
     if path is None and not any(a.startswith(("--data", "--image-folder")) for a in args):
         path = embedded
@@ -98,6 +99,19 @@ def _complete_bare_flags(args: list[str], boolean: set[str]) -> list[str]:
         if arg.replace("_", "-") in boolean and args[i + 1 : i + 2] not in (["True"], ["False"]):
             result.append("True")
     return result
+
+
+def _require_text(args: Sequence[str]) -> None:
+    """Raises ValueError for bytes that are no text in the terminal's encoding, as GBK terminals send them."""
+    for arg in args:
+        try:
+            arg.encode()
+        except UnicodeEncodeError as error:
+            data = os.fsencode(arg)
+            raise ValueError(
+                f"the argument {arg[:40].encode(errors='replace').decode()!r} is not UTF-8 ({data[:8]!r}, GBK?): "
+                "set the terminal to UTF-8, or put texts into a UTF-8 file (--prompts-file) and go into the folder"
+            ) from error
 
 
 def expand_home(args: Sequence[str]) -> list[str]:

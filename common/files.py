@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,50 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
+
+
+def split_lines(text: str) -> list[str]:
+    """The lines of a text without their ends, which are LF or CRLF and nothing else.
+
+    `str.splitlines` also breaks at U+2028, NEL, VT, FF and a lone CR, which titles and captions may hold.
+    """
+    lines = text.split("\n")
+    last = lines.pop()
+    lines = [line.removesuffix("\r") for line in lines]
+    return [*lines, last] if last else lines
+
+
+def read_lines(path: Path, encoding: str = "utf-8-sig") -> list[str]:
+    """The lines of a file as `split_lines` takes them. Raises ValueError naming the file for another encoding.
+
+    The bytes are decoded as they are: text mode would turn a lone CR into a line break.
+    """
+    try:
+        return split_lines(path.read_bytes().decode(encoding))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not valid {encoding.removesuffix('-sig').upper()}: {error}") from error
+
+
+def cache_directory() -> Path:
+    """Where this user's caches lie: below the home directory, else below the temporary one, for this user alone.
+
+    A container may run under a user id that has no home directory, or one that it may not write to.
+    Raises PermissionError where another user made the temporary one, who could put code into it.
+    """
+    try:
+        path = Path.home() / ".cache" / "product-painter"
+        path.mkdir(parents=True, exist_ok=True)
+        if os.access(path, os.W_OK):
+            return path
+    except (RuntimeError, OSError):  # RuntimeError: no HOME, and a user id that is in no list of users
+        pass
+    path = Path(tempfile.gettempdir()) / f"product-painter-{os.getuid()}"
+    path.mkdir(mode=0o700, exist_ok=True)
+    if path.stat().st_uid != os.getuid():
+        raise PermissionError(
+            errno.EACCES, "belongs to another user; set HOME to a folder of your own", str(path)
+        )
+    return path
 
 
 def sha256_file(path: Path) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from common.distributed import World
-from common.files import atomic_path, naming_a_full_disk
+from common.files import atomic_path, naming_a_full_disk, split_lines
 
 
 def say(text: str) -> None:
@@ -119,7 +119,7 @@ def drop_from_step(path: Path, start_step: int) -> None:
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+    for line in split_lines(path.read_bytes().decode("utf-8", errors="replace")):
         try:
             row = json.loads(line)
         except json.JSONDecodeError:

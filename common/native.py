@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from common.files import cache_directory
 from common.log import say
 
 LEVELS = {
@@ -87,7 +88,7 @@ def library(source: Path) -> ctypes.CDLL:
     texts = [path.read_bytes() for path in (*sorted(headers), source)]
     text = b"".join(texts) + "\0".join([*compiler, *exact]).encode()
     stamp = f"{source.parent.name}-{hashlib.sha256(text).hexdigest()[:16]}"
-    path = Path.home() / ".cache" / "product-painter" / "native" / f"{stamp}.so"
+    path = cache_directory() / "native" / f"{stamp}.so"
     if not path.is_file():
         say(f"compiling {source.parent.name}/{source.name} for this machine, once")
         path.parent.mkdir(parents=True, exist_ok=True)

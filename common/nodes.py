@@ -18,6 +18,7 @@ from pathlib import Path
 import tyro
 
 from common.config import command, parse_options
+from common.files import read_lines
 from common.log import say
 
 
@@ -50,7 +51,7 @@ def read_hostfile(path: Path) -> list[Node]:
     if not path.is_file():
         raise FileNotFoundError(f"no hostfile {path}")
     nodes: dict[str, Node] = {}
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+    for number, line in enumerate(read_lines(path), 1):
         line = line.partition("#")[0].strip()
         if not line:
             continue

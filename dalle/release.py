@@ -23,7 +23,7 @@ from PIL import Image
 from common.checkpoint import read_weights, require_intact, resolve, save_weights
 from common.compact import Precision, compact
 from common.config import command, parse_options
-from common.files import read_json, sha256_file, write_json
+from common.files import read_json, read_lines, sha256_file, write_json
 from common.log import say
 from common.output import new_directory, require_new
 from vq.model import ImageTokenizer
@@ -147,7 +147,7 @@ def figures_of(directory: Path) -> dict[str, float]:
     metrics, step = directory.parent / "metrics.jsonl", read_json(directory / "config.json").get("step", 0)
     if not metrics.is_file():
         return {}
-    rows = [json.loads(line) for line in metrics.read_text("utf-8").splitlines() if line.endswith("}")]
+    rows = [json.loads(line) for line in read_lines(metrics) if line.endswith("}")]
     rows = [row for row in rows if row.get("kind") == "val" and row.get("step", math.inf) <= step]
     numbers = rows[-1] if rows else {}
     return {n: v for n, v in numbers.items() if isinstance(v, (int, float)) and n != "step"}

@@ -19,6 +19,7 @@ from common.run_dir import claim
 from dalle.text_tokenizer import TextTokenizer
 from dalle.train_options import Options
 from data_tools.captions import CaptionChoice, pick_caption
+from data_tools.holdout import open_splits
 from data_tools.index import ShardIndex
 from data_tools.line_drawings import LINE_MEMBER
 from data_tools.loader import (
@@ -28,7 +29,9 @@ from data_tools.loader import (
     eval_batches,
     train_batches,
 )
-from data_tools.remote import RemoteOptions
+from data_tools.prepare import PictureOptions
+from data_tools.readers import ReaderOptions
+from data_tools.remote import RemoteOptions, is_remote
 from data_tools.synthetic import ensure_synthetic
 from vq.encode_shards import Options as EncodeOptions
 from vq.encode_shards import encode_shards, require_tokenizer
@@ -65,6 +68,8 @@ class TrainData:
 
         Raises FileNotFoundError or ValueError in one sentence, also when the run was started with another tokenizer.
         """
+        if data and not is_remote(data):
+            open_splits(data)  # what the user named is looked at before what is derived from it
         claim(run_dir, world.is_main)
         goes_on = bool(checkpoint.step_directories(run_dir))
         image_dir, text_dir = run_dir / "image_tokenizer", run_dir / "text_tokenizer"
@@ -149,6 +154,27 @@ class TrainData:
         return encoded.num_unknown < encoded.num_pieces
 
 
+def require_data(options: Options) -> None:
+    """What the user named as data is there, and what says how pictures are read has pictures to read.
+
+    Raises FileNotFoundError or ValueError, before anything is looked for that is made of the data.
+    """
+    data = options.data
+    is_local = data and "://" not in data and not data.startswith("pipe:")
+    if is_local and not Path(data).exists() and not set("{:") & set(data):
+        raise FileNotFoundError(f"there is no file or folder {data} (--data)")
+    reads = (options.reader, options.picture) != (ReaderOptions(), PictureOptions())
+    if reads and not (is_local and Path(data).exists() and not has_shards(Path(data))):
+        raise ValueError(
+            "options of reading pictures (--encoding, --captions, --size ...) need --data with pictures, not shards"
+        )
+
+
+def has_shards(path: Path) -> bool:
+    """Whether a folder holds training shards."""
+    return path.is_dir() and any(p.name.startswith("train-") and p.suffix == ".tar" for p in path.iterdir())
+
+
 def find_image_tokenizer(name: str) -> Path:
     """`name`, or the newest one in runs/. Raises FileNotFoundError naming the command that makes one."""
     directory = checkpoint.resolve(name) if name else checkpoint.newest_run(TOKENIZER_KIND)
@@ -209,7 +235,7 @@ def open_shards(
     data: str, tokenizer: ImageTokenizer, remote: RemoteOptions | None = None
 ) -> tuple[ShardIndex, ShardIndex, bool]:
     """Training and validation samples, and whether they are tokens. Raises ValueError for another tokenizer's."""
-    train, val = (ShardIndex.open(data, split, remote) for split in ("train", "val"))
+    train, val = open_splits(data, remote)
     has_tokens = train.has("ids.npy")
     if has_tokens:
         require_tokenizer(train.paths[0].parent, tokenizer.codes_sha256)

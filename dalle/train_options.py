@@ -4,6 +4,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import tyro
+
 from common import checkpoint
 from common.config import to_mapping
 from common.distributed import DeepSpeedConfig, EngineName
@@ -16,6 +18,8 @@ from dalle.sampling import SamplingOptions
 from data_tools.augment import TextAugment
 from data_tools.captions import FactCaptions
 from data_tools.crops import CropFlip
+from data_tools.prepare import PictureOptions
+from data_tools.readers import ReaderOptions
 from data_tools.remote import RemoteOptions
 
 
@@ -29,6 +33,10 @@ class Options:
     vqgan_config: str = ""
     """Recipe of the image tokenizer that is trained where `data` are pictures and no image_tokenizer is named; empty:
     configs/own_128/vqgan.yaml."""
+    reader: tyro.conf.OmitArgPrefixes[ReaderOptions] = field(default_factory=ReaderOptions)
+    """How `data` is read where it holds pictures, as data_tools.shard takes it."""
+    picture: tyro.conf.OmitArgPrefixes[PictureOptions] = field(default_factory=PictureOptions)
+    """Size and limits of the pictures in the shards that are made of it."""
     remote: RemoteOptions = field(default_factory=RemoteOptions)
     image_tokenizer: str = ""
     """Stage 1 checkpoint or run directory; empty: that of the run, or the newest one in runs/."""

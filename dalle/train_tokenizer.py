@@ -15,7 +15,7 @@ import tyro
 from tqdm import tqdm
 
 from common.config import command, parse_options
-from common.files import ensure_writable_directory
+from common.files import ensure_writable_directory, split_lines
 from common.log import say
 from common.output import new_directory, require_new
 from dalle.text_tokenizer import TextTokenizer
@@ -47,7 +47,7 @@ def read_captions(source: Path) -> Iterator[str]:
     if source.is_dir() or source.suffix == ".tar":
         index = ShardIndex.open(source, "train" if source.is_dir() else "").require("txt")
         for i in range(len(index)):
-            yield from index.read(i, ("txt",))["txt"].decode("utf-8", errors="replace").splitlines()
+            yield from split_lines(index.read(i, ("txt",))["txt"].decode("utf-8", errors="replace"))
         return
     if not source.is_file():
         raise FileNotFoundError(f"no captions at {source}: give a folder of shards, a .txt or a .jsonl file")

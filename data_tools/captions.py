@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from common.files import split_lines
+
 Rewrite = Callable[[str, np.random.Generator], str]
 
 
@@ -86,7 +88,7 @@ def pick_caption(data: bytes, rng: np.random.Generator | None, short_share: floa
 
     With probability `short_share` it is the shortest: models that only read long descriptions draw short ones badly.
     """
-    lines = [line.strip() for line in data.decode("utf-8", errors="replace").splitlines() if line.strip()]
+    lines = [line.strip() for line in split_lines(data.decode("utf-8", errors="replace")) if line.strip()]
     if not lines:
         return ""
     if rng is None or len(lines) == 1:

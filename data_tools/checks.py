@@ -16,7 +16,7 @@ from common.files import read_json
 from common.run_dir import latest_step
 from data_tools.facts import FORMATS, Facts
 from data_tools.likeness import Likeness, flag_counts
-from data_tools.records import HINTS
+from data_tools.records import HINTS, LEFT_OUT
 
 Level = Literal["stop", "spoil", "note"]
 TRAINER_FORMATS = ("webp", "jpg", "png")
@@ -119,9 +119,13 @@ def check_rows(facts: Sequence[Facts], path: Path, source_format: str) -> Iterat
     """Rows that cannot be read, pictures and captions that are missing, the form of the source."""
     kept = sum(fact.kept for fact in facts)
     reasons = sum((fact.reasons for fact in facts), Counter())
+    for reason in LEFT_OUT:
+        if count := reasons.pop(reason, 0):
+            level: Level = "spoil" if reason == "not_in_list" else "note"
+            yield Finding(level, f"{count} files are left out: {reason}", HINTS[reason])
     lost = sum(reasons.values())
     for reason, count in reasons.most_common():
-        level: Level = "stop" if lost > max(20, 0.05 * (kept + lost)) else "spoil"
+        level = "stop" if lost > max(20, 0.05 * (kept + lost)) else "spoil"
         yield Finding(level, f"{share(count, kept + lost)} rows cannot be used: {reason}", HINTS[reason])
     without = sum(fact.without_picture for fact in facts)
     if without:

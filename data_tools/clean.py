@@ -24,8 +24,8 @@ import tyro
 from PIL import Image
 
 from common.config import command, parse_options, to_mapping
-from common.files import sha256_file
-from data_tools.images import BadImage, ImageLimits, decode
+from common.files import read_lines, sha256_file
+from data_tools.images import BadImage, ImageLimits, decode, image_size
 from data_tools.parallel import cpu_count
 from data_tools.readers import ReaderOptions, open_source
 from data_tools.readers.base import KeyTable
@@ -34,8 +34,8 @@ from data_tools.rewrite import Steps, print_report, rewrite
 from data_tools.rules import CaptionRules, PictureRules, Rules, keyword_path, rules_path
 from data_tools.rules.captions import CAPTION_REASONS, CaptionJudge
 from data_tools.rules.pictures import SIDE, check_shape, measure_flags
-from data_tools.shard import listing_hash
-from data_tools.shard_run import say
+from data_tools.shard import files_of
+from data_tools.shard_run import announce, say
 from data_tools.token_count import token_counter
 
 Score = Callable[[str, list[Image.Image]], Sequence[float]]
@@ -154,11 +154,7 @@ def decode_with_size(data: bytes, limits: ImageLimits) -> tuple[Image.Image, tup
 
     Raises BadImage.
     """
-    import io
-
-    picture = decode(data, limits, near=SIDE)
-    with Image.open(io.BytesIO(data)) as header:
-        return picture, header.size
+    return decode(data, limits, near=SIDE), image_size(data)
 
 
 class Decide:
@@ -204,7 +200,7 @@ class Decide:
 def read_scores(path: Path) -> dict[str, float]:
     """JSONL of `key`, `score`. Raises FileNotFoundError, or ValueError with the line that is none."""
     scores = {}
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+    for number, line in enumerate(read_lines(path), 1):
         try:
             row = json.loads(line)
             scores[row["key"]] = float(row["score"])
@@ -225,7 +221,8 @@ def clean(config: CleanConfig, score: Score | None = None) -> dict[str, Any]:
         raise ValueError(
             "--min-score needs --scores FILE: the scores that a ranker gave, one JSON object a line"
         )
-    source = open_source(config.src, config.reader)
+    source = open_source(config.src, config.reader, exclude=[config.dst])
+    announce(source)
     examine = Examine(
         config.rules, config.tokenizer, ImageLimits(config.reader.max_image_bytes, config.max_pixels)
     )
@@ -251,7 +248,7 @@ def job_of(config: CleanConfig, source: Any) -> dict[str, Any]:
     if config.scores:
         options["scores"] = sha256_file(config.scores)
     options["min_score"] = str(config.min_score)  # JSON has no infinity
-    files = [[p.name, p.stat().st_size if p.is_file() else listing_hash(p)] for p in source.files]
+    files = files_of(source)
     return {"step": "clean", "source_format": source.format, "files": files, "options": options}
 
 

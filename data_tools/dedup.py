@@ -31,8 +31,8 @@ from data_tools.phash import MAX_DISTANCE, components, near_pairs
 from data_tools.readers import ReaderOptions, Source, open_source
 from data_tools.records import HINTS, Problem, Record, problem
 from data_tools.rewrite import Steps, print_report, rewrite
-from data_tools.shard import listing_hash
-from data_tools.shard_run import REPORT_FILE, say
+from data_tools.shard import files_of
+from data_tools.shard_run import REPORT_FILE, announce, say
 from data_tools.signatures import Sign, sign_source
 from data_tools.targets import JOURNAL
 
@@ -201,7 +201,8 @@ class Decide:
 
 def dedup(config: DedupConfig) -> dict[str, Any]:
     """Run it; returns the content of report.json. Raises ValueError for what the user has to change."""
-    source = open_source(config.src, config.reader)
+    source = open_source(config.src, config.reader, exclude=[config.dst])
+    announce(source)
     others = [open_source(path, replace(config.reader, split="")) for path in config.against]
     job = job_of(config, source, others)
     report = config.dst / REPORT_FILE
@@ -271,10 +272,7 @@ def job_of(config: DedupConfig, source: Source, others: Sequence[Source]) -> dic
     options = to_mapping(config)
     for name in ("src", "dst", "workers", "against"):
         del options[name]
-    files = [
-        [[path.name, path.stat().st_size if path.is_file() else listing_hash(path)] for path in each.files]
-        for each in (source, *others)
-    ]
+    files = [files_of(each) for each in (source, *others)]
     return {"step": "dedup", "source_format": source.format, "files": files, "options": options}
 
 

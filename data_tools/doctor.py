@@ -31,6 +31,7 @@ from data_tools.checks import (
 from data_tools.facts import Facts
 from data_tools.likeness import likeness
 from data_tools.readers import ReaderOptions, Source, open_source
+from data_tools.shard_run import announce
 from data_tools.stats import StatsConfig, collect
 from data_tools.token_count import token_counter
 
@@ -86,7 +87,8 @@ def examine(config: DoctorConfig) -> tuple[list[Finding], list[Facts]]:
     Raises ValueError or FileNotFoundError where the source or a config cannot be read at all.
     """
     wanted = [read_wants(path) for path in find_configs(config.configs)]
-    source = open_source(config.src, config.reader)
+    source = open_source(config.src, config.reader, exclude=[config.json] if config.json else [])
+    announce(source)
     tokenizer = usable_tokenizer(config, wanted)
     collecting = StatsConfig(
         config.src,

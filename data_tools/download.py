@@ -40,7 +40,7 @@ from data_tools.records import Problem, Record
 from data_tools.rewrite import print_report
 from data_tools.rules import load_rules
 from data_tools.rules.captions import CAPTION_REASONS, CaptionJudge
-from data_tools.shard_run import DROPPED_FILE, REPORT_FILE, is_shard, say
+from data_tools.shard_run import DROPPED_FILE, REPORT_FILE, announce, is_shard, say
 from data_tools.shards import DATASET_FILE, describe_shards
 from data_tools.spool import Spool, read_pictures, write_tar
 from data_tools.targets import JOURNAL, LocalTarget
@@ -366,7 +366,8 @@ def job_of(config: DownloadConfig, source: Source) -> dict[str, Any]:
 
 def download(config: DownloadConfig) -> dict[str, Any]:
     """Run it; returns the content of report.json. Raises ValueError for what the user has to change."""
-    source = open_source(config.src, config.reader)
+    source = open_source(config.src, config.reader, exclude=[config.dst])
+    announce(source)
     target = LocalTarget(config.dst)
     target.lock()
     try:

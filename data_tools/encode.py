@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.distributed import World
+from common.files import split_lines
 from common.image import resize_square, to_image, to_tensor
 from common.log import say
 from data_tools.index import ShardIndex, ShardSource
@@ -59,6 +60,11 @@ def encode_shards(
     if not any(split == "train" for split, _ in jobs):
         raise FileNotFoundError(
             f"no train-*.tar in {source.source}: make shards with `python -m data_tools.shard`"
+        )
+    if len({source.name(place) for _, place in jobs}) < len(jobs):
+        raise ValueError(
+            f"{source.source} names no splits, so it would validate on what it trains on: make shards of it with "
+            "`python -m data_tools.shard SRC DST --val-share 0.1`"
         )
     counts = {"pictures": 0, "skipped": 0, "shards_kept": 0}
     for split, place in jobs[world.rank :: world.size]:
@@ -182,6 +188,6 @@ def npy_bytes(rows: np.ndarray) -> bytes:
 
 def _record(index: ShardIndex, i: int, extra: dict[str, bytes]) -> Record:
     members = index.read(i, ("txt", "json"))
-    captions = tuple(members.get("txt", b"").decode("utf-8", errors="replace").splitlines())
+    captions = tuple(split_lines(members.get("txt", b"").decode("utf-8", errors="replace")))
     meta = json.loads(members["json"]) if "json" in members else {}
     return Record(index.samples[i].key, b"", "", captions, meta, extra=extra)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_tools.images import BadImage, ImageLimits, decode
+from data_tools.images import BadImage, ImageLimits, decode, image_size
 from data_tools.pair_facts import densities, drawing_density, missing_ids, number_of
 from data_tools.phash import picture_signature
 from data_tools.records import Problem, Record, problem
@@ -19,7 +19,7 @@ from data_tools.rules.pictures import grey256, sharpness, tiling
 from data_tools.rules.titles import TitleNormaliser
 from data_tools.token_count import CountTokens
 
-FORMATS = ("jpg", "png", "webp", "gif", "bmp", "tiff", "avif")
+FORMATS = ("jpg", "png", "webp", "gif", "bmp", "tiff", "avif", "heic")
 PICTURE = np.dtype(
     [
         ("width", "<u4"),
@@ -65,11 +65,8 @@ class MeasurePicture:
 
 def measure(picture: Image.Image, record: Record, tiled: bool) -> np.ndarray:
     """One PICTURE of an RGB picture; sizes are those of the file."""
-    import io
-
     found = np.zeros((), PICTURE)
-    with Image.open(io.BytesIO(record.image)) as header:
-        found["width"], found["height"] = header.size
+    found["width"], found["height"] = image_size(record.image)
     found["bytes"] = len(record.image)
     found["format"] = FORMATS.index(record.suffix)
     picture.thumbnail((256, 256), Image.Resampling.BOX)

@@ -13,6 +13,8 @@ from typing import Literal
 
 from PIL import Image, ImageOps
 
+from data_tools.color_profiles import profile_state, to_srgb
+from data_tools.file_kinds import what_is
 from data_tools.records import HINTS
 
 # Suffix by content to the one Pillow plugin that may read it.
@@ -24,8 +26,12 @@ PLUGINS = {
     "bmp": "BMP",
     "tiff": "TIFF",
     "avif": "AVIF",
+    "heic": "HEIF",
 }
-SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
+SUFFIXES = (
+    *("jpg", "jpeg", "jpe", "jif", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif"),
+    *("heic", "heif", "hif"),
+)  # a file with one of these claims to be an image; what it is, its bytes say
 ResizeMode = Literal["keep", "square", "pad", "longest"]
 ImageFormat = Literal["webp", "jpg", "png"]
 
@@ -85,8 +91,11 @@ class ImageLimits:
             raise ValueError("min_side and max_aspect must be 0 or more")
 
 
+_HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+
+
 def sniff(data: bytes) -> str:
-    """The suffix that the first bytes stand for (jpg, png, webp, gif, bmp, tiff, avif), or "" for anything else."""
+    """The suffix that the first bytes stand for (a key of PLUGINS), or "" for anything else. 64 bytes are enough."""
     if data[:3] == b"\xff\xd8\xff":
         return "jpg"
     if data[:8] == b"\x89PNG\r\n\x1a\n":
@@ -95,12 +104,17 @@ def sniff(data: bytes) -> str:
         return "webp"
     if data[:6] in (b"GIF87a", b"GIF89a"):
         return "gif"
-    if data[:2] == b"BM" and len(data) > 26:
+    if (
+        data[:2] == b"BM" and len(data) > 26 and data[6:10] == b"\0\0\0\0"
+    ):  # reserved fields, so no text "BM..."
         return "bmp"
-    if data[:4] in (b"II*\0", b"MM\0*"):
+    if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         return "tiff"
-    if data[4:8] == b"ftyp" and data[8:12] in (b"avif", b"avis", b"mif1"):
-        return "avif"
+    if data[4:8] == b"ftyp":
+        brands = {data[8:12], *(data[i : i + 4] for i in range(16, min(len(data), 64), 4))}
+        if brands & {b"avif", b"avis"}:
+            return "avif"
+        return "heic" if data[8:12] in _HEIC else ""
     return ""
 
 
@@ -119,9 +133,9 @@ def decode(
         raise BadImage("image_too_large", f"{len(data)} bytes")
     suffix = sniff(data)
     if not suffix:
-        raise BadImage("not_an_image", f"the first bytes are {data[:8]!r}")
+        raise BadImage("not_an_image", what_is(data))
     try:
-        with Image.open(io.BytesIO(data), formats=(PLUGINS[suffix],)) as image:
+        with open_plugin(data, suffix) as image:
             _check_shape(image.size, limits)
             if near:
                 image.draft(None, (near, near))
@@ -133,6 +147,36 @@ def decode(
         raise BadImage("too_many_pixels", str(error)) from error
     except DECODE_ERRORS as error:
         raise BadImage(_reason(error), _one_line(error)) from error
+
+
+def open_plugin(data: bytes, suffix: str) -> Image.Image:
+    """The image, its header read, by the one plugin that may read it.
+
+    Raises BadImage for HEIC without the package pillow-heif, and what the plugin raises.
+    """
+    if suffix != "heic":
+        return Image.open(io.BytesIO(data), formats=(PLUGINS[suffix],))
+    try:
+        import pillow_heif
+    except ModuleNotFoundError as error:
+        raise BadImage("needs_pillow_heif") from error
+    heif = pillow_heif.open_heif(io.BytesIO(data), convert_hdr_to_8bit=True)
+    image = heif.to_pillow()
+    image.info.pop("exif", None)  # libheif has turned it upright already
+    return image
+
+
+def image_size(data: bytes) -> tuple[int, int]:
+    """(W, H) of the file of an image that `decode` accepts, as it is stored."""
+    with open_plugin(data, sniff(data)) as image:
+        return image.size
+
+
+def is_plain_rgb(data: bytes) -> bool:
+    """Whether any program shows this file as `decode` does: RGB, upright, no color profile that changes it."""
+    with open_plugin(data, sniff(data)) as image:
+        upright = image.getexif().get(0x0112, 1) == 1
+        return image.mode == "RGB" and upright and profile_state(image) != "converted"
 
 
 def open_file(path: Path, ground: str = "white") -> Image.Image:
@@ -175,16 +219,19 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image, ground: str) -> Image.Image:
+    """In sRGB; a profile that is broken is as none (`color_profiles.profile_state` tells)."""
     if image.mode.startswith("I;16"):  # 16-bit grey: keep the high byte
         import numpy as np
 
-        grey = (np.asarray(image) >> 8).astype("uint8")  # (H, W)
-        return Image.fromarray(grey).convert("RGB")
+        info, levels = image.info, (np.asarray(image) >> 8).astype("uint8")  # (H, W)
+        image = Image.fromarray(levels)
+        image.info = info
     if image.mode in ("I", "F"):
         raise BadImage("unsupported_mode", f"mode {image.mode}")
+    image = to_srgb(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, ground), image).convert("RGB")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, ground), image)
     rgb = image.convert("RGB")
     rgb.info = {}  # no profile, EXIF or comment of the source goes on into our files
     return rgb

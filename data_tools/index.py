@@ -111,7 +111,7 @@ class ShardIndex:
         A truncated tar gives its whole samples and a line in `problems`. Raises FileNotFoundError or ValueError in
         one sentence when there is nothing to read.
         """
-        parts = str(source).split("::")
+        parts = [str(source)] if os.path.exists(source) else str(source).split("::")
         if any(map(is_remote, parts)):
             return _open_remote(parts, split, remote or RemoteOptions())
         paths = _every_part(parts, lambda part: find_shards(part, split))
@@ -328,7 +328,7 @@ def find_shards(source: str | Path, split: str = "train") -> list[Path]:
     Raises FileNotFoundError saying what was looked for.
     """
     text = str(source).removeprefix("file://")
-    if "{" in text:
+    if "{" in text and not os.path.exists(text):
         import braceexpand
 
         paths = [Path(p) for p in braceexpand.braceexpand(text)]

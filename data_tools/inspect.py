@@ -10,7 +10,6 @@ urls are shown as text, pictures are decoded here and drawn small.
 import base64
 import heapq
 import html
-import io
 import json
 import statistics
 import sys
@@ -20,12 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import tyro
-from PIL import Image
 from tqdm import tqdm
 
 from common.config import command, parse_options
 from common.output import require_replaceable, writing_file
-from data_tools.images import SUFFIXES, BadImage, ImageLimits, decode, encode, resize
+from data_tools.images import SUFFIXES, BadImage, ImageLimits, decode, encode, image_size, resize
 from data_tools.readers import Meter, ReaderOptions, Source, open_source
 from data_tools.records import HINTS, Problem, Record, problem
 from data_tools.split import fraction
@@ -128,7 +126,7 @@ def _examine_one(item: Record | Problem, findings: Findings, rows: int, max_imag
 
 def summary(source: Source, found: Sequence[Findings]) -> list[str]:
     """The counts as lines of text."""
-    lines = [f"{source.path}: {source.format}"]
+    lines = source.describe()
     for part in found:
         first = "" if part.complete else "the first "
         line = f"  {part.split}: {first}{part.read} rows, {part.kept} good, {part.read - part.kept} bad"
@@ -249,7 +247,7 @@ def _thumbnail(data: bytes) -> str:
         picture = decode(data, near=THUMBNAIL)
     except BadImage as error:
         return f'<span class="bad">{error.reason}</span>'
-    width, height = _size(data)
+    width, height = image_size(data)
     small = resize(picture, "longest", THUMBNAIL)
     text = base64.b64encode(encode(small, "webp", 80)).decode()
     return (
@@ -258,17 +256,12 @@ def _thumbnail(data: bytes) -> str:
     )
 
 
-def _size(data: bytes) -> tuple[int, int]:
-    with Image.open(io.BytesIO(data)) as image:
-        return image.size
-
-
 @command
 def main(argv: Sequence[str] | None = None) -> list[Findings]:
     """The command of this module."""
     config = parse_options(InspectConfig, argv, description=__doc__.splitlines()[0])
     require_replaceable(config.out)
-    source = open_source(config.src, config.reader)
+    source = open_source(config.src, config.reader, exclude=[config.out])
     found = examine(source, config.rows, config.limit)
     with writing_file(config.out) as temporary:
         temporary.write_text(page(source, found), "utf-8")

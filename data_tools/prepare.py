@@ -3,14 +3,24 @@
 Kept apart from the command so that its worker processes import nothing but Pillow.
 """
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from PIL import Image
 
-from data_tools.images import SUFFIXES, BadImage, ImageLimits, ResizeMode, decode, encode, resize
+from data_tools.color_profiles import BROKEN, profile_state
+from data_tools.images import (
+    SUFFIXES,
+    BadImage,
+    ImageLimits,
+    ResizeMode,
+    decode,
+    encode,
+    is_plain_rgb,
+    open_plugin,
+    resize,
+)
 from data_tools.records import Problem, Record, problem
 
 
@@ -68,12 +78,15 @@ class Prepare:
             extra = dict(self._extra(name, data) for name, data in record.extra.items())
         except BadImage as error:
             return problem(record.where, record.key, error.reason, error.what)
-        return replace(record, suffix=suffix, image=image, extra=extra)
+        meta = record.meta
+        if _has_broken_profile(record.image, record.suffix):
+            meta = {**meta, "color_profile": BROKEN}
+        return replace(record, suffix=suffix, image=image, extra=extra, meta=meta)
 
     def _picture(self, data: bytes, suffix: str) -> tuple[str, bytes]:
         picture = self._decode(data)
         if self.options.image_format == "same":
-            if suffix in ("jpg", "png", "webp") and _is_plain_rgb(data):
+            if suffix in ("jpg", "png", "webp") and is_plain_rgb(data):
                 return suffix, data
             return "png", encode(picture, "png")  # lossless, since "same" promises the pixels
         return self.options.image_format, encode(picture, self.options.image_format, self.options.quality)
@@ -94,6 +107,6 @@ class Prepare:
         return resize(picture, options.resize, options.size)
 
 
-def _is_plain_rgb(data: bytes) -> bool:
-    with Image.open(io.BytesIO(data)) as image:
-        return image.mode == "RGB" and image.getexif().get(0x0112, 1) == 1
+def _has_broken_profile(data: bytes, suffix: str) -> bool:
+    with open_plugin(data, suffix) as image:
+        return profile_state(image) == BROKEN

@@ -1,20 +1,15 @@
-"""Files of prompts for generate.py and diffusion.generate, read one line at a time.
+"""Files of prompts for generate.py and diffusion.generate, one a row, read as `data_tools.readers.texts` reads texts.
 
-    .txt      a text a line
-    .tsv      id<TAB>text, as contests hand out their test texts; further columns are left alone
-    .jsonl    {"text": ...} with "key" or "id" where the pictures must be found again by it
-
-Empty lines are left out. Ids are names: they are kept as they stand and end up as `key` in images.jsonl.
+Text a line, CSV or TSV with or without a header, JSONL. Ids are names: they are kept as they stand and end up as `key`
+in images.jsonl.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.log import say
-
-TEXT_NAMES, KEY_NAMES = ("text", "caption"), ("key", "id")
+from data_tools.readers.texts import read_texts
 
 
 @dataclass(frozen=True)
@@ -27,19 +22,7 @@ class Prompt:
 
 def read_prompts(path: Path) -> Iterator[Prompt]:
     """The prompts of a UTF-8 file. Raises FileNotFoundError, or ValueError naming the line."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no prompts file {path}")
-    parse = {".jsonl": _from_json, ".tsv": _from_columns}.get(path.suffix.lower(), _plain)
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip("\r\n")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path}:{number} is not valid UTF-8") from error
-            if "\0" in line:
-                raise ValueError(f"{path}:{number} is no text")
-            if line.strip():
-                yield parse(line, f"{path}:{number}")
+    return (Prompt(row.text, row.key) for row in read_texts(path))
 
 
 def count_prompts(path: Path) -> int:
@@ -87,27 +70,3 @@ def usable(prompts: Iterator[Prompt], note: Callable[[str], str], unused: Unused
         else:
             unused.cut += bool(lost)
             yield prompt
-
-
-def _plain(line: str, where: str) -> Prompt:
-    return Prompt(line.strip())
-
-
-def _from_columns(line: str, where: str) -> Prompt:
-    columns = line.split("\t")
-    if len(columns) < 2 or not columns[0].strip():
-        raise ValueError(f"{where} is not id<TAB>text")
-    return Prompt(columns[1].strip(), columns[0].strip())
-
-
-def _from_json(line: str, where: str) -> Prompt:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where} is not valid JSON") from error
-    row = row if isinstance(row, dict) else {}
-    text = next((row[name] for name in TEXT_NAMES if name in row), None)
-    key = next((row[name] for name in KEY_NAMES if name in row), None)
-    if not isinstance(text, str) or not isinstance(key, str | int | None):
-        raise ValueError(f'{where} needs "text", a string, and may have "key" or "id", a name')
-    return Prompt(text.strip(), None if key is None else str(key))

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from common.files import split_lines
+
 # Reason codes and what to do about each: the codes stand in dropped.jsonl and in reports, so they do not change.
 HINTS: dict[str, str] = {
     "aspect_ratio": "the picture is too long or too wide; raise --max-aspect to keep it",
@@ -26,10 +28,14 @@ HINTS: dict[str, str] = {
     "image_too_small": "the shorter side is under --min-side pixels",
     "missing_file": "no such file; paths are relative to the list or to --image-root",
     "missing_id": "the id field is empty",
-    "no_caption": "no caption was found for this picture; --captions optional keeps pictures without text",
+    "no_caption": "no caption; --caption-column names its column, --captions optional keeps images without text",
     "no_pair": "the drawing and the photo are joined by their file names, and one of the two is missing",
     "no_image": "no picture was found for this text; rows with a url need python -m data_tools.download first",
-    "not_an_image": "the bytes are no picture of a known kind (JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF)",
+    "needs_pillow_heif": "a HEIC photo, as phones make them: pip install pillow-heif, or convert it to JPEG",
+    "not_an_image": "the bytes are no image of a known kind (JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, HEIC)",
+    "not_in_list": "an image that the list does not name; --format folder reads the images and their .txt instead",
+    "not_read": "the file is none of the format that was recognised",
+    "hidden_file": "names that begin with a dot are never read; rename it if it belongs to the data",
     "not_in_split_file": "the key is not in --split-file; make it anew from the present source",
     "path_outside_root": "the path leaves the folder of the list; set --image-root to the folder of the pictures",
     "row_too_large": "the row is longer than --max-row-bytes",
@@ -37,11 +43,17 @@ HINTS: dict[str, str] = {
     "truncated_file": "the file ends early; copy or download it again",
     "truncated_image": "the picture ends early; download it again",
     "undecodable": "the picture is damaged; download it again",
-    "unknown_header": "no column is a picture or a url; name them url,caption or image_path,caption",
+    "unknown_header": "no column is an image or a url: name it with --image-column, captions with --caption-column",
     "unreadable_file": "the file or a part of it cannot be read; copy or download it again",
     "unsafe_name": "the name leaves the archive or is no plain file; such members are never read",
     "unsupported_mode": "the pixel format has no defined range (floating point, 32-bit); convert it first",
 }
+
+LEFT_OUT = (
+    "not_in_list",
+    "not_read",
+    "hidden_file",
+)  # of whole files of a folder, which are no rows of the source
 
 MAX_KEY_BYTES = 180  # a tar member and most file systems hold 255 bytes with the suffix
 _UNSAFE = re.compile(r"[./\\\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -126,5 +138,8 @@ def encode_key(identifier: str) -> str:
 
 
 def one_line(caption: str) -> str:
-    """The caption as it came, except that line breaks become spaces: `.txt` holds one caption a line."""
-    return " ".join(part for part in (line.strip() for line in caption.splitlines()) if part)
+    """The caption as it came, except that line breaks become spaces: `.txt` holds one caption a line.
+
+    U+2028, NEL, VT, FF and a lone CR are no line breaks: they stay.
+    """
+    return " ".join(part for part in (line.strip() for line in split_lines(caption)) if part)

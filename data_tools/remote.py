@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from common.files import ensure_writable_directory
+from common.files import cache_directory, ensure_writable_directory
 from common.lock import locked
 from data_tools.shards import DATASET_FILE
 
@@ -65,7 +65,7 @@ class RemoteOptions:
     def folder(self) -> Path:
         """Of the cache."""
         given = self.cache or os.environ.get("SHARD_CACHE")
-        return Path(given) if given else Path.home() / ".cache" / "product-painter" / "shards"
+        return Path(given) if given else cache_directory() / "shards"
 
 
 class NoSuchSplit(FileNotFoundError):

@@ -6,8 +6,8 @@ from typing import Any
 
 from data_tools.parallel import Work
 from data_tools.readers import Source
-from data_tools.records import Problem, Record
-from data_tools.shard_run import DROPPED_FILE, Row, ShardRun, say
+from data_tools.records import HINTS, Problem, Record
+from data_tools.shard_run import Row, ShardRun, reason_lines, say
 from data_tools.targets import open_target
 
 
@@ -64,7 +64,5 @@ def print_report(report: dict[str, Any], dst: str, hints: dict[str, str]) -> Non
     """Counts by reason, the most frequent first, each with what to do."""
     splits = ", ".join(f"{name} {count}" for name, count in sorted(report["splits"].items()))
     say(f"{report['read']} read = {report['kept']} kept ({splits}) + {report['dropped']} dropped | {dst}")
-    for reason, count in sorted(report["reasons"].items(), key=lambda item: -item[1]):
-        say(f"  {count} x {reason}: {hints.get(reason, 'see ' + DROPPED_FILE)}")
-    for name, count in sorted(report["counts"].items()):
-        say(f"  {count} kept with {name}")
+    for line in reason_lines(report, {**HINTS, **hints}):
+        say(line)

@@ -22,11 +22,13 @@ import tyro
 
 from common.config import command, parse_options, to_mapping
 from common.files import sha256_file
+from data_tools.color_profiles import BROKEN
 from data_tools.parallel import cpu_count
 from data_tools.prepare import PictureOptions, Prepare
 from data_tools.readers import Part, ReaderOptions, Source, open_source
+from data_tools.readers.inventory import Inventory
 from data_tools.records import HINTS, Problem, Record, problem
-from data_tools.shard_run import DROPPED_FILE, ShardRun, say
+from data_tools.shard_run import DROPPED_FILE, ShardRun, announce, reason_lines, say
 from data_tools.shards import FORMAT
 from data_tools.split import hash_split, read_pairs, split_unit
 from data_tools.targets import Target, open_target
@@ -79,27 +81,39 @@ def job_of(config: ShardConfig, source: Source) -> dict[str, Any]:
         options["split_file"] = sha256_file(config.split_file)
     if config.reader.image_root:
         options["reader"]["image_root"] = config.reader.image_root.name
-    files = [
-        [path.name, path.stat().st_size if path.is_file() else listing_hash(path)] for path in source.files
-    ]
-    return {"format": FORMAT, "source_format": source.format, "files": files, "options": options}
+    return {
+        "format": FORMAT,
+        "source_format": source.format,
+        "files": files_of(source),
+        "options": options,
+    }
 
 
-def listing_hash(folder: Path) -> str:
-    """Changes when a file below `folder` comes, goes or changes its size."""
+def files_of(source: Source) -> list[list[Any]]:
+    """Names and sizes of the files that a source is read from; of a folder a hash over those of all its files."""
+    files: list[list[Any]] = [[path.name, path.stat().st_size] for path in source.files if path.is_file()]
+    if source.inventory:
+        files.append(["", listing_hash(source.inventory)])
+    return files
+
+
+def listing_hash(inventory: Inventory) -> str:
+    """Changes when a file of a folder comes, goes or changes its size."""
     digest = hashlib.sha256()
-    for base, folders, names in os.walk(folder):
-        folders.sort()
-        for name in sorted(names):
-            path = os.path.join(base, name)
-            size = os.stat(path).st_size if os.path.exists(path) else -1
-            digest.update(os.fsencode(f"{os.path.relpath(path, folder)}\0{size}\n"))
+    for entry in inventory.entries:
+        path = inventory.root / entry.name
+        size = os.stat(path).st_size if os.path.exists(path) else -1
+        digest.update(os.fsencode(f"{entry.name}\0{size}\n"))
     return digest.hexdigest()
 
 
-def shard(config: ShardConfig) -> dict[str, Any]:
-    """Run the conversion; returns the content of report.json. Raises ValueError for what the user has to change."""
-    source = open_source(config.src, config.reader)
+def shard(config: ShardConfig, source: Source | None = None) -> dict[str, Any]:
+    """Run the conversion; returns the content of report.json. Raises ValueError for what the user has to change.
+
+    `source`: `config.src`, where it was opened before.
+    """
+    source = source or open_source(config.src, config.reader, exclude=[config.dst])
+    announce(source)
     parts = tuple(part for part in source.parts if part.has_images)
     if not parts:
         raise ValueError(f"{config.src} holds texts without pictures: there is nothing to put into shards")
@@ -145,11 +159,15 @@ class Run(ShardRun):
         group = record.meta.get(self.config.group_by) if self.config.group_by else None
         return hash_split(split_unit(record.key, group), shares, self.config.seed), record
 
+    def describe(self, record: Record) -> Sequence[str]:
+        return ["broken color profile"] if record.meta.get("color_profile") == BROKEN else ()
+
     def may_delete(self) -> bool:
         return self.config.overwrite
 
     def more(self) -> dict[str, Any]:
-        return {"left_out": [part.split for part in self.source.parts if not part.has_images]}
+        left_out = [part.split for part in self.source.parts if not part.has_images]
+        return {"left_out": left_out, "counts": dict(self.journal.counts)}
 
 
 def _nothing_kept(config: ShardConfig, reasons: Counter) -> str:
@@ -158,7 +176,7 @@ def _nothing_kept(config: ShardConfig, reasons: Counter) -> str:
     reason, count = reasons.most_common(1)[0]
     total = sum(reasons.values())
     most = f"{count} times {reason} ({HINTS[reason]})"
-    return f"none of {total} rows of {config.src} was kept: {most}; see {DROPPED_FILE}"
+    return f"none of {total} rows and files of {config.src} was kept: {most}; see {DROPPED_FILE}"
 
 
 @command
@@ -170,8 +188,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     seconds = time.monotonic() - start
     splits = ", ".join(f"{name} {count}" for name, count in sorted(report["splits"].items()))
     say(f"{report['kept']} kept ({splits}) | {report['dropped']} dropped | {seconds:.1f} s | {config.dst}")
-    for reason, count in sorted(report["reasons"].items(), key=lambda item: -item[1]):
-        say(f"  {count} x {reason}: {HINTS[reason]}")
+    for line in reason_lines(report, HINTS):
+        say(line)
     if report["left_out"]:
         say(f"  left out, texts without pictures: {', '.join(report['left_out'])}")
     return report

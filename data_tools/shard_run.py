@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
@@ -20,6 +20,7 @@ from data_tools.shards import DATASET_FILE, ShardWriter
 from data_tools.targets import DROPPED_FILE, JOB_FILE, JOURNAL, REPORT_FILE, Journal, Target
 
 BATCH = 16  # records a work package: 200 kB of pictures, so that the hand-over costs less than a tenth of the work
+EXAMPLES = 3  # places that are named of each reason
 
 
 class Row(NamedTuple):
@@ -59,6 +60,7 @@ class ShardRun:
         self.meter = Meter(total=source.num_bytes)
         self.kept: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
+        self.examples: dict[str, list[str]] = {}
         self.writers: dict[str, ShardWriter] = {}
 
     # ---------------------------------------------------------------------------------------------------- the hooks
@@ -184,6 +186,8 @@ class ShardRun:
                 self.journal.lose(row.number, item)
         if isinstance(item, Problem):
             self.reasons[item.reason] += 1
+            named = self.examples.setdefault(item.reason, [])
+            named += [item.where] if len(named) < EXAMPLES else []
             return item
         self.kept[row.split] += 1
         if row.written:
@@ -219,6 +223,7 @@ class ShardRun:
             "kept": kept,
             "dropped": dropped,
             "reasons": dict(self.reasons),
+            "examples": self.examples,
             "splits": dict(self.kept),
             **self.more(),
             "job": self.job,
@@ -230,6 +235,17 @@ class ShardRun:
         self.target.remove(JOURNAL)
         self.target.tidy()
         return report
+
+
+def reason_lines(report: dict[str, Any], hints: Mapping[str, str]) -> list[str]:
+    """The reasons of a report, the most frequent first, each with what to do and the first places."""
+    lines = []
+    for reason, count in sorted(report["reasons"].items(), key=lambda item: -item[1]):
+        named = report.get("examples", {}).get(reason, [])
+        places = ", ".join(named) + (" ..." if count > len(named) else "")
+        lines.append(f"  {count} x {reason}: {hints.get(reason, 'see ' + DROPPED_FILE)} [{places}]")
+    lines += [f"  {count} kept with {name}" for name, count in sorted(report.get("counts", {}).items())]
+    return lines
 
 
 def is_shard(name: str) -> bool:
@@ -247,6 +263,12 @@ def is_shard(name: str) -> bool:
 def crashed(record: Record) -> Problem:
     """What becomes of a record whose picture ends its worker process."""
     return problem(record.where, record.key, "decoder_crashed")
+
+
+def announce(source: Source) -> None:
+    """Say what a source was recognised as, by which file, and what lies beside it."""
+    for line in source.describe():
+        say(line)
 
 
 def say(text: str) -> None:

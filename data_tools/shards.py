@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from common.files import read_json, write_json
+from common.files import naming_a_full_disk, read_json, write_json
 from data_tools.records import Record, validate_key
 
 FORMAT = "image-shards/1"
@@ -64,8 +64,9 @@ class ShardWriter:
         if key in self._keys:
             raise ValueError(f"key {key!r} twice in one shard ({record.where}): keys must be unique")
         tar = self._tar or self._open()
-        for name, data in sample_members(record):
-            tar.addfile(member_info(name, len(data)), io.BytesIO(data))
+        with naming_a_full_disk(self.dst / self._name):
+            for name, data in sample_members(record):
+                tar.addfile(member_info(name, len(data)), io.BytesIO(data))
         tar.members.clear()  # tarfile keeps every header, which nobody reads
         self._keys.add(key)
         full = len(self._keys) >= self.samples_per_shard
@@ -114,11 +115,12 @@ class ShardWriter:
 
     def _finish_shard(self) -> Path:
         file = self._tar.fileobj
-        self._tar.close()
-        file.flush()
-        os.fsync(file.fileno())
-        file.close()
         path = self.dst / self._name
+        with naming_a_full_disk(path):
+            self._tar.close()
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
         os.replace(self._temporary, path)
         self.shards[path.name] = len(self._keys)
         self._tar, self._keys = None, set()

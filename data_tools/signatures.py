@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data_tools.images import BadImage, ImageLimits, decode
+from data_tools.images import BadImage, ImageLimits, decode, image_size
 from data_tools.parallel import ordered_map
 from data_tools.phash import picture_signature
 from data_tools.readers import Meter, Source
@@ -60,12 +60,8 @@ class Sign:
 
 
 def _pixels(data: bytes) -> int:
-    import io
-
-    from PIL import Image
-
-    with Image.open(io.BytesIO(data)) as header:
-        return header.width * header.height
+    width, height = image_size(data)
+    return width * height
 
 
 def _crashed(record: Record) -> bytes:

@@ -16,6 +16,7 @@ from pathlib import Path
 import tyro
 
 from common.config import command, parse_options
+from common.files import read_lines
 from common.output import require_replaceable, writing_file
 from data_tools.readers import ReaderOptions, open_source
 from data_tools.records import Record
@@ -142,11 +143,7 @@ def _kept_split(keys: Iterable[str], previous: Mapping[str, str]) -> str:
 def read_pairs(path: Path) -> dict[str, str]:
     """A file of key<TAB>value. Raises ValueError with the line of a row that is none."""
     pairs: dict[str, str] = {}
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not valid UTF-8: it holds key<TAB>value lines") from error
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_lines(path), 1):
         key, tab, value = line.partition("\t")
         if not (key and tab and value):
             raise ValueError(f"{path}:{number}: expected key<TAB>value, found {line[:60]!r}")
@@ -159,7 +156,10 @@ def split_source(config: SplitConfig) -> dict[str, str]:
     shares = parse_shares(config.shares)
     keys, labels, units = [], [], []
     groups = read_pairs(config.group_file) if config.group_file else {}
-    for item in open_source(config.src, config.reader):
+    source = open_source(config.src, config.reader, exclude=[config.out])
+    for line in source.describe():
+        print(line, file=sys.stderr)
+    for item in source:
         if isinstance(item, Record):
             keys.append(item.key)
             labels.append(_field(item, config.stratify_by))

@@ -13,7 +13,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
-from common.files import atomic_path
+from common.files import atomic_path, naming_a_full_disk
 from data_tools.images import SUFFIXES
 from data_tools.index import ShardIndex
 from data_tools.records import Record
@@ -62,7 +62,8 @@ class Spool:
         """Append the outcome of the rows that share one url, in one write."""
         header = [list(rows), len(data), zlib.crc32(data), reason, detail, host]
         line = json.dumps(header, separators=(",", ":")).encode() + b"\n"
-        _write_all(self._file.fileno(), line + data)
+        with naming_a_full_disk(self.path):
+            _write_all(self._file.fileno(), line + data)
         entry = Entry(self._end + len(line), len(data), reason, detail, host)
         self.entries |= dict.fromkeys(rows, entry)
         self._end += len(line) + len(data)

@@ -28,6 +28,7 @@ from data_tools.parallel import cpu_count, ordered_map
 from data_tools.readers import Meter, ReaderOptions, Source, open_source
 from data_tools.records import Problem, Record, problem
 from data_tools.rules.lexicon import load_lexicon
+from data_tools.shard_run import announce
 from data_tools.split import fraction
 from data_tools.stats_page import Report, page
 from data_tools.token_count import token_counter
@@ -129,8 +130,10 @@ def fetch_rows(source: Source, wanted: set[Row]) -> dict[Row, Record]:
 
 def stats(config: StatsConfig) -> dict[str, Any]:
     """Write the page and its numbers; returns the numbers. Raises ValueError if no row can be read."""
-    require_replaceable(config.out, config.out.with_suffix(".json"))
-    source = open_source(config.src, config.reader)
+    pages = [config.out, config.out.with_suffix(".json")]
+    require_replaceable(*pages)
+    source = open_source(config.src, config.reader, exclude=pages)
+    announce(source)
     facts = collect(config, source)
     if not sum(fact.kept for fact in facts):
         reasons = sum((fact.reasons for fact in facts), Counter())

@@ -26,8 +26,10 @@ import tyro
 from tqdm import tqdm
 
 from common.config import command, parse_options
+from common.files import read_lines
 from common.output import require_replaceable, writing_file
-from data_tools.images import BadImage, decode, encode, resize, sniff
+from data_tools.images import BadImage, decode, encode, is_plain_rgb, resize, sniff
+from data_tools.readers.texts import read_texts
 
 PICTURE_NAMES = ("{}.png", "{}.jpg", "{}.jpeg", "{}.webp", "{}/rank00.png", "{}/0000.png")
 MAX_COMPLAINTS = 20
@@ -74,21 +76,13 @@ class SubmitConfig:
 
 def read_ids(path: Path) -> dict[str, str]:
     """Id to text ("" where there is none), in the order of the file. Raises ValueError naming the line."""
-    try:
-        lines = path.read_text("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not valid UTF-8") from error
     ids: dict[str, str] = {}
-    for number, line in enumerate(lines, 1):
-        identifier, _, rest = line.rstrip("\r").partition("\t")
-        identifier = identifier.strip()
-        if not identifier:
-            if line.strip():
-                raise ValueError(f"{path}:{number}: the id is empty")
-            continue
-        if identifier in ids:
-            raise ValueError(f"{path}:{number}: the id {identifier!r} comes twice")
-        ids[identifier] = rest.split("\t")[0].strip()
+    for row in read_texts(path, ids_alone=True):
+        if row.key is None:
+            raise ValueError(f"{row.where}: there is no id: the first column, or one named id, holds it")
+        if row.key in ids:
+            raise ValueError(f"{row.where}: the id {row.key!r} comes twice")
+        ids[row.key] = row.text
     if not ids:
         raise ValueError(f"{path} holds no ids: one a line, in the first column")
     return ids
@@ -121,7 +115,7 @@ def _listed(folder: Path) -> dict[str, Path]:
     if not path.is_file():
         return found
     ranks = _ranks(folder)
-    for number, line in enumerate(path.read_text("utf-8").splitlines()):
+    for number, line in enumerate(read_lines(path)):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
@@ -162,17 +156,8 @@ def finished_pictures(config: SubmitConfig, pictures: dict[str, Path]) -> Iterat
             raise ValueError(
                 f"{path} is {picture.size}, the first picture {first}: pass --size to make them one size"
             )
-        same = sniff(data) == config.suffix and not config.size and _is_rgb(data)
+        same = sniff(data) == config.suffix and not config.size and is_plain_rgb(data)
         yield identifier, data if same else encode(picture, config.suffix, quality=95)
-
-
-def _is_rgb(data: bytes) -> bool:
-    import io
-
-    from PIL import Image
-
-    with Image.open(io.BytesIO(data)) as image:
-        return image.mode == "RGB" and image.getexif().get(0x0112, 1) == 1
 
 
 def write_submission(config: SubmitConfig) -> int:
@@ -267,7 +252,7 @@ def _check_picture(field: bytes) -> tuple[tuple[int, int] | None, str]:
         size = decode(data).size
     except BadImage as error:
         return None, f"the picture is bad: {error.reason} {error.what}"
-    return size, "" if _is_rgb(data) else "the picture is not RGB"
+    return size, "" if is_plain_rgb(data) else "the picture is not RGB"
 
 
 def _validate_zip(path: Path, ids: Sequence[str]) -> Iterator[str]:

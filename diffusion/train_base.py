@@ -27,6 +27,7 @@ from common.log import say
 from common.loop import fit
 from data_tools.captions import CaptionChoice, pick_caption
 from data_tools.encode import Views
+from data_tools.holdout import open_splits
 from data_tools.index import ShardIndex, ShardSource
 from data_tools.loader import IMAGE_SUFFIXES, DecodeImage, eval_batches, train_batches
 from data_tools.synthetic import ensure_synthetic
@@ -58,8 +59,7 @@ def train_autoencoder(options: Options, source: str, world: World) -> None:
     """Train the autoencoder in run_dir/autoencoder, or go on."""
     config, loop = options.stage_a, options.loop
     size = options.autoencoder.image_size
-    train = ShardIndex.open(source, "train", options.remote).require(*IMAGE_SUFFIXES)
-    val = ShardIndex.open(source, "val", options.remote).require(*IMAGE_SUFFIXES)
+    train, val = (index.require(*IMAGE_SUFFIXES) for index in open_splits(source, options.remote))
     plan = batch_plan(config.global_batch_size, world.size)
 
     def val_batches(limit: int) -> Iterator[dict[str, Any]]:

@@ -103,7 +103,7 @@ def whiten_folder(source: Path, target: Path, whitener: Whitener) -> dict[str, i
 def _lines(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(file, line) of the images that images.jsonl lists; names that leave the directory are none of them."""
     path = source / LIST
-    for text in path.read_text("utf-8").splitlines() if path.is_file() else ():
+    for text in path.read_text("utf-8").split("\n") if path.is_file() else ():
         try:
             line = json.loads(text)
         except ValueError:

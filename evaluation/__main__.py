@@ -21,6 +21,7 @@ import tyro
 from common.config import command, parse_options, to_mapping
 from common.log import say
 from common.output import OutputDirectory
+from common.tables import plain_console
 from evaluation.metrics import (
     Figure,
     measure_all,
@@ -63,10 +64,9 @@ def show(figures: Sequence[Figure], settings: dict[str, Any]) -> None:
 
     Seeds, guidance and rerank width are the same for all rows: they go into the title where columns are scarce.
     """
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = plain_console()
     how = {name: _words(settings[name]) for name in ("seeds", "guidance", "rerank_width")}
     title = f"{settings['set']}: {settings['pictures']} pictures of {settings['prompts']} texts"
     beside = how if console.width >= 120 else {}

@@ -23,6 +23,7 @@ import tyro
 from common.config import command, parse_options, to_mapping
 from common.log import say
 from common.output import OutputDirectory
+from common.tables import plain_console
 from dalle.sampling import SamplingOptions
 from evaluation.arms import Arm, ArmSpec, open_arm
 from evaluation.attributes import Lexicon
@@ -279,7 +280,6 @@ def run(options: Options) -> Match:
 
 def show(match: Match) -> None:
     """Figures of all arms in the terminal."""
-    from rich.console import Console
     from rich.table import Table
 
     title = f"{len(match.texts)} prompts, {match.options.num_images} pictures each, seed {match.options.seed}"
@@ -296,7 +296,7 @@ def show(match: Match) -> None:
     for name in ("parameters", "training_hours", "images_seen"):
         values = [getattr(c, name) for c in costs]
         table.add_row(name.replace("_", " "), *("-" if v is None else f"{v:,.4g}" for v in values))
-    Console().print(table)
+    plain_console().print(table)
     say(winners(match))
 
 

@@ -18,8 +18,9 @@ from pathlib import Path
 from PIL import Image
 
 from common.config import command, parse_options, read_mapping
-from common.files import read_json
+from common.files import read_json, read_lines
 from common.log import clock, say
+from common.tables import plain_console
 
 EMBEDDED = Path("data/synthetic")
 COLORED = 400  # its training images by which colours are named
@@ -59,7 +60,7 @@ class Row:
 
 def last_validation(run_dir: Path) -> dict[str, float]:
     """The last evaluation in a run's metrics.jsonl. Raises ValueError when there is none."""
-    lines = (run_dir / "metrics.jsonl").read_text("utf-8").splitlines()
+    lines = read_lines(run_dir / "metrics.jsonl")
     rows = [row for row in map(json.loads, lines) if row["kind"] == "val"]
     if not rows:
         raise ValueError(f"{run_dir}/metrics.jsonl holds no evaluation")
@@ -86,7 +87,7 @@ def data_quality(folder: Path) -> str:
 
 
 def pictures_quality(out: Path) -> str:
-    return f"{len((out / 'images.jsonl').read_text('utf-8').splitlines())} pictures"
+    return f"{len(read_lines(out / 'images.jsonl'))} pictures"
 
 
 def ranking_quality(out: Path) -> str:
@@ -95,7 +96,7 @@ def ranking_quality(out: Path) -> str:
     from evaluation.pixel_colors import ColorHistogram
     from evaluation.reference import ReferencePictures
 
-    text = json.loads((out / "images.jsonl").read_text("utf-8").splitlines()[0])["text"]
+    text = json.loads(read_lines(out / "images.jsonl")[0])["text"]
     train = ReferencePictures.of_split(str(EMBEDDED), "train", 64, limit=COLORED)
     measured = pixel_colors_of(train, range(len(train)), None)
     named = [color for color in measured.colors if color in text] if measured else []
@@ -151,7 +152,6 @@ def run(stage: Stage) -> Row:
 
 
 def show(rows: Sequence[Row]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title="What was made")
@@ -160,7 +160,7 @@ def show(rows: Sequence[Row]) -> None:
     for row in rows:
         table.add_row(row.title, str(row.where), clock(row.seconds), row.quality)
     table.add_row("in all", "", clock(sum(r.seconds for r in rows)), "", style="bold")
-    Console().print(table)
+    plain_console().print(table)
 
 
 @command

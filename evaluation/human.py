@@ -28,6 +28,7 @@ from common.config import command, parse_options
 from common.files import ensure_writable_directory
 from common.lock import locked
 from common.log import say
+from common.tables import plain_console
 from evaluation.arms import ArmSpec
 from evaluation.sets import Sample, SampleSet
 from evaluation.statistics import Interval, wilson
@@ -272,7 +273,6 @@ def _agreement(lines: Sequence[dict[str, Any]]) -> tuple[int, int]:
 
 
 def show(rows: Sequence[Result]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title="choices of people")
@@ -286,7 +286,7 @@ def show(rows: Sequence[Result]) -> None:
         counts = (row.wins, row.losses, row.equal, row.both_bad, row.raters)
         again = f"{row.agreement[0]} of {row.agreement[1]}" if row.agreement[1] else "-"
         table.add_row(row.first, row.second, *map(str, counts), share, again)
-    Console().print(table)
+    plain_console().print(table)
 
 
 def load_sets(specs: Sequence[str]) -> list[SampleSet]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from common.files import read_json
+from common.files import read_json, read_lines
 from data_tools.images import SUFFIXES, BadImage, decode
 from rankers.outdir import LIST, Row, read_out_directory
 
@@ -242,8 +242,4 @@ def _caption(file: Path) -> str:
     beside = file.with_suffix(".txt")
     if not beside.is_file():
         return ""
-    try:
-        lines = beside.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{beside} is not UTF-8: {error}") from error
-    return next((line.strip() for line in lines if line.strip()), "")
+    return next((line.strip() for line in read_lines(beside) if line.strip()), "")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from common.config import to_mapping
+from common.tables import plain_console
 from data_tools import svg
 from evaluation import report
 from evaluation.figures import Figure
@@ -20,7 +21,6 @@ PER_PROMPT = 4
 
 def show(sweep: "Sweep") -> None:
     """Objectives of every setting that was tried, in the terminal."""
-    from rich.console import Console
     from rich.table import Table
 
     for stage in sweep.stages:
@@ -34,7 +34,7 @@ def show(sweep: "Sweep") -> None:
             values = [str(trial.figures[f.name].value) for f in objectives]
             mark = "*" if trial is stage.winner else ""
             table.add_row(f"{trial.name} {mark}", *values, f"{rank:.2f}")
-        Console().print(table)
+        plain_console().print(table)
     for found in sweep.differences:
         if found.is_sure:
             value = found.value

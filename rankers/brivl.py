@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common.distributed import pick_device
+from common.files import read_lines
 from common.precision import autocast
 from rankers.base import TwoTowerRanker, as_rgb, content_hash
 from rankers.brivl_model import Brivl, BrivlConfig
@@ -157,7 +158,7 @@ def read_boxes(path: Path) -> dict[bytes, list[Box]]:
     if not path.is_file():
         raise FileNotFoundError(f"no file of boxes {path}")
     found: dict[bytes, list[Box]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_lines(path), 1):
         try:
             row = json.loads(line)
             boxes = [tuple(float(v) for v in box) for box in row["bbox"]]

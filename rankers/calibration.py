@@ -131,10 +131,23 @@ def longest_word(text: str, words: Sequence[str]) -> str:
 # --- making one ----------------------------------------------------------------------------------------------------
 
 
+def require_mismatches(pairs: Any, data: str) -> None:
+    """Raises ValueError where every caption is true of every picture: a training checks it before its first step."""
+    if bool(pairs.describes().all()):
+        raise ValueError(
+            f"the validation pictures of {data} have no two different captions: nothing to calibrate on; give each "
+            "picture its own caption, or hold out more pictures (data_tools.shard --val-share)"
+        )
+
+
 def calibrate(
     ranker: Any, pairs: Any, lexicon: Lexicon, data: str, mismatched_each: int = 20, seed: int = 0
 ) -> Calibration:
-    """From real pictures with captions (`rankers.retrieval.Pairs`) and a ranker that scores matrices."""
+    """From real pictures with captions (`rankers.retrieval.Pairs`) and a ranker that scores matrices.
+
+    Raises ValueError as `require_mismatches`.
+    """
+    require_mismatches(pairs, data)
     captions = sorted(set(pairs.captions))
     row = {caption: i for i, caption in enumerate(captions)}
     scores = ranker.score_matrix(captions, pairs.images).numpy()  # (T, N)
@@ -145,8 +158,8 @@ def calibrate(
     columns = rng.integers(0, len(own), (len(captions), mismatched_each))
     rows = np.repeat(np.arange(len(captions))[:, None], mismatched_each, axis=1)
     mismatched = scores[rows, columns][~true[rows, columns]]
-    if not len(mismatched):
-        raise ValueError(f"{data} has no two pictures with different captions: nothing to calibrate on")
+    if not len(mismatched):  # true ones were drawn by chance
+        mismatched = scores[~true]
     margins = _margins(ranker, pairs, lexicon, matched)
     return Calibration(
         ranker.name, data, len(own), quantiles(matched), quantiles(mismatched), quantiles(margins), lexicon

@@ -20,6 +20,7 @@ from common.config import command, parse_options
 from common.files import write_json
 from common.log import say
 from common.output import require_replaceable, writing_file
+from common.tables import plain_console
 from data_tools.index import ShardIndex
 from rankers import default_ranker, load_ranker
 from rankers.pairs import AttributeConfig, scan_names
@@ -79,7 +80,6 @@ def measure(ranker: Any, pairs: Pairs, labels: Sequence[str], colors: Sequence[s
 
 
 def show(results: dict[str, dict[str, Any]], title: str) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     columns = sorted({name for result in results.values() for name in result["figures"]}, key=_place)
@@ -92,7 +92,7 @@ def show(results: dict[str, dict[str, Any]], title: str) -> None:
             cells.append(text + (f"\n{interval[0]:.1%}..{interval[1]:.1%}" if interval else ""))
         rate = result["pictures_per_second"]
         table.add_row(name, *cells, "-" if rate is None else f"{rate:.0f}")
-    Console().print(table)
+    plain_console().print(table)
 
 
 def _place(column: str) -> tuple[int, int, str]:

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from common.bert_text import CaptionTokenizer, pad_rows
+from common.files import split_lines
 from common.image import resize_square, to_tensor
 from data_tools.captions import pick_caption
 from data_tools.index import ShardIndex
@@ -74,7 +75,7 @@ def scan_names(index: ShardIndex, config: AttributeConfig) -> Vocabulary:
 
 
 def _lines(data: bytes) -> list[str]:
-    return [line.strip() for line in data.decode("utf-8", errors="replace").splitlines() if line.strip()]
+    return [line.strip() for line in split_lines(data.decode("utf-8", errors="replace")) if line.strip()]
 
 
 def read_meta(data: bytes) -> dict[str, Any]:

@@ -12,9 +12,11 @@ from common.distributed import World
 from common.files import atomic_directory
 from common.log import say
 from common.run_dir import claim
+from data_tools.holdout import open_splits
 from data_tools.index import ShardIndex
 from data_tools.loader import IMAGE_SUFFIXES
 from data_tools.synthetic import ensure_synthetic
+from rankers.calibration import require_mismatches
 from rankers.chinese_clip import copy_towers, find_folder, load_folder, model_config
 from rankers.model import TOWERS, ModelConfig, RankerModel
 from rankers.pairs import Vocabulary, scan_names
@@ -42,8 +44,9 @@ class RankerData:
     def prepare(cls, options: Any, world: World) -> "RankerData":
         """From `rankers.train.Options`. Raises FileNotFoundError or ValueError naming what is wrong."""
         source = options.data or _embedded_default(world)
-        train = ShardIndex.open(source, "train", options.remote).require(*IMAGE_SUFFIXES)
-        val = ShardIndex.open(source, "val", options.remote).require(*IMAGE_SUFFIXES)
+        train, val = (i.require(*IMAGE_SUFFIXES) for i in open_splits(source, options.remote))
+        pairs = load_pairs(val, options.attributes, options.val_pictures)
+        require_mismatches(pairs, source)
         names = scan_names(train, options.attributes)
         claim(options.loop.run_dir, world.is_main)
         towers = options.loop.run_dir / TOWERS
@@ -57,7 +60,6 @@ class RankerData:
                     write_text_tower(folder, [*names.captions, *names.labels], options.model.text, vocab)
         world.barrier()
         config = model_config(init) if init else _model_config(options.model)
-        pairs = load_pairs(val, options.attributes, options.val_pictures)
         tokenizer = CaptionTokenizer(towers, config.max_text_len)
         return cls(train, val, names, pairs, towers, tokenizer, config, init, source)
 

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from common.image import resize_square, to_tensor
+from data_tools.holdout import open_splits
 from data_tools.images import DECODE_ERRORS
 from data_tools.index import ShardIndex
 from data_tools.loader import IMAGE_SUFFIXES, Augment, CorruptSample, DecodeImage, open_image
@@ -54,10 +55,20 @@ def _open_mask(data: bytes) -> Image.Image:
 def open_pictures(
     data: str, image_folder: str, split: str, remote: RemoteOptions | None = None
 ) -> ShardIndex | ImageFolder:
-    """The training or validation pictures. Raises FileNotFoundError or ValueError in one sentence."""
+    """The pictures of one split. Raises FileNotFoundError or ValueError in one sentence."""
     if image_folder:
         return ImageFolder.open(image_folder, split)
     return ShardIndex.open(data, split, remote).require(*IMAGE_SUFFIXES)
+
+
+def open_train_and_val(
+    data: str, image_folder: str, remote: RemoteOptions | None = None
+) -> tuple[ShardIndex | ImageFolder, ShardIndex | ImageFolder]:
+    """The pictures to train on and those to validate with, which share none. Raises as `open_pictures`."""
+    if image_folder:
+        return ImageFolder.open(image_folder, "train"), ImageFolder.open(image_folder, "val")
+    train, val = open_splits(data, remote)
+    return train.require(*IMAGE_SUFFIXES), val.require(*IMAGE_SUFFIXES)
 
 
 def train_decoder(

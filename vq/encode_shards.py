@@ -174,6 +174,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, int]:
     options = parse_options(Options, argv, description=__doc__)
     world = start_world(options.device)
     try:
+        ShardSource(options.source, options.remote).find("train")  # the user's own first
         tokenizer = ImageTokenizer.from_pretrained(options.checkpoint, world.device)
         ensure_writable_directory(options.target)
         with alone_in(options.target, world, ".encoding.lock"):

@@ -5,12 +5,12 @@ validation pictures are a fixed share by the hash of the file name, so they stay
 """
 
 import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_tools.images import SUFFIXES, sniff
+from data_tools.images import PLUGINS, sniff
 from data_tools.index import Sample
+from data_tools.readers.inventory import read_head, take_inventory
 
 
 class ImageFolder:
@@ -31,18 +31,11 @@ class ImageFolder:
         root = Path(root)
         if not root.is_dir():
             raise FileNotFoundError(f"no picture folder {root}")
-        pictures, others = [], 0
-        for folder, _, names in sorted(os.walk(root, followlinks=True)):
-            for name in sorted(names):
-                path = Path(folder, name)
-                if path.suffix.lower() == ".txt" or name.startswith("."):
-                    continue
-                if _is_picture(path):
-                    pictures.append(path)
-                else:
-                    others += 1
+        inventory = take_inventory(root)
+        pictures = [root / name for name in inventory.of("image") if sniff_file(root / name)]
+        others = len(inventory.entries) - len(pictures) - len(inventory.of("caption", "hidden"))
         if not pictures:
-            raise ValueError(f"no pictures in {root}: {others} files, none of them {', '.join(SUFFIXES)}")
+            raise ValueError(f"no pictures in {root}: {others} files, none of them {', '.join(PLUGINS)}")
         ranked = sorted(pictures, key=lambda p: hashlib.sha256(str(p.relative_to(root)).encode()).digest())
         held_out = set(ranked[: max(1, round(val_share * len(pictures)))])
         chosen = [p for p in pictures if (p in held_out) == (split == "val")]
@@ -80,6 +73,7 @@ class ImageFolder:
         return members
 
 
-def _is_picture(path: Path) -> bool:
-    with path.open("rb") as file:
-        return bool(sniff(file.read(64)))
+def sniff_file(path: Path) -> str:
+    """What kind of image the first bytes of a file are; "" for another one or none that can be read."""
+    head = read_head(path)
+    return sniff(head) if isinstance(head, bytes) else ""

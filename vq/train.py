@@ -11,7 +11,7 @@ from common.loop import fit
 from data_tools.augment import Chain
 from data_tools.loader import DecodeImage, eval_batches, train_batches
 from data_tools.synthetic import ensure_synthetic
-from vq.data import open_pictures, small_pictures, train_decoder
+from vq.data import open_train_and_val, small_pictures, train_decoder
 from vq.options import Options
 from vq.task import TokenizerTask
 
@@ -28,10 +28,12 @@ def train(options: Options) -> dict[str, float]:
     world.barrier()
     data = options.data or "data/synthetic"
     plan = batch_plan(options.loop.global_batch_size, world.size, options.loop.micro_batch_size)
-    train = open_pictures(data, options.image_folder, "train", options.remote)
-    val = open_pictures(data, options.image_folder, "val", options.remote)
+    train, val = open_train_and_val(data, options.image_folder, options.remote)
     if world.is_main:
-        for problem in [*train.problems, *val.problems, small_pictures(train, model.image_size)]:
+        for problem in [
+            *dict.fromkeys([*train.problems, *val.problems]),
+            small_pictures(train, model.image_size),
+        ]:
             if problem:
                 say(f"note: {problem}")
 

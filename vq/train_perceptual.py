@@ -25,6 +25,7 @@ from common.loop import LoopConfig, fit
 from common.optim import OptimConfig, learning_rate, make_optimizer
 from common.precision import Precision, autocast
 from data_tools.crops import CropFlip
+from data_tools.holdout import open_splits
 from data_tools.index import ShardIndex
 from data_tools.loader import IMAGE_SUFFIXES, DecodeImage, eval_batches, train_batches
 from data_tools.synthetic import ensure_synthetic
@@ -189,8 +190,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     world.barrier()
     data = options.data or "data/synthetic"
     plan = batch_plan(options.loop.global_batch_size, world.size, options.loop.micro_batch_size)
-    train = ShardIndex.open(data, "train").require(*IMAGE_SUFFIXES)
-    val = ShardIndex.open(data, "val").require(*IMAGE_SUFFIXES)
+    train, val = (index.require(*IMAGE_SUFFIXES) for index in open_splits(data))
     targets = find_targets(train, options.target)
     if world.is_main:
         what = "labels" if targets.kind == "label" else "words of captions"

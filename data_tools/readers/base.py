@@ -8,11 +8,13 @@ import os
 import stat
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from data_tools.file_kinds import UTF16, what_is
 from data_tools.images import sniff
+from data_tools.readers.inventory import Inventory
 from data_tools.records import Problem, Record, encodable, encode_key, one_line, problem
 
 Item = Record | Problem
@@ -75,6 +77,17 @@ class Meter:
 
     total: int = 0
     done: int = 0
+    used: set[int] = field(default_factory=set)
+    """`hash64` of the files that were read for a row; the other files of a folder are reported as left out."""
+
+    def use(self, path: Path) -> None:
+        """A row has read `path`, or said why not."""
+        self.used.add(hash_path(path))
+
+
+def hash_path(path: Path) -> int:
+    """64 bits of the name of a file from the root on."""
+    return hash64(os.path.normpath(path.absolute()))
 
 
 @dataclass(frozen=True)
@@ -88,6 +101,8 @@ class Part:
     """The captions, where they are in a file of their own."""
     root: Path = Path()
     """What relative paths start from, unless `image_root` is set."""
+    inventory: Inventory | None = field(default=None, compare=False, repr=False)
+    """The files below a folder of pictures."""
 
     @property
     def has_images(self) -> bool:
@@ -121,7 +136,7 @@ def iter_lines(path: Path, max_bytes: int, meter: Meter | None = None) -> Iterat
                 size += len(data)
             if meter:
                 meter.done += size
-            data = data.rstrip(b"\r\n")
+            data = data.removesuffix(b"\n").removesuffix(b"\r")
             if too_long or data:
                 yield Line(number, offset, None if too_long else data)
             offset += size
@@ -129,6 +144,8 @@ def iter_lines(path: Path, max_bytes: int, meter: Meter | None = None) -> Iterat
 
 def decode_text(data: bytes, encoding: str, where: str, key: str = "") -> str | Problem:
     """The text, or why it is none: wrong encoding, or NUL bytes as UTF-16 has them."""
+    if data.startswith(UTF16):
+        return problem(where, key, "bad_encoding", what_is(data))
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
@@ -160,16 +177,19 @@ def parse_json_line(line: Line, where: str, options: ReaderOptions) -> dict[str,
     )
 
 
+WHITE_SPACE = b" \t\r\n\v\f"
 _URL_SAFE = bytes.maketrans(b"-_", b"+/")
 
 
 def decode_base64(data: bytes) -> bytes:
-    """Both alphabets, padding optional, a `data:image/...;base64,` prefix allowed. Raises ValueError for the rest.
+    """Both alphabets, padding optional, a `data:image/...;base64,` prefix and line breaks (MIME) allowed.
+
+    Raises ValueError for the rest.
 
     Python's `b64decode` skips foreign characters and so returns garbage for url-safe input: this one is strict.
     """
-    data = data.strip(b" \r\n\"'")
-    if data.startswith(b"data:"):
+    data = data.translate(None, WHITE_SPACE).strip(b"\"'")
+    if data[:5].lower() == b"data:":
         data = data.partition(b",")[2]
     data = data.rstrip(b"=").translate(_URL_SAFE)
     try:
@@ -204,7 +224,7 @@ def make_record(
         return problem(where, key, "image_too_large", f"{len(image)} bytes")
     suffix = sniff(image)
     if image and not suffix:
-        return problem(where, key, "not_an_image", f"the first bytes are {image[:8]!r}")
+        return problem(where, key, "not_an_image", what_is(image[:512]))
     if key != identifier:
         meta = {**meta, "id": encodable(identifier)}
     return Record(key, image, suffix, lines, meta, where, extra or {})

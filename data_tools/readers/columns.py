@@ -3,7 +3,7 @@
 Known forms: Wukong `url,caption`; open_clip `filepath<TAB>title`; DALL-E lists `image_path, sentences`; BriVL
 `image_id` as a path, `sentences` as [kind, text] pairs; Hugging Face imagefolder `file_name, text` and pictures as
 `{"bytes", "path"}`; line drawings `pd_line_drawing, pd_realistic_drawing, pd_title` and diffusers
-`conditioning_image, image, text`.
+`conditioning_image, image, text`; catalogues of shops in English and Chinese. Names are in `column_names.py`.
 """
 
 import base64
@@ -13,7 +13,9 @@ from typing import Any
 
 from data_tools.images import SUFFIXES, sniff
 from data_tools.readers.base import (
+    WHITE_SPACE,
     Item,
+    Meter,
     ReaderOptions,
     decode_base64,
     hash64,
@@ -21,74 +23,54 @@ from data_tools.readers.base import (
     make_record,
     read_image_file,
 )
+from data_tools.readers.column_names import (
+    CAPTIONS,
+    DRAWINGS,
+    KEYS,
+    PATHS,
+    PHOTOS,
+    PICTURES,
+    URLS,
+    find_column,
+    normal,
+)
 from data_tools.records import Problem, encodable, problem
 
-KEYS = ("key", "__key__", "img_id", "id", "idx", "uid", "sample_id", "image_id")
-CAPTIONS = ("caption", "captions", "sentences", "text", "title", "pd_title", "prompt", "txt", "description")
-URLS = ("url", "URL", "image_url", "img_url", "image_link")
-PATHS = ("image_path", "filepath", "file_name", "filename", "file_path", "path", "file")
-PICTURES = (
-    "image",
-    "img",
-    "imgbase64",
-    "image_base64",
-    "img_base64",
-    "image_bytes",
-    "jpg",
-    "png",
-    "webp",
-    "photo",
-)
-PHOTOS = ("pd_realistic_drawing", "realistic_drawing", "photo", "target", "image", "file_name")
-DRAWINGS = (
-    "pd_line_drawing",
-    "line_drawing",
-    "drawing",
-    "sketch",
-    "lineart",
-    "conditioning_image",
-    "control_image",
-)
-
-
-def find_column(names: list[str], known: tuple[str, ...], chosen: str = "") -> str:
-    """The column of `names` that holds a thing: the one the user chose, else the first known; "" if none."""
-    if chosen:
-        return chosen if chosen in names else ""
-    return next((name for name in known if name in names), "")
-
-
-def has_known_columns(names: list[str]) -> bool:
-    """True if a row with these columns says where its picture is."""
-    return bool(find_column(names, (*URLS, *PATHS, *PICTURES, *PHOTOS))) or "image_id" in names
-
-
-def is_line_drawing(names: list[str]) -> bool:
-    """True if rows hold a drawing beside the picture."""
-    pair = bool(find_column(names, DRAWINGS)) and bool(find_column(names, PHOTOS))
-    return pair or {"source", "target"} <= set(names)
+_SPACES = dict.fromkeys(WHITE_SPACE)
 
 
 class RowReader:
-    """Rows with the same columns to records. `root`: what paths start from; `source`: goes into the meta."""
+    """Rows with the same columns to records.
+
+    `root`: what paths start from; `source`: goes into the meta; `meter` is told which files were read.
+    Raises ValueError for a column of the options that is not there.
+    """
 
     def __init__(
-        self, names: list[str], root: Path, source: str, options: ReaderOptions, drawing: bool = False
+        self,
+        names: list[str],
+        root: Path,
+        source: str,
+        options: ReaderOptions,
+        meter: Meter,
+        drawing: bool = False,
     ):
         for chosen in (options.key_column, options.caption_column, options.image_column):
-            if chosen and chosen not in names:
+            if chosen and not find_column(names, (), chosen):
                 raise ValueError(f"there is no column {chosen!r}: the columns are {', '.join(names[:20])}")
         self.root, self.source, self.options = options.image_root or root, source, options
+        self.names, self.meter = names, meter
         self.key = find_column(names, KEYS, options.key_column)
         self.caption = find_column(names, CAPTIONS, options.caption_column)
         self.drawing = ""
         known = (*PATHS, *PICTURES, *URLS)
         if drawing:
             self.drawing = find_column(names, DRAWINGS) or "source"
-            known = tuple(name for name in (*PHOTOS, *PATHS, *PICTURES) if name != self.drawing)
+            known = tuple(n for n in (*PHOTOS, *PATHS, *PICTURES) if normal(n) != normal(self.drawing))
         self.picture = find_column(names, known, options.image_column)
-        if not self.picture and self.key == "image_id":  # BriVL: the id is the path
-            self.picture, self.key = "image_id", ""
+        if not self.picture and normal(self.key) == "imageid":  # BriVL: the id is the path
+            self.picture, self.key = self.key, ""
+        self.holds_urls = bool(self.picture) and bool(find_column([self.picture], URLS))
         self.used = {self.key, self.caption, self.picture, self.drawing} - {""}
 
     def record(self, row: dict[str, Any], where: str, fallback_key: str) -> Item:
@@ -96,12 +78,19 @@ class RowReader:
         captions = caption_list(row.get(self.caption)) if self.caption else ()
         if captions is None:
             return problem(where, self._key(row), "bad_value", f"{self.caption} is {row[self.caption]!r:.80}")
+        if not self.caption and self.options.captions == "required":
+            columns = ", ".join(self.names[:20])
+            return problem(
+                where, self._key(row), "no_caption", f"no column is a caption among {columns:.200}"
+            )
         meta = {"source": self.source}
         meta |= plain({k: v for k, v in row.items() if k not in self.used and not isinstance(v, bytes)})
         value, key = row.get(self.picture), self._key(row)
         if self.key and not key:
             return problem(where, "", "missing_id")
-        if isinstance(value, str) and _is_url(value, self.picture):
+        if isinstance(value, list) and len(value) == 1:
+            value = value[0]
+        if isinstance(value, str) and self._is_url(value):
             meta["url"] = encodable(value.strip())
             key = key or f"{hash64(value.strip() + chr(10) + chr(10).join(captions)):016x}"
             return make_record(key, b"", captions, meta, where, self.options)
@@ -133,10 +122,26 @@ class RowReader:
                 return decode_base64(value.encode())
             except ValueError as error:
                 return problem(where, key, "bad_base64", str(error))
-        path = inside(self.root, value.strip())
+        path = self._path(value)
         if path is None:
             return problem(where, key, "path_outside_root", f"{value[:120]!r} is not under {self.root}")
+        self.meter.use(path)
         return read_image_file(path, where, key, self.options.max_image_bytes)
+
+    def _path(self, value: str) -> Path | None:
+        """Below the root, also where it is written as on Windows; None outside."""
+        name = value.strip().removeprefix("file://")
+        path = inside(self.root, name)
+        if "\\" in name and not (path and path.is_file()):
+            return inside(self.root, name.replace("\\", "/"))
+        return path
+
+    def _is_url(self, value: str) -> bool:
+        """A column of urls may hold paths all the same."""
+        if value.strip().lower().startswith(("http://", "https://", "s3://")):
+            return True
+        path = self._path(value) if self.holds_urls and "\0" not in value and len(value) < 4096 else None
+        return self.holds_urls and not (path and path.is_file())
 
     def _drawing(self, row: dict[str, Any], where: str, key: str) -> dict[str, bytes] | Problem:
         drawing = self._bytes(row.get(self.drawing), where, key)
@@ -179,20 +184,16 @@ def plain(value: Any, depth: int = 0) -> Any:
 
 def looks_like_base64(value: str) -> bool:
     """True for a data URI or a long text whose first bytes decode to a known kind of picture."""
-    value = value.strip()
-    if value.startswith("data:"):
+    head = value[:400].translate(_SPACES)[:64]
+    if head[:5].lower() == "data:":
         return True
-    if len(value) < 64:
+    if len(head) < 64:
         return False
-    head = value[:64].encode(errors="replace").replace(b"-", b"+").replace(b"_", b"/")
+    data = head.encode(errors="replace").replace(b"-", b"+").replace(b"_", b"/")
     try:
-        return bool(sniff(base64.b64decode(head, validate=True)))
+        return bool(sniff(base64.b64decode(data, validate=True)))
     except ValueError:
         return False
-
-
-def _is_url(value: str, column: str) -> bool:
-    return column in URLS or value.strip().lower().startswith(("http://", "https://", "s3://"))
 
 
 def _key_of_path(value: Any) -> str:

@@ -1,13 +1,13 @@
-"""Recognise the format of a source by names and first bytes, and group its files into splits."""
+"""Recognise the format of a source, say by which file, and account for every other file of its folder.
 
-import json
+A list, a tar and images in one folder may each be what is meant: where two readings are plausible the user chooses.
+"""
+
 import os
-import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from data_tools.images import SUFFIXES
 from data_tools.readers import (
     chinese_clip,
     easynlp,
@@ -26,9 +26,13 @@ from data_tools.readers.base import (
     Reader,
     ReaderOptions,
     drop_duplicates,
-    iter_lines,
+    hash_path,
 )
-from data_tools.readers.columns import has_known_columns, is_line_drawing, looks_like_base64
+from data_tools.readers.choice import Reading, choose
+from data_tools.readers.finders import FINDERS, SPLITS, Folder
+from data_tools.readers.inventory import Entry, Inventory, take_inventory
+from data_tools.readers.lists import why_not
+from data_tools.records import Problem, problem
 
 READERS: dict[str, Reader] = {
     "ecommerce_t2i": ecommerce_t2i.read,
@@ -41,16 +45,8 @@ READERS: dict[str, Reader] = {
     "line_drawing": line_drawing.read,
     "webdataset": webdataset.read,
 }
-SPLITS = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "dev": "val",
-}
-SPLITS |= {"test": "test", "testing": "test"}
-_SPLIT_IN_NAME = re.compile(rf"(?:^|[._-])({'|'.join(SPLITS)})(?=[._-]|$)", re.IGNORECASE)
+BY_PRODUCTS = ("dataset.json", "report.json", "dropped.jsonl", "groups.tsv", "splits.tsv", "tokenizer.json")
+BY_PRODUCTS += ("roundtrip.png", "scores.jsonl")
 
 
 @dataclass(frozen=True)
@@ -64,6 +60,12 @@ class Source:
     format: str
     parts: tuple[Part, ...]
     options: ReaderOptions
+    inventory: Inventory | None = field(default=None, compare=False, repr=False)
+    """Of a folder; None where one file was named."""
+    notes: tuple[str, ...] = ()
+    """What to know about the choice of the format."""
+    not_chosen: tuple[Path, ...] = ()
+    """Files of the other splits, where one was chosen."""
 
     def __iter__(self) -> Iterator[Item]:
         meter = Meter()
@@ -71,8 +73,63 @@ class Source:
             yield from self.read(part, meter)
 
     def read(self, part: Part, meter: Meter | None = None) -> Iterator[Item]:
-        """Items of one part; a key met before in it is a problem."""
-        return drop_duplicates(READERS[self.format](part, self.options, meter or Meter()))
+        """Items of one part; a key met before in it is a problem.
+
+        After the last part that has images comes a problem for each file of the folder that no row has read; that needs
+        one `meter` for all parts.
+        """
+        whole = meter is not None or len(self.parts) == 1
+        meter = meter or Meter()
+        yield from drop_duplicates(READERS[self.format](part, self.options, meter))
+        with_images = [p for p in self.parts if p.has_images] or self.parts
+        if whole and part == with_images[-1]:
+            yield from self._left_out(meter)
+
+    def _left_out(self, meter: Meter) -> Iterator[Problem]:
+        """In the order of the inventory."""
+        if self.inventory is None:
+            return
+        own = {hash_path(path) for path in (*self.files, *self.not_chosen)}
+        by_products = set(BY_PRODUCTS) if self.format == "webdataset" else set()
+        for entry in self.inventory.entries:
+            value = hash_path(self.inventory.root / entry.name)
+            if value in own or value in meter.used or entry.name in by_products:
+                continue
+            if self.options.split and entry.kind in ("image", "caption", "json"):
+                continue  # of the splits that were not chosen
+            yield self._not_read(entry)
+
+    def _not_read(self, entry: Entry) -> Problem:
+        if entry.kind == "hidden":
+            return problem(entry.name, "", "hidden_file")
+        if entry.kind == "image":
+            return problem(entry.name, "", "not_in_list")
+        what = entry.what or self.why_not_read(entry)
+        return problem(entry.name, "", "not_read", what)
+
+    def why_not_read(self, entry: Entry) -> str:
+        """Of a list, a tar, a caption or another file."""
+        return entry.what or _why_not_read(self.path, entry, self.options, self.format)
+
+    def describe(self) -> list[str]:
+        """Lines for people: the format, the files that showed it, and the lists and archives beside them."""
+        names = [path.name for path in self.files if path.is_file()]
+        by = f" by {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}" if names else ""
+        lines = [f"{self.path}: {self.format}{by}"]
+        lines += [f"note: {note}" for note in self.notes]
+        if self.inventory:
+            own = {*self.files, *self.not_chosen}
+            others = [e for e in self.inventory.entries if e.kind in ("list", "tar")]
+            others = [
+                e for e in others if self.inventory.root / e.name not in own and e.name not in BY_PRODUCTS
+            ]
+            lines += [f"note: {e.name} is not read: {self.why_not_read(e)}" for e in others[:5]]
+            lines += [f"note: nor are {len(others) - 5} more lists and tars"] if len(others) > 5 else []
+            if self.inventory.results:
+                lines.append(
+                    f"note: results of data_tools are left alone: {', '.join(self.inventory.results[:5])}"
+                )
+        return lines
 
     @property
     def num_bytes(self) -> int:
@@ -86,221 +143,85 @@ class Source:
         return list(dict.fromkeys(found))
 
 
-def open_source(path: Path, options: ReaderOptions | None = None) -> Source:
-    """Recognise `path`. Raises FileNotFoundError, or ValueError that says what was found and what is known."""
+def open_source(
+    path: Path, options: ReaderOptions | None = None, exclude: Sequence[Path | str] = ()
+) -> Source:
+    """Recognise `path`. `exclude`: what the running command writes, in case it lies below.
+
+    Raises FileNotFoundError, or ValueError that says what was found and what is known, or which readings there are.
+    """
     options, path = options or ReaderOptions(), Path(path)
     if not path.exists():
         raise FileNotFoundError(f"there is no file or folder {path}")
-    name, parts = _detect(path, options)
+    root = options.image_root
+    if root is not None and not root.is_dir():
+        raise FileNotFoundError(f"--image-root {root} is no folder")
+    inventory = take_inventory(path, [Path(p) for p in exclude]) if path.is_dir() else None
+    reading, notes = _recognise(path, options, inventory)
+    parts = tuple(sorted(reading.parts, key=lambda part: [*SPLITS.values(), part.split].index(part.split)))
     if options.split:
         chosen = tuple(part for part in parts if part.split == options.split)
         if not chosen:
             known = ", ".join(part.split for part in parts)
             raise ValueError(f"{path} has no split {options.split!r}: it has {known}")
-        parts = chosen
-    root = options.image_root
-    if root is not None and not root.is_dir():
-        raise FileNotFoundError(f"--image-root {root} is no folder")
-    return Source(path, name, parts, options)
+    else:
+        chosen = parts
+    not_chosen = tuple(f for p in parts if p not in chosen for f in (*p.files, p.texts) if f)
+    return Source(path, reading.name, chosen, options, inventory, notes, not_chosen)
 
 
-def _detect(path: Path, options: ReaderOptions) -> tuple[str, tuple[Part, ...]]:
-    finders = _FILE_FINDERS if path.is_file() else _FOLDER_FINDERS
-    for name, find in finders.items():
-        if options.format in ("auto", name) and (parts := find(path)):
-            return name, tuple(
-                sorted(parts, key=lambda part: [*SPLITS.values(), part.split].index(part.split))
-            )
-    known = (
+def _recognise(
+    path: Path, options: ReaderOptions, inventory: Inventory | None
+) -> tuple[Reading, tuple[str, ...]]:
+    if inventory is None:
+        beside = sorted(entry.name for entry in os.scandir(path.parent) if entry.is_file())
+        neighbors = Inventory(path.parent, [Entry(name, "list") for name in beside])
+        looked_at = Folder(neighbors, options, only=path.name)
+    else:
+        looked_at = Folder(inventory, options)
+    readings = []
+    for name, find in FINDERS.items():
+        if options.format in ("auto", name) and (parts := find(looked_at)):
+            readings.append(Reading(name, tuple(parts)))
+            for file in (f for part in parts for f in (*part.files, part.texts) if f):
+                relative = file.relative_to(looked_at.root).as_posix() if file != looked_at.root else ""
+                looked_at.taken.add(f"{relative}/" if file.is_dir() else relative)
+            if inventory is None:
+                break
+    if readings:
+        return choose(path, readings, looked_at)
+    raise ValueError(_unknown(path, options, inventory))
+
+
+def _unknown(path: Path, options: ReaderOptions, inventory: Inventory | None) -> str:
+    wanted = (
         f"it is not {options.format}" if options.format != "auto" else f"known formats: {', '.join(READERS)}"
     )
-    raise ValueError(f"cannot recognise {path} ({_what_is_there(path)}); {known}; --format names one")
+    if inventory is None:
+        reason = why_not(path, options) or f"a file of {path.stat().st_size} bytes"
+        return f"cannot recognise {path} ({reason}); {wanted}; --format names one"
+    entries = [e for e in inventory.entries if e.kind != "hidden"]
+    notable = [e for e in entries if e.kind in ("list", "tar", "json")] + [e for e in entries if e.what]
+    reasons = "; ".join(f"{e.name}: {_why_not_read(path, e, options, '')}" for e in notable[:3])
+    names = [e.name for e in entries] + [f"{name}/ with shards" for name in inventory.results]
+    there = f"a folder with {', '.join(names[:6])}{' ...' if len(names) > 6 else ''}"
+    there = there if names else "an empty folder"
+    return f"cannot recognise {path} ({reasons or there}); {wanted}; --format names one"
 
 
-def _what_is_there(path: Path) -> str:
-    if path.is_file():
-        return f"a file of {path.stat().st_size} bytes"
-    names = sorted(entry.name for entry in os.scandir(path))
+def _why_not_read(path: Path, entry: Entry, options: ReaderOptions, chosen: str) -> str:
+    if entry.what:
+        return entry.what
+    if entry.kind in ("list", "json"):
+        reason = why_not(path / entry.name, options)
+    elif entry.kind == "tar":
+        reason = ""
+    else:
+        return "it belongs to no image" if entry.kind == "caption" else "no data"
+    if reason:
+        return reason
+    if "/" in entry.name:
+        return f"it lies in a folder below: name {path / entry.name} itself to read it"
     return (
-        f"a folder with {', '.join(names[:6])}{' ...' if len(names) > 6 else ''}"
-        if names
-        else "an empty folder"
+        f"the source is read as {chosen}: --format or naming the file itself reads this one" if chosen else ""
     )
-
-
-def split_of(name: str) -> str:
-    """train, val or test as a file name says it; train if it says nothing."""
-    found = _SPLIT_IN_NAME.search(name)
-    return SPLITS[found.group(1).lower()] if found else "train"
-
-
-def _grouped(paths: list[Path], root: Path | None = None) -> list[Part]:
-    """One part a split; files in the order of their names."""
-    groups: dict[str, list[Path]] = {}
-    for path in sorted(paths):
-        groups.setdefault(split_of(path.name), []).append(path)
-    return [Part(split, tuple(files), root=root or files[0].parent) for split, files in groups.items()]
-
-
-# --- joined pairs of files -------------------------------------------------------------------------------------
-
-
-def _joined(folder_: Path, pictures: re.Pattern, texts: re.Pattern, only: str | None = None) -> list[Part]:
-    """Parts from pairs of files that share the name before the suffix; `only` keeps the pair of that file."""
-    found: dict[str, dict[str, Path]] = {}
-    for entry in sorted(os.scandir(folder_), key=lambda e: e.name):
-        for kind, pattern in (("pictures", pictures), ("texts", texts)):
-            if match := pattern.fullmatch(entry.name):
-                found.setdefault(match.group(1), {}).setdefault(kind, folder_ / entry.name)
-    parts = []
-    for stem, files in found.items():
-        if only is None or any(path.name == only for path in files.values()):
-            pair = (files["pictures"],) if "pictures" in files else ()
-            last = re.split(r"[._-]", stem)[-1].lower()
-            parts.append(Part(SPLITS.get(last, last), pair, files.get("texts"), folder_))
-    return parts
-
-
-_T2I = (re.compile(r"(.+)\.img\.tsv"), re.compile(r"(.+)\.(?:text|txt)\.tsv"))
-_CLIP = (re.compile(r"(.+)_imgs\.tsv"), re.compile(r"(.+)_texts\.jsonl"))
-
-
-def _find_t2i(path: Path) -> list[Part]:
-    return _joined(path, *_T2I) if path.is_dir() else _joined(path.parent, *_T2I, only=path.name)
-
-
-def _find_chinese_clip(path: Path) -> list[Part]:
-    return _joined(path, *_CLIP) if path.is_dir() else _joined(path.parent, *_CLIP, only=path.name)
-
-
-# --- lists -----------------------------------------------------------------------------------------------------
-
-
-def _first_line(path: Path) -> bytes:
-    line = next(iter_lines(path, 1 << 20), None)
-    return line.data or b"" if line else b""
-
-
-def _list_finder(suffixes: tuple[str, ...], accepts: Callable[[Path], bool]) -> Callable[[Path], list[Part]]:
-    def find(path: Path) -> list[Part]:
-        candidates = [path] if path.is_file() else [Path(entry.path) for entry in os.scandir(path)]
-        files = [p for p in candidates if p.suffix.lower() in suffixes and p.is_file() and accepts(p)]
-        if path.is_dir() and any(
-            p.name.startswith("metadata.") for p in files
-        ):  # of a Hugging Face imagefolder
-            files = [p for p in files if p.name.startswith("metadata.")]
-        return _grouped(files)
-
-    return find
-
-
-def _is_easynlp(path: Path) -> bool:
-    line = next((line for line in iter_lines(path, 1 << 27) if line.number < 4), None)
-    fields = (line.data or b"").split(b"\t") if line else []
-    if len(fields) != 3:
-        return False
-    return fields[0].strip() in (b"idx", b"id") or looks_like_base64(fields[2][:400].decode(errors="replace"))
-
-
-def _is_table(path: Path) -> bool:
-    fields = re.split(rb"[\t,;]", _first_line(path))
-    names = [field.strip(b' "').decode(errors="replace") for field in fields]
-    return has_known_columns(names) or names[0].startswith(("http://", "https://"))
-
-
-def _json_fields(path: Path) -> list[str] | None:
-    """The names in the first line, None where it is no JSON object."""
-    try:
-        row = json.loads(_first_line(path))
-    except (ValueError, RecursionError):
-        return None
-    return list(row) if isinstance(row, dict) else None
-
-
-def _is_json_lines(path: Path) -> bool:
-    """A `.jsonl` always; a `.json` only if its first line says where a picture is: most are something else."""
-    return path.suffix.lower() == ".jsonl" or has_known_columns(_json_fields(path) or [])
-
-
-def _is_drawing_list(path: Path) -> bool:
-    return is_line_drawing(_json_fields(path) or [])
-
-
-def _find_parquet(path: Path) -> list[Part]:
-    found = [path] if path.is_file() else sorted(path.glob("*.parquet")) + sorted(path.glob("data/*.parquet"))
-    return _grouped([p for p in found if p.suffix == ".parquet"], path if path.is_dir() else None)
-
-
-def _find_drawing_parquet(path: Path) -> list[Part]:
-    parts = _find_parquet(path)
-    try:
-        drawing = bool(parts) and is_line_drawing(parquet.column_names(parts[0].files[0]))
-    except ValueError:  # unreadable: the parquet reader reports it
-        return []
-    return parts if drawing else []
-
-
-def _find_line_drawing(path: Path) -> list[Part]:
-    if path.is_dir() and (pair := line_drawing.find_folders(path)):
-        titles = next((path / name for name in line_drawing.TITLE_FILES if (path / name).is_file()), None)
-        return [Part("train", pair, titles, path)]
-    found = _list_finder((".json", ".jsonl"), _is_drawing_list)(path) or _find_drawing_parquet(path)
-    return found or (_drawings_by_split(path) if path.is_dir() else [])
-
-
-def _drawings_by_split(path: Path) -> list[Part]:
-    """A folder for each split, `train/` and `val/`, each with its list."""
-    folders = [path / name for name in sorted(os.listdir(path)) if name.lower() in SPLITS]
-    found = [(folder, _find_line_drawing(folder)) for folder in folders if folder.is_dir()]
-    return [replace(parts[0], split=SPLITS[folder.name.lower()]) for folder, parts in found if parts]
-
-
-# --- tars and folders ------------------------------------------------------------------------------------------
-
-
-def _find_tars(path: Path) -> list[Part]:
-    return _grouped([path] if path.is_file() else list(path.glob("*.tar"))) if _may_be_tar(path) else []
-
-
-def _may_be_tar(path: Path) -> bool:
-    return path.is_dir() or path.suffix == ".tar"
-
-
-def _find_folder(path: Path) -> list[Part]:
-    names = sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
-    splits = [name for name in names if name.lower() in SPLITS]
-    if splits and splits == names and all(_has_picture(path / name) for name in splits):
-        parts = [Part(SPLITS[name.lower()], (path / name,), root=path / name) for name in splits]
-        return parts if len({part.split for part in parts}) == len(parts) else []
-    return [Part("train", (path,), root=path)] if _has_picture(path) else []
-
-
-def _has_picture(path: Path) -> bool:
-    return any(
-        os.path.splitext(name)[1][1:].lower() in SUFFIXES for _, _, names in os.walk(path) for name in names
-    )
-
-
-def _find_metadata(path: Path) -> list[Part]:
-    """Imagefolder with `train/metadata.jsonl` and so on."""
-    files = [path / name / "metadata.jsonl" for name in sorted(os.listdir(path)) if name.lower() in SPLITS]
-    parts = [_grouped([file])[0] for file in files if file.is_file()]
-    return [replace(part, split=SPLITS[part.root.name.lower()]) for part in parts]
-
-
-def _find_jsonl(path: Path) -> list[Part]:
-    found = _list_finder((".jsonl", ".json"), _is_json_lines)(path)
-    return found or (_find_metadata(path) if path.is_dir() else [])
-
-
-_FILE_FINDERS: dict[str, Callable[[Path], list[Part]]] = {
-    "ecommerce_t2i": _find_t2i,
-    "chinese_clip": _find_chinese_clip,
-    "webdataset": _find_tars,
-    "line_drawing": _find_line_drawing,
-    "parquet": _find_parquet,
-    "easynlp": _list_finder((".tsv",), _is_easynlp),
-    "jsonl": _find_jsonl,
-    "csv": _list_finder((".csv", ".tsv"), _is_table),
-}
-_FOLDER_FINDERS = {**_FILE_FINDERS, "folder": _find_folder}

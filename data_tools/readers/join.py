@@ -73,7 +73,7 @@ class TextIndex:
 
     def _read(self, row: int) -> tuple[list[str], str]:
         self._file.seek(int(self._offsets[row]))
-        data = self._file.readline().rstrip(b"\r\n")
+        data = self._file.readline().removesuffix(b"\n").removesuffix(b"\r")
         parsed = self._parse(Line(int(self._lines[row]), int(self._offsets[row]), data), "")
         if isinstance(parsed, Problem):
             raise ValueError(f"{self.path} changed while it was read: start again when it is complete")

@@ -6,7 +6,8 @@ A line is read by the names in it, so lines of one file may differ; see `columns
 from collections.abc import Iterator
 
 from data_tools.readers.base import Item, Meter, Part, ReaderOptions, iter_lines, parse_json_line
-from data_tools.readers.columns import RowReader, has_known_columns, is_line_drawing
+from data_tools.readers.column_names import has_known_columns, is_line_drawing
+from data_tools.readers.columns import RowReader
 from data_tools.records import Problem, encode_key, problem
 
 
@@ -21,20 +22,20 @@ def read(part: Part, options: ReaderOptions, meter: Meter) -> Iterator[Item]:
             if isinstance(row, Problem):
                 yield row
                 continue
-            reader = _reader(readers, list(row), part, options)
+            reader = _reader(readers, list(row), part, options, meter)
             if reader is None:
-                yield problem(where, "", "no_image", f"no known field among {', '.join(row)[:120]!r}")
+                yield problem(where, "", "no_image", f"no field is an image among {', '.join(row)[:120]!r}")
             else:
                 yield reader.record(row, where, f"{stem}-{line.number:09d}")
 
 
-def _reader(readers: dict, names: list[str], part: Part, options: ReaderOptions) -> RowReader | None:
+def _reader(
+    readers: dict, names: list[str], part: Part, options: ReaderOptions, meter: Meter
+) -> RowReader | None:
     key = tuple(names)
     if key not in readers:
         if len(readers) > 1000:  # fields that differ in every line: do not keep a reader for each
             readers.clear()
-        known = has_known_columns(names) or options.image_column in names
-        readers[key] = (
-            RowReader(names, part.root, "jsonl", options, drawing=is_line_drawing(names)) if known else None
-        )
+        known, drawing = has_known_columns(names, options.image_column), is_line_drawing(names)
+        readers[key] = RowReader(names, part.root, "jsonl", options, meter, drawing) if known else None
     return readers[key]

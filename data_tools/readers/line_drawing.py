@@ -22,6 +22,7 @@ from data_tools.readers.base import (
     make_record,
     read_image_file,
 )
+from data_tools.readers.inventory import image_stems, is_image_file
 from data_tools.records import Problem, problem
 
 DRAWING_FOLDERS = (
@@ -67,8 +68,11 @@ def _read_folders(part: Part, options: ReaderOptions, meter: Meter) -> Iterator[
             else:
                 titles[item[0]] = item[1]
     meter.total = max(meter.total, meter.done + len(photos))
+    for path in (*photos.values(), *drawings.values()):
+        meter.use(path)
     for stem, photo in photos.items():
         meter.done += 1
+        meter.use(photo.with_suffix(".txt"))
         yield _read_pair(stem, photo, drawings.pop(stem, None), _title(stem, photo, titles, options), options)
     for stem, path in drawings.items():
         yield problem(_where(path), stem, "no_pair", "a drawing without its photo")
@@ -78,8 +82,8 @@ def _read_folders(part: Part, options: ReaderOptions, meter: Meter) -> Iterator[
 
 def _by_stem(folder: Path) -> dict[str, Path]:
     names = sorted(entry.name for entry in os.scandir(folder))
-    known = [name for name in names if os.path.splitext(name)[1][1:].lower() in SUFFIXES]
-    return {os.path.splitext(name)[0]: folder / name for name in known}
+    known = [name for name in names if is_image_file(folder / name)]
+    return {next(image_stems(name)): folder / name for name in known}
 
 
 def _where(path: Path) -> str:

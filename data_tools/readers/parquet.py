@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.readers.base import Item, Meter, Part, ReaderOptions
-from data_tools.readers.columns import RowReader, has_known_columns, is_line_drawing
+from data_tools.readers.column_names import has_known_columns, is_line_drawing
+from data_tools.readers.columns import RowReader
 from data_tools.records import encode_key, problem
 
 BATCH = 64  # rows
@@ -44,11 +45,11 @@ def _read_file(path: Path, root: Path, options: ReaderOptions, meter: Meter) -> 
     except ValueError as error:
         yield problem(path.name, "", "unreadable_file", str(error))
         return
-    if not (has_known_columns(names) or options.image_column in names):
-        yield problem(path.name, "", "no_image", f"the columns are {', '.join(names)[:160]!r}")
+    if not has_known_columns(names, options.image_column):
+        yield problem(path.name, "", "unknown_header", f"the columns are {', '.join(names)[:160]}")
         return
     drawing = is_line_drawing(names)
-    reader = RowReader(names, root, "line_drawing" if drawing else "parquet", options, drawing=drawing)
+    reader = RowReader(names, root, "line_drawing" if drawing else "parquet", options, meter, drawing)
     stem, start, row = encode_key(path.stem), meter.done, 0
     for group in range(file.num_row_groups):
         first = row

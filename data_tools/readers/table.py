@@ -1,26 +1,30 @@
 """CSV and TSV lists with a header: Wukong `url,caption`, open_clip `filepath<TAB>title`, `file_name,text` and kin.
 
-One broken quote loses one row: a quoted field may span 64 lines, then its first line is reported and reading goes on
-with the next. https://wukong-dataset.github.io
+Rows are RFC 4180: a quoted field may hold separators, line breaks and doubled quotes, and be as long as
+`max_row_bytes`. Where a quote is never closed its first line is reported and reading goes on with the next one, so one
+broken quote loses one row. https://wukong-dataset.github.io
 """
 
-import csv
 import itertools
+import os
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+from data_tools.images import SUFFIXES
 from data_tools.readers.base import Item, Line, Meter, Part, ReaderOptions, decode_text, iter_lines
-from data_tools.readers.columns import RowReader, has_known_columns
+from data_tools.readers.column_names import has_known_columns
+from data_tools.readers.columns import RowReader
 from data_tools.records import Problem, encode_key, problem
 
-MAX_LINES = 64  # of one quoted field
-IMPLIED = ["url", "caption"]
+MAX_LINES = 10_000  # of one quoted field that hold a separator, as wrapped base64 does not
+URL_CAPTION, PATH_CAPTION = ["url", "caption"], ["file_name", "caption"]  # of lists without a header
 Row = tuple[int, list[str] | Problem]
 
 
 def read(part: Part, options: ReaderOptions, meter: Meter) -> Iterator[Item]:
-    """One item a row after the header; a file whose first row is `url,caption` values has no header and needs none."""
+    """One item a row after the header; a file whose first row is an url or an image and a caption needs no header."""
     for path in part.files:
         yield from _read_file(path, part.root, options, meter)
 
@@ -31,13 +35,13 @@ def _read_file(path: Path, root: Path, options: ReaderOptions, meter: Meter) -> 
     first = next(rows, None)
     if first is None:
         return
-    names = header(first[1])
+    names = header(first[1], options)
     if isinstance(names, Problem):
-        yield problem(f"{path.name}:{first[0]}", "", "unreadable_file", names.detail)
+        yield replace(names, where=f"{path.name}:{first[0]}")
         return
-    if names is IMPLIED:
+    if names is URL_CAPTION or names is PATH_CAPTION:
         rows = itertools.chain([first], rows)
-    reader = RowReader(names, root, "wukong" if names[0] == "url" else "csv", options)
+    reader = RowReader(names, root, "wukong" if names[0] == "url" else "csv", options, meter)
     stem = encode_key(path.stem)
     for number, row in rows:
         where = f"{path.name}:{number}"
@@ -49,17 +53,21 @@ def _read_file(path: Path, root: Path, options: ReaderOptions, meter: Meter) -> 
             yield reader.record(dict(zip(names, row, strict=True)), where, f"{stem}-{number:09d}")
 
 
-def header(row: list[str] | Problem) -> list[str] | Problem:
-    """The column names: those of the first row, IMPLIED where it holds `url,caption` values, or why there are none."""
+def header(row: list[str] | Problem, options: ReaderOptions) -> list[str] | Problem:
+    """The column names: those of the first row, implied ones where it holds values, or why there are none."""
     if isinstance(row, Problem):
         return row
-    names = [name.strip() for name in row]
+    names = [name.strip() or f"column {number}" for number, name in enumerate(row, 1)]
     if len(row) == 2 and row[0].startswith(("http://", "https://")):
-        return IMPLIED
-    if has_known_columns(names) and len(set(names)) == len(names):
+        return URL_CAPTION
+    if len(row) == 2 and os.path.splitext(names[0])[1][1:].lower() in SUFFIXES:
+        return PATH_CAPTION
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        return problem("", "", "unknown_header", f"two columns are named {twice[0]!r}")
+    if has_known_columns(names, options.image_column):
         return names
-    found = ", ".join(names)[:200]
-    return problem("", "", "unknown_header", f"the first line is {found!r}")
+    return problem("", "", "unknown_header", f"the first line is {', '.join(names)[:200]!r}")
 
 
 def find_delimiter(path: Path, options: ReaderOptions) -> str:
@@ -75,19 +83,27 @@ def iter_rows(path: Path, delimiter: str, options: ReaderOptions, meter: Meter) 
     """(line number, fields) or (line number, problem) of each row."""
     lines = iter_lines(path, options.max_row_bytes, meter)
     waiting: deque[Line] = deque()
-    while line := waiting.popleft() if waiting else next(lines, None):
+
+    def following() -> Line | None:
+        return waiting.popleft() if waiting else next(lines, None)
+
+    while line := following():
         taken = [line]
         fields = _parse(taken, delimiter, path, options)
-        while fields is None and len(taken) < MAX_LINES:
-            following = waiting.popleft() if waiting else next(lines, None)
-            if following is None:
+        separators, size = 0, len(line.data or b"")
+        while fields is None and separators < MAX_LINES and size <= options.max_row_bytes:
+            if (more := following()) is None:
                 break
-            taken.append(following)
-            fields = _parse(taken, delimiter, path, options)
+            taken.append(more)
+            separators += delimiter.encode() in (more.data or b"")
+            size += len(more.data or b"")
+            if more.data is None or b'"' in more.data:  # nothing else closes the field
+                fields = _parse(taken, delimiter, path, options)
         if (fields is None or isinstance(fields, Problem)) and len(taken) > 1:  # give the lines after it back
             waiting.extendleft(reversed(taken[1:]))
         if fields is None:
-            fields = problem(f"{path.name}:{line.number}", "", "bad_csv", "a quote is never closed")
+            reason = "row_too_large" if size > options.max_row_bytes else "bad_csv"
+            fields = problem(f"{path.name}:{line.number}", "", reason, "a quote is never closed")
         yield line.number, fields
 
 
@@ -101,13 +117,46 @@ def _parse(
     text = decode_text(b"\n".join(line.data for line in taken), options.encoding, where)
     if isinstance(text, Problem):
         return text
-    if '"' not in text and "\r" not in text:
+    if '"' not in text:
         return text.split(delimiter)
     try:
-        rows = list(csv.reader(text.splitlines(keepends=True), delimiter=delimiter, strict=True))
-    except csv.Error as error:
-        if "unexpected end of data" in str(error):
+        return split_row(text, delimiter)
+    except ValueError as error:
+        return problem(where, "", "bad_csv", str(error))
+
+
+def split_row(text: str, delimiter: str) -> list[str] | None:
+    """The fields of a row, None where its last quote is still open. Python's `csv` limits a field to 131,072 letters.
+
+    Raises ValueError where something other than a separator follows a closing quote.
+    """
+    fields, place = [], 0
+    while True:
+        if text[place : place + 1] != '"':
+            end = text.find(delimiter, place)
+            if end < 0:
+                return [*fields, text[place:]]
+            fields.append(text[place:end])
+            place = end + 1
+            continue
+        quoted = _quoted(text, place + 1)
+        if quoted is None:
             return None
-        reason = "row_too_large" if "limit" in str(error) else "bad_csv"
-        return problem(where, "", reason, str(error))
-    return rows[0] if len(rows) == 1 else problem(where, "", "bad_csv", f"{len(rows)} rows in one line")
+        field, place = quoted
+        fields.append(field)
+        if place == len(text):
+            return fields
+        if text[place] != delimiter:
+            raise ValueError(f"{text[place : place + 10]!r} follows a closing quote")
+        place += 1
+
+
+def _quoted(text: str, start: int) -> tuple[str, int] | None:
+    """The field from behind its opening quote on, and the place behind its closing one."""
+    parts = []
+    while (end := text.find('"', start)) >= 0:
+        if text[end + 1 : end + 2] != '"':
+            return "".join([*parts, text[start:end]]), end + 1
+        parts.append(text[start : end + 1])
+        start = end + 2
+    return None

@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from common.files import split_lines
 from data_tools.images import SUFFIXES
 from data_tools.readers.base import Item, Meter, Part, ReaderOptions, decode_text, make_record
-from data_tools.readers.columns import CAPTIONS, caption_list, plain
+from data_tools.readers.column_names import CAPTIONS, find_column
+from data_tools.readers.columns import caption_list, plain
 from data_tools.records import Problem, problem
 
 MAX_MEMBERS = 64  # of one sample
@@ -145,7 +147,7 @@ def _captions(
 ) -> tuple[str, ...] | Problem:
     """From the `.txt`, one a line, else from a caption field of the `.json`."""
     if data is None:
-        name = next((name for name in CAPTIONS if name in meta), "")
+        name = find_column(list(meta), CAPTIONS, options.caption_column)
         return (caption_list(meta[name]) or ()) if name else ()
     text = decode_text(data.removeprefix(b"\xef\xbb\xbf"), options.encoding, where, key)
-    return text if isinstance(text, Problem) else tuple(text.splitlines())
+    return text if isinstance(text, Problem) else tuple(split_lines(text))

@@ -4,6 +4,7 @@ import re
 import unicodedata
 from typing import NamedTuple
 
+from common.files import read_lines
 from data_tools.rules import CaptionRules, keyword_path
 from data_tools.rules.titles import TitleNormaliser
 from data_tools.token_count import CountTokens
@@ -110,7 +111,7 @@ class CaptionJudge:
 
 def _read_keywords(rules: CaptionRules) -> frozenset[str]:
     path = keyword_path(rules.keyword_file)
-    words = {line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()}
+    words = {line.strip() for line in read_lines(path)}
     return frozenset(words - set(rules.keyword_exclude) - {""})
 
 

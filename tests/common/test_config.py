@@ -179,3 +179,10 @@ def test_our_own_mistakes_keep_their_traceback(monkeypatch):
     monkeypatch.setenv("TRACEBACK", "1")
     with pytest.raises(ValueError, match="odd"):
         main([ValueError("odd")])
+
+
+def test_bytes_of_a_gbk_terminal_are_one_sentence():
+    import os
+
+    with pytest.raises(ValueError, match="is not UTF-8"):
+        parse_options(Options, ["--name", os.fsdecode("红色的裙子".encode("gbk"))])

@@ -11,10 +11,13 @@ from processes import command_env
 from common.files import (
     atomic_directory,
     atomic_path,
+    cache_directory,
     ensure_writable_directory,
     read_json,
+    read_lines,
     sha256_file,
     size_of,
+    split_lines,
     write_json,
 )
 
@@ -118,3 +121,24 @@ def test_an_unwritable_directory_is_named(tmp_path):
         ensure_writable_directory(tmp_path / "file" / "out")
     assert ensure_writable_directory(tmp_path / "new" / "out").is_dir()
     assert names(tmp_path / "new") == ["out"]
+
+
+def test_lines_end_at_lf_or_crlf_alone(tmp_path):
+    text = "a\u2028b\x85c\x0bd\x0ce\rf\r\ng\n\nh"
+    assert split_lines(text) == ["a\u2028b\x85c\x0bd\x0ce\rf", "g", "", "h"]
+    assert split_lines("") == [] and split_lines("a\n") == ["a"]
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert read_lines(tmp_path / "a.txt") == split_lines(text)
+    (tmp_path / "a.txt").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"a.txt is not valid UTF-8"):
+        read_lines(tmp_path / "a.txt")
+
+
+def test_a_cache_without_a_home(tmp_path, monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    path = cache_directory()
+    assert path.parent == tmp_path and path.stat().st_mode & 0o777 == 0o700

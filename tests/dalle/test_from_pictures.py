@@ -1,5 +1,6 @@
 """From a folder of pictures to pictures of a text, with two commands."""
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,10 @@ import generate
 import train_dalle
 from common.checkpoint import read_weights
 from common.distributed import start_world
-from dalle.from_pictures import names_pictures, prepare_pictures
+from common.files import write_json
+from dalle.from_pictures import names_of, names_pictures, prepare_pictures
 from dalle.train_options import Options
+from data_tools.index import ShardIndex
 
 VQGAN = """
 model:
@@ -27,7 +30,7 @@ num_workers: 0
 
 
 def write_folder(folder: Path, count: int) -> None:
-    folder.mkdir()
+    folder.mkdir(parents=True)
     for i in range(count):
         (folder / f"{i:03d}.png").write_bytes(picture(i, 20))
         (folder / f"{i:03d}.txt").write_text(f"一个{list(COLORS)[i % len(COLORS)]}的圆盘", "utf-8")
@@ -95,7 +98,7 @@ def test_a_tokenizer_that_is_named_is_taken(desk, capsys):
 @pytest.mark.parametrize(
     ("count", "said"),
     [
-        (0, "few holds neither shards nor pictures with captions"),
+        (0, "cannot recognise few (an empty folder)"),
         (3, "holds 3 usable pictures with captions, too few to hold some back for validation"),
     ],
 )
@@ -107,16 +110,58 @@ def test_too_few_pictures_are_refused(count, said, desk, capsys):
     assert said in capsys.readouterr().err
 
 
+def test_it_goes_on_after_pictures_were_added_changed_and_removed(desk, capsys):
+    train_dalle.main(flags())
+    (desk / "goods" / "new.png").write_bytes(picture(500, 20))
+    (desk / "goods" / "new.txt").write_text("一个红色的圆盘", "utf-8")
+    (desk / "goods" / "003.png").unlink()
+    (desk / "goods" / "003.txt").unlink()
+    os.utime(desk / "goods" / "004.png", ns=(1, 1))
+    capsys.readouterr()
+    train_dalle.main(flags("--loop.num-steps", "6"))
+    out = capsys.readouterr()
+    said = out.out + out.err
+    assert "goods is not what it was (2 added and 2 removed and 1 changed files)" in said
+    assert "the codes in data/goods_tokens are of other pictures" in said
+    assert "runs/goods_vqgan is complete already" in said
+    keys = {s.key for split in ("train", "val") for s in ShardIndex.open("data/goods_tokens", split).samples}
+    assert "new" in keys and "003" not in keys and len(keys) == 119
+    train_dalle.main(flags("--loop.num-steps", "6"))
+    assert "not what it was" not in capsys.readouterr().out
+
+
+def test_two_folders_of_one_name_stay_apart(desk):
+    """And the reader's options reach the reader: each hint can be followed."""
+    write_folder(desk / "shop" / "goods", 120)
+    write_json(names_of(Path("goods")).source, {"source": str((desk / "goods").resolve()), "files": {}})
+    other = names_of(Path("shop/goods"))
+    assert other.name.startswith("goods-") and names_of(Path("shop/goods")) == other
+    (desk / "data" / "goods_source.json").unlink()
+    for path in (desk / "goods").glob("*.txt"):
+        path.write_bytes(path.read_text("utf-8").encode("gb18030"))
+    train_dalle.main(flags("--encoding", "gb18030"))
+    assert ShardIndex.open("data/goods_tokens", "train").read(0)["txt"].decode().startswith("一个")
+
+
+def test_what_was_named_is_looked_at_first(desk, capsys):
+    for more, said in (
+        (flags(data="my_picturs"), "there is no file or folder my_picturs (--data)"),
+        (flags("--text-tokenizer", "no_such"), "no_such"),
+        (flags("--image-tokenizer", "no_such"), "no_such"),
+        (flags("--vqgan-config", "no.yaml"), "no config file no.yaml"),
+    ):
+        with pytest.raises(SystemExit):
+            train_dalle.main(more)
+        assert said in capsys.readouterr().err and not (desk / "data").exists()
+
+
 def test_what_cannot_be_recognised_is_refused(desk, capsys):
     (desk / "odd").mkdir()
     (desk / "odd" / "notes.xyz").write_text("nothing", "utf-8")
     with pytest.raises(SystemExit) as stopped:
         train_dalle.main(flags(data="odd"))
     assert stopped.value.code == 2
-    assert (
-        "odd holds neither shards nor pictures with captions that can be recognised"
-        in capsys.readouterr().err
-    )
+    assert "cannot recognise odd (notes.xyz: the first bytes are b'nothing')" in capsys.readouterr().err
 
 
 def test_several_processes_are_refused(desk):

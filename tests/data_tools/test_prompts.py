@@ -31,7 +31,7 @@ def test_jsonl(tmp_path):
     ("name", "content", "said"),
     [
         ("p.tsv", b"a\tx\nno tab\n", "p.tsv:2 is not id<TAB>text"),
-        ("p.tsv", b"\tx\n", "p.tsv:1 is not id<TAB>text"),
+        ("p.tsv", b"\tx\n", "p.tsv:1: the id is empty"),
         ("p.tsv", b"a\tx\na\ty\n", "the id 'a' comes twice"),
         ("p.jsonl", b'{"text": "x"}\n{"text": 3}\n', 'p.jsonl:2 needs "text"'),
         ("p.jsonl", b"[1]\n", 'p.jsonl:1 needs "text"'),

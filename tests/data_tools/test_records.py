@@ -57,7 +57,7 @@ def test_an_invisible_identifier_is_refused():
 
 
 def test_caption_on_one_line():
-    assert one_line(" 红色\r\n连衣裙 \u2028 裙\n") == "红色 连衣裙 裙"
+    assert one_line(" 红色\r\n连衣裙 \u2028\x85裙\n") == "红色 连衣裙 \u2028\x85裙"
     assert one_line("两个  空格") == "两个  空格"
 
 

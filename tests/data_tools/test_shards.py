@@ -108,3 +108,17 @@ def test_webdataset_and_our_index_read_what_was_written(tmp_path):
     assert read[3]["jpg"] == b"picture 3" and json.loads(read[3]["json"]) == {"标签": 3, "a": None}
     index = ShardIndex.open(tmp_path)
     assert [sample.key for sample in index.samples] == [f"k{i}" for i in range(5)]
+
+
+def test_a_full_disk_names_the_shard(tmp_path, monkeypatch):
+    import errno
+    import tarfile
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tarfile.TarFile, "addfile", full)
+    writer = ShardWriter(tmp_path, "train", samples_per_shard=2)
+    with pytest.raises(OSError, match=r"disk full while writing .*train-00000.tar: .* MiB are free"):
+        writer.write(Record("a", b"", "", ("x",)))
+    writer.abort()
