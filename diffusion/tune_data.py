@@ -154,8 +154,8 @@ def open_indices(options: DataOptions, world: World) -> tuple[Index, Index]:
     """Training and validation images. Raises FileNotFoundError or ValueError in one sentence."""
     if not options.source:
         raise ValueError("name the training images with --data.source: shards, a folder, or TSV files")
-    source = _shards_of(options.source, options.val_share, world)
-    val = _shards_of(options.val_source, options.val_share, world) if options.val_source else source
+    source = _shards_of(options.source, options, world)
+    val = _shards_of(options.val_source, options, world) if options.val_source else source
     if isinstance(source, CaptionFolder):
         opened = CaptionFolder.open(source.root, options.missing_captions)
         if not options.val_source:
@@ -171,7 +171,7 @@ def _open_val(source: "str | CaptionFolder", options: DataOptions) -> Index:
     return ShardIndex.open(source, "val", options.remote).require(*IMAGE_SUFFIXES)
 
 
-def _shards_of(source: str, val_share: float, world: World) -> "str | CaptionFolder":
+def _shards_of(source: str, options: DataOptions, world: World) -> "str | CaptionFolder":
     """Where the shards of `source` are, packed first where it has another format; or a folder that is read as it is."""
     path = Path(source)
     if is_remote(source) or "::" in source or "{" in source or not path.exists():
@@ -189,10 +189,14 @@ def _shards_of(source: str, val_share: float, world: World) -> "str | CaptionFol
         )
     if world.size == 1:
         has_val = any(part.split == "val" for part in found.parts)
-        as_they_are = PictureOptions(resize="keep", image_format="same")  # buckets need the sizes they have
-        report = shard(
-            ShardConfig(path, str(target), val_share=0 if has_val else val_share, picture=as_they_are)
+        config = ShardConfig(
+            path,
+            str(target),
+            val_share=0.0 if has_val else options.val_share,
+            workers=options.num_workers,
+            picture=PictureOptions(resize="keep", image_format="same"),  # buckets need the sizes they have
         )
+        report = shard(config)
         for reason, count in report["reasons"].items():
             say(f"note: {count} rows of {source} were left out: {reason} (see {target / 'dropped.jsonl'})")
     return str(target)
