@@ -87,7 +87,7 @@ class StepMemory:
     average: float
     """The moving average, float32."""
     activations: float
-    """The most that is alive at once beside gradients: activations, casts, what is computed again."""
+    """What is alive beside the gradients at the worst moment: activations, casts, what is computed again."""
     encoding: float
     """The most that the autoencoder needs while it encodes a micro-batch; gone before the UNet's step."""
 
@@ -99,16 +99,23 @@ class StepMemory:
 
 
 def step_peak(
-    unet: nn.Module, latent_shape: Sequence[int], text_shape: Sequence[int], precision: TunePrecision
+    unet: nn.Module,
+    latent_shape: Sequence[int],
+    text_shape: Sequence[int],
+    precision: TunePrecision,
+    accumulates: bool = False,
 ) -> float:
     """Bytes alive at the worst moment of forward and backward: gradients, activations, casts. To be called on fake
-    tensors; latent_shape (B, C, h, w), text_shape (B, T, D)."""
+    tensors; latent_shape (B, C, h, w), text_shape (B, T, D). `accumulates`: a second pass adds to the gradients of the
+    first, which live through its forward."""
     noisy, hidden = torch.randn(*latent_shape), torch.randn(*text_shape)
     timesteps = torch.zeros(latent_shape[0], dtype=torch.long)
     with LiveBytes() as live:
-        with autocast_for(torch.device("cpu"), precision):
-            prediction = unet(noisy, timesteps, hidden).sample
-        (prediction.float() - noisy).square().mean().backward()
+        for _ in range(1 + accumulates):
+            with autocast_for(torch.device("cpu"), precision):
+                prediction = unet(noisy, timesteps, hidden).sample
+            (prediction.float() - noisy).square().mean().backward()
+            del prediction
         return float(live.peak)
 
 
@@ -140,6 +147,7 @@ def plan_step(
     ema: bool = False,
     processes: int = 1,
     zero_stage: int = 0,
+    accumulates: bool = False,
 ) -> StepMemory:
     """Of one process, for square images of `side` pixels. ZeRO 1 shards the moments, 2 the gradients too."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -157,7 +165,7 @@ def plan_step(
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
         latents = (micro_batch_size, unet.config.in_channels, side // factor, side // factor)
         text = (micro_batch_size, networks.text_len, unet.config.cross_attention_dim)
-        peak = step_peak(unet, latents, text, precision)
+        peak = step_peak(unet, latents, text, precision, accumulates)
         encoding = encoding_peak(
             vae, (micro_batch_size, 3, side, side), "fp32" if precision == "fp16" else precision
         )
@@ -188,7 +196,7 @@ def require_memory(task: Any, options: TuneOptions, plan: BatchPlan, data: Any, 
 
     networks = Networks(dict(base.unet.config), dict(base.vae.config), base.text_len, prepare)
     sizes = (plan.micro_batch_size, side, options.precision, options.gradient_checkpointing)
-    memory = plan_step(networks, *sizes, task.ema is not None, world.size, zero)
+    memory = plan_step(networks, *sizes, task.ema is not None, world.size, zero, plan.accumulation > 1)
     free = free_memory(str(world.device))
     if world.is_main:
         say(

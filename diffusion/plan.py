@@ -58,6 +58,8 @@ class Options:
     """Side of the training images in pixels."""
     micro_batch_size: int = 1
     """Images of one forward pass."""
+    accumulates: bool = False
+    """Several passes a step: their gradients live through the next forward."""
     text_len: int = 77
     """Tokens of a text: 77 for CLIP, up to 512 for Taiyi."""
     precision: TunePrecision = "bf16"
@@ -136,7 +138,7 @@ def make_plan(options: Options) -> Plan:
 
     networks = Networks(unet, vae, options.text_len, prepare)
     sizes = (options.micro_batch_size, options.resolution, options.precision)
-    shared = (options.ema, options.processes, options.zero_stage)
+    shared = (options.ema, options.processes, options.zero_stage, options.accumulates)
     plain, checkpointed = (plan_step(networks, *sizes, on, *shared) for on in (False, True))
     parameters = count_parameters(unet, "UNet2DConditionModel")
     others = count_parameters(vae, "AutoencoderKL") + text_parameters
@@ -152,7 +154,8 @@ def make_plan(options: Options) -> Plan:
         f"optimizer    {plain.optimizer / GIB:.2f} GiB"
         + (f" and {plain.average / GIB:.2f} of moving average" if options.ema else ""),
         f"activations  {plain.activations / GIB:.2f} GiB, {checkpointed.activations / GIB:.2f} with gradient "
-        f"checkpointing ({options.micro_batch_size} images of {options.resolution} px, {options.precision})",
+        f"checkpointing ({options.micro_batch_size} images of {options.resolution} px, {options.precision}), beside "
+        "the gradients at the worst moment",
         f"encoding     {plain.encoding / GIB:.2f} GiB in the autoencoder, before the step (none with cached latents)",
     )
     return Plan(weights, plain, checkpointed, trained[0], lines)
