@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from diffusion.tune_options import TunePrecision
+from diffusion.tune_step import autocast_for
 
 BaseBits = Literal[32, 16, 8, 4]
 MIN_WEIGHTS = 4096  # smaller matrices are not worth it
@@ -22,8 +23,16 @@ def quantize_base_(unet: nn.Module, bits: BaseBits, precision: TunePrecision) ->
     """
     if bits == 32:
         return "the base is float32"
-    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    unet.to(dtype)
+    device = next(unet.parameters()).device
+    with autocast_for(device, precision):  # weights in 16 bits meet inputs in 16 bits under autocast alone
+        dtype = nn.functional.linear(*torch.ones(2, 1, 1, device=device)).dtype
+    if dtype == torch.float32:
+        raise ValueError(
+            f"a base of {bits} bits needs computation in 16: --precision bf16 where the machine has it, or fp16"
+        )
+    for layer in unet.modules():
+        if type(layer) in (nn.Linear, nn.Conv2d):  # norms stay float32
+            layer.to(dtype)
     name = str(dtype).removeprefix("torch.")
     if bits == 16:
         return f"the base is {name}"
@@ -33,7 +42,7 @@ def quantize_base_(unet: nn.Module, bits: BaseBits, precision: TunePrecision) ->
         for leaf, layer in parent.named_children()
         if type(layer) is nn.Linear and layer.weight.numel() >= MIN_WEIGHTS
     ]
-    package, reasons = _usable_package(bits, next(unet.parameters()).device)
+    package, reasons = _usable_package(bits, device)
     if package == "bitsandbytes":
         for parent, leaf, layer in layers:
             setattr(parent, leaf, _bitsandbytes_layer(layer, bits, dtype))

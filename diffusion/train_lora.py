@@ -130,7 +130,7 @@ class LoraMethod:
 
 
 def warn_of_small_lr(options: Options) -> None:
-    """The published 1e-7 moves nothing: docs/log/diffusion.md."""
+    """The published 1e-7 moves nothing: docs/log/diffusion_tuning.md."""
     if options.optim.lr < SMALL_LR:
         say(
             f"warning: at learning rate {options.optim.lr:g} a LoRA learns next to nothing: 1e-4 is usual; watch "

@@ -5,14 +5,16 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_tuning import FLAGS, rows, write_base, write_images
 
 from common.checkpoint import step_directories
 from diffusion import train_lora
+from diffusion.lora import LoraOptions, add_adapter, base_norm
 from diffusion.lora_formats import WEIGHTS_FILE, read_lora
+from diffusion.quantize import quantize_base_
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +124,7 @@ def test_nan_is_refused_and_the_checkpoint_stands(train, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--base-bits", "4"], "a base of 4 bits cannot be computed here"),
+        (["--base-bits", "4"], "a base of 4 bits needs computation in 16"),
         (["--data.buckets.resolutions", "40", "--data.buckets.step", "20"], "multiples of 8, not 20"),
         (["--prior.text", "x"], "prior images are squares"),
         (["--lora.targets", "to_w"], "the unet has no module 'to_w'"),
@@ -161,3 +163,33 @@ def test_another_adapter_in_the_run_directory(train, capsys):
     with pytest.raises(SystemExit):
         train("run", "--lora.rank", "4", steps=4)
     assert "trains other weights" in capsys.readouterr().err
+
+
+def test_a_base_of_few_bits_needs_a_package(monkeypatch):
+    unet = torch.nn.Sequential(torch.nn.Linear(64, 64))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"of 4 bits cannot be computed here: bitsandbytes is not installed"):
+        quantize_base_(unet, 4, "fp16")
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_a_quantised_base_is_near_the_whole_one_and_trains(bits):
+    if bits < 16:
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    torch.manual_seed(0)
+    sizes = {"block_out_channels": (64, 128), "cross_attention_dim": 64, "attention_head_dim": 4}
+    blocks = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "layers_per_block": 1}
+    blocks |= {"up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
+    unet = UNet2DConditionModel(sample_size=8, **sizes, **blocks)
+    inputs = (torch.randn(2, 4, 8, 8), torch.tensor([10, 500]), torch.randn(2, 6, 64))
+    with torch.no_grad():
+        whole = unet(*inputs).sample
+    said = quantize_base_(unet, bits, "fp16")
+    assert "float16" in said
+    parameters = add_adapter(unet, LoraOptions(dropout=0.0), "unet")
+    with torch.autocast("cpu", torch.float16):
+        found = unet(*inputs).sample
+    assert (found.float() - whole).norm() < {16: 0.01, 8: 0.05, 4: 0.2}[bits] * whole.norm()
+    found.float().square().mean().backward()
+    assert all(p.dtype == torch.float32 for p in parameters)
+    assert sum(float(p.grad.norm()) for p in parameters) > 0 and base_norm(unet) > 0
