@@ -24,12 +24,10 @@ from common.distributed import start_world, stop_world
 from common.files import write_json
 from common.loop import LoopConfig
 from common.optim import OptimConfig
-from diffusion.base import DiffusionBase, save_base
+from diffusion.base import KIND, DiffusionBase, base_sha256, save_base
 from diffusion.tune_options import DataOptions, TuneOptions
 from diffusion.tune_run import open_base, run
 from diffusion.tune_samples import sample_grid
-
-KIND = "diffusion"
 
 
 def _optim() -> OptimConfig:
@@ -78,15 +76,14 @@ class FullMethod:
         return {}
 
     def save(self, directory: Path, step: int, base: DiffusionBase) -> None:
-        from diffusion.unet_task import folder_sha256
-
         save_base(base, directory)
         config = {
             "format": FORMAT,
             "kind": KIND,
             "step": step,
-            "sha256": folder_sha256(directory),
+            "sha256": base_sha256(directory),
             "model": {"fine_tuned_from": str(base.path), "text_len": base.text_len},
+            "images_seen": step * self.options.loop.global_batch_size,
             "versions": {"torch": torch.__version__},
         }
         write_json(directory / "config.json", config)
