@@ -21,7 +21,7 @@ from common.distributed import World
 from common.files import write_json
 from common.lock import alone_in
 from common.log import MetricLog, Window, clock, note_keys, say, short
-from common.run_dir import claim
+from common.run_dir import claim, point_best
 
 
 @dataclass(frozen=True)
@@ -361,6 +361,8 @@ class _Run:
                 write_json(directory / "train_config.json", self.options)
                 checkpoint.write_training_state(directory, state)
             best = checkpoint.step_directory(run_dir, int(self.best.get("step", 0)))
+            if self.best.get("step") and (best / "config.json").is_file():
+                point_best(run_dir, best.name)
             checkpoint.prune(run_dir, self.config.keep_last, keep=(best,))
         self.saved_step = self.step
         self.world.barrier()

@@ -1,7 +1,8 @@
-"""Run directories: `step_00020000/`, one a checkpoint, and `latest`, which names the newest.
+"""Run directories: `step_00020000/`, one a checkpoint, `latest`, which names the newest, and `best`, which names that
+of the best evaluation.
 
-`latest` is a symbolic link where the file system has them, so that programs of others follow it, and else a file with
-the name (network drives, exFAT). Where it is lost or points to nothing, the newest whole step counts.
+Both are symbolic links where the file system has them, so that programs of others follow them, and else files with
+the name (network drives, exFAT). Where `latest` is lost or points to nothing, the newest whole step counts.
 """
 
 import contextlib
@@ -15,10 +16,10 @@ from typing import Any
 
 from common.files import atomic_directory, atomic_path, ensure_writable_directory, read_json
 
-LATEST, MARK = "latest", ".run"
+LATEST, BEST, MARK = "latest", "best", ".run"
 STEP = re.compile(r"step_(\d{8,})")
 LEFTOVER = re.compile(
-    r"\.(?:step_\d{8,}\.(?:tmp|old)|latest\.\d+|(?:latest|[a-z_]+\.jsonl?|wandb_id|\.run)(?:\.\d+)?\.tmp)"
+    r"\.(?:step_\d{8,}\.(?:tmp|old)|(?:latest|best)\.\d+|(?:latest|best|[a-z_]+\.jsonl?|wandb_id|\.run)(?:\.\d+)?\.tmp)"
 )
 WRITTEN = (
     "options.json",
@@ -28,6 +29,8 @@ WRITTEN = (
     "image_tokenizer",
     "text_tokenizer",
     "towers",
+    "text",
+    "labels.json",
 )
 
 
@@ -41,7 +44,18 @@ def new_step_directory(run_dir: Path, step: int) -> Iterator[Path]:
 
 
 def point_latest(run_dir: Path, name: str) -> None:
-    link, temporary = run_dir / LATEST, run_dir / f".{LATEST}.{os.getpid()}"
+    _point(run_dir, LATEST, name)
+
+
+def point_best(run_dir: Path, name: str) -> None:
+    """Leaves alone what a user has put there: a copy of a checkpoint, say."""
+    pointer = run_dir / BEST
+    if pointer.is_symlink() or not pointer.exists() or _named_in(pointer):
+        _point(run_dir, BEST, name)
+
+
+def _point(run_dir: Path, pointer: str, name: str) -> None:
+    link, temporary = run_dir / pointer, run_dir / f".{pointer}.{os.getpid()}"
     temporary.unlink(missing_ok=True)
     if link.is_dir() and not link.is_symlink():  # the run was copied by a program that follows links
         shutil.rmtree(link)
@@ -59,15 +73,35 @@ def point_latest(run_dir: Path, name: str) -> None:
 
 def latest_step(run_dir: Path) -> Path | None:
     """The checkpoint that `latest` names, else the newest whole one; None where there is none."""
-    pointer = run_dir / LATEST
+    found = _pointed(run_dir / LATEST)
+    if found is None and (steps := step_directories(run_dir)):
+        found = steps[-1]
+    return found.resolve() if found else None
+
+
+def best_step(run_dir: Path) -> Path | None:
+    """The checkpoint of the best evaluation; None where there is none yet, or where it is not known any more."""
+    found = _pointed(run_dir / BEST)
+    return found.resolve() if found else None
+
+
+def _pointed(pointer: Path) -> Path | None:
+    """The whole checkpoint that a link or a file names, or None."""
     with contextlib.suppress(OSError, UnicodeDecodeError):
         if (pointer / "config.json").is_file():
-            return pointer.resolve()
+            return pointer
+        name = _named_in(pointer)
+        if name and (pointer.parent / name / "config.json").is_file():
+            return pointer.parent / name
+    return None
+
+
+def _named_in(pointer: Path) -> str:
+    """The step that a file names, or ""."""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
         name = pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else ""
-        if STEP.fullmatch(name) and (run_dir / name / "config.json").is_file():
-            return (run_dir / name).resolve()
-    found = step_directories(run_dir)
-    return found[-1].resolve() if found else None
+        return name if STEP.fullmatch(name) else ""
+    return ""
 
 
 def step_directory(run_dir: Path, step: int) -> Path:
@@ -124,7 +158,7 @@ def claim(run_dir: Path, is_main: bool = True) -> None:
     writes; a run of ours is known by its mark, its checkpoints or, of an earlier release, its options and metrics."""
     ensure_writable_directory(run_dir)
     if not (run_dir / MARK).is_file() and not step_directories(run_dir) and not _looks_like_a_run(run_dir):
-        found = [name for name in (*WRITTEN, LATEST) if os.path.lexists(run_dir / name)]
+        found = [name for name in (*WRITTEN, LATEST, BEST) if os.path.lexists(run_dir / name)]
         found += [d.name for d in run_dir.glob("step_*") if STEP.fullmatch(d.name)]
         if found:
             raise ValueError(

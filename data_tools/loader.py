@@ -130,12 +130,12 @@ class Prefetch:
 
 
 class _RankBatches:
-    """Lists of (epoch, sample): this process's run of every global batch."""
+    """Lists of (epoch, sample, ...): this process's run of every global batch."""
 
     def __init__(self, order: Order, start: int, global_batch_size: int, world: World) -> None:
         self.order, self.start, self.batch_size, self.world = order, start, global_batch_size, world
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[Any, ...]]]:
         share = self.batch_size // self.world.size
         first = self.world.rank * share
         walk = self.order.walk(self.start)
@@ -157,18 +157,21 @@ class Loss(NamedTuple):
 
 
 class _Samples(Dataset):
-    """Decodes (epoch, sample); one that cannot be had is replaced by the next readable sample, and named."""
+    """Decodes (epoch, sample, ...); one that cannot be had is replaced by the next readable sample, and named.
+
+    What an order gives behind the sample, such as the shape of the batch, is handed to `decode`.
+    """
 
     def __init__(self, index: ShardIndex, decode: Callable[..., Batch], seed: int) -> None:
         self.index, self.decode, self.seed = index, decode, seed
 
-    def __getitem__(self, place: tuple[int, int]) -> tuple[Batch, list[Loss]]:
-        epoch, i = place
+    def __getitem__(self, place: tuple[Any, ...]) -> tuple[Batch, list[Loss]]:
+        epoch, i, *more = place
         lost: list[Loss] = []
         for _ in range(min(len(self.index), 64)):
             rng = np.random.Generator(np.random.Philox(key=[self.seed * 1_000_003 + epoch, i]))
             try:
-                return self.decode(self.index, i, rng), lost
+                return self.decode(self.index, i, rng, *more), lost
             except CorruptSample as error:
                 lost.append(Loss(f"{self.index.samples[i].key}: {error}"))
                 i = (i + 1) % len(self.index)
@@ -277,14 +280,17 @@ def train_batches(
     start_sample: int = 0,
     num_workers: int = 0,
     max_corrupt_share: float = 0.05,
+    order: Any = None,
 ) -> Iterator[Batch]:
     """This process's share of every global batch, for ever, from the global counter `start_sample` on.
+
+    `order`: another than the permutation of each epoch; its `walk(start)` yields (epoch, sample, ...).
 
     Corrupt samples are replaced by the next readable one, counted and reported; more than `max_corrupt_share` of
     what was read (and more than 20) raises ValueError. So does a larger share of remote shards that cannot be had than
     their options allow; until then samples of the next shard stand in for theirs.
     """
-    order = order_of(index, seed)
+    order = order or order_of(index, seed)
     loader = DataLoader(
         _Samples(index, decode, seed),
         batch_sampler=_RankBatches(order, start_sample, global_batch_size, world),

@@ -62,9 +62,10 @@ def color_loss(reconstruction: Tensor, images: Tensor) -> Tensor:
 
 
 def color_slope(reconstruction: Tensor, images: Tensor) -> Tensor:
-    """Regression slope of the reconstruction's opponent colours on the originals': 1 full colour, 0 grey."""
-    ours, theirs = opponent_colors(reconstruction).flatten(), opponent_colors(images).flatten()
-    return (ours * theirs).sum() / theirs.square().sum().clamp(min=1e-6)
+    """Regression slope of the reconstruction's opponent colours on the originals', of the weaker of the two: 1 full
+    colour, 0 grey. Red against green is lost first, and a slope over both would hide it."""
+    ours, theirs = (opponent_colors(x).transpose(0, 1).flatten(1) for x in (reconstruction, images))  # (2, n)
+    return ((ours * theirs).sum(1) / theirs.square().sum(1).clamp(min=1e-6)).min()
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from dalle.sampling import SamplingOptions
 from evaluation.arms import Arm, ArmSpec, open_arm
 from evaluation.attributes import Lexicon
 from evaluation.choice import Curve, check_independent, curve, judged, score_pictures, scorer_of
+from evaluation.costs import read_costs
 from evaluation.drawing import Plan, caption_texts, common_texts, draw_into, prompt_texts
 from evaluation.metrics import (
     Figure,
@@ -104,6 +105,7 @@ class ArmResult:
             "what": self.spec.what,
             "settings": settings_of(self.samples) | {"drawn": self.samples.settings},
             "seconds_per_picture": self.seconds,
+            "costs": vars(read_costs(self.spec.what)),
             "figures": [figure.to_json() for figure in self.figures],
             "best_of": {
                 c.name: {"scorer": c.scorer, "points": [p.to_json() for p in c.points]} for c in self.curves
@@ -290,21 +292,44 @@ def show(match: Match) -> None:
         table.add_row(name.replace("[", "\\["), *(str(f.value) if f else "-" for f in by_arm))
     seconds = [arm.seconds for arm in match.arms]
     table.add_row("seconds a picture, median", *("-" if s is None else f"{s:.3g}" for s in seconds))
+    costs = [read_costs(arm.spec.what) for arm in match.arms]
+    for name in ("parameters", "training_hours", "images_seen"):
+        values = [getattr(c, name) for c in costs]
+        table.add_row(name.replace("_", " "), *("-" if v is None else f"{v:,.4g}" for v in values))
     plain_console().print(table)
+    say(winners(match))
+
+
+def winners(match: Match) -> str:
+    """One line: which system wins at what beyond doubt (95 % intervals of paired differences), and which is fastest."""
+    won: dict[str, list[str]] = {}
+    for name in dict.fromkeys(d.figure for d in match.differences if d.higher_is_better is not None):
+        beaten, best = set(), set()
+        for d in (d for d in match.differences if d.figure == name and d.is_sure):
+            second_wins = (d.value.low > 0) == d.higher_is_better
+            best.add(d.second if second_wins else d.first)
+            beaten.add(d.first if second_wins else d.second)
+        for system in sorted(best - beaten):
+            won.setdefault(system, []).append(name.split("[")[0])
+    timed = {arm.spec.name: arm.seconds for arm in match.arms if arm.seconds is not None}
+    if len(timed) > 1:
+        won.setdefault(min(timed, key=timed.get), []).append("seconds an image")
+    parts = [f"{system} wins at {', '.join(dict.fromkeys(names))}" for system, names in won.items()]
+    return "; ".join(parts) or "no system wins at anything beyond doubt"
 
 
 def join_arms(argv: Sequence[str] | None) -> list[str] | None:
-    """`--arm A --arm B` as `--arm A B`: the parser would keep the last one only."""
+    """`--system A --arm B` as `--arm A B`: the parser knows one name, and would keep the last one only."""
     if argv is None:
         import sys
 
         argv = sys.argv[1:]
     rest, arms, taking = [], [], False
     for word in argv:
-        if word == "--arm":
+        if word in ("--arm", "--system"):
             taking = True
-        elif word.startswith("--arm="):
-            arms.append(word.removeprefix("--arm="))
+        elif word.startswith(("--arm=", "--system=")):
+            arms.append(word.partition("=")[2])
             taking = False
         elif taking and not word.startswith("--"):
             arms.append(word)

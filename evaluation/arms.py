@@ -2,6 +2,8 @@
 
     ours=runs/dalle                          a checkpoint directory, run directory or hub id, by its kind
     guided=runs/dalle?cfg_scale=4&top_p=0.9  the same with sampling options of its own
+    sd=runs/goods_128_diffusion              a diffusion base: a run or any folder in diffusers' layout
+    lora=runs/base?lora=FILE:0.8&num_steps=20   the same with adapters merged, several separated by commas
     theirs=out                               pictures that were drawn before: an out directory, a folder with texts
     other=python:package.module:function     function() -> pipeline(text, num_images, seed=..., **sampling) -> pictures
 
@@ -28,6 +30,7 @@ from dalle import dalle_pytorch, model
 from dalle.pipeline import Request, TextToImage
 from dalle.sampling import SamplingOptions
 from data_tools.images import SUFFIXES
+from evaluation.diffusion_system import DiffusionSystem, is_diffusion
 from rankers.outdir import LIST
 
 Pipeline = Callable[..., list[Image.Image]]
@@ -167,6 +170,8 @@ def open_arm(
     if spec.what.startswith("python:"):
         pipeline, identity = _from_python(spec.what.removeprefix("python:"))
         return AnyArm(pipeline, identity, seed, _numbers(spec.sampling))
+    if is_diffusion(spec.what):
+        return DiffusionSystem(spec, seed, batch_size, device)
     directory = checkpoint.resolve(spec.what)
     config = read_json(directory / "config.json")
     kind = config.get("kind") if isinstance(config, dict) else None

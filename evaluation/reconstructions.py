@@ -23,9 +23,9 @@ from PIL import Image
 
 from common.config import command, parse_options, to_mapping
 from common.distributed import pick_device
-from common.files import atomic_path, ensure_writable_directory, write_json
 from common.image import stack_rows, to_image, to_tensor
 from common.log import say
+from common.output import OutputDirectory
 from common.precision import Precision
 from data_tools.images import BadImage
 from data_tools.loader import CorruptSample
@@ -319,20 +319,21 @@ def main(argv: Sequence[str] | None = None) -> list[Metric]:
         say(
             "note: categories are not judged, no judge was trained under runs/: python -m evaluation.train_judge"
         )
-    ensure_writable_directory(options.out)
-    metrics, pairs = measure(codec, images, networks, options, device)
-    show(metrics, f"{codec.name}: {len(pairs.facts)} images of {side} px, {codec.code(side)}")
-    for line in networks_note(networks):
-        say(line)
-    about = {"codec": {"name": codec.name, "sha256": codec.identity, "code": codec.code(side)}}
-    about |= {"image_size": side, "networks": networks.identities, "options": to_mapping(options)}
-    write_json(options.out / "metrics.json", about | {"metrics": [metric.to_json() for metric in metrics]})
-    page = grid(pairs, options.show)
-    if page:
-        with atomic_path(options.out / "grid.png") as temporary:
-            page.save(temporary, "PNG")
-    say(f"wrote {options.out / 'metrics.json'}" + (" and grid.png" if page else ""))
-    return metrics
+    with OutputDirectory(options.out) as files:
+        files.require_ours(("metrics.json", "grid.png"))
+        metrics, pairs = measure(codec, images, networks, options, device)
+        show(metrics, f"{codec.name}: {len(pairs.facts)} images of {side} px, {codec.code(side)}")
+        for line in networks_note(networks):
+            say(line)
+        about = {"codec": {"name": codec.name, "sha256": codec.identity, "code": codec.code(side)}}
+        about |= {"image_size": side, "networks": networks.identities, "options": to_mapping(options)}
+        files.write_json("metrics.json", about | {"metrics": [metric.to_json() for metric in metrics]})
+        page = grid(pairs, options.show)
+        if page:
+            with files.writing("grid.png") as temporary:
+                page.save(temporary, "PNG")
+        say(f"wrote {options.out / 'metrics.json'}" + (" and grid.png" if page else ""))
+        return metrics
 
 
 if __name__ == "__main__":

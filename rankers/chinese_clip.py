@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
+from common.bert_text import CaptionTokenizer
 from common.distributed import pick_device
 from common.files import read_json
 from rankers.base import TwoTowerRanker
 from rankers.calibration import find_calibration
 from rankers.clip import RankerTowers
 from rankers.model import ModelConfig, RankerModel, one_axis
-from rankers.text import RankerTokenizer
 from vq.foreign import read_tensors, require_finite, unwrapped
 
 MAX_TEXT_LEN = 52  # [CLS] and [SEP] included: what all published models were trained with
@@ -67,7 +67,7 @@ def find_folder(name: str) -> Path:
         ) from error
 
 
-def load_folder(folder: Path) -> tuple[RankerModel, RankerTokenizer]:
+def load_folder(folder: Path) -> tuple[RankerModel, CaptionTokenizer]:
     """Weights and tokenizer of a folder. Raises ValueError when the folder holds another model."""
     from transformers import ChineseCLIPConfig, ChineseCLIPModel
 
@@ -92,7 +92,7 @@ def load_folder(folder: Path) -> tuple[RankerModel, RankerTokenizer]:
     model.clip.logit_scale = one_axis(loaded.logit_scale)
     model.mean = torch.tensor(config.mean).view(1, 3, 1, 1)
     model.std = torch.tensor(config.std).view(1, 3, 1, 1)
-    return model.eval(), RankerTokenizer(folder, config.max_text_len)
+    return model.eval(), CaptionTokenizer(folder, config.max_text_len)
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -16,13 +16,13 @@ from PIL import Image
 from torch import Tensor
 
 from common import checkpoint
+from common.bert_text import CaptionTokenizer
 from common.distributed import pick_device
 from common.image import resize_square
 from common.precision import autocast
 from rankers.base import TwoTowerRanker
 from rankers.calibration import find_calibration
 from rankers.model import RankerModel, load_model
-from rankers.text import RankerTokenizer
 from vq.foreign import read_tensors, require_finite, unwrapped
 
 
@@ -30,7 +30,7 @@ class RankerTowers:
     """A `RankerModel` and its tokenizer, at scoring."""
 
     def __init__(
-        self, name: str, model: RankerModel, tokenizer: RankerTokenizer, device: torch.device, precision: str
+        self, name: str, model: RankerModel, tokenizer: CaptionTokenizer, device: torch.device, precision: str
     ) -> None:
         self.name, self.tokenizer, self.device, self.precision = name, tokenizer, device, precision
         self.model = model.to(device, memory_format=torch.channels_last).eval()

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common import checkpoint
+from common.bert_text import CaptionTokenizer
 from common.config import from_mapping, to_mapping
-from rankers.text import RankerTokenizer
 
 KIND = "ranker"
 TOWERS = "towers"
@@ -119,7 +119,7 @@ def save_ranker(
     shutil.copytree(towers, directory / TOWERS)
 
 
-def load_model(directory: Path) -> tuple[RankerModel, RankerTokenizer]:
+def load_model(directory: Path) -> tuple[RankerModel, CaptionTokenizer]:
     """From a checkpoint directory alone, strictly. Raises ValueError for another kind or weights that do not fit."""
     values = checkpoint.read_config(directory, KIND)
     config = from_mapping(ModelConfig, values["model"], where=f"{directory}/config.json")
@@ -128,7 +128,7 @@ def load_model(directory: Path) -> tuple[RankerModel, RankerTokenizer]:
         raise FileNotFoundError(f"{towers} holds no config.json: the checkpoint is not whole")
     model = RankerModel(config, towers)
     checkpoint.load_weights(model, directory)
-    return model.eval(), RankerTokenizer(towers, config.max_text_len)
+    return model.eval(), CaptionTokenizer(towers, config.max_text_len)
 
 
 # --- architectures -------------------------------------------------------------------------------------------------

@@ -16,12 +16,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from common.bert_text import CaptionTokenizer, pad_rows
 from common.files import split_lines
 from common.image import resize_square, to_tensor
 from data_tools.captions import pick_caption
 from data_tools.index import ShardIndex
 from data_tools.loader import IMAGE_SUFFIXES, CorruptSample, open_image
-from rankers.text import RankerTokenizer, pad_rows
 
 Facts = tuple[int, ...]  # a number for each field's value, 0 where there is none
 
@@ -184,7 +184,7 @@ class DecodePair:
     """
 
     image_size: int
-    tokenizer: RankerTokenizer
+    tokenizer: CaptionTokenizer
     config: AttributeConfig
     names: Vocabulary
     augment: CropAugment | None = None
@@ -232,7 +232,7 @@ class DecodePair:
 
 def pair_decoder(
     image_size: int,
-    tokenizer: RankerTokenizer,
+    tokenizer: CaptionTokenizer,
     config: AttributeConfig,
     names: Vocabulary,
     augment: CropAugment | None = None,

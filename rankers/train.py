@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from common.bert_text import TextTowerConfig
 from common.config import command, parse_options, to_mapping
 from common.distributed import (
     BatchPlan,
@@ -48,7 +49,6 @@ from rankers.model import RankerModel, save_ranker, takes_any_size
 from rankers.objective import TARGETS, Features, LossWeights, large_batch_step
 from rankers.pairs import AttributeConfig, CropAugment, pair_decoder
 from rankers.retrieval import retrieval_figures
-from rankers.text import TextTowerConfig
 from rankers.train_data import RankerData
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from common.bert_text import CaptionTokenizer, write_text_tower
 from common.distributed import World
 from common.files import atomic_directory
 from common.log import say
@@ -20,7 +21,6 @@ from rankers.chinese_clip import copy_towers, find_folder, load_folder, model_co
 from rankers.model import TOWERS, ModelConfig, RankerModel
 from rankers.pairs import Vocabulary, scan_names
 from rankers.retrieval import Pairs, load_pairs
-from rankers.text import RankerTokenizer, write_text_tower
 
 EMBEDDED = Path("data/synthetic")
 
@@ -35,7 +35,7 @@ class RankerData:
     pairs: Pairs
     towers: Path
     """Folder of the run with the towers' configs and vocabulary; goes into every checkpoint."""
-    tokenizer: RankerTokenizer
+    tokenizer: CaptionTokenizer
     config: ModelConfig
     init: Path | None
     source: str
@@ -60,7 +60,7 @@ class RankerData:
                     write_text_tower(folder, [*names.captions, *names.labels], options.model.text, vocab)
         world.barrier()
         config = model_config(init) if init else _model_config(options.model)
-        tokenizer = RankerTokenizer(towers, config.max_text_len)
+        tokenizer = CaptionTokenizer(towers, config.max_text_len)
         return cls(train, val, names, pairs, towers, tokenizer, config, init, source)
 
     def build_model(self, seed: int) -> RankerModel:

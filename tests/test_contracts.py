@@ -88,6 +88,11 @@ CONFIG_SCRIPTS = {
     "judge": "evaluation.train_judge",
     "base": "diffusion.train_base",
     "controlnet": "diffusion.train_controlnet",
+    "gan": "gan.train",
+    "ecommerce": "diffusion.finetune",
+    "emoji": "diffusion.train_lora",
+    "poster": "diffusion.train_lora",
+    "taiyi_lora": "diffusion.train_lora",
 }
 
 

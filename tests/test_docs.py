@@ -14,7 +14,7 @@ PAGES = sorted([*ROOT.glob("README*.md"), *(ROOT / "docs").glob("*.md")])
 LAUNCHERS = ("python", "torchrun", "deepspeed")
 WRITTEN_BY_OTHERS = {"out/sweep/winner.yaml"}  # config files that an earlier command of the page makes
 NOT_OURS = {"git", "cd", "pip", "pytest", "export", "tensorboard", "curl"}
-PACKAGES = ("data_tools", "vq", "dalle", "rankers", "evaluation")
+PACKAGES = ("data_tools", "vq", "dalle", "rankers", "gan", "evaluation")
 
 
 class Read(Exception):

@@ -11,6 +11,7 @@ from PIL import Image
 
 import generate
 import rerank
+from common.bert_text import TextTowerConfig, write_text_tower
 from common.checkpoint import write_model
 from common.config import to_mapping
 from common.output import OutputDirectory
@@ -19,7 +20,6 @@ from dalle.text_tokenizer import TextTokenizer
 from rankers import load_ranker
 from rankers.calibration import Calibration, Lexicon, quantiles
 from rankers.model import ModelConfig, RankerModel, save_ranker
-from rankers.text import TextTowerConfig, write_text_tower
 from vq.autoencoder import FastConfig
 from vq.model import ImageTokenizer, TokenizerConfig
 

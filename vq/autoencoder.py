@@ -53,6 +53,7 @@ def haar(x: Tensor) -> Tensor:
 
 
 @functools.cache
+@torch.inference_mode(False)  # it is kept: made while sampling, it must serve training too
 def haar_matrix(channels: int, levels: int, device: torch.device) -> Tensor:
     """(n, n) orthonormal, n = channels * 4**levels: a patch of pixels (row, column, channel) -> its bands."""
     side = 2**levels

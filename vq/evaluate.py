@@ -112,7 +112,7 @@ def evaluate(
 ) -> tuple[dict[str, Any], list[Row]]:
     """Figures by name, and the pictures worst first. Raises ValueError for data that holds none."""
     perceptual = _perceptual(options, device)
-    totals = Totals(CodeUsage(tokenizer.codebook_size))
+    totals = Totals(CodeUsage(tokenizer.config.codebook_size, tokenizer.config.code_depth))
     encoder = PictureEncoder(tokenizer, device, options.precision)
     for batch in _batches(options, options.image_size or tokenizer.image_size):
         _add(totals, batch, encoder, perceptual, options, device)

@@ -22,8 +22,8 @@ class LossConfig:
     pixel: PixelLoss = "multiscale_l1"
     """Distance of pixels; multiscale_l1 adds L1 of the pictures averaged over 4 and 16 pixels, which holds colours."""
     perceptual: str = "none"
-    """none, lpips, a directory made by vq.train_perceptual, or auto: lpips if its weights are on this machine,
-    else runs/perceptual."""
+    """none, efficientnet_lite0, lpips, a directory made by vq.train_perceptual, or auto: lpips if its weights are on
+    this machine, else efficientnet_lite0 if its package is installed, else runs/perceptual."""
     perceptual_weight: float = 1.0
     """Weight of the perceptual distance."""
     foreground_weight: float = 1.0

@@ -54,6 +54,10 @@ class TokenizerConfig:
     """Number of codes."""
     codebook_dim: int = 8
     """Width of a code (fsq has one channel a level)."""
+    code_depth: int = 1
+    """vq: codes a position; each further one quantizes what those before leave over."""
+    level_dropout: float = 0.0
+    """Share of training images that are decoded from fewer of their code_depth codes."""
     commit_weight: float = 0.25
     """vq, ema: weight of the commitment term of the quantizer's loss."""
     l2_normalize: bool = True
@@ -69,6 +73,15 @@ class TokenizerConfig:
         if self.codebook_size < 2 or self.codebook_dim < 1:
             raise ValueError(
                 f"codebook_size {self.codebook_size} and codebook_dim {self.codebook_dim} are too small"
+            )
+        if not 0 <= self.level_dropout <= 1 or (self.level_dropout and self.code_depth == 1):
+            raise ValueError(
+                f"level_dropout must lie in [0, 1] and has no effect with code_depth 1, not {self.level_dropout}"
+            )
+        if not 1 <= self.code_depth <= 4 or (self.code_depth > 1 and self.quantizer != "vq"):
+            raise ValueError(
+                f"code_depth must lie in 1..4, and be 1 with a quantizer other than vq, not {self.code_depth} with "
+                f"{self.quantizer}"
             )
         factor = self.downsample_factor
         if self.image_size < factor or self.image_size % factor:
@@ -141,7 +154,9 @@ def make_autoencoder(config: TokenizerConfig) -> tuple[nn.Module, nn.Module]:
 def make_quantizer(config: TokenizerConfig) -> nn.Module:
     size, dim = config.codebook_size, config.codebook_dim
     if config.quantizer == "vq":
-        return VectorQuantizer(size, dim, config.commit_weight, config.l2_normalize)
+        return VectorQuantizer(
+            size, dim, config.commit_weight, config.l2_normalize, config.code_depth, config.level_dropout
+        )
     if config.quantizer == "ema":
         return EmaQuantizer(size, dim, config.commit_weight, config.l2_normalize, config.ema_decay)
     if config.quantizer == "gumbel":
@@ -163,7 +178,8 @@ class ImageTokenizer(nn.Module):
 
     @property
     def codebook_size(self) -> int:
-        return self.config.codebook_size
+        """Ids lie below this: the entries of the codebook, to the power of `code_depth`."""
+        return self.config.codebook_size**self.config.code_depth
 
     @property
     def hidden_layers(self) -> list[nn.Module]:

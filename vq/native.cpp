@@ -22,12 +22,14 @@ struct Block {
 struct Encoder {
     const float* bands;  // (n, n'): pixels of a patch (row, column, channel) -> bands; n' = n rounded up to 16
     const Block* blocks;
-    const float* codes;      // (D + 1, V'): -2 times the codes, transposed, and their squared lengths; or null
+    const float* codes;      // (levels, D + 1, V'): -2 times the codes, transposed, and their squared lengths; or null
     Conv conv_in, conv_out;  // n inputs, n + 1 for an odd n; D outputs, rounded up
     Norm norm_out;
     int64_t patch, num_blocks, head_dim, latent_dim;
-    int64_t num_codes;  // V' = V rounded up to 16, the rest infinitely far
-    int64_t unit;       // whether latents are scaled to length 1 before the search
+    int64_t num_codes;      // V' = V rounded up to 16, the rest infinitely far
+    int64_t unit;           // whether latents are scaled to length 1 before the search
+    int64_t levels;         // codes of a position; each further one is nearest to what those before leave over
+    int64_t codebook_size;  // V, the base in which they make one number
 };
 
 struct Pictures {
@@ -194,20 +196,33 @@ void attention(const Block& b, int64_t width, Grid grid, Room& room) {
 
 // --- codes --------------------------------------------------------------------------------------------------------
 
-// The first of the nearest codes to z (D)
-int64_t nearest(const Encoder& e, const float* z) {
+// The first of the nearest codes of a level (D + 1, V') to z (D)
+int64_t nearest(const Encoder& e, const float* codes, const float* z) {
     Lanes least = fill(std::numeric_limits<float>::infinity());
     Words which = no_words(), number = count_up();
     for (int64_t v = 0; v < e.num_codes; v += 16, number = add_words(number, fill_words(16))) {
-        Lanes distance = load(e.codes + e.latent_dim * e.num_codes + v);
+        Lanes distance = load(codes + e.latent_dim * e.num_codes + v);
         for (int64_t d = 0; d < e.latent_dim; d++)
-            distance = fmadd(fill(z[d]), load(e.codes + d * e.num_codes + v), distance);
+            distance = fmadd(fill(z[d]), load(codes + d * e.num_codes + v), distance);
         const Mask nearer = below(distance, least);
         least = pick(nearer, distance, least);
         which = pick_words(nearer, number, which);
     }
     const Mask best = same(least, fill(least_of(least)));
     return any(best) ? least_word(best, which) : 0;  // no distance is a number
+}
+
+// The nearest codes to z (D) level by level, in one number; z becomes what the levels before the last leave over
+int64_t code_of(const Encoder& e, float* z) {
+    int64_t id = 0;
+    for (int64_t level = 0; level < e.levels; level++) {
+        const float* codes = e.codes + level * (e.latent_dim + 1) * e.num_codes;
+        const int64_t code = nearest(e, codes, z);
+        id = id * e.codebook_size + code;
+        if (level + 1 < e.levels)
+            for (int64_t d = 0; d < e.latent_dim; d++) z[d] += 0.5f * codes[d * e.num_codes + code];
+    }
+    return id;
 }
 
 void encode_picture(const Encoder& e, const Pictures& p, int64_t picture, Room& room, float* latents, int64_t* ids) {
@@ -236,7 +251,7 @@ void encode_picture(const Encoder& e, const Pictures& p, int64_t picture, Room& 
         for (int64_t d = 0; d < e.latent_dim; d++) squares += z[d] * z[d];
         const float length = e.unit ? std::max(std::sqrt(squares), 1e-12f) : 1.0f;
         for (int64_t d = 0; d < e.latent_dim; d++) z[d] /= length;
-        ids[picture * places + i] = nearest(e, z);
+        ids[picture * places + i] = code_of(e, z);
     }
 }
 

@@ -58,7 +58,16 @@ class _Encoder(ctypes.Structure):
         ("norm_out", _Norm),
         *(
             (name, _integer)
-            for name in ("patch", "num_blocks", "head_dim", "latent_dim", "num_codes", "unit")
+            for name in (
+                "patch",
+                "num_blocks",
+                "head_dim",
+                "latent_dim",
+                "num_codes",
+                "unit",
+                "levels",
+                "codebook_size",
+            )
         ),
     )
 
@@ -118,8 +127,10 @@ class NativeEncoder:
             len(encoder.body),
             _head_dim(attention[0]) if attention else 0,
             encoder.conv_out.out_channels,
-            0 if codes is None else codes.shape[1],
+            0 if codes is None else codes.shape[2],
             codes is not None and tokenizer.quantizer.l2_normalize,
+            tokenizer.config.code_depth,
+            tokenizer.config.codebook_size,
         )
 
     @torch.no_grad()
@@ -181,13 +192,18 @@ class NativeEncoder:
 
     @staticmethod
     def _codes(quantizer: nn.Module) -> Tensor | None:
-        """(D + 1, V'): a distance is their product with (z, 1); None for quantizers that search no codebook."""
+        """(levels, D + 1, V'): a distance is their product with (z, 1); None where no codebook is searched."""
         if not isinstance(quantizer, VectorQuantizer):
             return None
-        entries = quantizer.entries().detach().float()
-        far = nn.functional.pad(entries.square().sum(1), (0, -len(entries) % REGISTER), value=float("inf"))
-        entries = nn.functional.pad(entries, (0, 0, 0, -len(entries) % REGISTER))
-        return torch.cat([-2.0 * entries.t(), far.unsqueeze(0)])
+        levels = []
+        for level in range(quantizer.depth):
+            entries = quantizer.entries(level).detach().float()
+            far = nn.functional.pad(
+                entries.square().sum(1), (0, -len(entries) % REGISTER), value=float("inf")
+            )
+            entries = nn.functional.pad(entries, (0, 0, 0, -len(entries) % REGISTER))
+            levels.append(torch.cat([-2.0 * entries.t(), far.unsqueeze(0)]))
+        return torch.stack(levels)
 
 
 class PictureEncoder:

@@ -16,6 +16,8 @@ from vq.adversary import AdversaryConfig
 from vq.losses import LossConfig
 from vq.model import KIND, TokenizerConfig
 
+CHANGEABLE = {"image_size", "code_depth", "level_dropout"}  # sizes that may differ from those of --init
+
 
 @dataclass(frozen=True)
 class Options:
@@ -100,14 +102,15 @@ class Options:
         stored = checkpoint.read_config(directory, KIND)["model"]
         found = from_mapping(TokenizerConfig, stored, where=f"{directory}/config.json")
         given, kept, changed = to_mapping(self.model), to_mapping(found), self._changed_sizes()
-        differing = [name for name in changed - {"image_size"} if given[name] != kept[name]]
+        differing = [name for name in changed - CHANGEABLE if given[name] != kept[name]]
         if differing:
             name = min(differing)
             raise ValueError(
                 f"--init {self.init} has {name} {kept[name]}, not {given[name]}: leave model.{name} out, its own sizes "
                 "are taken over"
             )
-        return replace(found, image_size=self.model.image_size) if "image_size" in changed else found
+        taken = {name: getattr(self.model, name) for name in changed & CHANGEABLE}
+        return replace(found, **taken)
 
     def _changed_sizes(self) -> set[str]:
         """Fields of `model` that the user set: those that differ from the defaults."""

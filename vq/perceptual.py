@@ -1,8 +1,9 @@
 """Perceptual distance: how far apart two pictures are in the features of a network.
 
-LPIPS (Zhang et al. 2018, arXiv:1801.03924) where its published weights are on this machine. Otherwise the features of
-a small network that `python -m vq.train_perceptual` trained on the user's own shards, compared in the same way:
-channels normalised to unit length at each place, squared differences summed over channels, averaged over places.
+LPIPS (Zhang et al. 2018, arXiv:1801.03924) where its published weights are on this machine; EfficientNet-Lite0 trained
+on ImageNet, whose weights a pip package carries; or the features of a small network that `python -m
+vq.train_perceptual` trained on the user's own shards. All are compared in the same way: channels normalised to unit
+length at each position, squared differences summed over channels, averaged over positions.
 Which one is in use is always named; there is no silent substitute.
 """
 
@@ -19,6 +20,7 @@ from common import checkpoint
 from common.config import from_mapping, to_mapping
 from common.files import sha256_file
 from vq.foreign import read_tensors, require_finite
+from vq.imagenet_features import CONFIGS, TRAINING_NETWORK, imagenet_weights, load_imagenet_features
 
 KIND = "perceptual"
 DEFAULT_DIRECTORY = Path("runs/perceptual")
@@ -30,8 +32,8 @@ VGG_WIDTHS = (64, 128, 256, 512, 512)
 class FeatureConfig:
     """Sizes of the feature network."""
 
-    architecture: Literal["small", "vgg16"] = "small"
-    """small: ours, trained on the user's shards; vgg16: the network of LPIPS."""
+    architecture: Literal["small", "vgg16", "efficientnet_lite0"] = "small"
+    """small: ours, trained on the user's shards; vgg16: the network of LPIPS; efficientnet_lite0: ImageNet's."""
     channels: tuple[int, ...] = (32, 64, 128, 256)
     """Widths of the small network, one a halving of the side; each is tapped."""
     trained_on: str = ""
@@ -39,6 +41,8 @@ class FeatureConfig:
 
     @property
     def tap_widths(self) -> tuple[int, ...]:
+        if self.architecture == TRAINING_NETWORK:
+            return CONFIGS[TRAINING_NETWORK].widths
         return VGG_WIDTHS if self.architecture == "vgg16" else self.channels
 
 
@@ -107,6 +111,14 @@ class _VggFeatures(nn.Module):
         return taps
 
 
+def _network(config: FeatureConfig) -> nn.Module:
+    if config.architecture == "vgg16":
+        return _VggFeatures()
+    if config.architecture == TRAINING_NETWORK:
+        return load_imagenet_features(TRAINING_NETWORK)
+    return FeatureNet(config.channels)
+
+
 class _UnitDistance(torch.autograd.Function):
     """Features (B, C, h, w) twice, weights (C,) -> (B,): mean over places of sum_c w_c (a_c / |a| - b_c / |b|)^2.
 
@@ -142,9 +154,7 @@ class PerceptualDistance(nn.Module):
         self.config = config
         self.name = ""
         widths = config.tap_widths
-        self.net: nn.Module = (
-            _VggFeatures() if config.architecture == "vgg16" else FeatureNet(config.channels)
-        )
+        self.net: nn.Module = _network(config)
         # LPIPS learned a weight a channel; ours weighs all alike, so that a layer's distance is its mean over layers.
         self.weights = nn.ParameterList([torch.full((c,), 1.0 / len(widths)) for c in widths])
         self.register_buffer("floor", torch.full((len(widths),), 1e-10))
@@ -193,16 +203,9 @@ class PerceptualDistance(nn.Module):
 def load_perceptual(spec: str, device: torch.device | str = "cpu") -> PerceptualDistance:
     """`spec` as in LossConfig.perceptual, but for none. Raises FileNotFoundError naming what would make one."""
     if spec == "auto":
-        files = lpips_files()
-        if files:
-            model = lpips_from_files(*files)
-        elif checkpoint.latest_step(DEFAULT_DIRECTORY) or (DEFAULT_DIRECTORY / "config.json").is_file():
-            model = PerceptualDistance.from_pretrained(DEFAULT_DIRECTORY)
-        else:
-            raise FileNotFoundError(
-                f"no perceptual network: neither LPIPS weights ({_WANTED}) nor {DEFAULT_DIRECTORY}; train one on your "
-                "shards with `python -m vq.train_perceptual --data DATA` (minutes), or set --loss.perceptual none"
-            )
+        spec = _available()
+    if spec == TRAINING_NETWORK:
+        model = lite_distance()
     elif spec == "lpips":
         files = lpips_files()
         if not files:
@@ -216,6 +219,30 @@ def load_perceptual(spec: str, device: torch.device | str = "cpu") -> Perceptual
 
 
 _WANTED = "vgg16-397923af.pth and vgg.pth of lpips into the torch hub folder checkpoints"
+
+
+def _available() -> str:
+    """What `auto` stands for on this machine. Raises FileNotFoundError."""
+    if lpips_files():
+        return "lpips"
+    try:
+        imagenet_weights(TRAINING_NETWORK)
+        return TRAINING_NETWORK
+    except FileNotFoundError as error:
+        if checkpoint.latest_step(DEFAULT_DIRECTORY) or (DEFAULT_DIRECTORY / "config.json").is_file():
+            return str(DEFAULT_DIRECTORY)
+        raise FileNotFoundError(
+            f"no perceptual network: neither LPIPS weights ({_WANTED}) nor {DEFAULT_DIRECTORY}, and {error}; "
+            "or train one on your shards with `python -m vq.train_perceptual --data DATA` (minutes), or set "
+            "--loss.perceptual none"
+        ) from None
+
+
+def lite_distance() -> PerceptualDistance:
+    """EfficientNet-Lite0 after the stem and each stage. Raises FileNotFoundError naming the package that is missing."""
+    model = PerceptualDistance(FeatureConfig(architecture=TRAINING_NETWORK)).eval()
+    model.name = f"EfficientNet-Lite0 (ImageNet, {model.net.identity[:8]})"
+    return model
 
 
 def lpips_files() -> tuple[Path, Path] | None:

@@ -60,33 +60,66 @@ class GumbelConfig:
 
 
 class VectorQuantizer(nn.Module):
-    """Nearest entry of a learned codebook of unit vectors (or of free vectors with `l2_normalize` off)."""
+    """Nearest entry of a learned codebook of unit vectors (or of free vectors with `l2_normalize` off).
+
+    With `depth` above 1 what an entry leaves over goes to the nearest entry of a further codebook of free vectors, and
+    so on; the latent is their sum (RQ-VAE, Lee et al. 2022, arXiv:2203.01941, section 3.1). The codes of a position are
+    one number: its digits in base `codebook_size`, the first level the most significant. In training some images are
+    decoded from their first levels alone (`level_dropout`), so that a decoder serves both.
+    """
 
     has_codebook = True  # entries can be set anew: k-means start, revival
 
     def __init__(
-        self, codebook_size: int, codebook_dim: int, commit_weight: float = 0.25, l2_normalize: bool = True
+        self,
+        codebook_size: int,
+        codebook_dim: int,
+        commit_weight: float = 0.25,
+        l2_normalize: bool = True,
+        depth: int = 1,
+        level_dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.codebook_size, self.codebook_dim = codebook_size, codebook_dim
+        self.codebook_size, self.codebook_dim, self.depth = codebook_size, codebook_dim, depth
+        self.level_dropout = level_dropout
         self.commit_weight, self.l2_normalize = commit_weight, l2_normalize
-        self.codebook = nn.Embedding(codebook_size, codebook_dim)
+        self.codebook = nn.Embedding(depth * codebook_size, codebook_dim)
         nn.init.normal_(self.codebook.weight, std=codebook_dim**-0.5)
+        with torch.no_grad():
+            for level in range(1, depth):  # what is left over gets shorter from level to level
+                self.codebook.weight[level * codebook_size : (level + 1) * codebook_size] *= 0.5**level
 
-    def entries(self) -> Tensor:
-        """(V, D) codebook as it is compared with."""
-        return F.normalize(self.codebook.weight, dim=-1) if self.l2_normalize else self.codebook.weight
+    def entries(self, level: int = 0) -> Tensor:
+        """(V, D) codebook of a level as it is compared with."""
+        rows = self.codebook.weight[level * self.codebook_size : (level + 1) * self.codebook_size]
+        return F.normalize(rows, dim=-1) if self.l2_normalize and level == 0 else rows
 
     def forward(self, latents: Tensor) -> Quantized:
         """(B, D, h, w) -> Quantized; distances in float32, the first entry wins ties."""
         with torch.autocast(latents.device.type, enabled=False):
             z = self.normalize(latents)  # (B, h, w, D)
-            entries = self.entries()
-            ids = self.nearest(z.detach().reshape(-1, self.codebook_dim), entries.detach()).view(z.shape[:-1])
-            chosen = F.embedding(ids, entries)  # (B, h, w, D)
-            loss = self._loss(z, chosen, ids)
-            passed = z + (chosen - z).detach()
-        return Quantized(passed.permute(0, 3, 1, 2), ids, loss * self.codebook_dim)
+            fixed = z.detach()
+            total, ids, loss = torch.zeros_like(z), 0, 0.0
+            levels = self._decoded_levels(z)
+            decoded = total
+            for level in range(self.depth):
+                entries = self.entries(level)
+                rest = (fixed - total).reshape(-1, self.codebook_dim)
+                digit = self.nearest(rest, entries.detach()).view(z.shape[:-1])
+                chosen = total + F.embedding(digit, entries)  # (B, h, w, D)
+                loss = loss + self._loss(z, chosen, digit)
+                total, ids = chosen.detach(), ids * self.codebook_size + digit
+                decoded = torch.where(levels > level, total, decoded)
+            passed = z + (decoded - z).detach()
+        return Quantized(passed.permute(0, 3, 1, 2), ids, loss * (self.codebook_dim / self.depth))
+
+    def _decoded_levels(self, z: Tensor) -> Tensor:
+        """(B, 1, 1, 1): how many levels of each image are decoded."""
+        levels = torch.full((len(z), 1, 1, 1), self.depth, device=z.device)
+        if not self.training or self.depth == 1 or not self.level_dropout:
+            return levels
+        dropped = torch.rand(levels.shape, device=z.device) < self.level_dropout
+        return torch.where(dropped, torch.randint_like(levels, 1, self.depth), levels)
 
     def _loss(self, z: Tensor, chosen: Tensor, ids: Tensor) -> Tensor:
         return F.mse_loss(chosen, z.detach()) + self.commit_weight * F.mse_loss(z, chosen.detach())
@@ -95,6 +128,18 @@ class VectorQuantizer(nn.Module):
         """(B, D, h, w) -> (B, h, w, D) float32 points as they are compared with the codebook."""
         z = latents.float().permute(0, 2, 3, 1)
         return F.normalize(z, dim=-1) if self.l2_normalize else z
+
+    def digits(self, ids: Tensor) -> Tensor:
+        """(...) -> (depth, ...): the code of each level."""
+        powers = [self.codebook_size**i for i in reversed(range(self.depth))]
+        return torch.stack([ids // power % self.codebook_size for power in powers])
+
+    def rest(self, points: Tensor, level: int) -> Tensor:
+        """(M, D) -> (M, D): what the levels before `level` leave over."""
+        for before in range(level):
+            entries = self.entries(before).detach()
+            points = points - entries[self.nearest(points, entries)]
+        return points
 
     @staticmethod
     def nearest(z: Tensor, entries: Tensor) -> Tensor:
@@ -107,12 +152,14 @@ class VectorQuantizer(nn.Module):
 
     def lookup(self, ids: Tensor) -> Tensor:
         """(B, h, w) long -> (B, D, h, w)."""
-        return F.embedding(ids, self.entries()).permute(0, 3, 1, 2)
+        chosen = [F.embedding(digit, self.entries(level)) for level, digit in enumerate(self.digits(ids))]
+        return sum(chosen[1:], chosen[0]).permute(0, 3, 1, 2)
 
     @torch.no_grad()
     def replace_(self, rows: Tensor, vectors: Tensor) -> None:
-        """Set codebook rows (n,) to `vectors` (n, D)."""
-        self.codebook.weight[rows] = F.normalize(vectors, dim=-1) if self.l2_normalize else vectors
+        """Set codebook rows (n,), all of one level, to `vectors` (n, D)."""
+        unit = self.l2_normalize and bool((rows < self.codebook_size).all())
+        self.codebook.weight[rows] = F.normalize(vectors, dim=-1) if unit else vectors
 
 
 class EmaQuantizer(VectorQuantizer):
@@ -254,19 +301,30 @@ def kmeans(points: Tensor, k: int, iterations: int, generator: torch.Generator) 
 class CodeUsage:
     """Counts of codes over a window of images: usage, perplexity and dead codes mean something only over many."""
 
-    def __init__(self, codebook_size: int) -> None:
-        self.counts = torch.zeros(codebook_size, dtype=torch.long)
+    def __init__(self, codebook_size: int, depth: int = 1) -> None:
+        self.size, self.depth = codebook_size, depth
+        self.counts = torch.zeros(depth * codebook_size, dtype=torch.long)
 
     def add(self, ids: Tensor) -> None:
-        self.counts += torch.bincount(ids.flatten().cpu(), minlength=len(self.counts))
+        """Codes of positions, the digits of all levels in one number."""
+        ids = ids.flatten().cpu()
+        for level in reversed(range(self.depth)):
+            digits = ids % self.size + level * self.size
+            self.counts += torch.bincount(digits, minlength=len(self.counts))
+            ids = ids // self.size
 
     def clear(self) -> None:
         self.counts.zero_()
 
     def figures(self) -> dict[str, float]:
-        """usage: share of codes seen; perplexity: exp of the entropy of their frequencies; dead_codes: never seen."""
-        share = self.counts.double() / self.counts.sum().clamp(min=1)
-        entropy = -(share * share.clamp(min=1e-12).log()).sum()
+        """usage: share of codes seen; dead_codes: never seen; perplexity: exp of the entropy of their frequencies, the
+        geometric mean over levels."""
+        counts = self.counts.double().view(self.depth, self.size)
+        share = counts / counts.sum(1, keepdim=True).clamp(min=1)
+        entropy = -(share * share.clamp(min=1e-12).log()).sum(1).mean()
         dead = int((self.counts == 0).sum())
-        size = len(self.counts)
-        return {"usage": 1 - dead / size, "perplexity": float(entropy.exp()), "dead_codes": float(dead)}
+        return {
+            "usage": 1 - dead / len(self.counts),
+            "perplexity": float(entropy.exp()),
+            "dead_codes": float(dead),
+        }

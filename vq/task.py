@@ -6,7 +6,7 @@ one more pass through the perceptual network and the discriminator.
 """
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from common.precision import autocast
 from vq.adversary import Adversary
 from vq.foreground import pixel_weights
 from vq.losses import color_shift, grid_loss, pixel_loss, psnr, shifted
-from vq.model import ImageTokenizer
+from vq.model import KIND, ImageTokenizer
 from vq.options import Options
 from vq.perceptual import PerceptualDistance, load_perceptual
 from vq.quantizer import CodeUsage, kmeans
@@ -44,8 +44,9 @@ class TokenizerTask:
         self.options, self.world, self.plan, self.val_batches = options, world, plan, val_batches
         self.config = options.model_config
         self.model = ImageTokenizer(self.config)
+        self.new_levels: list[int] = []
         if options.init:
-            checkpoint.load_weights(self.model, checkpoint.resolve(options.init))
+            self._load_init(options.init)
         if options.freeze_codes:
             self.model.requires_grad_(False)
             self.model.decoder.requires_grad_(True)
@@ -55,13 +56,32 @@ class TokenizerTask:
         optimizer = make_optimizer(self.model, options.optim)
         self.engine = make_engine(self.model, optimizer, world, plan, options.optim.grad_clip, name="plain")
         self.ema = Ema(self.model, options.ema_decay) if options.ema_decay else None
-        self.usage = CodeUsage(self.config.codebook_size)
+        self.usage = CodeUsage(self.config.codebook_size, self.config.code_depth)
         self.perceptual = self._perceptual()
         self.adversary = None
         if options.preset == "vqgan":
             self.adversary = Adversary(options.adversary, world, plan, options.precision)
         self.best = {"value": float("inf"), "step": 0}
         self.rollbacks = 0
+
+    def _load_init(self, name: str) -> None:
+        """Weights of another tokenizer; levels of codes that it lacks start from k-means at the first step."""
+        directory = checkpoint.resolve(name)
+        found = checkpoint.read_config(directory, KIND)["model"].get("code_depth", 1)
+        if found == self.config.code_depth:
+            checkpoint.load_weights(self.model, directory)
+            return
+        if found > self.config.code_depth:
+            raise ValueError(
+                f"--init {name} has {found} codes a position, not {self.config.code_depth}: python -m vq.levels "
+                "keeps the first ones"
+            )
+        source = ImageTokenizer.from_pretrained(directory).state_dict()
+        rows = source["quantizer.codebook.weight"]
+        weights = self.model.quantizer.codebook.weight.detach().clone()
+        weights[: len(rows)] = rows
+        self.model.load_state_dict(source | {"quantizer.codebook.weight": weights})
+        self.new_levels = list(range(found, self.config.code_depth))
 
     def _prepare(self) -> None:
         """Activation checkpointing and compilation."""
@@ -112,6 +132,9 @@ class TokenizerTask:
         self.engine.set_lr(lr)
         self._announce(step)
         batch = self._resize(batch, step)
+        if step == 0 and self.new_levels:
+            generator = torch.Generator().manual_seed(self.options.loop.seed)
+            self._start_levels(batch["image"], self.new_levels, generator)
         if self.config.quantizer == "gumbel":
             self.model.quantizer.temperature = self.config.gumbel.temperature(
                 step / self.options.loop.num_steps
@@ -219,17 +242,32 @@ class TokenizerTask:
         if not (restart or revive):
             return
         generator = torch.Generator().manual_seed(options.loop.seed * 7919 + step)
+        if restart:
+            self._start_levels(images, range(self.config.code_depth), generator)
+        else:
+            self._revive(images, generator)
+        self.usage.clear()
+
+    def _start_levels(self, images: Tensor, levels: Iterable[int], generator: torch.Generator) -> None:
+        """Codebooks of these levels from the centres of what this batch leaves for them, where it has enough points."""
+        size = self.config.codebook_size
+        points = self._latents(images)
+        for level in levels:
+            if len(points) < size:
+                return
+            centres = kmeans(self.model.quantizer.rest(points, level), size, 10, generator)
+            self._replace_codes(torch.arange(size) + level * size, centres)
+
+    def _revive(self, images: Tensor, generator: torch.Generator) -> None:
+        """Codes that no image used move to points of this batch."""
+        size = self.config.codebook_size
         points = self._latents(images)
         counts = self.world.sum_(self.usage.counts.clone())
-        if restart:
-            rows = torch.arange(self.config.codebook_size)
-            vectors = kmeans(points, len(rows), 10, generator) if len(points) >= len(rows) else None
-        else:
-            rows = (counts == 0).nonzero().squeeze(1)
-            vectors = points[torch.randint(len(points), (len(rows),), generator=generator)]
-        if vectors is not None and len(rows):
-            self._replace_codes(rows, vectors)
-        self.usage.clear()
+        for level in range(self.config.code_depth):
+            rows = (counts[level * size : (level + 1) * size] == 0).nonzero().squeeze(1)
+            if len(rows):
+                chosen = points[torch.randint(len(points), (len(rows),), generator=generator)]
+                self._replace_codes(rows + level * size, self.model.quantizer.rest(chosen, level))
 
     @torch.no_grad()
     def _latents(self, images: Tensor) -> Tensor:
@@ -255,7 +293,7 @@ class TokenizerTask:
     def evaluate(self, step: int) -> dict[str, float]:
         """Over the validation pictures, with the weights that are saved."""
         model, device = self._saved_model(), self.world.device
-        usage = CodeUsage(self.config.codebook_size)
+        usage = CodeUsage(self.config.codebook_size, self.config.code_depth)
         sums: dict[str, float] = {}
         shifts = []
         for batch in self.val_batches(self.options.val_pictures):

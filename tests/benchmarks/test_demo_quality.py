@@ -9,6 +9,7 @@ from PIL import Image
 
 from benchmarks import demo_quality
 from benchmarks.demo_quality import Verdict, pairs, sheet
+from common.bert_text import TextTowerConfig, write_text_tower
 from common.checkpoint import write_model
 from common.config import to_mapping
 from dalle.model import KIND, Dalle, ModelOptions
@@ -19,7 +20,6 @@ from evaluation import train_judge
 from evaluation.judge import GoodsJudge
 from rankers import load_ranker
 from rankers.model import ModelConfig, RankerModel, save_ranker
-from rankers.text import TextTowerConfig, write_text_tower
 from vq.autoencoder import FastConfig
 from vq.model import ImageTokenizer, TokenizerConfig
 

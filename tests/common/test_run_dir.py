@@ -182,3 +182,22 @@ def test_folders_that_cannot_be_synced(tmp_path, monkeypatch):
 
     monkeypatch.setattr(files.os, "fsync", refuse)
     assert step_of(save(tmp_path, 5)) == 5
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
+def test_best_names_a_checkpoint_and_a_copy_of_the_users_stays(tmp_path, monkeypatch, links):
+    if not links:
+        no_links(monkeypatch)
+    run = save(tmp_path / "run", 1, 2, 3)
+    assert run_dir.best_step(run) is None
+    for name in ("step_00000001", "step_00000002"):
+        run_dir.point_best(run, name)
+        assert run_dir.best_step(run) == (run / name).resolve()
+    shutil.rmtree(run / "step_00000002")
+    assert run_dir.best_step(run) is None
+    run_dir.point_best(run, "step_00000003")
+    assert run_dir.best_step(run).name == "step_00000003" and step_of(run) == 3
+    (run / "best").unlink()
+    shutil.copytree(run / "step_00000001", run / "best")
+    run_dir.point_best(run, "step_00000003")
+    assert run_dir.best_step(run) == (run / "best").resolve() and (run / "best").is_dir()

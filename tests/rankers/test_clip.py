@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 from tiny_goods import draw
 from torch.nn import functional as F
 
+from common.bert_text import TextTowerConfig, write_text_tower
 from common.checkpoint import read_config, read_weights, save_weights, write_model
 from rankers import load_ranker
 from rankers.chinese_clip import load_folder
 from rankers.model import IMAGE_TOWERS, KIND, RESNETS, ModelConfig, RankerModel
-from rankers.text import TextTowerConfig, write_text_tower
 
 TEXT = "红色的杯子"
 

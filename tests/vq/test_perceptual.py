@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from vq.imagenet_features import TRAINING_NETWORK, imagenet_weights, load_imagenet_features
 from vq.perceptual import (
     VGG_WIDTHS,
     FeatureConfig,
@@ -108,7 +109,31 @@ def test_lpips_gradient_reaches_the_picture(lpips_files):
     assert images.grad.abs().sum() > 0
 
 
-def test_a_missing_network_is_said_never_replaced(tmp_path, monkeypatch, lpips_files):
+def test_distance_of_imagenet_features_against_an_independent_computation(tmp_path, monkeypatch):
+    try:
+        imagenet_weights(TRAINING_NETWORK)
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # no LPIPS there
+    monkeypatch.chdir(tmp_path)
+    distance = load_perceptual("auto")
+    assert distance.name.startswith("EfficientNet-Lite0")
+    torch.manual_seed(0)
+    images, targets = torch.rand(2, 3, 48, 48, requires_grad=True), torch.rand(2, 3, 48, 48)
+    network = load_imagenet_features(TRAINING_NETWORK)
+    expected = torch.zeros(2)
+    for a, b in zip(network(images), network(targets), strict=True):
+        difference = F.normalize(a, dim=1) - F.normalize(b, dim=1)
+        expected += difference.square().sum(1).mean((1, 2)) / 8
+    found = distance(images, targets)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    (gradient,) = torch.autograd.grad(found.sum(), images)
+    (wanted,) = torch.autograd.grad(expected.sum(), images)
+    torch.testing.assert_close(gradient, wanted, atol=1e-6, rtol=1e-3)
+    assert distance(targets, targets).abs().max() < 1e-6
+
+
+def test_a_missing_network_is_said_never_replaced(tmp_path, monkeypatch, lpips_files, no_imagenet):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"vq\.train_perceptual"):
@@ -121,7 +146,7 @@ def test_a_missing_network_is_said_never_replaced(tmp_path, monkeypatch, lpips_f
 
 @pytest.mark.parametrize("target", ["label", "caption"])
 def test_train_perceptual_learns_names_itself_and_is_found_by_auto(
-    tmp_path, monkeypatch, shards, target, capsys
+    tmp_path, monkeypatch, shards, target, capsys, no_imagenet
 ):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.chdir(tmp_path)

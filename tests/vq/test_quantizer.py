@@ -20,6 +20,7 @@ def all_quantizers():
     return {
         "vq": VectorQuantizer(16, 4),
         "vq_free": VectorQuantizer(16, 4, l2_normalize=False),
+        "vq_depth": VectorQuantizer(16, 4, depth=3),
         "ema": EmaQuantizer(16, 4, 0.25, True, 0.9),
         "gumbel": GumbelQuantizer(4, 16, 6, GumbelConfig()),
         "fsq": FiniteScalarQuantizer((2, 2, 2, 2)),
@@ -46,6 +47,40 @@ def test_nearest_entry_against_brute_force(l2):
     assert quantized.loss.item() == pytest.approx(1.25 * 6 * F.mse_loss(chosen, points).item(), rel=1e-5)
 
 
+def test_each_level_is_nearest_to_what_those_before_leave_over():
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer(10, 5, depth=3)
+    latents = torch.randn(2, 5, 3, 4)
+    points = F.normalize(latents.permute(0, 2, 3, 1), dim=-1).reshape(-1, 5)
+    books = quantizer.codebook.weight.detach().split(10)
+    books = [F.normalize(books[0], dim=-1), *books[1:]]
+    loss, total = 0.0, torch.zeros_like(points)
+    expected = torch.zeros(len(points), dtype=torch.long)
+    for book in books:
+        rest = points - total
+        digits = [min(range(10), key=lambda k: float((book[k] - r).square().sum())) for r in rest]
+        expected = expected * 10 + torch.tensor(digits)
+        total = total + book[digits]
+        loss += 1.25 * 5 * F.mse_loss(total, points).item() / 3
+    quantized = quantizer(latents)
+    assert quantized.ids.flatten().tolist() == expected.tolist()
+    torch.testing.assert_close(quantized.latents.permute(0, 2, 3, 1).reshape(-1, 5), total)
+    assert quantized.loss.item() == pytest.approx(loss, rel=1e-5)
+    assert quantizer.digits(torch.tensor([407])).flatten().tolist() == [4, 0, 7]
+
+
+def test_some_training_images_are_decoded_from_their_first_level_alone():
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer(10, 5, depth=2, level_dropout=0.5)
+    latents = torch.randn(64, 5, 2, 2)
+    whole = quantizer.lookup(quantizer(latents).ids)
+    first = F.embedding(quantizer(latents).ids // 10, quantizer.entries()).permute(0, 3, 1, 2)
+    decoded = quantizer(latents).latents
+    of_whole, of_first = ((decoded - x).abs().amax((1, 2, 3)) < 1e-6 for x in (whole, first))
+    assert torch.all(of_whole ^ of_first) and 16 < of_first.sum() < 48
+    torch.testing.assert_close(quantizer.eval()(latents).latents, whole)
+
+
 def test_the_first_of_equal_entries_wins():
     quantizer = VectorQuantizer(8, 3, l2_normalize=False)
     with torch.no_grad():
@@ -67,12 +102,14 @@ def test_gradients_pass_straight_through_and_pull_codes_and_latents_together():
     assert codes.norm().item() > 0
 
 
-@pytest.mark.parametrize("name", ["vq", "vq_free", "ema", "gumbel", "fsq"])
+@pytest.mark.parametrize("name", ["vq", "vq_free", "vq_depth", "ema", "gumbel", "fsq"])
 def test_lookup_of_the_ids_is_what_was_decoded(name):
     quantizer = all_quantizers()[name].eval()
     quantized = quantizer(torch.randn(2, 4, 5, 3))
     torch.testing.assert_close(quantizer.lookup(quantized.ids), quantized.latents, atol=1e-6, rtol=1e-5)
-    assert quantized.ids.dtype == torch.long and int(quantized.ids.max()) < quantizer.codebook_size == 16
+    assert quantized.ids.dtype == torch.long and int(quantized.ids.max()) < 16 ** getattr(
+        quantizer, "depth", 1
+    )
 
 
 @pytest.mark.parametrize("name", ["vq", "ema", "gumbel", "fsq"])
@@ -183,6 +220,15 @@ def test_usage_perplexity_and_dead_codes_by_hand():
     assert usage.figures()["dead_codes"] == 0
     usage.clear()
     assert usage.figures()["usage"] == 0
+
+
+def test_usage_counts_the_codes_of_each_level():
+    usage = CodeUsage(4, depth=2)
+    usage.add(torch.tensor([[0 * 4 + 1, 3 * 4 + 1]]))
+    assert usage.counts.tolist() == [1, 0, 0, 1, 0, 2, 0, 0]
+    figures = usage.figures()
+    assert figures["usage"] == 3 / 8 and figures["dead_codes"] == 5
+    assert figures["perplexity"] == pytest.approx(2**0.5)  # 2 and 1
 
 
 def test_gumbel_starts_with_draws_that_say_something():

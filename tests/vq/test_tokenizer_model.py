@@ -5,8 +5,10 @@ import torch
 
 from common.config import from_mapping, to_mapping
 from common.files import read_json, write_json
+from vq import levels
 from vq.autoencoder import FastConfig, from_bands, haar, to_bands
 from vq.dvae import DvaeConfig
+from vq.levels import first_levels
 from vq.model import ImageTokenizer, TokenizerConfig
 from vq.quantizer import GumbelConfig
 from vq.taming import TamingConfig
@@ -19,6 +21,7 @@ SIZES = {"image_size": 16, "codebook_size": 16, "codebook_dim": 4}
 CONFIGS = {
     "fast-vq": TokenizerConfig(fast=FAST, **SIZES),
     "fast-free": TokenizerConfig(fast=FAST, l2_normalize=False, **SIZES),
+    "fast-depth": TokenizerConfig(fast=FAST, code_depth=2, **SIZES),
     "fast-ema": TokenizerConfig(fast=FAST, quantizer="ema", **SIZES),
     "fast-gumbel": TokenizerConfig(fast=FAST, quantizer="gumbel", **SIZES),
     "fast-fsq": TokenizerConfig(fast=FAST, quantizer="fsq", fsq_levels=(4, 4), **SIZES),
@@ -95,6 +98,28 @@ def test_checkpoint_round_trip_is_bit_identical(name, tmp_path):
     model = model.to(memory_format=torch.channels_last)
     assert torch.equal(model.encode_ids(channels_last), again.encode_ids(channels_last))
     assert torch.equal(model(channels_last)[0], again(channels_last)[0])
+
+
+def test_codes_of_two_levels_are_one_number_and_the_first_level_stands_alone():
+    model = make("fast-depth")
+    images = torch.rand(3, 3, 16, 16) * 2 - 1
+    ids = model.encode_ids(images)
+    assert model.codebook_size == 256 and 16 <= ids.max() < 256
+    first = first_levels(model, 1)
+    assert first.codebook_size == 16 and first.config.code_depth == 1
+    assert torch.equal(first.encode_ids(images), ids // 16)
+    with pytest.raises(ValueError, match="below the 1"):
+        first_levels(first, 1)
+
+
+def test_the_command_keeps_the_first_codes_and_replaces_nothing(tmp_path, capsys):
+    make("fast-depth").save_pretrained(tmp_path / "two")
+    levels.main([str(tmp_path / "two"), str(tmp_path / "one")])
+    one = ImageTokenizer.from_pretrained(tmp_path / "one")
+    assert one.config.code_depth == 1 and one.codes_sha256[:12] in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        levels.main([str(tmp_path / "two"), str(tmp_path / "one")])
+    assert stop.value.code == 2 and "exists already" in capsys.readouterr().err
 
 
 def test_save_pretrained_replaces_a_whole_directory(tmp_path):
@@ -198,6 +223,9 @@ def test_a_config_of_the_first_version_still_loads(tmp_path, small_model):
         ({"taming": TAMING}, "taming has no effect"),
         ({"architecture": "dvae", "fast": FastConfig()}, "dvae goes with quantizer gumbel"),
         ({"ema_decay": 1.0}, "ema_decay must lie in"),
+        ({"code_depth": 5}, "code_depth must lie in 1..4"),
+        ({"code_depth": 2, "quantizer": "ema"}, "quantizer other than vq"),
+        ({"level_dropout": 0.5}, "no effect with code_depth 1"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(change, message):

@@ -89,6 +89,37 @@ def test_every_quantizer_trains_and_lowers_the_loss(train, quantizer):
     assert ImageTokenizer.from_pretrained(run).config.quantizer == quantizer
 
 
+def test_a_further_code_starts_from_what_the_first_leaves_over(train):
+    one = train("one", steps=2)
+    flags = [
+        "--init",
+        str(one),
+        "--model.code-depth",
+        "2",
+        "--model.level-dropout",
+        "0.5",
+        "--optim.lr",
+        "1e-9",
+    ]
+    two = train("two", *flags, "--ema-decay", "0", "--loop.global-batch-size", "8", steps=1)
+    before, after = ImageTokenizer.from_pretrained(one), ImageTokenizer.from_pretrained(two)
+    images = torch.rand(8, 3, before.image_size, before.image_size) * 2 - 1
+    torch.testing.assert_close(after.quantizer.entries(0), before.quantizer.entries(0), atol=1e-6, rtol=0)
+    points = before.quantizer.normalize(before.encoder(images))
+    errors = [
+        (m.quantizer.lookup(m.encode(images).ids).permute(0, 2, 3, 1) - points).norm()
+        for m in (before, after)
+    ]
+    assert errors[1] < 0.9 * errors[0]
+
+
+def test_init_with_more_codes_is_refused(train, capsys):
+    three = train("three", "--model.code-depth", "3", steps=1)
+    with pytest.raises(SystemExit) as stop:
+        train("two", "--init", str(three), "--model.code-depth", "2", steps=1)
+    assert stop.value.code == 2 and "vq.levels" in capsys.readouterr().err
+
+
 def test_accumulation_and_activation_checkpointing_give_the_plain_run(train):
     plain = [r["loss"] for r in rows(train("plain", steps=3))]
     for name, flags in {
@@ -323,7 +354,7 @@ def test_colour_shift_stays_small_after_a_short_training(train):
     assert rows(run, "val")[-1]["color_shift"] < 10  # levels of 255; 45 untrained
 
 
-@pytest.mark.parametrize("name", sorted(p.name for p in (ROOT / "configs").glob("*/vqgan*.yaml")))
+@pytest.mark.parametrize("name", sorted(p.name for p in (ROOT / "configs").glob("*/vq*.yaml")))
 def test_every_config_builds(name):
     from common.config import from_mapping, read_mapping
     from vq.options import Options

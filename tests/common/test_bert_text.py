@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rankers.text import SPECIAL, RankerTokenizer, TextTowerConfig, write_text_tower
+from common.bert_text import SPECIAL, CaptionTokenizer, TextTowerConfig, write_text_tower
 
 TEXTS = ["一件红色T恤", "可口可乐 Cola 500ml 瓶装", "一件红色T恤"]
 VOCAB = Path("../shared/models/chinese-roberta-wwm-ext")
@@ -18,7 +18,7 @@ def test_characters_are_the_vocabulary_where_there_is_none(tmp_path):
     pieces = vocabulary(tmp_path)
     assert tuple(pieces[:5]) == SPECIAL and len(pieces) == len(set(pieces))
     assert {"红", "恤", "t", "##l"} <= set(pieces) and "T" not in pieces
-    tokenizer = RankerTokenizer(tmp_path, 24)
+    tokenizer = CaptionTokenizer(tmp_path, 24)
     for text in TEXTS:
         assert tokenizer.unk_id not in tokenizer.ids(text)
     assert tokenizer.ids("绿色")[1] == tokenizer.unk_id
@@ -32,7 +32,7 @@ def test_the_pruned_vocabulary_cuts_seen_texts_as_the_whole_one_does(tmp_path):
     pieces = vocabulary(tmp_path)
     assert len(pieces) < 40
     whole = BertTokenizer.from_pretrained(str(VOCAB))
-    tokenizer = RankerTokenizer(tmp_path, 24)
+    tokenizer = CaptionTokenizer(tmp_path, 24)
     for text in TEXTS:
         assert [pieces[i] for i in tokenizer.ids(text)] == whole.convert_ids_to_tokens(
             whole(text)["input_ids"]
@@ -41,7 +41,7 @@ def test_the_pruned_vocabulary_cuts_seen_texts_as_the_whole_one_does(tmp_path):
 
 def test_long_texts_are_cut_and_counted(tmp_path):
     write_text_tower(tmp_path, TEXTS, TextTowerConfig(32, 1, 2, 8), None)
-    tokenizer = RankerTokenizer(tmp_path, 8)
+    tokenizer = CaptionTokenizer(tmp_path, 8)
     ids = tokenizer.ids("红" * 10_000)
     assert len(ids) == 8 and tokenizer.num_truncated == 1
     assert (ids[0], ids[-1]) == (tokenizer.tokenizer.cls_token_id, tokenizer.tokenizer.sep_token_id)
@@ -62,4 +62,4 @@ def test_bad_options_and_files(tmp_path):
     with pytest.raises(ValueError, match="lacks"):
         write_text_tower(tmp_path, TEXTS, TextTowerConfig(), tmp_path / "words.txt")
     with pytest.raises(FileNotFoundError, match=r"no vocab\.txt"):
-        RankerTokenizer(tmp_path, 8)
+        CaptionTokenizer(tmp_path, 8)

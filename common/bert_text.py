@@ -1,9 +1,10 @@
-"""The text tower's vocabulary and its tokens: a BERT tokenizer over the word pieces that the captions use.
+"""Captions for a BERT text tower: its vocabulary, pruned to the word pieces that the captions use, and its tokens.
 
-A table of all 21,128 pieces of the Chinese RoBERTa vocabulary would be most of a small ranker, and rows that no
+A table of all 21,128 pieces of the Chinese RoBERTa vocabulary would be most of a small model, and rows that no
 caption touches never leave their random start. So the vocabulary is pruned to the pieces seen in training, in
 their old order; everything else is [UNK], which training inserts at random places, so that the model learns to
-read past unknown words. Without a vocabulary file the pieces are the characters of the captions.
+read past unknown words. Without a vocabulary file the pieces are the characters of the captions. Rankers and the GAN
+read their captions so.
 """
 
 from collections.abc import Iterable, Sequence
@@ -98,7 +99,7 @@ def _pieces_seen(texts: Iterable[str], file: Path) -> list[str]:
     return [*SPECIAL, *(piece for piece in whole if piece in seen and piece not in SPECIAL)]
 
 
-class RankerTokenizer:
+class CaptionTokenizer:
     """Texts -> padded ids, from a folder with vocab.txt or tokenizer.json."""
 
     def __init__(self, directory: Path, max_text_len: int) -> None:

@@ -1,0 +1,1 @@
+"""Conditional GAN: Chinese text to product images in one forward pass."""
