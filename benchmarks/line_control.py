@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from evaluation.goods_judge import GoodsJudge
 from PIL import Image
 from tqdm import tqdm
 
@@ -38,7 +39,6 @@ from data_tools.records import Record
 from diffusion.control_pipeline import ControlPipeline
 from diffusion.sampling import SamplingOptions as DiffusionSampling
 from evaluation.edges import edge_score
-from evaluation.goods_judge import GoodsJudge
 from evaluation.pixel_colors import ColorHistogram, PixelColors
 
 Follow = Callable[[str, np.ndarray | None, int], Image.Image]

@@ -24,6 +24,7 @@ from common import checkpoint
 from common.config import command, parse_options, to_mapping
 from common.files import ensure_writable_directory, write_json
 from common.image import make_grid
+from common.lock import locked
 from common.log import say
 from data_tools.index import ShardIndex
 from data_tools.loader import IMAGE_SUFFIXES
@@ -235,10 +236,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Fit the heads; returns the shares named right on the validation images."""
     options = parse_options(Options, argv, description=__doc__)
     run_dir = ensure_writable_directory(options.run_dir)
-    lock = checkpoint.Lock(run_dir)
-    if lock.is_taken:
-        raise ValueError(f"{run_dir} is being written by another process: choose another --run-dir")
-    try:
+    with locked(run_dir):
         if not options.data:
             say("no --data given: training on the embedded default, made by data_tools.synthetic")
             if not any(EMBEDDED.glob("train-*.tar")):
@@ -248,8 +246,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         val = [Labelled.of_split(options, "val", side) for side in options.image_sizes]
         network = JudgeNetwork(options.input_size, options.device)
         return _train(options, network, words, sizes, val)
-    finally:
-        lock.release()
 
 
 def _train(
