@@ -182,7 +182,9 @@ def _make_shards(options: Options, source: Source, names: Names) -> None:
     if before and before != record:
         told = changes(before.get("files", {}), record["files"]) or "the options of reading have changed"
         say(f"note: {source.path} is not what it was ({told}): its shards and codes are made anew")
-        (names.shards / REPORT_FILE).unlink(missing_ok=True)  # so that they do not count as complete
+        report = names.shards / REPORT_FILE
+        if report.is_file():
+            write_json(report, {**read_json(report), "job": None})  # so that they do not count as complete
     write_json(names.source, record)
     report = shard(config, source)
     for line in reason_lines(report, HINTS):

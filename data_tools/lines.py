@@ -36,7 +36,7 @@ from data_tools.prepare import PictureOptions, Prepare
 from data_tools.readers import ReaderOptions, open_source
 from data_tools.records import HINTS, Problem, Record, problem
 from data_tools.rewrite import Steps, print_report, rewrite
-from data_tools.shard import listing_hash
+from data_tools.shard import files_of
 from data_tools.shard_run import say
 
 REASONS: dict[str, str] = HINTS | {
@@ -162,11 +162,11 @@ def with_lines(record: Record, lines: np.ndarray, **how: Any) -> Record:
 
 def lines(config: LinesConfig) -> dict[str, Any]:
     """Run it; returns the content of report.json. Raises ValueError for what the user has to change."""
-    source = open_source(config.src, config.reader)
+    source = open_source(config.src, config.reader, exclude=[config.dst])
     options = to_mapping(config)
     for name in ("src", "dst", "workers"):
         del options[name]
-    files = [[p.name, p.stat().st_size if p.is_file() else listing_hash(p)] for p in source.files]
+    files = files_of(source)
     job = {"step": "lines", "source_format": source.format, "files": files, "options": options}
     work = DrawLines(config.method, config.fit, Prepare(config.picture, config.reader.max_image_bytes))
     steps = Steps(work, lambda number, record, result: result, lambda record: None)

@@ -75,6 +75,10 @@ class RowReader:
 
     def record(self, row: dict[str, Any], where: str, fallback_key: str) -> Item:
         """The row's record or problem; `fallback_key` names a row that has neither an id, a path nor a url."""
+        for column in filter(
+            None, (self.picture, self.drawing)
+        ):  # a row that is lost has named its files too
+            self._mark(row.get(column))
         captions = caption_list(row.get(self.caption)) if self.caption else ()
         if captions is None:
             return problem(where, self._key(row), "bad_value", f"{self.caption} is {row[self.caption]!r:.80}")
@@ -125,8 +129,13 @@ class RowReader:
         path = self._path(value)
         if path is None:
             return problem(where, key, "path_outside_root", f"{value[:120]!r} is not under {self.root}")
-        self.meter.use(path)
         return read_image_file(path, where, key, self.options.max_image_bytes)
+
+    def _mark(self, value: Any) -> None:
+        """Tell the meter that a row names this file, if it is the name of one."""
+        value = value.get("path") if isinstance(value, dict) else value
+        if isinstance(value, str) and len(value) < 4096 and "\0" not in value and (path := self._path(value)):
+            self.meter.use(path)
 
     def _path(self, value: str) -> Path | None:
         """Below the root, also where it is written as on Windows; None outside."""
