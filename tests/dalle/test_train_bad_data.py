@@ -160,10 +160,8 @@ def test_other_data_of_the_same_size_are_noted(made, run, tmp_path, capsys):
 
 
 def test_two_trainings_do_not_share_a_run_directory(made, run, capsys):
-    code = f"from common.checkpoint import Lock; Lock({str(run)!r}); print('held', flush=True); input()"
-    code = "from pathlib import Path; " + code.replace(
-        f"Lock({str(run)!r})", f"lock = Lock(Path({str(run)!r}))"
-    )
+    code = "from pathlib import Path; from common.lock import DirectoryLock; "
+    code += f"lock = DirectoryLock(Path({str(run)!r})); print('held', flush=True); input()"
     holder = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
