@@ -57,7 +57,9 @@ class CaptionFolder:
         others = inventory.of("list", "tar", "other", "hidden")
         problems = [f"{said}: left out"] if without else []
         problems += [f"{alone} captions in {root} have no image"] if alone else []
-        problems += [f"{len(others)} other files in {root} are not read, such as {others[0]}"] if others else []
+        problems += (
+            [f"{len(others)} other files in {root} are not read, such as {others[0]}"] if others else []
+        )
         return cls(root, kept, captions, problems)
 
     def __len__(self) -> int:
