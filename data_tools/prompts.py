@@ -22,6 +22,8 @@ class Prompt:
 
 def read_prompts(path: Path) -> Iterator[Prompt]:
     """The prompts of a UTF-8 file. Raises FileNotFoundError, or ValueError naming the line."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no prompts file {path}")
     return (Prompt(row.text, row.key) for row in read_texts(path))
 
 

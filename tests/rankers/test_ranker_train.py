@@ -12,6 +12,7 @@ from tiny_goods import draw
 
 from common.checkpoint import read_weights
 from common.config import from_mapping, read_mapping
+from data_tools.shard import ShardConfig, shard
 from rankers import load_ranker
 from rankers.train import Options, RankerTask, main
 
@@ -162,3 +163,18 @@ def test_a_chinese_clip_is_fine_tuned(shards, tmp_path, chinese_clip):
     images = [draw("杯子", "红色", i) for i in range(3)]
     before, after = (load_ranker(name).score("红色的杯子", images) for name in (chinese_clip, run))
     assert 1e-6 < (before - after).abs().max() < 0.5
+
+
+def test_one_caption_for_all_is_refused_before_the_first_step(tmp_path, capsys):
+    """The calibration at the first save would fail, and with it the run."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for i in range(30):
+        draw("杯子", "红色", i).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text("一个杯子", "utf-8")
+    shard(ShardConfig(folder, str(tmp_path / "sh"), val_share=0.2, workers=0))
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments(tmp_path / "sh", tmp_path / "run", 2))
+    said = capsys.readouterr()
+    assert stopped.value.code == 2 and "no two different captions: nothing to calibrate on" in said.err
+    assert not (tmp_path / "run").exists()
