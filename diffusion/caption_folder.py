@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Literal
 
 from data_tools.index import Sample
-from data_tools.readers.folder import list_files
+from data_tools.readers.folder import pair
+from data_tools.readers.inventory import take_inventory
 
 MissingCaptions = Literal["refuse", "skip"]
 
@@ -34,7 +35,10 @@ class CaptionFolder:
         root = Path(root)
         if not root.is_dir():
             raise FileNotFoundError(f"no folder {root}")
-        images, captions = list_files(root)
+        inventory = take_inventory(root)
+        found = pair(inventory)
+        images = [image.name for image in found]
+        captions = {os.path.splitext(image.name)[0]: image.caption for image in found if image.caption}
         if not images:
             raise ValueError(f"no images in {root}: images/STEM.png and captions/STEM.txt are looked for")
         kept = [name for name in images if _has_text(root, captions.get(os.path.splitext(name)[0]))]
@@ -49,8 +53,7 @@ class CaptionFolder:
                 f"{said}: write captions/STEM.txt for each image captions of the same name, or leave those images out "
                 "with --missing-captions skip"
             )
-        stems = {os.path.splitext(name)[0] for name in images}
-        alone = sum(stem not in stems for stem in captions)
+        alone = len(set(inventory.of("caption")) - set(captions.values()))
         problems = [f"{said}: left out"] if without else []
         problems += [f"{alone} captions in {root} have no image"] if alone else []
         return cls(root, kept, captions, problems)
