@@ -36,9 +36,9 @@ class CaptionFolder:
         if not root.is_dir():
             raise FileNotFoundError(f"no folder {root}")
         inventory = take_inventory(root)
-        found = pair(inventory)
-        images = [image.name for image in found]
-        captions = {os.path.splitext(image.name)[0]: image.caption for image in found if image.caption}
+        pairs = pair(inventory)
+        images = [image.name for image in pairs]
+        captions = {os.path.splitext(image.name)[0]: image.caption for image in pairs if image.caption}
         if not images:
             raise ValueError(f"no images in {root}: images/STEM.png and captions/STEM.txt are looked for")
         kept = [name for name in images if _has_text(root, captions.get(os.path.splitext(name)[0]))]
@@ -54,8 +54,12 @@ class CaptionFolder:
                 "with --missing-captions skip"
             )
         alone = len(set(inventory.of("caption")) - set(captions.values()))
+        others = inventory.of("list", "tar", "other", "hidden")
         problems = [f"{said}: left out"] if without else []
         problems += [f"{alone} captions in {root} have no image"] if alone else []
+        problems += (
+            [f"{len(others)} other files in {root} are not read, such as {others[0]}"] if others else []
+        )
         return cls(root, kept, captions, problems)
 
     def __len__(self) -> int:

@@ -20,6 +20,7 @@ from common.files import atomic_directory, read_json, write_json
 from common.log import say
 from common.run_dir import claim
 from data_tools.captions import CaptionChoice, pick_caption
+from data_tools.holdout import open_splits
 from data_tools.index import ShardIndex
 from data_tools.loader import IMAGE_SUFFIXES, DecodeImage, eval_batches, train_batches
 from data_tools.synthetic import ensure_synthetic
@@ -74,8 +75,7 @@ class TrainData:
             ensure_synthetic(SYNTHETIC, image_size=size)
         world.barrier()
         source = options.data or str(SYNTHETIC)
-        train = ShardIndex.open(source, "train", options.remote).require(*IMAGE_SUFFIXES)
-        val = ShardIndex.open(source, "val", options.remote).require(*IMAGE_SUFFIXES)
+        train, val = (index.require(*IMAGE_SUFFIXES) for index in open_splits(source, options.remote))
         if len(val) < 2:
             raise ValueError(
                 f"the validation shards of {source} hold {len(val)} image: a distance needs at least 2"

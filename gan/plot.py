@@ -48,7 +48,7 @@ def read_log(run: Path, source: str) -> list[dict[str, Any]]:
     path = run / "metrics.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"{run} holds no metrics.jsonl: it is no run directory")
-    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.startswith("{")]
+    rows = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line.startswith("{")]
     return [row for row in rows if row.get("kind") == source]
 
 
