@@ -146,8 +146,8 @@ def test_two_folders_of_one_name_stay_apart(desk):
 def test_what_was_named_is_looked_at_first(desk, capsys):
     for more, said in (
         (flags(data="my_picturs"), "there is no file or folder my_picturs (--data)"),
-        (flags("--text-tokenizer", "no_such"), "no_such"),
-        (flags("--image-tokenizer", "no_such"), "no_such"),
+        (flags("--text-tokenizer", "./no_such"), "no_such"),
+        (flags("--image-tokenizer", "./no_such"), "no_such"),
         (flags("--vqgan-config", "no.yaml"), "no config file no.yaml"),
     ):
         with pytest.raises(SystemExit):

@@ -256,8 +256,8 @@ def test_a_run_keeps_its_tokenizer_and_its_sizes(made, whole, tmp_path, capsys):
 
 def test_missing_and_empty_data(made, tmp_path, capsys):
     (made / "nothing").mkdir(exist_ok=True)
-    assert "no data folder" in refusal(capsys, flags(made, tmp_path / "a", data="missing"))
-    assert "neither shards nor pictures" in refusal(capsys, flags(made, tmp_path / "b", data="nothing"))
+    assert "there is no file or folder" in refusal(capsys, flags(made, tmp_path / "a", data="missing"))
+    assert "an empty folder" in refusal(capsys, flags(made, tmp_path / "b", data="nothing"))
 
 
 def test_no_image_tokenizer_names_the_command(made, tmp_path, capsys, monkeypatch):

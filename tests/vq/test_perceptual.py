@@ -170,8 +170,9 @@ def test_train_perceptual_learns_names_itself_and_is_found_by_auto(
 
 
 def test_train_perceptual_refuses_shards_that_teach_nothing(tmp_path, capsys, make_tar, make_sample):
-    for split in ("train", "val"):
-        make_tar(tmp_path / f"{split}-00000.tar", [{"png": make_sample(i)["png"]} for i in range(4)])
+    for start, split in ((0, "train"), (4, "val")):
+        images = [{"png": make_sample(i)["png"]} for i in range(start, start + 4)]
+        make_tar(tmp_path / f"{split}-00000.tar", images)
     with pytest.raises(SystemExit) as stop:
         main(["--data", str(tmp_path), "--loop.run-dir", str(tmp_path / "run"), "--device", "cpu"])
     assert stop.value.code == 2
