@@ -88,7 +88,9 @@ class AutoencoderTask:
         self.options, self.stage, self.config = options, stage, options.stage_a
         self.world, self.plan = stage.world, stage.plan
         self.model = Reconstruct(options.autoencoder.build())
-        self.model.to(self.world.device, memory_format=torch.channels_last)
+        self.model.to(
+            self.world.device
+        )  # activations alone are channels_last: DeepSpeed broadcasts plain strides
         self.engine = make_engine(
             self.model,
             make_optimizer(self.model, self.config.optim),

@@ -108,7 +108,9 @@ class UnetTask:
         options = self.options
         unet = options.unet.build(options.autoencoder, options.text.dim)
         model = Denoiser(unet, options.text.build(self.stage.tokenizer))
-        return model.to(self.world.device, memory_format=torch.channels_last)
+        return model.to(
+            self.world.device
+        )  # activations alone are channels_last: DeepSpeed broadcasts plain strides
 
     def train_step(self, batch: dict[str, Any], step: int) -> dict[str, float]:
         options, started = self.options, time.perf_counter()
