@@ -84,7 +84,7 @@ def show(figures: Sequence[Figure], settings: dict[str, Any]) -> None:
         row += ["" if real is None else cell(real, digits), str(figure.count)]
         better = {True: "higher", False: "lower", None: ""}[figure.higher_is_better]
         row += [better, *beside.values()] if beside else []
-        table.add_row(figure.name.replace("[", "\\["), *row)
+        table.add_row(figure.name, *row)
     console.print(table)
 
 

@@ -289,7 +289,7 @@ def show(match: Match) -> None:
         table.add_column(arm.spec.name, justify="right")
     for name in dict.fromkeys(figure.name for arm in match.arms for figure in arm.figures):
         by_arm = [next((f for f in arm.figures if f.name == name), None) for arm in match.arms]
-        table.add_row(name.replace("[", "\\["), *(str(f.value) if f else "-" for f in by_arm))
+        table.add_row(name, *(str(f.value) if f else "-" for f in by_arm))
     seconds = [arm.seconds for arm in match.arms]
     table.add_row("seconds a picture, median", *("-" if s is None else f"{s:.3g}" for s in seconds))
     costs = [read_costs(arm.spec.what) for arm in match.arms]

@@ -27,6 +27,7 @@ from common.image import stack_rows, to_image, to_tensor
 from common.log import say
 from common.output import OutputDirectory
 from common.precision import Precision
+from common.tables import plain_console
 from data_tools.images import BadImage
 from data_tools.loader import CorruptSample
 from evaluation.codecs import Codec, open_codec
@@ -249,7 +250,6 @@ def distance_metrics(
 
 
 def show(metrics: Sequence[Metric], title: str) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=title)
@@ -258,10 +258,8 @@ def show(metrics: Sequence[Metric], title: str) -> None:
         table.add_column(name, justify="right")
     for metric in metrics:
         cells = [_cell(metric.reconstructions, metric.is_share), _cell(metric.originals, metric.is_share)]
-        table.add_row(
-            metric.name.replace("[", "\\["), *cells, _cell(metric.relative, True), str(metric.count)
-        )
-    Console().print(table)
+        table.add_row(metric.name, *cells, _cell(metric.relative, True), str(metric.count))
+    plain_console().print(table)
 
 
 def _cell(value: Interval | None, is_share: bool) -> str:

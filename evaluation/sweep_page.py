@@ -28,7 +28,7 @@ def show(sweep: "Sweep") -> None:
         table = Table(title=f"{stage.knob or 'all combinations'}: {sweep.num_texts[0]} prompts of the search")
         table.add_column("setting")
         for figure in objectives:
-            table.add_column(figure.name.replace("[", "\\["), justify="right", overflow="fold")
+            table.add_column(figure.name, justify="right", overflow="fold")
         table.add_column("mean rank", justify="right")
         for trial, rank in zip(stage.trials, _ranks(sweep, stage), strict=True):
             values = [str(trial.figures[f.name].value) for f in objectives]

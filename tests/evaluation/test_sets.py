@@ -98,7 +98,7 @@ def test_a_plain_folder_takes_texts_from_beside_or_one_for_all(tmp_path):
     ]
     assert found.samples[0].image.mode == "RGB" and found.samples[0].seed is None
     (tmp_path / "y.txt").write_bytes(b"\xff\xfe\xff")
-    with pytest.raises(ValueError, match="is not UTF-8"):
+    with pytest.raises(ValueError, match="is not valid UTF-8"):
         SampleSet.from_out_dir(tmp_path)
 
 
