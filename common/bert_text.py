@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.files import write_json
+from common.files import read_lines, write_json
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 TOKENIZER_CONFIG = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": 512}
@@ -90,7 +90,7 @@ def _characters(texts: Iterable[str]) -> list[str]:
 def _pieces_seen(texts: Iterable[str], file: Path) -> list[str]:
     from transformers import BertTokenizer
 
-    whole = file.read_text(encoding="utf-8").splitlines()
+    whole = read_lines(file)
     missing = [s for s in SPECIAL if s not in whole]
     if missing:
         raise ValueError(f"{file} is no BERT vocabulary: it lacks {', '.join(missing)}")

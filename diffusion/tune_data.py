@@ -18,6 +18,7 @@ from common.image import resize_square, to_levels
 from common.log import say
 from data_tools.augment import Chain
 from data_tools.captions import CaptionChoice
+from data_tools.holdout import open_splits
 from data_tools.index import ShardIndex
 from data_tools.loader import IMAGE_SUFFIXES, Augment, Batch, eval_batches, open_image, train_batches
 from data_tools.prepare import PictureOptions
@@ -155,20 +156,19 @@ def open_indices(options: DataOptions, world: World) -> tuple[Index, Index]:
     if not options.source:
         raise ValueError("name the training images with --data.source: shards, a folder, or TSV files")
     source = _shards_of(options.source, options, world)
-    val = _shards_of(options.val_source, options, world) if options.val_source else source
+    if options.val_source:
+        val = _open(_shards_of(options.val_source, options, world), "val", options)
+        return _open(source, "train", options), val
     if isinstance(source, CaptionFolder):
-        opened = CaptionFolder.open(source.root, options.missing_captions)
-        if not options.val_source:
-            return opened.split(options.val_share)
-        return opened, _open_val(val, options)
-    train = ShardIndex.open(source, "train", options.remote).require(*IMAGE_SUFFIXES)
-    return train, _open_val(val, options)
+        return _open(source, "train", options).split(options.val_share)
+    train, val = open_splits(source, options.remote, options.val_share)
+    return train.require(*IMAGE_SUFFIXES), val.require(*IMAGE_SUFFIXES)
 
 
-def _open_val(source: "str | CaptionFolder", options: DataOptions) -> Index:
+def _open(source: "str | CaptionFolder", split: str, options: DataOptions) -> Index:
     if isinstance(source, CaptionFolder):
         return CaptionFolder.open(source.root, options.missing_captions)
-    return ShardIndex.open(source, "val", options.remote).require(*IMAGE_SUFFIXES)
+    return ShardIndex.open(source, split, options.remote).require(*IMAGE_SUFFIXES)
 
 
 def _shards_of(source: str, options: DataOptions, world: World) -> "str | CaptionFolder":

@@ -26,6 +26,7 @@ from common.files import ensure_writable_directory, write_json
 from common.image import make_grid
 from common.lock import locked
 from common.log import say
+from data_tools.holdout import open_splits
 from data_tools.index import ShardIndex
 from data_tools.loader import IMAGE_SUFFIXES
 from data_tools.synthetic import ensure_synthetic
@@ -96,7 +97,9 @@ class Labelled:
     def of_split(cls, options: Options, split: str, side: int) -> "Labelled":
         """Raises FileNotFoundError or ValueError when the shards cannot be read."""
         source = options.data or str(EMBEDDED)
-        index = ShardIndex.open(source, split).require(*IMAGE_SUFFIXES)
+        index = open_splits(source)[split == "val"].require(*IMAGE_SUFFIXES)
+        for problem in index.problems if side == options.image_sizes[0] else ():
+            say(problem)
         limit = options.max_images if split == "train" else 0
         images = ReferencePictures(index, side, options.attributes, options.word_field, limit)
         found = tuple(images.facts(i) for i in range(len(images)))

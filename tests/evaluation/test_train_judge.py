@@ -131,6 +131,15 @@ def test_labels_of_ones_own_data_are_found(tmp_path, capsys):
     assert judge.color_probabilities(judge.features([draw("杯子", "红色", 1)])).shape == (1, 0)
 
 
+def test_one_tar_is_never_both_splits(tmp_path, capsys):
+    shards = write(tmp_path / "own", [{"label": f"L{i % 3}"} for i in range(60)])
+    (tmp_path / "all.tar").write_bytes((shards / "train-00000.tar").read_bytes())
+    main(
+        arguments(tmp_path / "all.tar", tmp_path / "run", tmp_path / "cache", "--cache", str(tmp_path / "c"))
+    )
+    assert "held out for validation by the hash of their key" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("metas", "words"),
     [
