@@ -25,7 +25,7 @@ demo: setup
 	$(RUN) -m evaluation.demo
 
 test: setup
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n auto --maxprocesses 8
 
 test-slow: setup
 	$(RUN) -m pytest -m 'slow and not gpu'
