@@ -181,7 +181,7 @@ def check_items(items: list, lines: int | None) -> None:
         if isinstance(item, Record):
             keys.append(validate_key(item.key))
             "\n".join([item.key, item.where, *item.captions]).encode()
-            assert all(len(caption.splitlines()) == 1 for caption in item.captions)
+            assert all(caption.strip() and "\n" not in caption for caption in item.captions)
             meta_bytes(item.meta)
         else:
             assert isinstance(item, Problem) and item.reason in HINTS
