@@ -35,7 +35,7 @@ from common.files import write_json
 from common.image import make_grid
 from common.log import say
 from common.loop import fit
-from common.optim import Ema, learning_rate, make_optimizer
+from common.optim import Ema, learning_rate, load_saved_weights_, make_optimizer
 from common.precision import autocast
 from dalle import line_training, sequence
 from dalle.captions import drop_captions, insert_unknown
@@ -167,18 +167,10 @@ class GeneratorTask:
         tokens = samples * sum(length + each for length in text_lens) * self.world.size
         return {"tokens_per_second": tokens / seconds, "mfu": flops / seconds / self.peak_flops}
 
-    def _finish_weights(self) -> None:
-        """Bring `finished` up to date. All processes must call it: under ZeRO the weights are gathered."""
-        if self.ema:
-            self.finished.load_state_dict(self.ema.shadow)
-            return
-        with self.engine.full_weights() as model:
-            self.finished.load_state_dict(model.state_dict())
-
     @torch.no_grad()
     def evaluate(self, step: int) -> dict[str, float]:
         """Over the validation samples, dealt over processes, with the weights that are saved."""
-        self._finish_weights()
+        load_saved_weights_(self.finished, self.ema, self.engine)
         sums = torch.zeros(
             5, dtype=torch.float64
         )  # text loss, text targets, image loss without text, without drawing, samples
@@ -237,7 +229,7 @@ class GeneratorTask:
     def sample(self, step: int) -> dict[str, Image.Image]:
         """A row of pictures a caption, drawn as generate.py draws them, and the bits of every image position."""
         options = self.options
-        self._finish_weights()
+        load_saved_weights_(self.finished, self.ema, self.engine)
         if not self.world.is_main:
             return {}
         pictures = {} if self.curve_bits is None else {"position_bits": heat_map(self.curve_bits)}

@@ -228,7 +228,7 @@ def _this_process() -> dict[str, Any]:
 
 
 def _started(pid: int) -> str | None:
-    """When the process began, as the kernel counts; None where there is none: numbers of processes come again."""
+    """When the process began, as the kernel counts; None where there is none: process ids are reused."""
     try:
         after_name = Path(f"/proc/{pid}/stat").read_text("utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:

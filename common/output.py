@@ -112,7 +112,7 @@ class OutputDirectory:
         self.require_ours([name])
         with atomic_path(self.path / name) as temporary:
             yield temporary
-            self.require_ours([name])  # drawn for minutes: somebody may have put one there
+            self.require_ours([name])  # written for minutes: the user may have put one there
             self._note(name, *_fingerprint(temporary))
         self._tails.pop(name, None)
 

@@ -195,7 +195,7 @@ class ContinuousBatcher:
         self.rows += rows
         self.active += group
         for image in group:
-            for _ in range(start // NOISE_CHUNK):  # the chunks before the prefix's end are drawn and dropped
+            for _ in range(start // NOISE_CHUNK):  # noise of the positions before: generated, not used
                 draw_noise([image.generator], self.codebook_size, torch.device("cpu"))
             if start % NOISE_CHUNK:
                 self._draw_noise(image)

@@ -21,7 +21,7 @@ from common.config import to_mapping
 from common.distributed import BatchPlan, World, make_engine
 from common.image import stack_rows, to_image
 from common.log import say
-from common.optim import Ema, learning_rate, make_optimizer
+from common.optim import Ema, learning_rate, load_saved_weights_, make_optimizer
 from common.precision import autocast
 from diffusion.base_options import Options
 from diffusion.objective import sample_noise
@@ -160,14 +160,6 @@ class AutoencoderTask:
         config = self.options.autoencoder
         return config.latent_channels, side // config.downsample_factor, side // config.downsample_factor
 
-    def _finish_weights(self) -> None:
-        """Bring `finished` up to date. All processes must call it."""
-        if self.ema:
-            self.finished.load_state_dict(self.ema.shadow)
-            return
-        with self.engine.full_weights() as model:
-            self.finished.load_state_dict(model.state_dict())
-
     @torch.no_grad()
     def _reconstruct(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """From the posterior's mean, with the weights that are saved."""
@@ -179,7 +171,7 @@ class AutoencoderTask:
     @torch.no_grad()
     def evaluate(self, step: int) -> dict[str, float]:
         """Over the validation images, with the weights that are saved."""
-        self._finish_weights()
+        load_saved_weights_(self.finished, self.ema, self.engine)
         sums: dict[str, float] = {}
         count = 0
         for batch in self.stage.val_batches(self.config.val_images):
@@ -196,7 +188,7 @@ class AutoencoderTask:
 
     def sample(self, step: int) -> dict[str, Image.Image]:
         """Originals above their reconstructions."""
-        self._finish_weights()
+        load_saved_weights_(self.finished, self.ema, self.engine)
         if not self.world.is_main:
             return {}
         images = next(iter(self.stage.val_batches(12)))["image"]

@@ -14,7 +14,7 @@ from common import checkpoint
 from common.distributed import BatchPlan, World, make_engine
 from common.files import write_json
 from common.image import make_grid
-from common.optim import Ema, learning_rate, make_optimizer
+from common.optim import Ema, learning_rate, load_saved_weights_, make_optimizer
 from common.precision import autocast
 from data_tools.captions import hides_caption, uniform
 from diffusion.base import DiffusionBase
@@ -126,7 +126,7 @@ class ControlTask:
     def evaluate(self, step: int) -> dict[str, float]:
         """Error over the validation pairs, always at the same noise and timesteps; `line_gain`: by what share it grows
         where the drawing is empty."""
-        self._finish_weights()
+        load_saved_weights_(self.finished, self.ema, self.engine)
         sums = torch.zeros(3, dtype=torch.float64)  # error, error without drawings, samples
         for number, batch in enumerate(self.pairs.val_batches(self.options.val_samples)):
             if number % self.world.size != self.world.rank:
@@ -142,19 +142,11 @@ class ControlTask:
         error, bare, count = self.world.sum_(sums.to(self.world.device)).tolist()
         return {"loss": error / count, "line_gain": bare / error - 1.0}
 
-    def _finish_weights(self) -> None:
-        """Bring `finished` up to date. All processes must call it: under ZeRO the weights are gathered."""
-        if self.ema:
-            self.finished.load_state_dict(self.ema.shadow)
-            return
-        with self.engine.full_weights() as model:
-            self.finished.load_state_dict(model.state_dict())
-
     @torch.no_grad()
     def sample(self, step: int) -> dict[str, Image.Image]:
         """A row for each of the first validation drawings: the drawing, then images of its title that follow it."""
         options = self.options
-        self._finish_weights()
+        load_saved_weights_(self.finished, self.ema, self.engine)
         if not self.world.is_main or not options.sample_images:
             return {}
         prompting = Prompting(options.prompt_suffix, options.negative)

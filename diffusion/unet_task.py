@@ -15,7 +15,7 @@ from common.config import to_mapping
 from common.distributed import BatchPlan, World, make_engine
 from common.files import write_json
 from common.image import make_grid, to_image
-from common.optim import Ema, learning_rate, make_optimizer
+from common.optim import Ema, learning_rate, load_saved_weights_, make_optimizer
 from common.precision import autocast
 from data_tools.captions import hides_caption
 from diffusion.autoencoder_task import require_same_average, require_same_config
@@ -159,19 +159,11 @@ class UnetTask:
             "target": self.schedule.target(latents, noise, timesteps),
         }
 
-    def _finish_weights(self) -> None:
-        """Bring `finished` up to date. All processes must call it: under ZeRO the weights are gathered."""
-        if self.ema:
-            self.finished.load_state_dict(self.ema.shadow)
-            return
-        with self.engine.full_weights() as model:
-            self.finished.load_state_dict(model.state_dict())
-
     @torch.no_grad()
     def evaluate(self, step: int) -> dict[str, float]:
         """Unweighted error over the validation samples, dealt over processes, always at the same noise and timesteps;
         `text_gain`: by what share it grows where the caption is hidden."""
-        self._finish_weights()
+        load_saved_weights_(self.finished, self.ema, self.engine)
         sums = torch.zeros(3, dtype=torch.float64)  # error, error without text, samples
         for number, batch in enumerate(self.stage.val_batches(self.options.val_samples)):
             if number % self.world.size != self.world.rank:
@@ -196,7 +188,7 @@ class UnetTask:
     def sample(self, step: int) -> dict[str, Image.Image]:
         """A row of images a caption, sampled as diffusion.generate samples them."""
         options, stage = self.options, self.stage
-        self._finish_weights()
+        load_saved_weights_(self.finished, self.ema, self.engine)
         if not self.world.is_main or not options.sample_images:
             return {}
         sampling = SamplingOptions(cfg_scale=options.guidance)

@@ -81,8 +81,8 @@ class Dispatcher:
         surplus = self.queued_images + more_images - self.max_queued_images
         return max(1.0, surplus / max(self.images_per_second, 1e-3))
 
-    def submit(self, work: Work) -> None:
-        """Take a request in. Raises ApiError: 503 without a worker, 429 with Retry-After when the queue is full."""
+    def require_room(self, work: Work) -> None:
+        """Raises ApiError: 503 without a worker, 429 with Retry-After when the queue is full."""
         if self.state != "ready":
             wait = {"starting": 5.0, "restarting": max(1.0, self._pause)}.get(self.state)
             message = {
@@ -103,6 +103,10 @@ class Dispatcher:
             raise ApiError(
                 429, f"The queue is full; there is room in {wait:.0f} s.", "queue_full", retry_after=wait
             )
+
+    def submit(self, work: Work) -> None:
+        """Take a request in. Raises ApiError as `require_room` does."""
+        self.require_room(work)
         self._requests[work.id] = _Request(work)
         self._count(work.num_candidates)
         self._outbox.put(work)

@@ -14,6 +14,7 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
+from common.log import say
 from serve.audit import AuditLog
 from serve.dispatch import Dispatcher
 from serve.image_store import ImageStore
@@ -34,6 +35,7 @@ class Service:
         self.keys = None if options.open else KeyStore(open_database(options.database))
         self.audit = AuditLog(options.audit_dir, keep_days=options.audit_days)
         self.deny = DenyList(options.deny_list)
+        self._deny_problem = ""
         self.store = ImageStore(options.image_dir, options.image_minutes)
         self.metrics = Metrics()
         self.created = int(time.time())
@@ -55,10 +57,13 @@ class Service:
 
     def check_text(self, text: str, param: str) -> None:
         """Raises ApiError for a text that is empty or holds a denied word."""
-        with contextlib.suppress(
-            OSError, ValueError
-        ):  # a list that cannot be read now: the last one stays in force
+        try:
             self.deny.reload()
+            self._deny_problem = ""
+        except (OSError, ValueError) as error:
+            if str(error) != self._deny_problem:  # once, not with every request
+                say(f"{error}: the words that were read last stay in force")
+            self._deny_problem = str(error)
         if self.deny.find(text):
             raise ApiError(
                 400, "The prompt holds a word that is not allowed.", "content_policy_violation", param
@@ -161,6 +166,7 @@ class Service:
         started, work = time.perf_counter(), None
         try:
             work = self.work(body, prompt, source)
+            self.dispatcher.require_room(work)  # first: what a full queue refuses is not counted
             self.spend(key, work.num_candidates)
             self.dispatcher.submit(work)
             self.metrics.queued.set(self.dispatcher.queued_images)

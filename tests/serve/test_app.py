@@ -205,6 +205,24 @@ def test_a_full_queue_says_when_to_come_back(http):
     assert all(int(a.headers["retry-after"]) >= 1 for a in answers if a.status_code == 429)
 
 
+def test_what_a_full_queue_refuses_is_not_counted(service):
+    key, _ = service.store.create("counted", limits=Limits(images_per_minute=0, images_per_day=16))
+
+    def ask(count):
+        headers = {"Authorization": f"Bearer {key}"}
+        body = {"prompt": TEXT, "n": count}
+        return httpx.post(f"{service.url}/v1/images/generations", json=body, headers=headers, timeout=60)
+
+    limit, service.dispatcher.max_queued_images = service.dispatcher.max_queued_images, 16
+    service.dispatcher.queued_images += 1
+    try:
+        assert ask(16).json()["error"]["code"] == "queue_full"
+    finally:
+        service.dispatcher.max_queued_images = limit
+        service.dispatcher.queued_images -= 1
+    assert ask(16).status_code == 200 and ask(1).status_code == 429
+
+
 def test_a_client_that_hangs_up_frees_its_place(http, service):
     def queued() -> int:
         return service.dispatcher.queued_images
