@@ -20,6 +20,10 @@ from diffusion.base import load_base
 from diffusion.networks import AutoencoderConfig, TextConfig, UnetConfig
 from diffusion.objective import NoiseSchedule
 
+# Not forked from this process: where autograd has run in a test before, a forked child cannot run it again.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["diffusion.train_base"])
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
@@ -122,9 +126,7 @@ def test_losses_of_both_stages_are_logged(whole):
 def test_killed_at_any_step_a_run_goes_on_with_the_same_losses(stage, made, whole, tmp_path):
     """kill -9 once the stage has a checkpoint: the last steps of the first run come again."""
     run_dir = tmp_path / "run"
-    process = multiprocessing.get_context("fork").Process(
-        target=train_base.main, args=(flags(made, run_dir),)
-    )
+    process = CONTEXT.Process(target=train_base.main, args=(flags(made, run_dir),))
     process.start()
     while not list((run_dir / stage).glob("step_00000002/config.json")):
         assert process.is_alive()
@@ -143,7 +145,7 @@ def test_accumulation_gives_the_same_losses(made, whole, tmp_path):
 
 
 def _process(launcher: str, rank: int, port: int, argv: list[str]) -> None:
-    """What a launcher tells its processes; forked, so that nothing is imported again."""
+    """What a launcher tells its processes; forked from a server that has imported everything."""
     world = {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
     torchrun = {"TORCHELASTIC_RUN_ID": "test", "LOCAL_WORLD_SIZE": "2"}
     deepspeed = {"CROSS_RANK": "0", "CROSS_SIZE": "1", "LOCAL_SIZE": "2", "DS_ACCELERATOR": "cpu"}
@@ -158,9 +160,8 @@ def test_two_processes_give_the_losses_of_one(launcher, made, whole, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = multiprocessing.get_context("fork")
     argv = flags(made, tmp_path / "run")
-    processes = [context.Process(target=_process, args=(launcher, rank, port, argv)) for rank in range(2)]
+    processes = [CONTEXT.Process(target=_process, args=(launcher, rank, port, argv)) for rank in range(2)]
     for process in processes:
         process.start()
     for process in processes:
