@@ -64,6 +64,15 @@ def haar_matrix(channels: int, levels: int, device: torch.device) -> Tensor:
     return patches.flatten(1)
 
 
+def coarse_bands(levels: int, channels: int = 3) -> Tensor:
+    """Bands of `to_bands(x, levels)` that see the 2x2 means of x alone: twice `to_bands(means, levels - 1)`, in order.
+
+    Each level transforms all bands of the one before, so a band's index is (..., band of level 2, band of level 1,
+    channel), and the means are band 0 of level 1.
+    """
+    return torch.arange(channels * 4**levels).view(-1, 4, channels)[:, 0].flatten()
+
+
 def to_bands(images: Tensor, levels: int) -> Tensor:
     """(B, C, H, W) -> (B, C * 4**levels, H / 2**levels, W / 2**levels) float32: all levels of `haar` in one product."""
     if levels == 0:

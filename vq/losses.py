@@ -26,6 +26,9 @@ class LossConfig:
     this machine, else efficientnet_lite0 if its package is installed, else runs/perceptual."""
     perceptual_weight: float = 1.0
     """Weight of the perceptual distance."""
+    perceptual_side: int = 0
+    """Side in pixels of what the perceptual network sees of larger images in training: at even steps the whole image
+    shrunk to it, at odd steps a crop, so that a step costs what it costs at that side; 0: the image as it is."""
     foreground_weight: float = 1.0
     """How much more a pixel of the goods counts than one of the ground (from {key}.mask.png, else from the colour of
     the border); 1: the same."""
@@ -41,6 +44,8 @@ class LossConfig:
             raise ValueError(f"grid_weight must not be negative, not {self.grid_weight}")
         if self.jitter < 1:
             raise ValueError(f"jitter must be at least 1, not {self.jitter}")
+        if self.perceptual_side and self.perceptual_side < 32:
+            raise ValueError(f"perceptual_side must be 0 or at least 32, not {self.perceptual_side}")
         if self.perceptual_weight <= 0:
             raise ValueError(
                 f"perceptual_weight must be above 0, not {self.perceptual_weight}: use perceptual none"
@@ -163,6 +168,20 @@ def shifted(pictures: Tensor, jitter: int, smallest: int, key: tuple[int, int]) 
         return pictures
     top, left = np.random.Generator(np.random.Philox(key=list(key))).integers(jitter, size=2)
     return pictures[..., top : top + height, left : left + width]
+
+
+def shrunk_or_cropped(images: Tensor, side: int, key: tuple[int, int]) -> Tensor:
+    """(B, C, S, S) -> (B, C, side, side): averaged where key[1] is even, else a crop whose corner follows from `key`.
+
+    Images of at most `side` pixels, and all with `side` 0, stay as they are.
+    """
+    if not side or max(images.shape[-2:]) <= side:
+        return images
+    if key[1] % 2 == 0:
+        return F.interpolate(images, (side, side), mode="bilinear", antialias=True)
+    rng = np.random.Generator(np.random.Philox(key=list(key)))
+    top, left = (int(rng.integers(length - side + 1)) for length in images.shape[-2:])
+    return images[..., top : top + side, left : left + side]
 
 
 def psnr(reconstruction: Tensor, images: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from common import checkpoint
 from common.config import from_mapping, to_mapping
 from common.files import atomic_directory
-from vq.autoencoder import Decoder, Encoder, FastConfig
+from vq.autoencoder import Decoder, Encoder, FastConfig, coarse_bands
 from vq.dvae import DvaeConfig, DvaeDecoder, DvaeEncoder
 from vq.quantizer import (
     EmaQuantizer,
@@ -191,9 +191,14 @@ class ImageTokenizer(nn.Module):
         """Identity of the picture -> codes map: hex digest of the encoder's and the quantizer's weights.
 
         Tokenizers that differ in their decoder alone share it, so codes of one are valid for the other: after
-        fine-tuning with frozen codes, token shards and generators go on being used. Read once, for finished weights.
+        fine-tuning with frozen codes, token shards and generators go on being used. So do a tokenizer and the one that
+        `vq.enlarge` makes of it. Read once, for finished weights.
         """
-        return _weights_sha256({n: t for n, t in self.state_dict().items() if not n.startswith("decoder.")})
+        weights = {n: t for n, t in self.state_dict().items() if not n.startswith("decoder.")}
+        if self.config.architecture == "fast":
+            first = "encoder.conv_in.weight"
+            weights[first] = _without_fine_bands(weights[first], self.config.fast.haar_levels)
+        return _weights_sha256(weights)
 
     @property
     def downsample_factor(self) -> int:
@@ -269,6 +274,17 @@ class ImageTokenizer(nn.Module):
     def write(self, directory: Path, step: int, weights: dict[str, Tensor] | None = None) -> None:
         """config.json and model.safetensors into an existing directory; `weights` None: the model's own."""
         checkpoint.write_model(directory, KIND, to_mapping(self.config), weights or self.state_dict(), step)
+
+
+def _without_fine_bands(weight: Tensor, levels: int) -> Tensor:
+    """The first convolution on 2x2 means, for as many levels as it reads nothing else; exact: weights are doubled."""
+    while levels:
+        coarse = coarse_bands(levels)
+        fine = torch.ones(weight.shape[1], dtype=torch.bool).index_fill(0, coarse, False)
+        if weight[:, fine].any():
+            break
+        weight, levels = 2 * weight[:, coarse], levels - 1
+    return weight
 
 
 def _weights_sha256(weights: dict[str, Tensor]) -> str:

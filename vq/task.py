@@ -25,7 +25,7 @@ from common.optim import Ema, learning_rate, make_optimizer
 from common.precision import autocast
 from vq.adversary import Adversary
 from vq.foreground import pixel_weights
-from vq.losses import color_shift, grid_loss, pixel_loss, psnr, shifted
+from vq.losses import color_shift, grid_loss, pixel_loss, psnr, shifted, shrunk_or_cropped
 from vq.model import KIND, ImageTokenizer
 from vq.options import Options
 from vq.perceptual import PerceptualDistance, load_perceptual
@@ -196,7 +196,8 @@ class TokenizerTask:
             loss = loss + options.grid_weight * repeated
         if self.perceptual:
             with autocast(self.world.device, self.options.precision):
-                perceptual_loss = self.perceptual(self._view(leaf, step), self._view(images, step)).mean()
+                views = (self._perceptual_view(x, step) for x in (leaf, images))
+                perceptual_loss = self.perceptual(*views).mean()
             figures["perceptual_loss"] = float(perceptual_loss.detach())
             loss = loss + options.perceptual_weight * perceptual_loss
         figures["loss"] = float(loss.detach())
@@ -210,6 +211,11 @@ class TokenizerTask:
             gradient = gradient if extra is None else gradient + extra
             figures |= more
         return gradient, figures
+
+    def _perceptual_view(self, images: Tensor, step: int) -> Tensor:
+        """`_view`, at the side that the perceptual network is given."""
+        key = (self.options.loop.seed, step)
+        return self._view(shrunk_or_cropped(images, self.options.loss.perceptual_side, key), step)
 
     def _view(self, pictures: Tensor, step: int) -> Tensor:
         """What the perceptual network and the adversary see of `pictures` at this step."""

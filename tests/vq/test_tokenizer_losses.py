@@ -15,6 +15,7 @@ from vq.losses import (
     pixel_loss,
     psnr,
     shifted,
+    shrunk_or_cropped,
 )
 
 
@@ -131,3 +132,15 @@ def test_grid_loss_is_of_dots_and_not_of_detail():
     assert float(grid_loss(images + detail, images)) < 0.25 * float(detail.abs().mean()) * 1.1
     assert float(grid_loss(images[..., :31], images[..., 1:32])) == 0.0, "no 4 x 4 places of 8 pixels"
     assert float(grid_loss(images[..., :63, :] + 0.5, images[..., :63, :])) == pytest.approx(0.5)
+
+
+def test_the_perceptual_view_of_larger_images_is_shrunk_at_even_steps_and_a_crop_at_odd_ones():
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    assert shrunk_or_cropped(images, 0, (0, 1)) is images and shrunk_or_cropped(images, 64, (0, 1)) is images
+    shrunk = shrunk_or_cropped(images, 32, (0, 4))
+    torch.testing.assert_close(shrunk.mean((2, 3)), images.mean((2, 3)), atol=5e-3, rtol=0)
+    crops = [shrunk_or_cropped(images, 32, (0, step)) for step in (1, 3)]
+    assert not torch.equal(*crops)
+    windows = images.unfold(2, 32, 1).unfold(3, 32, 1)  # (B, C, 33, 33, 32, 32)
+    for crop in crops:
+        assert (windows == crop[:, :, None, None]).all((0, 1, 4, 5)).sum() == 1
