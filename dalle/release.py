@@ -156,7 +156,7 @@ def figures_of(directory: Path) -> dict[str, float]:
 def with_samples(card: Card, directory: Path) -> Card:
     """The run's last sample grid at or before the checkpoint's step; as it is when the run is not beside it."""
     step = read_json(directory / "config.json").get("step", 0)
-    grids = sorted((directory.parent / "samples").glob("samples_*.png"))
+    grids = sorted((directory.parent / "samples").glob("samples_[0-9]*.png"))
     grids = [path for path in grids if int(path.stem.removeprefix("samples_")) <= step]
     if not grids:
         return card

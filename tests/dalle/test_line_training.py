@@ -19,7 +19,9 @@ from dalle.captions import keep_drawings
 from dalle.inpaint import keep_background
 from dalle.model import KIND
 from dalle.pipeline import TextToImage
+from dalle.release import Card, release
 from vq.encode_shards import Options, encode_shards
+from vq.enlarge import enlarged
 from vq.model import ImageTokenizer
 
 SIZES = ("--model.dim", "32", "--model.num-layers", "2", "--model.num-heads", "2", "--max-text-len", "24")
@@ -142,6 +144,16 @@ class TestGenerate:
         assert none[0]["log_likelihood"] == plain[0]["log_likelihood"] != some[0]["log_likelihood"]
         assert some[0]["source"]["line"] == str(drawing) and some[0]["source"]["line_cfg_scale"] == "3.0"
         assert len(some[0]["source"]["line_sha256"]) == 64
+
+    def test_a_decoder_of_larger_images_takes_the_same_drawings(self, made, tmp_path, drawing):
+        tokenizer = ImageTokenizer.from_pretrained(made / "tokenizer")
+        enlarged(tokenizer).save_pretrained(tmp_path / "large")
+        release(made / "lines", tmp_path / "release", Card(), "float32", str(tmp_path / "large"))
+        small = run(made, tmp_path / "a", "--line", str(drawing))
+        large = run(made, tmp_path / "b", "--line", str(drawing), run_dir=str(tmp_path / "release"))
+        assert [row["log_likelihood"] for row in large] == [row["log_likelihood"] for row in small]
+        sizes = [Image.open(tmp_path / name / "0000.png").size for name in "ab"]
+        assert sizes == [(tokenizer.image_size,) * 2, (2 * tokenizer.image_size,) * 2]
 
     def test_like_keeps_the_background(self, made, tmp_path):
         photo = Image.new("RGB", (64, 64), (240, 240, 240))
