@@ -165,7 +165,10 @@ def make_source(options: Options, pipeline: TextToImage) -> Source | None:
 def make_line(options: Options, pipeline: TextToImage) -> LineControl | None:
     """The drawing that the images follow, if one was given. Raises FileNotFoundError or ValueError naming the file."""
     # Not the image's size: a decoder of larger images may stand beside the generator (vq.enlarge).
-    size, path = pipeline.config.line_size or pipeline.image_tokenizer.image_size, options.line or options.like
+    size, path = (
+        pipeline.config.line_size or pipeline.image_tokenizer.image_size,
+        options.line or options.like,
+    )
     if path is None:
         return None
     if options.like:

@@ -70,7 +70,7 @@ class GeneratorTask:
         )
         model = Dalle(self.config).to(world.device)
         if options.init:
-            require_tokenizers_of(options.init, data)
+            require_tokenizers_of(options.init, data, options.new_codes)
             line_training.load_init(model, resolve(options.init))
         self.ema = Ema(model, options.ema_decay) if options.ema_decay else None
         self.finished = Dalle(self.config).to(world.device).eval()  # what evaluation and sample grids look at

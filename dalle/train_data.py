@@ -203,14 +203,16 @@ def _require_same(run_dir: Path, sha256: str, name: str) -> None:
         )
 
 
-def require_tokenizers_of(init: str, data: TrainData) -> None:
-    """Raises ValueError where the generator `init` was trained on other codes or cuts captions otherwise."""
+def require_tokenizers_of(init: str, data: TrainData, new_codes: bool = False) -> None:
+    """Raises ValueError where the generator `init` was trained on other codes (unless `new_codes`) or cuts captions
+    otherwise."""
     directory = checkpoint.resolve(init)
     image_tokenizer = ImageTokenizer.from_pretrained(directory / "image_tokenizer")
-    if image_tokenizer.codes_sha256 != data.image_tokenizer.codes_sha256:
+    if image_tokenizer.codes_sha256 != data.image_tokenizer.codes_sha256 and not new_codes:
         raise ValueError(
             f"--init {init} was trained on the codes of its own image tokenizer: leave --image-tokenizer out, and "
-            f"encode pictures with `python -m vq.encode_shards {directory / 'image_tokenizer'} IMAGES TOKENS`"
+            f"encode pictures with `python -m vq.encode_shards {directory / 'image_tokenizer'} IMAGES TOKENS`; or, "
+            "where the new tokenizer was trained on from its own, add --new-codes"
         )
     if not data.cuts_captions_as(TextTokenizer.from_pretrained(directory)):
         raise ValueError(

@@ -45,6 +45,9 @@ class Options:
     init: str = ""
     """Generator whose weights this one starts from: a checkpoint, a run or a hub id. Its sizes and its tokenizers are
     taken over, so captions and token shards of another tokenizer are refused."""
+    new_codes: bool = False
+    """Take --init although `image_tokenizer` gives other codes than its own, as many: one that was trained on from its
+    own (train_vqgan.py --init), whose codes still mean nearly the same."""
     max_text_len: int = 32
     """Text tokens, begin and end marks included; longer captions are cut and counted."""
     caption_dropout: float = 0.1
@@ -91,6 +94,10 @@ class Options:
     """Processes that read shards; 0 reads in the training process."""
 
     def __post_init__(self) -> None:
+        if self.new_codes and not (self.init and self.image_tokenizer):
+            raise ValueError(
+                "new_codes needs --init GENERATOR and the --image-tokenizer whose codes are new to it"
+            )
         if not 0 <= self.caption_dropout < 1:
             raise ValueError(f"caption_dropout must lie in [0, 1), not {self.caption_dropout}")
         if not 0 <= self.line_dropout < 1:

@@ -10,6 +10,7 @@ from tiny_data import write_image_tokenizer, write_made, write_token_shards
 import train_dalle
 from common.checkpoint import read_config, read_weights
 from dalle.model import KIND
+from vq.model import ImageTokenizer
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +80,10 @@ def test_a_started_run_goes_on_from_its_own_checkpoint(made, tmp_path):
         ),
         (("--init", "{made}/first", "--max-text-len", "40"), "has max_text_len 24, not 40"),
         (("--init", "{made}/first", "--image-tokenizer", "{made}/other"), "codes of its own image tokenizer"),
+        (
+            ("--init", "{made}/first", "--new-codes"),
+            "new_codes needs --init GENERATOR and the --image-tokenizer",
+        ),
         (("--init", "{made}/first", "--text-tokenizer", "{made}/chars"), "cuts captions otherwise"),
     ],
 )
@@ -95,3 +100,17 @@ def test_what_does_not_fit_is_one_sentence(more, said, made, tmp_path, capsys):
     if "other" in " ".join(more):
         arguments[1] = str(made / "other_tokens")
     assert said in refusal(capsys, arguments)
+
+
+def test_codes_of_a_tokenizer_that_was_trained_on_are_taken_when_said(made, tmp_path):
+    """A generator of one tokenizer's codes goes on with another's; the checkpoint carries the new one."""
+    write_image_tokenizer(tmp_path / "later", seed=2)
+    write_token_shards(tmp_path / "tokens", made / "images", tmp_path / "later")
+    new = ("--init", str(made / "first"), "--image-tokenizer", str(tmp_path / "later"), "--new-codes")
+    arguments = flags(made, tmp_path / "run", *new, "--optim.lr", "1e-12", "--ema-decay", "0", steps=1)
+    arguments[1] = str(tmp_path / "tokens")
+    train_dalle.main(arguments)
+    before, after = read_weights(made / "first" / "latest"), read_weights(tmp_path / "run" / "latest")
+    torch.testing.assert_close(after["image_embed.weight"], before["image_embed.weight"], rtol=0, atol=1e-6)
+    carried = ImageTokenizer.from_pretrained(tmp_path / "run/latest/image_tokenizer")
+    assert carried.codes_sha256 == ImageTokenizer.from_pretrained(tmp_path / "later").codes_sha256
