@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from common.distributed import pick_device
 from common.files import sha256_file
@@ -27,7 +26,13 @@ from data_tools.images import BadImage
 from data_tools.loader import CorruptSample
 from data_tools.phash import picture_signature
 from rankers.base import as_rgb, content_hash, identities
-from vq.imagenet_features import JUDGE_NETWORK, load_imagenet_features
+from vq.imagenet_features import (
+    CENTRE_WIDTH,
+    JUDGE_NETWORK,
+    SHALLOW_STAGES,
+    load_imagenet_features,
+    pooled_statistics,
+)
 
 CACHE = Path(".cache/features")
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -134,9 +139,6 @@ class MirroredPictures:
 # --- networks ------------------------------------------------------------------------------------------------------
 
 INPUT_SIZE = 160
-# Of the features that vq.imagenet_features returns; at a half and a quarter of the side.
-SHALLOW_STAGES = (1, 2)
-CENTRE_WIDTH = 0.45  # of half a side: the deviation of the Gaussian weight of the middle
 
 
 class JudgeNetwork:
@@ -169,18 +171,11 @@ class JudgeNetwork:
         pixels = [to_tensor(resize_square(as_rgb(image), self.input_size)) for image in images]
         stages = self.network(torch.stack(pixels).to(self.device))
         deep = self.network.final(stages[-1]).mean((2, 3))
-        shallow = [part for stage in SHALLOW_STAGES for part in _pooled(stages[stage])]
+        shallow = [part for stage in SHALLOW_STAGES for part in pooled_statistics(stages[stage])]
         return torch.cat([deep, *shallow], dim=1).cpu().numpy()  # (N, 1280 + 120)
 
     def probabilities(self, features: Features) -> None:
         return None
-
-
-def _pooled(stage: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, C, h, w) -> mean, deviation and centre-weighted mean (B, C)."""
-    y, x = (torch.linspace(-1, 1, side, device=stage.device) for side in stage.shape[-2:])
-    weight = torch.exp(-(y[:, None] ** 2 + x**2) / (2 * CENTRE_WIDTH**2))
-    return stage.mean((2, 3)), stage.std((2, 3)), (stage * weight).sum((2, 3)) / weight.sum()
 
 
 @dataclass(frozen=True)

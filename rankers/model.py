@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from common import checkpoint
 from common.bert_text import CaptionTokenizer
 from common.config import from_mapping, to_mapping
+from rankers.imagenet_tower import ImageNetTower
 
 KIND = "ranker"
 TOWERS = "towers"
@@ -74,28 +75,53 @@ class RankerModel(nn.Module):
         self.register_buffer("std", torch.tensor(config.std).view(1, 3, 1, 1), persistent=False)
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """images (B, 3, S, S) in [-1, 1] -> unit vectors (B, D), float32."""
-        pixels = ((images + 1) / 2 - self.mean) / self.std
-        pixels = pixels.contiguous(memory_format=torch.channels_last)
+        """images (B, 3, S, S) in [-1, 1], or their `frozen_features` -> unit vectors (B, D), float32."""
+        pixels = images if images.ndim == 2 else self._pixels(images)
         if self.config.architecture == "open_clip":
             return F.normalize(self.clip.encode_image(pixels).float(), dim=-1)
         return F.normalize(projected(self.clip.get_image_features(pixel_values=pixels)).float(), dim=-1)
 
+    def frozen_features(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) in [-1, 1] -> (B, F), all that the ImageNet tower knows of them before what training changes."""
+        return self.clip.visual.trunk.features(self._pixels(images))
+
+    def _pixels(self, images: Tensor) -> Tensor:
+        pixels = ((images + 1) / 2 - self.mean) / self.std
+        return pixels.contiguous(memory_format=torch.channels_last)
+
     def encode_text(self, text_ids: Tensor) -> Tensor:
-        """text_ids (B, T) long -> unit vectors (B, D), float32."""
+        """text_ids (B, T) long -> unit vectors (B, D), float32.
+
+        Many texts are read in parts of like length: half of the tokens of a batch of captions are padding.
+        """
+        lengths = (text_ids != self.pad_id).sum(1)
+        order = lengths.argsort(stable=True)
+        parts = order.tensor_split(TEXT_PARTS if len(order) >= 16 * TEXT_PARTS else 1)
+        read = [self._read(text_ids[rows, : int(lengths[rows].max())]) for rows in parts]
+        return F.normalize(torch.cat(read)[order.argsort()].float(), dim=-1)
+
+    @property
+    def pad_id(self) -> int:
+        is_open_clip = self.config.architecture == "open_clip"
+        config = self.clip.text.config if is_open_clip else self.clip.config.text_config
+        return config.pad_token_id
+
+    def _read(self, text_ids: Tensor) -> Tensor:
         if self.config.architecture == "open_clip":
-            return F.normalize(self.clip.encode_text(text_ids).float(), dim=-1)
-        pad = self.clip.config.text_config.pad_token_id
-        mask = (text_ids != pad).long()
-        features = self.clip.get_text_features(input_ids=text_ids, attention_mask=mask)
-        return F.normalize(projected(features).float(), dim=-1)
+            return self.clip.encode_text(text_ids)
+        mask = (text_ids != self.pad_id).long()
+        return projected(self.clip.get_text_features(input_ids=text_ids, attention_mask=mask))
 
     def forward(self, images: Tensor, text_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """-> image features (B, D), text features (M, D), the scale of their cosines (a scalar, at most 100)."""
+        """-> image features (B, D), text features (M, D), the scale of their cosines (a scalar, at most 100).
+
+        Arguments as of `encode_image` and `encode_text`.
+        """
         scale = self.clip.logit_scale.float().clamp(max=MAX_LOGIT_SCALE).exp().squeeze()
         return self.encode_image(images), self.encode_text(text_ids), scale
 
 
+TEXT_PARTS = 4
 MAX_LOGIT_SCALE = 4.605170  # log 100, the bound of CLIP, section 2.5
 
 
@@ -138,7 +164,7 @@ def build_open_clip(config: ModelConfig, towers: Path) -> nn.Module:
     """open_clip's CustomTextCLIP with a BERT text tower of random weights."""
     from open_clip.model import CustomTextCLIP
 
-    _register_resnets()
+    _register_towers()
     vision = {**IMAGE_TOWERS[config.image_tower], "image_size": config.image_size}
     text = {
         "hf_model_name": str(towers),
@@ -160,14 +186,23 @@ def takes_any_size(config: ModelConfig) -> bool:
     return config.architecture == "open_clip" and "timm_model_name" in IMAGE_TOWERS[config.image_tower]
 
 
-def _register_resnets() -> None:
-    """Make RESNETS known to timm, through which open_clip builds them."""
+def _register_towers() -> None:
+    """Make RESNETS and the ImageNet tower known to timm, through which open_clip builds them."""
     import timm
     from timm.models import register_model
 
-    for name in RESNETS:
+    for name in (*RESNETS, IMAGENET_TOWER):
         if not timm.is_model(_timm_name(name)):
-            register_model(_resnet_builder(name))
+            register_model(_resnet_builder(name) if name in RESNETS else _imagenet_builder())
+
+
+def _imagenet_builder() -> Any:
+    def build(pretrained: bool = False, **_: Any) -> nn.Module:
+        return ImageNetTower()
+
+    build.__name__ = _timm_name(IMAGENET_TOWER)
+    build.__module__ = __name__
+    return build
 
 
 def _resnet_builder(name: str) -> Any:
@@ -191,6 +226,9 @@ def _timm_name(name: str) -> str:
     return name.replace("-", "_") + "_ranker"
 
 
+IMAGENET_TOWER = "efficientnet-lite0"
+
+
 # Residual networks of timm with a deep stem and an average over the map: (channels, blocks, stem width). Depth and
 # width are for tens of thousands of pictures and a CPU; 128 pixels end in a map of 4 x 4.
 RESNETS: dict[str, tuple[tuple[int, ...], tuple[int, ...], int]] = {
@@ -200,7 +238,9 @@ RESNETS: dict[str, tuple[tuple[int, ...], tuple[int, ...], int]] = {
 }
 
 IMAGE_TOWERS: dict[str, dict[str, Any]] = {
-    **{name: {"timm_model_name": _timm_name(name), "timm_pool": "avg"} for name in RESNETS},
+    **{
+        name: {"timm_model_name": _timm_name(name), "timm_pool": "avg"} for name in (*RESNETS, IMAGENET_TOWER)
+    },
     "resnet-50": {"layers": [3, 4, 6, 3], "width": 64},
     "vit-ti-16": {"layers": 12, "width": 192, "head_width": 64, "patch_size": 16},
     "vit-s-16": {"layers": 12, "width": 384, "head_width": 64, "patch_size": 16},

@@ -22,6 +22,7 @@ from common.image import resize_square, to_tensor
 from data_tools.captions import pick_caption
 from data_tools.index import ShardIndex
 from data_tools.loader import IMAGE_SUFFIXES, CorruptSample, open_image
+from rankers.feature_views import FeatureViews
 
 Facts = tuple[int, ...]  # a number for each field's value, 0 where there is none
 
@@ -179,8 +180,9 @@ class CropAugment:
 class DecodePair:
     """Sample -> image, ids of the caption and of its wrong twin, and what they state.
 
-    Gives image (3, S, S) in [-1, 1]; text_ids (2, T), caption (2,) and facts (2, F), long, of the caption and of its
-    twin, which is the caption again where has_twin () is false; label (), -1 for none; text; color; key.
+    Gives image (3, S, S) in [-1, 1], or its features (F,) from `views`; text_ids (2, T), caption (2,) and facts (2, F),
+    long, of the caption and of its twin, which is the caption again where has_twin () is false; label (), -1 for none;
+    text; color; key.
     """
 
     image_size: int
@@ -191,10 +193,14 @@ class DecodePair:
     unk_insert: float = 0.0
     """Chance of an unknown token at a random place of a caption."""
     label_number: dict[str, int] = field(default_factory=dict)
+    views: FeatureViews | None = None
+    """Image features that take the place of the images."""
 
     def __call__(self, index: ShardIndex, i: int, rng: np.random.Generator) -> dict[str, Any]:
-        members = index.read(i, (*IMAGE_SUFFIXES, "txt", "json"))
-        image = open_image(next((members[s] for s in IMAGE_SUFFIXES if s in members), b""))
+        members = index.read(i, (*(IMAGE_SUFFIXES if self.views is None else ()), "txt", "json"))
+        image = None
+        if self.views is None:
+            image = open_image(next((members[s] for s in IMAGE_SUFFIXES if s in members), b""))
         meta = read_meta(members.get("json", b""))
         caption = pick_caption(members.get("txt", b""), None if self.augment is None else rng)
         if not caption:
@@ -206,7 +212,7 @@ class DecodePair:
         rows = [self._ids(text, rng) for text in texts]
         fields = self.config.fact_fields
         return {
-            "image": self._pixels(image, rng),
+            "image": self._pixels(image, rng) if self.views is None else self.views.row(i, rng),
             "text_ids": pad_rows(rows, self.tokenizer.pad_id, self.tokenizer.max_text_len),
             "has_twin": torch.tensor(twin is not None),
             "caption": torch.tensor([number(text) for text in texts]),
@@ -237,7 +243,8 @@ def pair_decoder(
     names: Vocabulary,
     augment: CropAugment | None = None,
     unk_insert: float = 0.0,
+    views: FeatureViews | None = None,
 ) -> DecodePair:
     """The decoder with labels numbered as in `names.labels`."""
     numbers = {label: i for i, label in enumerate(names.labels)}
-    return DecodePair(image_size, tokenizer, config, names, augment, unk_insert, numbers)
+    return DecodePair(image_size, tokenizer, config, names, augment, unk_insert, numbers, views)

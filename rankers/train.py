@@ -11,7 +11,7 @@ The data are image shards. The same command started again goes on from the newes
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +44,13 @@ from rankers.base import TwoTowerRanker
 from rankers.calibration import FILE as CALIBRATION
 from rankers.calibration import Lexicon, calibrate, default_lexicon
 from rankers.clip import RankerTowers
+from rankers.feature_views import open_views
 from rankers.growing import at_size, check_train_sizes, train_size
-from rankers.model import RankerModel, save_ranker, takes_any_size
+from rankers.model import IMAGENET_TOWER, RankerModel, save_ranker, takes_any_size
 from rankers.objective import TARGETS, Features, LossWeights, large_batch_step
 from rankers.pairs import AttributeConfig, CropAugment, pair_decoder
-from rankers.retrieval import retrieval_figures
+from rankers.reconstructions import ReconstructionConfig, Reconstructions
+from rankers.retrieval import Pairs, retrieval_figures
 from rankers.train_data import RankerData
 
 
@@ -57,7 +59,8 @@ class ModelOptions:
     """The ranker's sizes, when it starts from random weights."""
 
     image_tower: str = "resnet-xs"
-    """resnet-xs, resnet-s, resnet-m (averaging, for small pictures), resnet-50, vit-ti-16, vit-s-16, vit-b-16."""
+    """efficientnet-lite0 (frozen weights of ImageNet, from a pip package); from random weights resnet-xs, resnet-s,
+    resnet-m (averaging, for small pictures), resnet-50, vit-ti-16, vit-s-16, vit-b-16."""
     embed_dim: int = 128
     """Width of the common space."""
     image_size: int = 64
@@ -77,13 +80,18 @@ class Options:
     vocab: str = ""
     """BERT vocab.txt, or its folder, to prune to the captions' pieces; empty: the captions' characters."""
     init: str = ""
-    """Folder or hub id of a Chinese-CLIP to fine-tune; empty: random weights in the sizes of `model`."""
+    """Ranker of this project (checkpoint or run directory), or folder or hub id of a Chinese-CLIP, to fine-tune; empty:
+    a new one in the sizes of `model`."""
     model: ModelOptions = field(default_factory=ModelOptions)
     loss: LossWeights = field(default_factory=LossWeights)
     attributes: AttributeConfig = field(
         default_factory=lambda: AttributeConfig(fact_fields=("label_zh", "color_zh", "pattern"))
     )
     augment: CropAugment = field(default_factory=lambda: CropAugment(min_area=0.6))
+    reconstructions: ReconstructionConfig = field(default_factory=ReconstructionConfig)
+    views: int = 0
+    """Of each training image so many augmented views, whose features are computed once and kept in the run directory:
+    for efficientnet-lite0, which stays frozen. 0: images are augmented and looked at anew each time."""
     train_sizes: tuple[int, ...] = (64,)
     """Sides in pixels of the training pictures, one after the other in equal parts of the run: small ones first are
     cheap, and a little under image_size is best (arXiv 1906.06423)."""
@@ -111,6 +119,11 @@ class Options:
 
     def __post_init__(self) -> None:
         check_train_sizes(self.train_sizes)
+        if self.views < 0 or (self.views and len(self.train_sizes) > 1):
+            raise ValueError(
+                f"views must not be negative, and with views there is one train size, not {self.views} and "
+                f"{list(self.train_sizes)}"
+            )
         if not 0 <= self.unk_insert <= 1:
             raise ValueError(f"unk_insert must lie in [0, 1], not {self.unk_insert}")
         if self.init and self.model != ModelOptions():
@@ -138,6 +151,12 @@ class RankerTask:
             options.deepspeed,
         )
         self.label_ids = data.tokenizer.batch(data.names.labels) if data.names.labels else None
+        self.reconstructions = (
+            Reconstructions(options.reconstructions, world.device, options.precision)
+            if options.reconstructions.tokenizer
+            else None
+        )
+        self.reconstructed: Pairs | None = None
         self.evaluated: tuple[int, TwoTowerRanker] | None = None
 
     def train_step(self, batch: dict[str, Any], step: int) -> dict[str, float]:
@@ -147,12 +166,13 @@ class RankerTask:
         self.engine.set_lr(lr)
         size = self.train_size(step)
         tensors = {name: batch[name] for name in ("image", "text_ids", *TARGETS)}
-        micro_batches = []
-        for micro in split_batch(tensors, self.plan.accumulation):
-            micro = {name: value.to(device) for name, value in micro.items()}
-            micro["image"] = at_size(micro["image"], size)
-            micro_batches.append(micro)
         seed = (options.loop.seed * 1_000_003 + step) * 131 + self.world.rank
+        micro_batches = []
+        for i, micro in enumerate(split_batch(tensors, self.plan.accumulation)):
+            micro = {name: value.to(device) for name, value in micro.items()}
+            if not options.views:
+                micro["image"] = self.seen(micro["image"], size, seed + i)
+            micro_batches.append(micro)
         metrics = large_batch_step(
             self.engine, micro_batches, self._label_ids(), options.loss, self.world, seed, self.forward
         )
@@ -161,6 +181,24 @@ class RankerTask:
             with self.engine.full_weights() as model:
                 self.ema.update(model)
         return metrics | {"lr": lr}
+
+    @property
+    def augmented_size(self) -> int:
+        """The side of augmented images: as much as any of those who look at them wants."""
+        reconstructed = [self.reconstructions.image_size] if self.reconstructions else []
+        return max([*self.options.train_sizes, *reconstructed])
+
+    def seen(self, images: Tensor, size: int, seed: int) -> Tensor:
+        """Augmented images as the tower gets them: some as reconstructions, at the size of the step."""
+        if self.reconstructions:
+            images = self.reconstructions.some_of(images, seed)
+        return at_size(images, size)
+
+    def frozen_features(self, images: Tensor, seed: int) -> Tensor:
+        """Augmented images (B, 3, S, S) -> (B, F), see `rankers.feature_views`."""
+        size = self.train_size(0)
+        with torch.inference_mode(), autocast(self.world.device, self.options.precision):
+            return self.model.frozen_features(self.seen(images.to(self.world.device), size, seed))
 
     def forward(self, model: Any, micro: dict[str, Tensor], label_ids: Tensor) -> Features:
         """One pass of both towers; every distinct text is read once."""
@@ -211,7 +249,14 @@ class RankerTask:
         """Over the validation pictures, with the weights that are saved; every process does the same."""
         names = self.data.names
         figures = retrieval_figures(self.ranker(step), self.data.pairs, names.labels, names.colors)
-        return {"miss@10": 1 - figures["recall@10"], **figures}
+        metrics = {"miss@10": 1 - figures["recall@10"], **figures}
+        if self.reconstructions:
+            self.reconstructed = self.reconstructed or replace(
+                self.data.pairs, images=self.reconstructions.of_images(self.data.pairs.images)
+            )
+            found = retrieval_figures(self.ranker(step), self.reconstructed, names.labels, names.colors)
+            metrics |= {f"reconstructed/{name}": value for name, value in found.items()}
+        return metrics
 
     def sample(self, step: int) -> dict[str, Image.Image]:
         """The best eight validation pictures for each of eight captions, a caption a row."""
@@ -225,7 +270,7 @@ class RankerTask:
 
     def state(self) -> dict[str, Any]:
         state = {
-            "config": to_mapping(self.model.config) | {"towers": self.data.towers_sha256},
+            "config": self._identity(),
             "weights": self.engine.weights(),
             "engine": self.engine.state(),
         }
@@ -240,14 +285,24 @@ class RankerTask:
         ranker = self.evaluated[1] if fresh else self._ranker_with(weights, step)
         calibrate(ranker, self.data.pairs, lexicon, self.data.source).save(directory / CALIBRATION)
 
+    def _identity(self) -> dict[str, Any]:
+        """What a run cannot change when it goes on."""
+        found = to_mapping(self.model.config) | {"towers": self.data.towers_sha256}
+        if self.reconstructions:
+            found["reconstructions"] = self.reconstructions.identity
+        if self.options.views:
+            found["views"] = self.options.views
+        return found
+
     def load_state(self, state: dict[str, Any]) -> None:
-        """Raises ValueError when the run directory holds another model, or one without moving average."""
+        """Raises ValueError when the run directory holds another model, one without moving average, or one that saw
+        other reconstructions."""
         before, run_dir = state["config"], self.options.loop.run_dir
-        now = to_mapping(self.model.config) | {"towers": self.data.towers_sha256}
-        changed = [n for n in now if now[n] != before.get(n)]
+        now = self._identity()
+        changed = [n for n in {**now, **before} if now.get(n) != before.get(n)]
         if changed:
             raise ValueError(
-                f"{run_dir} holds a ranker with {changed[0]} {before.get(changed[0])}, not {now[changed[0]]}: "
+                f"{run_dir} holds a ranker with {changed[0]} {before.get(changed[0])}, not {now.get(changed[0])}: "
                 "choose another --loop.run-dir, or the options that it was started with"
             )
         if bool(self.ema) != ("ema" in state):
@@ -260,9 +315,15 @@ class RankerTask:
 
 def _check_sizes(options: Options, model: RankerModel) -> None:
     size = model.config.image_size
+    if options.views and model.config.image_tower != IMAGENET_TOWER:
+        raise ValueError(
+            f"views need an image tower that stays frozen, {IMAGENET_TOWER}: leave --views out with "
+            f"{model.config.image_tower}"
+        )
     if set(options.train_sizes) != {size} and not takes_any_size(model.config):
         raise ValueError(
-            f"train_sizes {list(options.train_sizes)} need an image tower that takes any size (resnet-xs, -s, -m): "
+            f"train_sizes {list(options.train_sizes)} need an image tower that takes any size (efficientnet-lite0, "
+            "resnet-xs, -s, -m): "
             f"set --train-sizes {size}"
         )
 
@@ -280,13 +341,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             for problem in data.train.problems + data.val.problems:
                 say(f"note: {problem}")
             say(describe(task))
+        views = open_views(task) if options.views else None
         decode = pair_decoder(
-            max(options.train_sizes),
+            task.augmented_size,
             data.tokenizer,
             options.attributes,
             data.names,
             options.augment,
             options.unk_insert,
+            views,
         )
 
         def batches(start_sample: int) -> Iterator[dict[str, Any]]:

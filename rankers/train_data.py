@@ -1,13 +1,16 @@
 """What `rankers.train` trains on: shards, the names in them, the text tower's folder, the validation pictures."""
 
 import hashlib
-from dataclasses import dataclass
+import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from common import checkpoint
 from common.bert_text import CaptionTokenizer, write_text_tower
+from common.config import from_mapping
 from common.distributed import World
 from common.files import atomic_directory
 from common.log import say
@@ -18,7 +21,7 @@ from data_tools.loader import IMAGE_SUFFIXES
 from data_tools.synthetic import ensure_synthetic
 from rankers.calibration import require_mismatches
 from rankers.chinese_clip import copy_towers, find_folder, load_folder, model_config
-from rankers.model import TOWERS, ModelConfig, RankerModel
+from rankers.model import IMAGENET_TOWER, KIND, TOWERS, ModelConfig, RankerModel
 from rankers.pairs import Vocabulary, scan_names
 from rankers.retrieval import Pairs, load_pairs
 
@@ -50,22 +53,33 @@ class RankerData:
         names = scan_names(train, options.attributes)
         claim(options.loop.run_dir, world.is_main)
         towers = options.loop.run_dir / TOWERS
-        init = find_folder(options.init) if options.init else None
+        own = own_checkpoint(options.init)
+        init = find_folder(options.init) if options.init and not own else None
         if world.is_main:
             with atomic_directory(towers) as folder:
-                if init:
+                if own:
+                    shutil.copytree(own / TOWERS, folder, dirs_exist_ok=True)
+                elif init:
                     copy_towers(init, folder)
                 else:
                     vocab = Path(options.vocab) if options.vocab else None
                     write_text_tower(folder, [*names.captions, *names.labels], options.model.text, vocab)
         world.barrier()
-        config = model_config(init) if init else _model_config(options.model)
+        config = _config_of(own, init, options.model)
         tokenizer = CaptionTokenizer(towers, config.max_text_len)
-        return cls(train, val, names, pairs, towers, tokenizer, config, init, source)
+        return cls(train, val, names, pairs, towers, tokenizer, config, own or init, source)
 
     def build_model(self, seed: int) -> RankerModel:
+        """Raises FileNotFoundError where the weights that it starts from are not on this machine."""
         torch.manual_seed(seed)
-        return load_folder(self.init)[0] if self.init else RankerModel(self.config, self.towers)
+        if self.init and self.config.architecture == "chinese_clip" and not own_checkpoint(str(self.init)):
+            return load_folder(self.init)[0]
+        model = RankerModel(self.config, self.towers)
+        if self.init:
+            checkpoint.load_weights(model, self.init)
+        elif self.config.image_tower == IMAGENET_TOWER:
+            model.clip.visual.trunk.load_imagenet_()
+        return model
 
     @property
     def towers_sha256(self) -> str:
@@ -87,7 +101,24 @@ def _embedded_default(world: World) -> str:
     return str(EMBEDDED)
 
 
-def _model_config(options: Any) -> ModelConfig:
+def own_checkpoint(name: str) -> Path | None:
+    """The checkpoint directory that a ranker of this project stands for; None where `name` is none on this machine."""
+    if not name or not (Path(name).is_dir() or name.startswith("pretrained/")):
+        return None
+    try:
+        directory = checkpoint.resolve(name)
+        checkpoint.read_config(directory, KIND)
+    except (FileNotFoundError, ValueError):
+        return None
+    return directory
+
+
+def _config_of(own: Path | None, init: Path | None, options: Any) -> ModelConfig:
+    if own:
+        values = checkpoint.read_config(own, KIND)["model"]
+        return replace(from_mapping(ModelConfig, values, where=f"{own}/config.json"), released_from="")
+    if init:
+        return model_config(init)
     return ModelConfig(
         image_tower=options.image_tower,
         embed_dim=options.embed_dim,

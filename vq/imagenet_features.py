@@ -26,6 +26,8 @@ ImageNetName = Literal["efficientnet_lite0", "efficientnet_lite1", "efficientnet
 TRAINING_NETWORK: ImageNetName = "efficientnet_lite0"
 JUDGE_NETWORK: ImageNetName = "efficientnet_lite1"
 NORM_EPS = 1e-3  # of the batch norms, as TensorFlow has it
+SHALLOW_STAGES = (1, 2)  # of the features that a network returns: where colour is not lost yet
+CENTRE_WIDTH = 0.45  # of half a side: the deviation of the Gaussian weight of the middle
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,14 @@ class ImageNetFeatures(nn.Module):
     def pooled(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) in [-1, 1] -> float32 (B, 1280): `final` averaged over places."""
         return self.final(self(images)[-1]).float().mean((2, 3))
+
+
+def pooled_statistics(stage: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Features (B, C, h, w) -> their mean, deviation and centre-weighted mean over places, float32 (B, C)."""
+    stage = stage.float()
+    y, x = (torch.linspace(-1, 1, side, device=stage.device) for side in stage.shape[-2:])
+    weight = torch.exp(-(y[:, None] ** 2 + x**2) / (2 * CENTRE_WIDTH**2))
+    return stage.mean((2, 3)), stage.std((2, 3)), (stage * weight).sum((2, 3)) / weight.sum()
 
 
 def load_imagenet_features(name: ImageNetName, device: torch.device | str = "cpu") -> ImageNetFeatures:

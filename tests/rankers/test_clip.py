@@ -59,9 +59,9 @@ def test_the_goods_ranker_fits_ten_mebibytes_in_16_bits():
     with torch.device("meta"):
         import timm
 
-        from rankers.model import _register_resnets
+        from rankers.model import _register_towers
 
-        _register_resnets()
+        _register_towers()
         tower = timm.create_model(IMAGE_TOWERS[options.model.image_tower]["timm_model_name"], num_classes=0)
     text = options.model.text
     pieces = 700  # the goods captions use fewer

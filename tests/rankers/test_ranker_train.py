@@ -11,7 +11,6 @@ import torch
 from tiny_goods import draw
 
 from common.checkpoint import read_weights
-from common.config import from_mapping, read_mapping
 from data_tools.shard import ShardConfig, shard
 from rankers import load_ranker
 from rankers.train import Options, RankerTask, main
@@ -78,10 +77,9 @@ def test_a_run_cut_short_goes_on_bit_for_bit(shards, tmp_path):
 
 
 def test_training_sizes_grow(shards, tmp_path):
-    options = from_mapping(Options, read_mapping(ROOT / "configs/goods_128/ranker.yaml"))
     task = RankerTask.__new__(RankerTask)
-    task.options = options
-    steps = options.loop.num_steps
+    task.options = Options(train_sizes=(64, 80, 96, 112))
+    steps = task.options.loop.num_steps
     assert [task.train_size(s) for s in (0, steps // 4, steps // 2, steps - 1)] == [64, 80, 96, 112]
 
 
@@ -144,6 +142,30 @@ def test_two_processes_follow_the_curve_of_one(shards, tmp_path, launcher):
     for step, loss in one.items():  # rounding, through statistics of 4 pictures and Adam's first steps
         assert two[step] == pytest.approx(loss, rel=0.01)
     assert load_ranker(tmp_path / "two").score("杯子", [draw("杯子", "红色", 1)]).isfinite().all()
+
+
+def test_a_ranker_of_ours_is_fine_tuned(shards, ranker_dir, tmp_path):
+    """From its weights, with its vocabulary and sizes."""
+    run = tmp_path / "run"
+    sizes = [
+        "--train-sizes",
+        "32",
+        "--loop.num-steps",
+        "2",
+        "--loop.global-batch-size",
+        "8",
+        "--optim.lr",
+        "1e-6",
+    ]
+    more = ["--num-workers", "0", "--loop.tensorboard", "False", "--ema-decay", "0"]
+    main(["--data", str(shards), "--init", str(ranker_dir), "--loop.run-dir", str(run), *sizes, *more])
+    images = [draw("杯子", "红色", i) for i in range(3)]
+    before, after = read_weights(ranker_dir), read_weights((run / "latest").resolve())
+    assert before.keys() == after.keys()
+    assert all((before[n] - after[n]).abs().max() < 1e-4 for n in before if n.endswith("weight"))
+    assert any(not torch.equal(before[n], after[n]) for n in before if n.endswith("weight"))
+    assert load_ranker(run).score("红色的杯子", images).isfinite().all()
+    assert (ranker_dir / "towers/vocab.txt").read_text() == (run / "latest/towers/vocab.txt").read_text()
 
 
 def test_a_chinese_clip_is_fine_tuned(shards, tmp_path, chinese_clip):
