@@ -120,7 +120,7 @@ def unsupported_reason(tokenizer: nn.Module) -> str:
     }
     if reason := why_changed(encoder, Known("vq.autoencoder.Encoder", children=children)):
         return reason
-    if is_touched(tokenizer.quantizer):
+    if is_exactly(tokenizer.quantizer, VECTOR_QUANTIZER) and is_touched(tokenizer.quantizer):
         return "a hook on the quantizer"
     attention = [b for b in encoder.body if is_exactly(b, "vq.autoencoder.AttentionBlock")]
     if any(_head_dim(block) % GROUP for block in attention):
@@ -147,6 +147,9 @@ class CompiledEncoder:
     The codes of a picture depend neither on its company nor on the number of threads.
     """
 
+    @torch.autocast(
+        "cpu", enabled=False
+    )  # weights are transformed in float32, also where the first call is in bf16
     def __init__(self, tokenizer: nn.Module, with_codes: bool = True) -> None:
         """with_codes: search the codes too where the quantizer has a codebook. Raises ValueError where the machine or
         the architecture does not allow it."""
