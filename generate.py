@@ -35,7 +35,7 @@ from common.image import resize_square
 from common.log import say
 from common.out_directory import OutDirectory, Request
 from dalle import inpaint
-from dalle.fast import FastOptions
+from dalle.engines import FastOptions
 from dalle.inpaint import Source
 from dalle.lines import LineControl
 from dalle.pipeline import Picture, TextToImage, default_checkpoint
@@ -200,6 +200,7 @@ def origin(options: Options, pipeline: TextToImage) -> dict[str, Any]:
         "source": source or None,
         "engine": pipeline.fast.engine,
         "weights": pipeline.fast.weights,
+        "kernels": pipeline.kernels,
         "checkpoint": pipeline.sha256,
     }
 

@@ -200,7 +200,7 @@ def wanted(options: Options, texts: dict[str, list[Ranked]], rows: Sequence[Row]
 
 def common_origin(rows: Sequence[Row], out: Path) -> dict[str, Any]:
     """What all pictures share: seed, sampling, checkpoint. Raises ValueError where one run did not draw all."""
-    names = ("seed", "sampling", "negative", "source", "engine", "weights", "checkpoint")
+    names = ("seed", "sampling", "negative", "source", "engine", "weights", "kernels", "checkpoint")
     origins = [{name: row.values.get(name) for name in names} for row in rows]
     if any(origin != origins[0] for origin in origins) or "index" not in rows[0].values:
         raise ValueError(
@@ -214,11 +214,14 @@ def common_origin(rows: Sequence[Row], out: Path) -> dict[str, Any]:
 
 
 def load_generator(options: Options, origin: dict[str, Any]) -> Any:
-    from dalle.fast import FastOptions
+    from dalle.engines import FastOptions
     from dalle.pipeline import TextToImage, default_checkpoint
 
     checkpoint = options.checkpoint or default_checkpoint()
-    fast = FastOptions(origin["engine"] or "auto", origin["weights"])
+    off = origin["engine"] == "torch" and "off" in (
+        origin["kernels"] or {}
+    )  # earlier releases wrote no kernels
+    fast = FastOptions(origin["engine"] or "auto", origin["weights"], "off" if off else "auto")
     pipeline = TextToImage.from_pretrained(checkpoint, options.device, fast)
     if pipeline.sha256 != origin["checkpoint"]:
         raise ValueError(

@@ -39,14 +39,16 @@ from common.optim import Ema, learning_rate, load_saved_weights_, make_optimizer
 from common.precision import autocast
 from dalle import line_training, sequence
 from dalle.captions import drop_captions, insert_unknown
+from dalle.engines import FastOptions
 from dalle.from_pictures import names_pictures, prepare_pictures
-from dalle.losses import LossConfig, dalle_loss, position_losses
+from dalle.losses import CrossEntropy, LossConfig, dalle_loss, position_losses
 from dalle.model import KIND, TRAINING_ONLY, Dalle, config_mapping
 from dalle.pipeline import TextToImage
 from dalle.plan import measure_peak_flops, train_flops
 from dalle.train_data import TrainData, captions, require_data, require_tokenizers_of
 from dalle.train_options import Options
-from vq.native import PictureEncoder
+from kernels import OFF, accelerate
+from vq.encoding import ImageEncoder
 
 
 class GeneratorTask:
@@ -60,7 +62,7 @@ class GeneratorTask:
         self.text_tokenizer, self.pad_id = data.text_tokenizer, data.text_tokenizer.pad_id
         self.image_tokenizer = data.image_tokenizer.to(world.device)
         if not data.has_tokens:
-            self.encode_pictures = PictureEncoder(self.image_tokenizer, world.device, options.precision)
+            self.encode_pictures = ImageEncoder(self.image_tokenizer, world.device, options.precision)
         self.config = options.model_config(
             data.text_tokenizer.vocab_size,
             self.pad_id,
@@ -74,6 +76,12 @@ class GeneratorTask:
             line_training.load_init(model, resolve(options.init))
         self.ema = Ema(model, options.ema_decay) if options.ema_decay else None
         self.finished = Dalle(self.config).to(world.device).eval()  # what evaluation and sample grids look at
+        self.cross_entropy, self.kernels = CrossEntropy(), OFF
+        if options.kernels == "auto":
+            encoder = [] if data.has_tokens else [self.image_tokenizer]
+            in_bf16 = options.precision != "fp32"
+            self.kernels = accelerate(model, self.cross_entropy, *encoder, in_bf16=in_bf16)
+            accelerate(self.finished)  # evaluates without gradients, which leaves its blocks to PyTorch
         if options.compile:
             model.compile_blocks()
         self.engine = make_engine(
@@ -127,7 +135,7 @@ class GeneratorTask:
             with autocast(self.world.device, options.precision):
                 output = self.engine.model(text_ids, image_ids, **lines)
             targets = sequence.text_targets(text_ids, self.pad_id)
-            losses = dalle_loss(output, image_ids, targets, num_targets, options.loss)
+            losses = dalle_loss(output, image_ids, targets, num_targets, options.loss, self.cross_entropy)
             self.engine.backward(losses.total)
             for name, value in losses.metrics().items():
                 totals[name] = totals.get(name, 0.0) + value / self.plan.accumulation
@@ -190,11 +198,11 @@ class GeneratorTask:
                 without_text = self.finished(null_ids, image_ids, **lines)
                 without_lines = self.finished(text_ids, image_ids) if lines else output
             targets = sequence.text_targets(text_ids, self.pad_id)
-            text_loss = dalle_loss(output, image_ids, targets, 1.0, LossConfig()).text
-            null_loss = position_losses(without_text.image, image_ids).sum()
-            curve += position_losses(output.image, image_ids).double().cpu()
-            bare_loss = position_losses(without_lines.image, image_ids).sum()
-            counts = (float(text_loss), len(targets), float(null_loss), float(bare_loss), len(text_ids))
+            losses = dalle_loss(output, image_ids, targets, 1.0, LossConfig(), self.cross_entropy)
+            null_loss = position_losses(without_text.image, image_ids, self.cross_entropy).sum()
+            curve += position_losses(output.image, image_ids, self.cross_entropy).double().cpu()
+            bare_loss = position_losses(without_lines.image, image_ids, self.cross_entropy).sum()
+            counts = (float(losses.text), len(targets), float(null_loss), float(bare_loss), len(text_ids))
             sums += torch.tensor(counts)
         everything = self.world.sum_(torch.cat([sums, curve]).to(self.world.device)).cpu()
         return self._figures(*everything[:5].tolist(), everything[5:], step)
@@ -234,7 +242,8 @@ class GeneratorTask:
             return {}
         pictures = {} if self.curve_bits is None else {"position_bits": heat_map(self.curve_bits)}
         if options.sample_images:
-            pipeline = TextToImage(self.finished, self.image_tokenizer, self.text_tokenizer)
+            fast = FastOptions(kernels=options.kernels)
+            pipeline = TextToImage(self.finished, self.image_tokenizer, self.text_tokenizer, fast=fast)
             drawn = pipeline.generate(
                 self.sample_texts, options.sample_images, options.loop.seed, options.sampling
             )
@@ -327,11 +336,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             for problem in data.train.problems + data.val.problems:
                 say(f"note: {problem}")
             say(describe(task))
+            say(f"{task.kernels}; validation by PyTorch's operators in the same numbers")
 
         def batches(start_sample: int) -> Iterator[dict[str, Any]]:
             return data.train_batches(options, plan.global_batch_size, world, start_sample)
 
-        return fit(task, batches, loop, world, to_mapping(options))
+        return fit(task, batches, loop, world, to_mapping(options) | {"kernels_used": task.kernels.record()})
     finally:
         stop_world()
 

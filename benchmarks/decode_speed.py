@@ -2,7 +2,7 @@
 
     python -m benchmarks.decode_speed
     python -m benchmarks.decode_speed --sizes 26m --batch-sizes 8 --contenders packed_bf16 dalle_pytorch
-    python -m benchmarks.decode_speed --device cuda                     # eager, compiled and CUDA graphs in turn
+    python -m benchmarks.decode_speed --device cuda                     # eager and CUDA graphs in turn
     OMP_NUM_THREADS=1 python -m benchmarks.decode_speed --clock cpu     # on a busy machine: processor time, one thread
 
 The floor of a step is the larger of two times: reading a buffer as large as all weights that it reads and the filled
@@ -30,18 +30,17 @@ from common.files import write_json
 from common.log import say
 from common.precision import has_native_bf16
 from dalle import sequence
-from dalle.fast import FastOptions, prepare
+from dalle.engines import FastOptions, prepare
 from dalle.model import Dalle, DalleConfig, ModelOptions, SizeName
 from dalle.plan import synchronize
 from dalle.sampling import SamplingOptions, picture_generator, sample_ids
 
 Contender = Literal[
-    "plain_fp32", "plain_bf16", "packed_fp32", "packed_bf16", "packed_int8", "native_bf16", "native_int8",
-    "compiled_bf16", "graph_bf16",
-    "dalle_pytorch",
+    "torch_fp32", "torch_bf16", "packed_fp32", "packed_bf16", "packed_int8", "cpu_kernel_bf16", "cpu_kernel_int8",
+    "cuda_graph_bf16", "dalle_pytorch",
 ]  # fmt: skip
-ON_CPU = ("plain_fp32", "packed_bf16", "packed_int8", "native_bf16", "native_int8", "dalle_pytorch")
-ON_GPU = ("plain_bf16", "compiled_bf16", "graph_bf16", "dalle_pytorch")
+ON_CPU = ("torch_fp32", "packed_bf16", "packed_int8", "cpu_kernel_bf16", "cpu_kernel_int8", "dalle_pytorch")
+ON_GPU = ("torch_bf16", "cuda_graph_bf16", "dalle_pytorch")
 TYPES = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8"}
 TEXT_VOCAB, TEXT_LEN, CODES, GRID = 8192, 32, 1024, 16
 
@@ -125,7 +124,7 @@ def our_drawing(
     options: Options, model: Dalle, name: str, batch_size: int, cfg_scale: float
 ) -> Callable[[], Tensor]:
     """Draws the tokens of `batch_size` pictures."""
-    engine, weights = name.split("_")
+    engine, weights = name.rsplit("_", 1)
     decoder = prepare(model, FastOptions(engine, TYPES[weights]))
     text = torch.randint(1, TEXT_VOCAB, (batch_size, TEXT_LEN), device=options.device)
     null = sequence.null_captions(batch_size, TEXT_LEN, 0, options.device)
@@ -190,7 +189,7 @@ def measure(options: Options, size: SizeName, batch_size: int, cfg_scale: float)
         token = seconds / GRID**2
         figures[name] = token
         say(
-            f"    {name:14} {token * 1e3:7.2f} ms a token | {token / at_least:5.2f} times the floor | "
+            f"    {name:16} {token * 1e3:7.2f} ms a token | {token / at_least:5.2f} times the floor | "
             f"{batch_size / token:7.0f} image tokens/s | {batch_size / seconds:6.2f} pictures/s"
         )
     return figures

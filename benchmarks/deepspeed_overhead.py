@@ -22,8 +22,9 @@ from common.log import say
 from common.optim import OptimConfig, adamw
 from common.precision import autocast
 from dalle import sequence
-from dalle.losses import LossConfig, dalle_loss
+from dalle.losses import CrossEntropy, LossConfig, dalle_loss
 from dalle.model import Dalle, ModelOptions
+from kernels import accelerate
 
 LIMIT = 1.1
 
@@ -54,6 +55,8 @@ def make_step(options: Options, stage: int | None) -> Callable[[], None]:
     torch.manual_seed(0)
     sizes = ModelOptions(dim=options.dim, num_layers=options.num_layers, num_heads=options.num_heads)
     model = Dalle(sizes.config(8192, 0, 32, 1024, 16)).to(device)
+    cross_entropy = CrossEntropy()
+    accelerate(model, cross_entropy)
     text_ids = torch.randint(1, 8192, (options.batch_size, 32), device=device)
     image_ids = torch.randint(1024, (options.batch_size, 256), device=device)
     targets = sequence.text_targets(text_ids, 0)
@@ -67,7 +70,8 @@ def make_step(options: Options, stage: int | None) -> Callable[[], None]:
         for _ in engine.micro_batches({"ids": image_ids}):
             with autocast(device):
                 output = engine.model(text_ids, image_ids)
-            engine.backward(dalle_loss(output, image_ids, targets, len(targets), LossConfig()).total)
+            losses = dalle_loss(output, image_ids, targets, len(targets), LossConfig(), cross_entropy)
+            engine.backward(losses.total)
         engine.step()  # reads the gradient norm, so a GPU has finished too
 
     return step

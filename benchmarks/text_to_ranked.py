@@ -20,7 +20,7 @@ import tyro
 
 from common.config import command, parse_options
 from common.log import say
-from dalle.fast import FastOptions
+from dalle.engines import FastOptions
 from dalle.pipeline import TextToImage, default_checkpoint
 from dalle.sampling import SamplingOptions
 from rankers import default_ranker, load_ranker

@@ -37,11 +37,12 @@ from dalle.plan import measure_peak_flops
 from data_tools.crops import CropFlip
 from data_tools.index import ShardIndex
 from data_tools.loader import IMAGE_SUFFIXES, DecodeImage, eval_batches, train_batches
+from kernels import accelerate
 from vq.adversary import AdversaryConfig
 from vq.discriminator import DiscriminatorConfig
+from vq.encoding import ImageEncoder
 from vq.losses import LossConfig, psnr
 from vq.model import ImageTokenizer, TokenizerConfig
-from vq.native import PictureEncoder
 from vq.options import Options as TrainOptions
 from vq.perceptual import FeatureConfig, PerceptualDistance, load_perceptual
 from vq.taming import TamingConfig
@@ -200,7 +201,9 @@ def encoding(options: Options, batch_size: int = 64) -> dict[str, float]:
     model = ImageTokenizer(sizes("fast", options.image_size)).eval()
     images = torch.rand(batch_size, 3, options.image_size, options.image_size) * 2 - 1
     fast_model, cpu = copy.deepcopy(model).to(memory_format=torch.channels_last), torch.device("cpu")
-    plain, best = (PictureEncoder(fast_model, cpu, "bf16", engine) for engine in ("plain", "auto"))
+    with_kernels = copy.deepcopy(fast_model)
+    report = accelerate(with_kernels)
+    plain, best = (ImageEncoder(m, cpu, "bf16") for m in (fast_model, with_kernels))
 
     def one_by_one() -> None:
         for i in range(batch_size // 4):
@@ -215,7 +218,9 @@ def encoding(options: Options, batch_size: int = 64) -> dict[str, float]:
             encode()
             number = batch_size // 4 if encode is one_by_one else batch_size
             rates[name].append(number / (clock() - started))
-    return {name: max(found[1:]) for name, found in rates.items()} | {"native": best.native is not None}
+    return {name: max(found[1:]) for name, found in rates.items()} | {
+        "compiled": any(t.count for t in report.taken)
+    }
 
 
 def train(name: Contender, options: Options, pictures_per_second: float) -> dict[str, float]:

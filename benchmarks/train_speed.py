@@ -30,9 +30,10 @@ from common.log import say
 from common.optim import OptimConfig, adamw
 from common.precision import autocast
 from dalle import sequence
-from dalle.losses import LossConfig, dalle_loss
+from dalle.losses import CrossEntropy, LossConfig, dalle_loss
 from dalle.model import Dalle, DalleConfig, ModelOptions
 from dalle.plan import measure_peak_flops, train_flops
+from kernels import accelerate
 
 Contender = Literal["ours", "zero1", "llama", "dalle_pytorch"]
 
@@ -96,6 +97,8 @@ def our_step(options: Options, batch: Batch, engine_name: str) -> Callable[[], N
     world = World(0, 1, 0, device, "none")
     torch.manual_seed(0)
     model = Dalle(options.model_config()).to(device)
+    cross_entropy = CrossEntropy()
+    accelerate(model, cross_entropy)
     if options.compile:
         model.compile_blocks()
     engine = make_engine(
@@ -113,7 +116,7 @@ def our_step(options: Options, batch: Batch, engine_name: str) -> Callable[[], N
         for _ in engine.micro_batches({"ids": batch.image_ids}):
             with autocast(device):
                 output = engine.model(batch.text_ids, batch.image_ids)
-            losses = dalle_loss(output, batch.image_ids, targets, len(targets), LossConfig())
+            losses = dalle_loss(output, batch.image_ids, targets, len(targets), LossConfig(), cross_entropy)
             engine.backward(losses.total)
         engine.step()
 

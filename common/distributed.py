@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from common.cpus import available_cpus
+
 EngineName = Literal["auto", "plain", "ddp", "deepspeed"]
 
 
@@ -97,7 +99,7 @@ def start_world(device: str = "auto", join_seconds: float = 600.0) -> World:
     if (
         local_size > 1 and "OMP_NUM_THREADS" not in os.environ
     ):  # torchrun sets it, the deepspeed launcher does not
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+        torch.set_num_threads(max(1, available_cpus() // local_size))
     return World(rank, size, local_rank, chosen, launcher)
 
 

@@ -14,7 +14,6 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from dalle import sequence
-from dalle.cpu_kernels import CausalAttention, RMSNormFunction
 
 
 class RMSNorm(nn.Module):
@@ -26,14 +25,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        if on_eager_cpu(x) and torch.is_grad_enabled():
-            return RMSNormFunction.apply(x, self.weight.float(), self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
-
-
-def on_eager_cpu(x: Tensor) -> bool:
-    """Where the hand-written passes of `cpu_kernels` pay."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 class CausalMask:
@@ -44,7 +36,7 @@ class CausalMask:
         self.visible, self.length = visible, length
         self.padding = None if bool(visible.all()) else ~visible
         self.bias = None  # (B, 1, L, L) bfloat16, 0 or -inf: exact in any dtype
-        if self.padding is not None and visible.device.type != "cpu":
+        if self.padding is not None:
             self.bias = sequence.attention_bias(visible, length - visible.shape[1], torch.bfloat16)
 
     @functools.cached_property
@@ -54,13 +46,6 @@ class CausalMask:
             return None
         num_image = self.length - self.visible.shape[1]
         return sequence.key_bias(self.visible, num_image, torch.float32)[:, 0, 0].contiguous()
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-        """q, k, v: (B, H, L, K) -> (B, H, L, K)"""
-        if q.device.type == "cpu":
-            return CausalAttention.apply(q, k, v, self.padding, dropout)
-        bias = None if self.bias is None else self.bias.to(q.dtype)
-        return F.scaled_dot_product_attention(q, k, v, bias, dropout, is_causal=bias is None)
 
 
 def rotary_table(positions: Tensor, head_dim: int, theta: float) -> Tensor:
@@ -150,15 +135,29 @@ class KVCache:
         self.bias[target] = self.bias[source]
 
 
+class CausalAttention(nn.Module):
+    """softmax(q k^T / sqrt(K)) v over earlier positions that are no padding. No weights of its own."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.dropout = dropout
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: CausalMask) -> Tensor:
+        """q, k, v: (B, H, L, K) -> (B, H, L, K)"""
+        bias = None if mask.bias is None else mask.bias.to(q.dtype)
+        dropout = self.dropout if self.training else 0.0
+        return F.scaled_dot_product_attention(q, k, v, bias, dropout, is_causal=bias is None)
+
+
 class Attention(nn.Module):
     """Causal self-attention; `num_kv_heads` < `num_heads` shares keys and values among groups of queries."""
 
     def __init__(self, dim: int, num_heads: int, num_kv_heads: int, head_dim: int, dropout: float) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
-        self.dropout = dropout
         self.qkv = nn.Linear(dim, (num_heads + 2 * num_kv_heads) * head_dim, bias=False)
         self.q_norm, self.k_norm = RMSNorm(head_dim), RMSNorm(head_dim)
+        self.attend = CausalAttention(dropout)
         self.out = nn.Linear(num_heads * head_dim, dim, bias=False)
 
     def forward(self, x: Tensor, table: Tensor, mask: CausalMask) -> Tensor:
@@ -195,7 +194,7 @@ class Attention(nn.Module):
         if self.num_kv_heads != self.num_heads:
             repeats = self.num_heads // self.num_kv_heads
             k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
-        y = mask.attend(q.to(v.dtype), k.to(v.dtype), v, self.dropout if self.training else 0.0)
+        y = self.attend(q.to(v.dtype), k.to(v.dtype), v, mask)  # (B, H, L, K)
         return self.out(rearrange(y, "b h l k -> b l (h k)"))
 
 

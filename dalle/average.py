@@ -27,12 +27,13 @@ from common.log import say
 from common.output import require_new
 from common.precision import autocast
 from dalle import sequence
-from dalle.losses import position_losses
+from dalle.losses import CrossEntropy, position_losses
 from dalle.model import KIND, Dalle, config_mapping
 from dalle.release import LEFT_OUT
 from dalle.text_tokenizer import TextTokenizer
 from dalle.train_data import captions, open_shards
 from data_tools.loader import DecodeTokens, eval_batches
+from kernels import accelerate
 from vq.model import ImageTokenizer
 
 
@@ -82,6 +83,8 @@ def require_one_language(directories: Sequence[Path], texts: Sequence[str]) -> N
 def measure(model: Dalle, texts: TextTokenizer, batches: Iterable[dict[str, Any]]) -> dict[str, float]:
     """Bits an image token and how many of them the caption saves, as train_dalle.py reports them."""
     device, pad_id = next(model.parameters()).device, model.config.pad_id
+    cross_entropy = CrossEntropy()
+    accelerate(model, cross_entropy)
     sums = torch.zeros(2, dtype=torch.float64)  # with and without text, nats
     count = 0
     for batch in batches:
@@ -90,7 +93,9 @@ def measure(model: Dalle, texts: TextTokenizer, batches: Iterable[dict[str, Any]
         null_ids = sequence.null_captions(len(text_ids), 1, pad_id, device)
         with autocast(device):
             outputs = model(text_ids.to(device), image_ids), model(null_ids, image_ids)
-        sums += torch.stack([position_losses(o.image, image_ids).sum().double().cpu() for o in outputs])
+        sums += torch.stack(
+            [position_losses(o.image, image_ids, cross_entropy).sum().double().cpu() for o in outputs]
+        )
         count += image_ids.numel()
     with_text, without = (sums / count / math.log(2)).tolist()
     return {"image_bits": with_text, "text_gain_bits": without - with_text}

@@ -14,9 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dalle.fast import PlainDecoder
+from dalle.engines import CpuKernelDecoder, TorchDecoder
 from dalle.inpaint import Source
-from dalle.native import NativeDecoder
 from dalle.pipeline import Request, TextToImage
 from dalle.sampling import (
     NOISE_CHUNK,
@@ -79,9 +78,9 @@ class ContinuousBatcher:
         if max_images < 1:
             raise ValueError(f"max_images must be at least 1, not {max_images}")
         engine = pipeline.generator
-        if not isinstance(engine, (NativeDecoder, PlainDecoder)):
+        if not isinstance(engine, (CpuKernelDecoder, TorchDecoder)):
             raise ValueError(
-                f"continuous batching needs the native or plain engine, not {pipeline.fast.engine}"
+                f"continuous batching needs the cpu_kernel or torch engine, not {pipeline.fast.engine}"
             )
         if not hasattr(engine, "new_rows"):
             raise ValueError("an imported generator cannot be batched continuously")

@@ -9,10 +9,19 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from dalle.model import DalleOutput
-from dalle.train_heads import cross_entropy
+
+
+class CrossEntropy(nn.Module):
+    """Of each row, computed in float32: logits (M, V), targets (M,) long -> (M,) float32"""
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(logits.float(), targets, reduction="none")
+
+
+PLAIN_CROSS_ENTROPY = CrossEntropy()
 
 
 @dataclass(frozen=True)
@@ -58,14 +67,19 @@ class Losses:
 
 
 def dalle_loss(
-    output: DalleOutput, image_ids: Tensor, text_targets: Tensor, num_targets: float, config: LossConfig
+    output: DalleOutput,
+    image_ids: Tensor,
+    text_targets: Tensor,
+    num_targets: float,
+    config: LossConfig,
+    cross_entropy: CrossEntropy = PLAIN_CROSS_ENTROPY,
 ) -> Losses:
     """image_ids: (B, N) long; text_targets: (M,) long, from `sequence.text_targets`.
 
     num_targets: what the summed text loss is divided by. M gives the mean over this batch; the mean of M over all
     micro-batches and processes gives the mean over the global batch, however it is split.
     """
-    image, objective = image_cross_entropy(output.image, image_ids, config)
+    image, objective = image_cross_entropy(output.image, image_ids, config, cross_entropy)
     text = output.image.new_zeros((), dtype=torch.float32)
     if output.text is not None:
         # a sum: a batch of null captions alone must give 0 with a gradient, not NaN
@@ -74,7 +88,9 @@ def dalle_loss(
     return Losses(total / (config.text_weight + config.image_weight), text, image)
 
 
-def image_cross_entropy(logits: Tensor, image_ids: Tensor, config: LossConfig) -> tuple[Tensor, Tensor]:
+def image_cross_entropy(
+    logits: Tensor, image_ids: Tensor, config: LossConfig, cross_entropy: CrossEntropy = PLAIN_CROSS_ENTROPY
+) -> tuple[Tensor, Tensor]:
     """(B, N, V), (B, N) -> plain cross-entropy for the log, and the objective with smoothing and z-loss."""
     logits, targets = logits.flatten(0, 1), image_ids.flatten()  # (B N, V)
     plain = cross_entropy(logits, targets).mean()
@@ -87,7 +103,9 @@ def image_cross_entropy(logits: Tensor, image_ids: Tensor, config: LossConfig) -
     return plain, objective
 
 
-def position_losses(logits: Tensor, image_ids: Tensor) -> Tensor:
+def position_losses(
+    logits: Tensor, image_ids: Tensor, cross_entropy: CrossEntropy = PLAIN_CROSS_ENTROPY
+) -> Tensor:
     """Summed cross-entropy of each image position over the batch: (B, N, V), (B, N) -> (N,) float32"""
     losses = cross_entropy(logits.flatten(0, 1), image_ids.flatten())
     return losses.view(image_ids.shape).sum(0)

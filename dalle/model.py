@@ -14,9 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from common.checkpoint import load_weights, resolve
 from common.precision import checkpoint_contexts
-from dalle import sequence, train_heads, train_native
-from dalle.attention import Attention, CausalMask, KVCache, RMSNorm, new_cache, on_eager_cpu, rotary_table
-from dalle.cpu_kernels import dropout_mask
+from dalle import sequence
+from dalle.attention import Attention, CausalMask, KVCache, RMSNorm, new_cache, rotary_table
 from dalle.lines import LineEncoder
 from dalle.model_config import (
     KIND,
@@ -63,6 +62,28 @@ class SwiGLU(nn.Module):
         return self.out(F.silu(gate) * up)
 
 
+class BranchDropout(nn.Module):
+    """In training, zeros in what a branch adds: single elements, and whole samples (stochastic depth, Huang et al.
+    2016)."""
+
+    def __init__(self, dropout: float, drop_path: float) -> None:
+        super().__init__()
+        self.dropout, self.drop_path = dropout, drop_path
+
+    def forward(self, y: Tensor) -> Tensor:
+        """(B, L, D) -> (B, L, D)"""
+        if self.training and self.dropout:
+            y = F.dropout(y, self.dropout)
+        if self.training and self.drop_path:
+            y = y * self.path_scale(y).to(y.dtype)
+        return y
+
+    def path_scale(self, y: Tensor) -> Tensor:
+        """0 for a dropped sample, 1 / (1 - drop_path) for others: (B, 1, 1) bfloat16"""
+        kept = torch.rand(y.shape[0], 1, 1, device=y.device) >= self.drop_path
+        return (kept / (1 - self.drop_path)).to(torch.bfloat16)
+
+
 class Block(nn.Module):
     """x + attention(norm(x)), then x + swiglu(norm(x)); a branch may be dropped for a whole sample."""
 
@@ -72,13 +93,11 @@ class Block(nn.Module):
         self.attention_norm, self.ffn_norm = RMSNorm(c.dim), RMSNorm(c.dim)
         self.attention = Attention(c.dim, c.num_heads, c.num_kv_heads, c.head_dim, c.attention_dropout)
         self.ffn = SwiGLU(c.dim, c.ffn_dim)
-        self.dropout, self.drop_path = c.dropout, drop_path
+        self.branch = BranchDropout(c.dropout, drop_path)
 
     def forward(self, x: Tensor, table: Tensor, mask: CausalMask) -> Tensor:
-        if train_native.takes(self, x):
-            return train_native.run_block(self, x, table, mask.key_bias)
-        x = x + self._branch(self.attention(self.attention_norm(x), table, mask))
-        return x + self._branch(self.ffn(self.ffn_norm(x)))
+        x = x + self.branch(self.attention(self.attention_norm(x), table, mask))  # (B, L, D)
+        return x + self.branch(self.ffn(self.ffn_norm(x)))
 
     def prefill(self, x: Tensor, table: Tensor, mask: CausalMask, cache: KVCache, layer: int) -> Tensor:
         x = x + self.attention.prefill(self.attention_norm(x), table, mask, cache, layer)
@@ -90,25 +109,19 @@ class Block(nn.Module):
         x = x + self.attention.decode(self.attention_norm(x), table, bias, cache, layer, index)
         return x + self.ffn(self.ffn_norm(x))
 
-    def _branch(self, y: Tensor) -> Tensor:
-        if self.training and self.dropout and not on_eager_cpu(y):
-            y = F.dropout(y, self.dropout)
-        mask = self.branch_mask(y)
-        return y if mask is None else y * mask.to(y.dtype)
 
-    def branch_mask(self, y: Tensor) -> Tensor | None:
-        """What a branch's result is multiplied with in training: (B, L, D) or (B, 1, 1) bfloat16, or None.
+class Heads(nn.Module):
+    """The last norm, and products with the vocabularies that follow. No weights of its own: they may be embeddings."""
 
-        Dropout is a part of it on eager CPUs alone.
+    def forward(
+        self, x: Tensor, norm: RMSNorm, weights: list[Tensor], text_len: int, text_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """x: (B, T + N, D); weights: of images (V, D), and of text; text_mask: (B, T) bool, None without text.
+
+        -> logits of image tokens (B, N, V), and of text (M, V) where it follows.
         """
-        mask = None
-        if self.training and self.dropout and on_eager_cpu(y):
-            mask = dropout_mask(torch.empty_like(y, dtype=torch.bfloat16), self.dropout)
-        if self.training and self.drop_path:
-            kept = torch.rand(y.shape[0], 1, 1, device=y.device) >= self.drop_path
-            scale = (kept / (1 - self.drop_path)).to(torch.bfloat16)
-            mask = scale if mask is None else mask * scale
-        return mask
+        text = None if text_mask is None else F.linear(norm(x[:, :text_len][text_mask]), weights[1])
+        return F.linear(norm(x[:, text_len:]), weights[0]), text
 
 
 class Dalle(nn.Module):
@@ -124,7 +137,7 @@ class Dalle(nn.Module):
         self.begin_image = nn.Parameter(torch.empty(c.dim))
         rates = [c.stochastic_depth * i / max(1, c.num_layers - 1) for i in range(c.num_layers)]
         self.blocks = nn.ModuleList(Block(c, rate) for rate in rates)
-        self.norm = RMSNorm(c.dim)
+        self.norm, self.heads = RMSNorm(c.dim), Heads()
         if c.text_head:
             self.text_out = nn.Linear(c.dim, c.text_embed_dim, bias=False) if factorised else nn.Identity()
             if not c.tie_text_head:
@@ -259,7 +272,7 @@ class Dalle(nn.Module):
         mask = sequence.text_target_mask(text_ids, self.config.pad_id) if self.config.text_head else None
         if mask is not None and isinstance(self.text_out, nn.Linear):  # a product between norm and head
             text, mask = F.linear(self.text_out(self.norm(x[:, :text_len][mask])), weights.pop()), None
-        image, plain_text = train_heads.run_both(x, self.norm, weights, text_len, mask)
+        image, plain_text = self.heads(x, self.norm, weights, text_len, mask)
         return DalleOutput(image, plain_text if text is None else text)
 
     def _inputs(

@@ -25,7 +25,7 @@ from common.files import read_json, shipped
 from common.image import to_image
 from common.out_directory import Request
 from dalle import dalle_pytorch, model, sequence
-from dalle.fast import FastOptions, prepare, resolve_options
+from dalle.engines import FastOptions, prepare, resolve_options
 from dalle.inpaint import Source
 from dalle.lines import LineControl, LineEncoder, LineFeatures, encode_control
 from dalle.sampling import SamplingOptions, picture_generator, sample_ids
@@ -79,6 +79,7 @@ class TextToImage:
         self.device = next(generator.parameters()).device
         self.fast = resolve_options(generator, fast)
         self.generator = prepare(generator.eval(), self.fast)
+        self.kernels: dict[str, str] = self.generator.report.record()  # what ran, for images.jsonl
         self.line_encoder: LineEncoder | None = getattr(generator, "line_encoder", None)
         if image_tokenizer.codebook_size != self.config.codebook_size:
             raise ValueError(

@@ -23,12 +23,13 @@ from common.optim import make_optimizer
 from common.precision import Precision, autocast
 from dalle import sequence
 from dalle.from_pictures import names_pictures
-from dalle.losses import dalle_loss
+from dalle.losses import CrossEntropy, dalle_loss
 from dalle.model import SIZES, Dalle, DalleConfig
 from dalle.text_tokenizer import TextTokenizer
 from dalle.train_data import captions
 from dalle.train_options import Options
 from data_tools.index import ShardIndex
+from kernels import accelerate
 from vq.model import KIND as TOKENIZER_KIND
 
 TOKENS_PER_PARAMETER = 20  # Hoffmann et al. 2022 (Chinchilla), table 3
@@ -223,7 +224,9 @@ def dry_run(config: DalleConfig, options: PlanOptions, micro_batch_size: int) ->
     device = pick_device(options.device)
     peak = measure_peak_flops(device, options.precision)
     torch.manual_seed(0)
-    model = Dalle(config).to(device)
+    model, cross_entropy = Dalle(config).to(device), CrossEntropy()
+    if options.kernels == "auto":
+        accelerate(model, cross_entropy, in_bf16=options.precision != "fp32")
     optimizer = make_optimizer(model, options.optim)
     shape = (micro_batch_size, config.max_text_len)
     text_ids = torch.randint(config.text_vocab_size, shape, device=device)
@@ -238,7 +241,7 @@ def dry_run(config: DalleConfig, options: PlanOptions, micro_batch_size: int) ->
         started = time.perf_counter()
         with autocast(device, options.precision):
             output = model(text_ids, image_ids)
-        dalle_loss(output, image_ids, targets, len(targets), options.loss).total.backward()
+        dalle_loss(output, image_ids, targets, len(targets), options.loss, cross_entropy).total.backward()
         optimizer.step()
         optimizer.zero_grad()
         synchronize(device)

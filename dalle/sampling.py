@@ -67,7 +67,7 @@ class SamplingOptions:
 
 
 class Generator(Protocol):
-    """What the loop asks of a model: one of the forms that `dalle.fast.prepare` makes."""
+    """What the loop asks of a model: one of the forms that `dalle.engines.prepare` makes."""
 
     config: Any  # codebook_size, num_image_tokens
     row_multiple: int  # rows of a pass are filled up to a multiple of this

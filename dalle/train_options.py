@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
@@ -90,6 +90,8 @@ class Options:
     """auto, cpu, cuda or cuda:N."""
     precision: Precision = "auto"
     """auto takes bf16 where the machine has it, and in compiled code on CPUs with AVX2."""
+    kernels: Literal["auto", "off"] = "auto"
+    """auto: compiled code and hand-written passes on CPUs where they are faster; off: PyTorch alone."""
     num_workers: int = 1
     """Processes that read shards; 0 reads in the training process."""
 

@@ -11,13 +11,15 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 from typing import Any
 
+from common.cpus import available_cpus
+
 Work = Callable[[Sequence[Any]], list[Any]]
 AHEAD = 3  # batches a worker that are read ahead: enough to keep it busy, few enough to hold in memory
 
 
 def cpu_count() -> int:
     """Processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return available_cpus()
 
 
 def ordered_map(

@@ -11,8 +11,9 @@ from torch import Tensor
 from common import checkpoint
 from common.files import read_json, sha256_file
 from common.precision import Precision, autocast
+from kernels import accelerate
+from vq.encoding import ImageEncoder
 from vq.model import ImageTokenizer
-from vq.native import PictureEncoder
 
 KL_CLASS = "AutoencoderKL"
 
@@ -56,7 +57,8 @@ def _class_name(config: Path) -> str:
 
 def _tokenizer(directory: Path, device: torch.device, precision: Precision) -> Codec:
     tokenizer = ImageTokenizer.from_pretrained(directory, device)
-    encoder = PictureEncoder(tokenizer, device, precision)
+    accelerate(tokenizer, in_bf16=precision != "fp32")
+    encoder = ImageEncoder(tokenizer, device, precision)
     factor = tokenizer.downsample_factor
 
     @torch.no_grad()

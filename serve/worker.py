@@ -20,7 +20,7 @@ from common.label import add_mark, make_label, save_arguments
 from common.precision import autocast
 from dalle import inpaint
 from dalle.batching import ContinuousBatcher, Finished, Job
-from dalle.fast import FastOptions
+from dalle.engines import FastOptions
 from dalle.pipeline import Request, TextToImage
 from data_tools.images import decode
 from rankers import load_ranker

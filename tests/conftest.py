@@ -9,7 +9,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 import torch
 
-from common import native
+from kernels import compiler
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
@@ -45,12 +45,10 @@ def roberta() -> Path:
 @pytest.fixture
 def no_compiler(monkeypatch, tmp_path):
     """A machine whose compiler fails, and which has nothing compiled yet."""
-    from dalle import train_native
-
     monkeypatch.setenv("CXX", "false")
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(native, "is_outdone", lambda: False)
-    compiled = (native.library, native.why_not, train_native.is_available)
+    monkeypatch.setattr(compiler, "prefers_torch", lambda: False)
+    compiled = (compiler.load, compiler.unavailable_reason)
     for cached in compiled:
         cached.cache_clear()
     yield

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = ["train_vqgan", "train_dalle", "generate", "rerank"]
 ALLOWED = {
     "common": set(),
+    "kernels": {"common"},
     "data_tools": {"common"},
     "vq": {"common", "data_tools"},
     "dalle": {"common", "data_tools", "vq"},
@@ -21,6 +22,11 @@ ALLOWED = {
     "evaluation": {"common", "data_tools", "vq", "dalle", "rankers", "diffusion", "gan"},
     "serve": {"common", "data_tools", "vq", "dalle", "rankers", "diffusion", "gan"},
 }
+# kernels are switched on by scripts, engines and commands; a model's own files know nothing of them
+USES_KERNELS = (
+    "train_dalle.py", "dalle/engines/", "dalle/plan.py", "dalle/average.py", "vq/encode_shards.py", "vq/evaluate.py",
+    "evaluation/", "benchmarks/", "tests/", "kernels/",
+)  # fmt: skip
 FORBIDDEN_TOP_LEVEL = {"datasets", "tokenizers", "evaluate", "utils", "models", "clip"}
 
 
@@ -47,13 +53,28 @@ def test_import_arrows():
         package = path.relative_to(ROOT).parts[0]
         imported = imported_packages(ast.parse(path.read_text("utf-8")))
         if package in ALLOWED:
-            wrong = imported & (set(ALLOWED) | set(SCRIPTS)) - ALLOWED[package] - {package}
+            wrong = imported & (set(ALLOWED) | set(SCRIPTS)) - ALLOWED[package] - {package, "kernels"}
             broken += [f"{path.relative_to(ROOT)} imports {name}" for name in sorted(wrong)]
         elif path.stem in SCRIPTS and path.parent == ROOT:
             broken += [
                 f"{path.name} imports {name}" for name in sorted(imported & (set(SCRIPTS) | {"serve"}))
             ]
     assert not broken, broken
+
+
+def test_only_who_switches_kernels_on_imports_them():
+    users = [
+        str(path.relative_to(ROOT))
+        for path in python_files()
+        if "kernels" in imported_packages(ast.parse(path.read_text("utf-8")))
+    ]
+    assert not [user for user in users if not user.startswith(USES_KERNELS)]
+
+
+def test_compiled_code_stands_in_kernels_alone():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    sources = [name for name in listed.split() if name.endswith((".cpp", ".h", ".cu"))]
+    assert sources and all(name.startswith("kernels/csrc/") for name in sources)
 
 
 def test_the_arrow_test_sees_a_forbidden_import():

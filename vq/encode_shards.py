@@ -11,7 +11,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -35,9 +35,10 @@ from data_tools.line_views import LineSource
 from data_tools.loader import IMAGE_SUFFIXES, open_image
 from data_tools.remote import RemoteOptions
 from data_tools.shards import DATASET_FILE
+from kernels import OFF, Kernels, Report, accelerate
+from vq.encoding import ImageEncoder
 from vq.losses import psnr
 from vq.model import ImageTokenizer
-from vq.native import Engine, PictureEncoder
 
 TOKENIZER_FILE, ROUNDTRIP = "tokenizer.json", "roundtrip.png"
 
@@ -68,14 +69,18 @@ class Options:
     """auto, cpu, cuda or cuda:N."""
     precision: Precision = "auto"
     """auto takes bf16 autocast where the machine has it."""
-    engine: Engine = "auto"
-    """native: code compiled once for CPUs with AVX512-BF16 or AVX2; plain: PyTorch; auto: native where it runs and
-    PyTorch has no AMX to compute with."""
+    kernels: Kernels = "auto"
+    """auto: code compiled once for CPUs with AVX512-BF16 or AVX2, where PyTorch has no AMX to compute with; off:
+    PyTorch."""
+    engine: Literal["", "auto", "native", "plain"] = ""
+    """Earlier name of kernels: auto, and plain for off. native insists on compiled code, also beside AMX."""
 
     def __post_init__(self) -> None:
         for name, low in (("views", 1), ("batch_size", 1), ("check", 0)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, not {getattr(self, name)}")
+        if self.kernels == "off" and self.engine not in ("", "plain"):
+            raise ValueError(f"--kernels off and --engine {self.engine} contradict each other")
 
 
 def require_tokenizer(folder: Path, sha256: str) -> dict[str, Any]:
@@ -120,7 +125,7 @@ def encode_shards(tokenizer: ImageTokenizer, options: Options, world: World) -> 
             )
     elif world.is_main:
         write_json(target / TOKENIZER_FILE, made_by)
-    encoder = PictureEncoder(tokenizer, world.device, options.precision, options.engine)
+    encoder = ImageEncoder(tokenizer, world.device, options.precision)
     dtype = np.uint16 if tokenizer.codebook_size <= 65536 else np.uint32
 
     def encode(images: Tensor) -> np.ndarray:
@@ -130,6 +135,18 @@ def encode_shards(tokenizer: ImageTokenizer, options: Options, world: World) -> 
     views = Views(tokenizer.image_size, options.views, augment, options.batch_size, options.lines)
     source = ShardSource(str(options.source), options.remote)
     return encode_image_shards(source, target, views, "ids.npy", encode, world)
+
+
+def switch_kernels(tokenizer: ImageTokenizer, options: Options, device: torch.device) -> Report:
+    """Raises ValueError for --engine native where compiled code cannot encode."""
+    in_bf16 = options.precision != "fp32"
+    if options.engine == "native" and (device.type != "cpu" or not in_bf16):
+        raise ValueError(
+            f"the native engine computes in bf16 on a CPU, not in {options.precision} on {device}"
+        )
+    if options.kernels == "off" or options.engine == "plain":
+        return OFF
+    return accelerate(tokenizer, in_bf16=in_bf16, insist=options.engine == "native")
 
 
 def _require_empty(target: Path) -> None:
@@ -177,6 +194,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, int]:
         ShardSource(options.source, options.remote).find("train")  # the user's own first
         tokenizer = ImageTokenizer.from_pretrained(options.checkpoint, world.device)
         ensure_writable_directory(options.target)
+        report = switch_kernels(tokenizer, options, world.device)
+        if world.is_main:
+            say(str(report))
         with alone_in(options.target, world, ".encoding.lock"):
             counts = encode_shards(tokenizer, options, world)
             if world.is_main:

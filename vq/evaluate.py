@@ -31,11 +31,12 @@ from common.log import say
 from common.output import OutputDirectory
 from common.precision import Precision, autocast
 from data_tools.loader import DecodeImage, eval_batches
+from kernels import Kernels, accelerate
 from vq.data import open_pictures
+from vq.encoding import ImageEncoder
 from vq.foreground import border_mask
 from vq.losses import color_shift, psnr
 from vq.model import ImageTokenizer
-from vq.native import PictureEncoder
 from vq.perceptual import PerceptualDistance, load_perceptual
 from vq.quantizer import CodeUsage
 
@@ -68,6 +69,8 @@ class Options:
     """auto, cpu, cuda or cuda:N."""
     precision: Precision = "auto"
     """auto takes bf16 autocast where the machine has it."""
+    kernels: Kernels = "auto"
+    """auto: compiled code on CPUs where it is faster; off: PyTorch."""
 
     def __post_init__(self) -> None:
         for name, low in (("limit", 0), ("show", 0), ("batch_size", 1), ("image_size", 0)):
@@ -113,7 +116,7 @@ def evaluate(
     """Figures by name, and the pictures worst first. Raises ValueError for data that holds none."""
     perceptual = _perceptual(options, device)
     totals = Totals(CodeUsage(tokenizer.config.codebook_size, tokenizer.config.code_depth))
-    encoder = PictureEncoder(tokenizer, device, options.precision)
+    encoder = ImageEncoder(tokenizer, device, options.precision)
     for batch in _batches(options, options.image_size or tokenizer.image_size):
         _add(totals, batch, encoder, perceptual, options, device)
     if not totals.rows:
@@ -162,7 +165,7 @@ def _batches(options: Options, image_size: int) -> Iterator[dict[str, Any]]:
 def _add(
     totals: Totals,
     batch: dict[str, Any],
-    encoder: PictureEncoder,
+    encoder: ImageEncoder,
     perceptual: PerceptualDistance | None,
     options: Options,
     device: torch.device,
@@ -259,6 +262,8 @@ def report(options: Options, files: OutputDirectory) -> dict[str, Any]:
     """Evaluate, show and write."""
     device = pick_device(options.device)
     tokenizer = ImageTokenizer.from_pretrained(options.checkpoint, device)
+    if options.kernels == "auto":
+        say(str(accelerate(tokenizer, in_bf16=options.precision != "fp32")))
     figures, rows = evaluate(tokenizer, options, device)
     for name, value in figures.items():
         say(f"{name:>18}  {_short(value)}")

@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dalle import cpu_kernels, sequence
+from dalle import sequence
 from dalle.attention import Attention, CausalMask, RMSNorm, new_cache, rotary_table, rotate
-from dalle.cpu_kernels import CausalAttention, RMSNormFunction
+from kernels import autograd
+from kernels.autograd import CausalAttentionFunction, RMSNormFunction
 
 
 def padding_of(lengths: list[int], text_len: int) -> torch.Tensor:
@@ -23,7 +24,7 @@ def test_causal_attention_is_sdpa_forward_and_backward(length, padded):
     visible = torch.ones(2, 4, dtype=torch.bool) if padding is None else ~padding
     bias = sequence.attention_bias(visible, length - 4, torch.float64)
     expected = F.scaled_dot_product_attention(q, k, v, bias, is_causal=bias is None)
-    y = CausalAttention.apply(q, k, v, padding, 0.0)
+    y = CausalAttentionFunction.apply(q, k, v, padding, 0.0)
     torch.testing.assert_close(y, expected)
     for mine, reference in zip(
         torch.autograd.grad(y, (q, k, v), grad), torch.autograd.grad(expected, (q, k, v), grad), strict=True
@@ -33,9 +34,9 @@ def test_causal_attention_is_sdpa_forward_and_backward(length, padded):
 
 def test_block_size_does_not_matter(monkeypatch):
     q, k, v = torch.randn(3, 1, 2, 50, 8, dtype=torch.float64).unbind()
-    one = CausalAttention.apply(q, k, v, None, 0.0)
-    monkeypatch.setattr(cpu_kernels, "BLOCK", 7)
-    torch.testing.assert_close(CausalAttention.apply(q, k, v, None, 0.0), one)
+    one = CausalAttentionFunction.apply(q, k, v, None, 0.0)
+    monkeypatch.setattr(autograd, "BLOCK", 7)
+    torch.testing.assert_close(CausalAttentionFunction.apply(q, k, v, None, 0.0), one)
 
 
 def test_gradients_through_attention_dropout():
@@ -46,16 +47,16 @@ def test_gradients_through_attention_dropout():
 
     def attend(*inputs: torch.Tensor) -> torch.Tensor:
         torch.manual_seed(1)
-        return CausalAttention.apply(*inputs, padding, 0.3)
+        return CausalAttentionFunction.apply(*inputs, padding, 0.3)
 
-    assert not torch.allclose(attend(q, k, v), CausalAttention.apply(q, k, v, padding, 0.0))
+    assert not torch.allclose(attend(q, k, v), CausalAttentionFunction.apply(q, k, v, padding, 0.0))
     torch.autograd.gradcheck(attend, (q, k, v))
 
 
 @pytest.mark.parametrize("p", [0.01, 0.1, 0.5])
 def test_dropout_keeps_the_mean_and_drops_its_share(p):
     torch.manual_seed(0)
-    y = cpu_kernels.dropout_mask(torch.ones(1000, 501), p)
+    y = autograd.dropout_mask(torch.ones(1000, 501), p)
     assert float((y == 0).float().mean()) == pytest.approx(p, abs=0.003)
     assert float(y.mean()) == pytest.approx(1, abs=0.003)
     bytes_of = (y == 0).flatten()[: 1000 * 500].view(-1, 8).float().mean(0)

@@ -4,18 +4,19 @@ import pytest
 import torch
 from small_checkpoint import CAPTIONS
 
-from dalle import inpaint, native
+from dalle import inpaint
 from dalle.batching import ContinuousBatcher, Job
-from dalle.fast import FastOptions, prepare
+from dalle.engines import FastOptions, prepare
 from dalle.model import Dalle, ModelOptions
 from dalle.pipeline import Request, TextToImage
 from dalle.sampling import SamplingOptions
+from kernels import decode
 
 ENGINES = [
-    FastOptions("plain", "float32"),
+    FastOptions("torch", "float32"),
     pytest.param(
-        FastOptions("native", "bfloat16"),
-        marks=pytest.mark.skipif(bool(native.why_not()), reason=f"no native engine: {native.why_not()}"),
+        FastOptions("cpu_kernel", "bfloat16"),
+        marks=pytest.mark.skipif(bool(decode.unavailable_reason()), reason="no cpu_kernel engine here"),
     ),
 ]
 GUIDED = SamplingOptions(cfg_scale=2.0, top_p=0.95)
@@ -23,10 +24,10 @@ RISING = SamplingOptions(cfg_scale=3.0, cfg_schedule="cosine", temperature=0.9)
 PLAIN = SamplingOptions(cfg_scale=1.0)
 
 
-@pytest.fixture(params=ENGINES, ids=["plain", "native"])
+@pytest.fixture(params=ENGINES, ids=["torch", "cpu_kernel"])
 def pipeline(request, generator_dir) -> TextToImage:
     pipeline = TextToImage.from_pretrained(generator_dir, "cpu")
-    if request.param.engine == "native":  # the small checkpoint's heads are too narrow for compiled code
+    if request.param.engine == "cpu_kernel":  # the small checkpoint's heads are too narrow for compiled code
         torch.manual_seed(0)
         old = pipeline.config
         options = ModelOptions(dim=64, num_layers=2, num_heads=2, text_embed_dim=8)

@@ -211,9 +211,11 @@ def test_a_command_that_fails_leaves_the_earlier_pictures(
 
 def test_what_gives_way_is_counted(generator_dir, tmp_path, prompts, capsys):
     out = run(generator_dir, tmp_path / "out", "", "1", "--prompts-file", str(prompts))
-    run(generator_dir, out, "", "1", "--prompts-file", str(prompts), "--fast.engine", "plain")
+    run(
+        generator_dir, out, "", "1", "--prompts-file", str(prompts), "--fast.engine", "plain"
+    )  # an earlier name
     assert f"5 pictures in {out} were drawn otherwise and give way" in capsys.readouterr().out
-    assert {line["engine"] for line in lines(out)} == {"plain"}
+    assert {line["engine"] for line in lines(out)} == {"torch"}
 
 
 def test_fewer_prompts_leave_none_of_the_others(generator_dir, tmp_path, prompts):
@@ -337,7 +339,7 @@ BAD = [
     (["", "3", "OUT", "--prompts-file", "FILE"], "no text that can be drawn"),
     (["鞋", "3", "OUT", "--checkpoint", "nowhere"], "no checkpoint directory nowhere"),
     (["鞋", "3", "OUT", "--checkpoint", "TOKENIZER"], "kind 'image_tokenizer', not 'generator'"),
-    (["鞋", "3", "OUT", "--fast.engine", "graph"], "GPU"),
+    (["鞋", "3", "OUT", "--fast.engine", "cuda_graph"], "GPU"),
 ]
 
 

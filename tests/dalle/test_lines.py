@@ -8,14 +8,16 @@ import torch
 from tiny_generator import CODES, GRID, TEXT_LEN, VOCAB, tiny_config, tiny_ids, tiny_model
 
 from common.config import from_mapping, to_mapping
-from dalle import native, packed
-from dalle.fast import CompiledDecoder, GraphDecoder, PlainDecoder
+from dalle.engines import CpuKernelDecoder, CudaGraphDecoder, PackedDecoder, TorchDecoder
 from dalle.lines import LineControl, LineEncoder, LineFeatures, encode_control, to_drawing
 from dalle.model import Dalle, DalleConfig, ModelOptions, config_mapping
 from dalle.sampling import Canvas, SamplingOptions, picture_generator, sample_ids
+from kernels import decode
 
 FACTOR = 4
-needs_native = pytest.mark.skipif(bool(native.why_not()), reason=f"no native engine: {native.why_not()}")
+needs_native = pytest.mark.skipif(
+    bool(decode.unavailable_reason()), reason=f"no cpu_kernel engine: {decode.unavailable_reason()}"
+)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
@@ -112,11 +114,10 @@ def step_logits(decoder, text, image, lines, known: int) -> torch.Tensor:
 
 
 ENGINES = [
-    pytest.param(PlainDecoder, torch.float32, 1e-4, id="plain"),
-    pytest.param(CompiledDecoder, torch.float32, 1e-4, id="compiled", marks=pytest.mark.slow),
-    pytest.param(packed.PackedDecoder, torch.float32, 2e-4, id="packed"),
-    pytest.param(native.NativeDecoder, torch.bfloat16, 0.03, id="native", marks=needs_native),
-    pytest.param(native.NativeDecoder, torch.int8, 0.06, id="native-int8", marks=needs_native),
+    pytest.param(TorchDecoder, torch.float32, 1e-4, id="torch"),
+    pytest.param(PackedDecoder, torch.float32, 2e-4, id="packed"),
+    pytest.param(CpuKernelDecoder, torch.bfloat16, 0.03, id="cpu_kernel", marks=needs_native),
+    pytest.param(CpuKernelDecoder, torch.int8, 0.06, id="cpu_kernel-int8", marks=needs_native),
 ]
 
 
@@ -138,7 +139,7 @@ class TestEngines:
             without = model(text, image).image[:, known:]
         decoder = (
             engine(model)
-            if weights == torch.float32 and engine is not packed.PackedDecoder
+            if weights == torch.float32 and engine is not PackedDecoder
             else engine(model, weights)
         )
         found = step_logits(decoder, text, image, lines, known)
@@ -156,10 +157,10 @@ class TestEngines:
     def test_graphs_equal_plain_steps(self):
         model = line_model().cuda()
         text, image = (t.cuda() for t in tiny_ids())
-        graph = GraphDecoder(model)
+        graph = CudaGraphDecoder(model)
         for seed in (2, 3):  # the second drawing goes into the buffers of the first
             lines = model.line_features(drawings(seed=seed).cuda()).detach()
-            expected = step_logits(PlainDecoder(model), text, image, lines, 0)
+            expected = step_logits(TorchDecoder(model), text, image, lines, 0)
             torch.testing.assert_close(
                 step_logits(graph, text, image, lines, 0), expected, rtol=1e-4, atol=1e-4
             )
@@ -169,8 +170,8 @@ class TestEngines:
         text, image = (t[:1].expand(3, -1) for t in tiny_ids())
         lines = model.line_features(drawings()).detach()
         lines = torch.stack([lines[0], lines[0], lines[1]])
-        expected = step_logits(PlainDecoder(model), text, image, lines, 5)
-        found = step_logits(packed.PackedDecoder(model, torch.float32), text, image, lines, 5)
+        expected = step_logits(TorchDecoder(model), text, image, lines, 5)
+        found = step_logits(PackedDecoder(model, torch.float32), text, image, lines, 5)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
 
 
@@ -179,7 +180,7 @@ def sample(model, lines=None, batch=2, cfg=3.0, seed=0, canvas=None):
     text = text.expand(batch, -1)
     generators = [picture_generator(seed, i) for i in range(batch)]
     options = SamplingOptions(cfg_scale=cfg)
-    return sample_ids(PlainDecoder(model), text, torch.zeros_like(text), generators, options, canvas, lines)
+    return sample_ids(TorchDecoder(model), text, torch.zeros_like(text), generators, options, canvas, lines)
 
 
 def features(model, seed=2, **options) -> LineFeatures:

@@ -9,7 +9,7 @@ from tiny_data import write_made
 
 import generate
 import train_dalle
-from dalle.fast import FastOptions
+from dalle.engines import FastOptions
 from dalle.pipeline import TextToImage
 
 pytestmark = pytest.mark.gpu
@@ -28,12 +28,12 @@ def test_generate_draws_the_same_bytes_twice(generator_dir, tmp_path):
 def test_graphs_draw_as_plain_steps_do(generator_dir):
     """In float32 nearly every code is the same, and the likelihoods are those of one pass."""
     drawn = {}
-    for engine in ("plain", "graph"):
+    for engine in ("torch", "cuda_graph"):
         pipeline = TextToImage.from_pretrained(generator_dir, "cuda", FastOptions(engine, "float32"))
         drawn[engine] = list(pipeline.generate(CAPTIONS[:2], 3, seed=1))
     same = [(a.ids == b.ids).float().mean() for a, b in zip(*drawn.values(), strict=True)]
     assert sum(same) / len(same) > 0.95
-    assert all(p.log_likelihood < 0 and p.null_log_likelihood < 0 for p in drawn["graph"])
+    assert all(p.log_likelihood < 0 and p.null_log_likelihood < 0 for p in drawn["cuda_graph"])
 
 
 def test_graphs_are_captured_while_another_thread_pins_memory(generator_dir):
@@ -48,7 +48,7 @@ def test_graphs_are_captured_while_another_thread_pins_memory(generator_dir):
     thread = threading.Thread(target=pin)
     thread.start()
     try:
-        pipeline = TextToImage.from_pretrained(generator_dir, "cuda", FastOptions("graph"))
+        pipeline = TextToImage.from_pretrained(generator_dir, "cuda", FastOptions("cuda_graph"))
         assert len(pipeline(CAPTIONS[0], 5)) == 5
     finally:
         done.set()

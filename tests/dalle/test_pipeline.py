@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from small_checkpoint import CAPTIONS, replace_weights
 
 from common.files import read_json
-from dalle.fast import FastOptions
+from dalle.engines import FastOptions
 from dalle.pipeline import Request, TextToImage, default_checkpoint
 from dalle.sampling import SamplingOptions, log_likelihood
 from dalle.text_tokenizer import TextTokenizer
@@ -170,7 +170,7 @@ def test_weights_that_were_changed_on_the_way_are_refused(damaged):
 
 def test_numbers_that_are_not_finite_do_not_become_pictures(damaged):
     replace_weights(damaged, lambda w: w["blocks.0.ffn.out.weight"].fill_(float("nan")))
-    broken = TextToImage.from_pretrained(damaged, "cpu", FastOptions("plain", "float32"))
+    broken = TextToImage.from_pretrained(damaged, "cpu", FastOptions("torch", "float32"))
     with pytest.raises(ValueError, match="not finite"):
         broken(CAPTIONS[0])
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dalle import sequence
-from dalle.fast import PlainDecoder
+from dalle.engines import TorchDecoder
 from dalle.model import Dalle
 from dalle.sampling import (
     NOISE_CHUNK,
@@ -150,7 +150,7 @@ def texts(model: Dalle, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
 def draw(model, options: SamplingOptions, batch_size: int = 3, canvas: Canvas | None = None):
     text, null = texts(model, batch_size)
     generators = [picture_generator(5, i) for i in range(batch_size)]
-    return sample_ids(PlainDecoder(model), text, null, generators, options, canvas)
+    return sample_ids(TorchDecoder(model), text, null, generators, options, canvas)
 
 
 @torch.no_grad()

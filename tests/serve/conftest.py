@@ -10,7 +10,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "dalle"))
 from small_checkpoint import write_generator
 
-from dalle.fast import FastOptions
+from dalle.engines import FastOptions
 from serve.app import create_app
 from serve.dispatch import Dispatcher
 from serve.keys import KeyStore, Limits, open_database
@@ -37,7 +37,7 @@ class Running:
             **({"max_images": 4, "max_queued_images": 24, "log_prompts": True} | changes),
         )
         worker = WorkerOptions(
-            str(checkpoint), "", "cpu", FastOptions("plain", "float32"), self.options.max_images, threads=1
+            str(checkpoint), "", "cpu", FastOptions("torch", "float32"), self.options.max_images, threads=1
         )
         self.dispatcher = Dispatcher(worker, self.options.max_queued_images)
         listener = listen("127.0.0.1", 0)

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from common.label import read_labels
-from dalle.fast import FastOptions
+from dalle.engines import FastOptions
 from dalle.pipeline import TextToImage
 from dalle.sampling import SamplingOptions
 from serve.audit import verify
@@ -39,7 +39,7 @@ def http(service):
 
 @pytest.fixture(scope="module")
 def pipeline(small_generator):
-    return TextToImage.from_pretrained(small_generator, "cpu", FastOptions("plain", "float32"))
+    return TextToImage.from_pretrained(small_generator, "cpu", FastOptions("torch", "float32"))
 
 
 def images_of(response) -> list[Image.Image]:

@@ -1,116 +1,155 @@
-"""The generator rearranged for decoding on a CPU: the same function, fewer and better fed operations.
+"""The generator with its norms folded into its matrices, for decoding on a CPU: the same function, fewer operations.
 
-A step of decoding reads every weight once for a handful of rows, so what counts is bytes and the number of operators.
-Weights are packed once into the blocked layout of oneDNN (an ordinary linear layer repacks them at every call); norm
-gains are folded into the matrices that follow, those of queries and keys and the softmax scale into the rotary tables;
-SiLU and the gate's product run inside the matrix products; the cache is laid out for `embedding_bag` (packed_cache.py).
-The residual stream and all norms stay float32. Packed products round each row alike however many rows there are, so a
-picture does not depend on the batch it is drawn in.
+Norm gains go into the matrices that follow, those of queries and keys and the softmax scale into the rotary tables;
+SiLU and the gate's product run inside the matrix products. The residual stream and all norms stay float32. Products
+round each row alike however many rows there are, so an image does not depend on the batch it is sampled in.
+
+`cpu_kernel` and `packed` share all but the products and the decode step. Both compute by themselves what they read off
+a model's weights, so each compares itself once with the model's own code (`changed_reason`).
 """
 
+import weakref
+from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.log import say
 from common.precision import has_native_bf16
 from dalle import sequence
 from dalle.attention import RMSNorm
 from dalle.model import Block, Dalle
-from dalle.packed_cache import PackedCache
+from kernels import OFF
+from kernels.structure import LINEAR, Known, is_exactly, why_changed
+from kernels.train_block import BLOCK, RMS_NORM, randomised
 
-PACK_ROWS = (
-    8  # row count that oneDNN lays the weights out for; fixed, so that the layout never depends on the batch
-)
 Weights = torch.dtype  # float32, bfloat16 or int8
+TOLERANCE = {
+    torch.float32: 1e-3,
+    torch.bfloat16: 0.04,
+}  # of the spread of logits; rounding costs a third of it
 
 
-def is_available(dtype: torch.dtype = torch.float32) -> bool:
-    """Whether this build of torch has the operators that packing needs, and this CPU can pack `dtype`."""
-    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
-        return False
-    return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+class Cache(Protocol):
+    """What `prefill` fills."""
+
+    lines: Tensor | None  # (R, N, D): features of line drawings
+
+    def fill(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """The prefix: k and v (R, H_kv, n, K)"""
 
 
-class PackedLinear:
-    """x @ weight.T with the weight packed once; x in the weight's dtype."""
-
-    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype).contiguous(), PACK_ROWS)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
+EMBEDDING = Known("torch.nn.modules.sparse.Embedding", ("weight",))
+IDENTITY = Known("torch.nn.modules.linear.Identity")
+_compared: dict[type, weakref.WeakKeyDictionary[Dalle, str]] = defaultdict(weakref.WeakKeyDictionary)
 
 
-class PackedGate:
-    """silu(x @ gate.T) * (x @ up.T) in two operators."""
-
-    def __init__(self, gate_up: Tensor, dtype: torch.dtype) -> None:
-        gate, up = gate_up.chunk(2)
-        self.gate, self.up = PackedLinear(gate, dtype).packed, PackedLinear(up, dtype).packed
-
-    def __call__(self, x: Tensor) -> Tensor:
-        gate = torch.ops.mkldnn._linear_pointwise(x, self.gate, None, "swish", [], "")
-        return torch.ops.mkldnn._linear_pointwise.binary(x, gate, self.up, None, "mul")
-
-
-class Int8Linear:
-    """x @ weight.T with the weight as int8 and one scale an output channel; x in bfloat16. Raises ValueError."""
-
-    def __init__(self, weight: Tensor, dtype: torch.dtype = torch.int8) -> None:
-        if weight.shape[0] % 32 or weight.shape[1] % 32:
-            raise ValueError(f"int8 weights need sizes that are multiples of 32, not {tuple(weight.shape)}")
-        steps, scale = int8_steps(weight)
-        self.weight, self.scale = steps.to(torch.int8).contiguous(), scale.to(torch.bfloat16)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return torch._weight_int8pack_mm(x, self.weight, self.scale)
-
-
-class Int8Gate:
-    """silu(x @ gate.T) * (x @ up.T)"""
-
-    def __init__(self, gate_up: Tensor, dtype: torch.dtype = torch.int8) -> None:
-        self.gate_up = Int8Linear(gate_up, dtype)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, -1)
-        return F.silu(gate).mul_(up)
+def changed_structure(model: Dalle) -> str:
+    """Which layer is not exactly the one that a Dalle of its config has; empty where all are."""
+    c = model.config
+    if not is_exactly(model, "dalle.model.Dalle"):
+        return f"{type(model).__qualname__} is not dalle.model.Dalle"
+    blocks = {str(i): BLOCK for i in range(c.num_layers)}
+    layers = {
+        "text_embed": EMBEDDING,
+        "text_in": IDENTITY if c.text_embed_dim == c.dim else LINEAR,
+        "image_embed": EMBEDDING,
+        "blocks": Known("torch.nn.modules.container.ModuleList", children=blocks),
+        "norm": RMS_NORM,
+    } | ({} if c.tie_image_head else {"image_head": LINEAR})
+    reasons = (why_changed(getattr(model, name), known, name) for name, known in layers.items())
+    return next((reason for reason in reasons if reason), "")
 
 
 @dataclass(frozen=True)
-class PackedBlock:
+class FoldedBlock:
     qkv: Callable[[Tensor], Tensor]
     out: Callable[[Tensor], Tensor]
     gate: Callable[[Tensor], Tensor]
     down: Callable[[Tensor], Tensor]
 
 
-class PackedDecoder:
-    """`new_cache`, `prefill` and `decode_step` of a `Dalle` on a CPU; see `dalle.sampling.Generator`."""
+class FoldedDecoder:
+    """What `new_cache`, `prefill` and `decode_step` of a `Dalle` on a CPU share; see `dalle.sampling.Generator`."""
 
-    row_multiple = 1
+    row_multiple, report = 1, OFF
 
     @staticmethod
     def require(weights: Weights) -> None:
         """Raises ValueError where the machine does not allow it."""
-        if not is_available():
-            raise ValueError("this build of torch lacks oneDNN: decode with --fast.engine plain")
-        if not is_available(weights):
-            raise ValueError("oneDNN packs weights in 32 bits alone on this CPU: take --fast.weights float32")
+        raise NotImplementedError
 
     @staticmethod
     def layer_types(weights: Weights) -> tuple[type, type, type]:
-        """Of the products, of the gate, and of the head, which stays in 16 bits at least: its rounding goes straight
-        into the probabilities."""
-        if weights == torch.int8:
-            return Int8Linear, Int8Gate, PackedLinear
-        return PackedLinear, PackedGate, PackedLinear
+        """Of the products, of the gate, and of the head."""
+        raise NotImplementedError
 
     def __init__(self, model: Dalle, weights: Weights) -> None:
+        """Raises ValueError where the machine does not allow it, or the model's code is no longer what is computed
+        here."""
         self.require(weights)
+        if reason := self.changed_reason(model):
+            raise ValueError(f"this engine cannot compute the model: {reason}")
+        self._fold(model, weights)
+
+    @classmethod
+    def changed_reason(cls, model: Dalle) -> str:
+        """What of the model is not as this engine was written for it; empty where all is. Loud where code differs."""
+        if reason := changed_structure(model):
+            return reason
+        compared = _compared[cls]
+        if model not in compared:
+            compared[model] = cls._mismatch(model)
+            if compared[model]:
+                say(f"warning: {cls.__name__} is not used: {compared[model]}")
+        return compared[model]
+
+    @classmethod
+    @torch.no_grad()
+    def _mismatch(cls, model: Dalle) -> str:
+        """Compares the steps of a small model of the same widths and code with its forward pass, in float32 and with
+        random weights."""
+        sizes = {
+            "text_vocab_size": 12,
+            "pad_id": 0,
+            "max_text_len": 4,
+            "grid_size": 3,
+            "codebook_size": 64,
+            "line_factor": 0,
+        }
+        with torch.random.fork_rng(devices=[]):
+            probe = randomised(type(model)(replace(model.config, num_layers=2, **sizes)))
+        dtype = cls.compared_dtype()
+        decoder = cls.__new__(cls)
+        decoder._fold(probe, dtype)
+        generator = torch.Generator().manual_seed(1)
+        text, image = (
+            torch.randint(low, high, (3, n), generator=generator) for low, high, n in ((1, 12, 4), (0, 64, 9))
+        )
+        text[1, 2:] = 0
+        exact = probe(text, image).image  # (R, N, V)
+        cache = decoder.new_cache(text)
+        steps = [decoder.prefill(text, cache)] + [
+            decoder.decode_step(image[:, n], n, cache) for n in range(8)
+        ]
+        error = float((torch.stack(steps, 1).float() - exact).std() / exact.std())
+        if error <= TOLERANCE[dtype]:
+            return ""
+        return (
+            f"logits of the model's own code differ by {error:.1%} of their spread from this engine's, "
+            f"{TOLERANCE[dtype]:.1%} allowed: was the model changed?"
+        )
+
+    @staticmethod
+    def compared_dtype() -> Weights:
+        """In what `changed_reason` compares."""
+        raise NotImplementedError
+
+    def _fold(self, model: Dalle, weights: Weights) -> None:
         c = self.config = model.config
         self.compute_dtype = torch.bfloat16 if weights == torch.int8 else weights
         # of a prefix; PyTorch only emulates bfloat16 on other CPUs
@@ -121,7 +160,7 @@ class PackedDecoder:
         with torch.inference_mode():
             self.text_embed, self.text_in = model.text_embed, model.text_in
             self.image_embed, self.begin_image = model.image_embed.weight.float(), model.begin_image
-            self.blocks = [pack_block(block, weights, linear, gate) for block in model.blocks]
+            self.blocks = [fold_block(block, weights, linear, gate) for block in model.blocks]
             head = model.image_embed.weight if c.tie_image_head else model.image_head.weight
             self.head = head_type(fold(head, model.norm), self.compute_dtype)
             self.turns = torch.stack([rotary_with_gains(block, model.rotary) for block in model.blocks])
@@ -129,18 +168,7 @@ class PackedDecoder:
         self.eps, self.head_eps = (model.norm.eps * c.dim) ** 0.5, (model.norm.eps * c.head_dim) ** 0.5
 
     @torch.inference_mode()
-    def new_cache(self, text_ids: Tensor, lines: Tensor | None = None) -> PackedCache:
-        """As `Dalle.new_cache`."""
-        c = self.config
-        bias = sequence.key_bias(sequence.text_mask(text_ids, c.pad_id), c.num_image_tokens, torch.float32)
-        cache = PackedCache(
-            c.num_layers, c.num_heads, c.num_kv_heads, c.head_dim, bias[:, 0], self.cache_dtype
-        )
-        cache.lines = None if lines is None else lines.float()
-        return cache
-
-    @torch.inference_mode()
-    def prefill(self, text_ids: Tensor, cache: PackedCache, image_ids: Tensor | None = None) -> Tensor:
+    def prefill(self, text_ids: Tensor, cache: Cache, image_ids: Tensor | None = None) -> Tensor:
         """As `Dalle.prefill`: logits (R, V) of the first unknown image token. Rows that are alike are computed once."""
         text_ids, image_ids, lines, which = _distinct_rows(text_ids, image_ids, cache.lines)
         begin = self.begin_image.expand(len(text_ids), 1, -1)
@@ -163,21 +191,7 @@ class PackedDecoder:
             self._finish(x, self._attend(q, k, v, bias), block)
         return self._logits(x.unflatten(0, (rows, n))[:, -1])[which]
 
-    @torch.inference_mode()
-    def decode_step(self, image_ids: Tensor, position: int, cache: PackedCache) -> Tensor:
-        """As `Dalle.decode_step`: the token drawn at `position` (R,) -> logits (R, V) of the next."""
-        num_image = self.config.num_image_tokens
-        cache.move_to(position + cache.length - num_image + 1)
-        turns = self.turns[:, :, position - num_image].index_select(2, self.head_group)
-        x = self.image_embed[image_ids]  # (R, D)
-        if cache.lines is not None:
-            x = x + cache.lines[:, position + 1]
-        for layer, block in enumerate(self.blocks):
-            q, k, v = self._heads(x, block, turns[layer])  # (R, H or H_kv, K)
-            self._finish(x, cache.attend(layer, q, k, v).to(self.compute_dtype), block)
-        return self._logits(x)
-
-    def _heads(self, x: Tensor, block: PackedBlock, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _heads(self, x: Tensor, block: FoldedBlock, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (M, D) -> queries (M, H, K) and keys (M, H_kv, K), normed and turned, float32; values (M, H_kv, K).
 
         turn: (2, [M,] H + H_kv, K)
@@ -198,7 +212,7 @@ class PackedDecoder:
         y = F.scaled_dot_product_attention(q, k, v, bias, is_causal=bias is None, scale=1.0)  # (R, H, n, K)
         return y.transpose(1, 2).flatten(2).flatten(0, 1).to(self.compute_dtype)
 
-    def _finish(self, x: Tensor, y: Tensor, block: PackedBlock) -> None:
+    def _finish(self, x: Tensor, y: Tensor, block: FoldedBlock) -> None:
         """Adds the attention's result and the feed-forward branch to x in place."""
         x.add_(block.out(y))
         x.add_(block.down(block.gate(self._norm(x))))
@@ -231,14 +245,8 @@ def _distinct_rows(
     return text_ids, image_ids, lines, which
 
 
-def int8_steps(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, K) -> whole numbers from -127 to 127, and what one of them is worth in each row (N,)"""
-    scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-8) / 127
-    return (weight / scale).round(), scale[:, 0].contiguous()
-
-
-def pack_block(block: Block, weights: Weights, linear: type, gate: type) -> PackedBlock:
-    return PackedBlock(
+def fold_block(block: Block, weights: Weights, linear: type, gate: type) -> FoldedBlock:
+    return FoldedBlock(
         linear(fold(block.attention.qkv.weight, block.attention_norm), weights),
         linear(block.attention.out.weight.float(), weights),
         gate(fold(block.ffn.gate_up.weight, block.ffn_norm), weights),

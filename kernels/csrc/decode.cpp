@@ -1,15 +1,14 @@
-// One decode step of the generator in one call: what dalle/packed.py computes, without an operator for each line of it.
+// One decode step of the generator in one call, with what norms and rotary tables hold folded into the weights.
 //
 // All threads go through the layers together and wait for each other five times a layer. A thread owns columns of each
 // matrix product, or heads of the attention, so results do not depend on the number of threads; every row of a product
 // is summed in the same order however many rows there are, so a picture does not depend on its company.
 //
-// Weights: see common/kernels.h. Keys: blocks of 16 positions, transposed: (L / 16, K, 16), float16. Values: (L, K),
+// Weights: see kernels.h. Keys: blocks of 16 positions, transposed: (L / 16, K, 16), float16. Values: (L, K),
 // float16.
 
-#include "kernels.h"
-
-#include <omp.h>
+#include "abi.h"
+#include "team.h"
 
 #include <algorithm>
 #include <cmath>
@@ -61,6 +60,8 @@ struct Rows {
 };
 
 }  // extern "C"
+
+EXPORT_ABI(sizeof(Linear), sizeof(Layer), sizeof(Model), sizeof(Cache), sizeof(Rows))
 
 namespace {
 
@@ -291,14 +292,16 @@ extern "C" {
 
 // y = a @ weight.T: a (rows, K) bfloat16 -> y (rows, N) float32
 void linear(const Linear* l, const Bf16* a, int64_t rows, float* y, int threads) {
-#pragma omp parallel num_threads(threads)
-    multiply_into(*l, a, rows, y, share(num_groups(*l), omp_get_thread_num(), omp_get_num_threads()));
+    in_parallel(threads, [&](int64_t thread, int64_t all) {
+        multiply_into(*l, a, rows, y, share(num_groups(*l), thread, all));
+    });
 }
 
 // y = silu(a @ gate.T) * (a @ up.T): y (rows, N / 2) bfloat16
 void gated(const Linear* l, const Bf16* a, int64_t rows, Bf16* y, int threads) {
-#pragma omp parallel num_threads(threads)
-    multiply_gated(*l, a, rows, y, share(num_groups(*l), omp_get_thread_num(), omp_get_num_threads()));
+    in_parallel(threads, [&](int64_t thread, int64_t all) {
+        multiply_gated(*l, a, rows, y, share(num_groups(*l), thread, all));
+    });
 }
 
 // ids (R) of the tokens at the rows' positions -> logits (R, V) of the next ones; false for an unknown id
@@ -307,35 +310,33 @@ bool step(const Model* model, const Cache* cache, const Rows* which, const int64
     const Cache& c = *cache;
     const int64_t count = which->count;
     if (std::any_of(ids, ids + count, [&](int64_t id) { return id < 0 || id >= m.head.outputs; })) return false;
-#pragma omp parallel num_threads(threads)
-    {
+    in_parallel(threads, [&](int64_t thread, int64_t all) {
         static thread_local std::vector<Bf16> own;  // each thread norms all rows itself: cheaper than waiting
         std::vector<Bf16>& normed = once(own);
         normed.resize(count * m.dim);
-        const int64_t thread = omp_get_thread_num(), all = omp_get_num_threads();
         const auto groups = [&](const Linear& l) { return share(num_groups(l), thread, all); };
         const Range rows = share(count, thread, all);
         for (int64_t r = rows.begin; r < rows.end; r++)
             std::copy_n(m.image_embed + ids[r] * m.dim, m.dim, c.x + r * m.dim);
-#pragma omp barrier
+        barrier();
         for (int64_t i = 0; i < m.num_layers; i++) {
             const Layer& layer = m.layers[i];
             norm(c.x, normed.data(), count, m.dim, m.eps);
             multiply_into(layer.qkv, normed.data(), count, c.qkv, groups(layer.qkv));
-#pragma omp barrier
+            barrier();
             attend_heads(m, c, *which, i, share(count * m.num_kv_heads, thread, all));
-#pragma omp barrier
+            barrier();
             add_product(layer.out, c.attended, count, c.x, groups(layer.out));
-#pragma omp barrier
+            barrier();
             norm(c.x, normed.data(), count, m.dim, m.eps);
             multiply_gated(layer.gate_up, normed.data(), count, c.gated, groups(layer.gate_up));
-#pragma omp barrier
+            barrier();
             add_product(layer.down, c.gated, count, c.x, groups(layer.down));
-#pragma omp barrier
+            barrier();
         }
         norm(c.x, normed.data(), count, m.dim, m.eps);
         multiply_into(m.head, normed.data(), count, logits, groups(m.head));
-    }
+    });
     return true;
 }
 

@@ -4,10 +4,10 @@
 // Rows are taken a block at a time, which stays in a thread's cache. Results are the same every time for a given number
 // of threads.
 
-#include <omp.h>
-
 #include <limits>
 
+#include "abi.h"
+#include "team.h"
 #include "train_parts.h"
 
 extern "C" {
@@ -27,6 +27,8 @@ struct Head {
 };
 
 }  // extern "C"
+
+EXPORT_ABI(sizeof(Hidden), sizeof(Head))
 
 namespace {
 
@@ -133,7 +135,7 @@ void backward_head(const Hidden& h, const Head& head, int64_t thread, int64_t th
     const Range mine = share(blocks.count, thread, threads),
                 groups = share(whole_groups(head.width) / GROUP, thread, threads);
     for (int64_t block = mine.begin; block < mine.end; block++) backward_block(h, head, block, blocks.at(block), r, dx);
-#pragma omp barrier
+    barrier();
     for (int64_t begin = groups.begin * GROUP; begin < groups.end * GROUP; begin += COLUMNS)
         backward_weight(h, head, blocks, begin, std::min(COLUMNS, groups.end * GROUP - begin), r,
                         by_gains[thread].data());
@@ -146,18 +148,16 @@ extern "C" {
 void heads_forward(const Hidden* hidden, const Head* heads, int64_t count, int threads) {
     for (const Head* head = heads; head < heads + count; head++) {
         packed.fit(head->width, hidden->dim, false);
-#pragma omp parallel num_threads(threads)
-        {
-            const int64_t thread = omp_get_thread_num(), all = omp_get_num_threads();
+        in_parallel(threads, [&](int64_t thread, int64_t all) {
             static thread_local Room own;
             Room& room = once(own);
             packed.pack(head->weight, {0, hidden->gain}, thread, all);
-#pragma omp barrier
+            barrier();
             const Blocks blocks(head->count, all);
             const Range mine = share(blocks.count, thread, all);
             for (int64_t block = mine.begin; block < mine.end; block++)
                 forward_block(*hidden, *head, blocks.at(block), room);
-        }
+        });
     }
 }
 
@@ -166,22 +166,20 @@ void heads_backward(const Hidden* hidden, const Head* heads, int64_t count, floa
     const int64_t D = hidden->dim;
     by_gains.resize(std::max<size_t>(by_gains.size(), threads));
     for (Floats& by : by_gains) by.assign(D, 0.0f);
-#pragma omp parallel num_threads(threads)
-    {
-        const int64_t thread = omp_get_thread_num(), all = omp_get_num_threads();
+    in_parallel(threads, [&](int64_t thread, int64_t all) {
         static thread_local Room own;
         Room& room = once(own);
         const Range mine = share(hidden->rows * D, thread, all);
         std::fill(dx + mine.begin, dx + mine.end, 0.0f);
         for (const Head* head = heads; head < heads + count; head++) {
-#pragma omp barrier
-#pragma omp single
-            fit_backward(*hidden, *head, all);
+            barrier();
+            if (thread == 0) fit_backward(*hidden, *head, all);
+            barrier();
             packed.pack(head->weight, {0, hidden->gain}, thread, all);
-#pragma omp barrier
+            barrier();
             backward_head(*hidden, *head, thread, all, room, dx);
         }
-    }
+    });
     for (int64_t k = 0; k < D; k++) {
         by_gain[k] = 0;
         for (int t = 0; t < threads; t++) by_gain[k] += by_gains[t][k];
@@ -195,19 +193,21 @@ bool entropy_forward(const Bf16* logits, const int64_t* targets, int64_t rows, i
     if (std::any_of(targets, targets + rows, [=](int64_t target) { return target < 0 || target >= width; }))
         return false;
     const Lanes least = fill(-std::numeric_limits<float>::infinity());
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t row = 0; row < rows; row++) {
-        const Bf16* x = logits + row * width;
-        Lanes most = least, total = zeros();
-        for (int64_t i = 0; i < width; i += 16) most = larger(most, widen_some(first_lanes(width - i), x + i, least));
-        const float top = most_of(most);
-        for (int64_t i = 0; i < width; i += 16)
-            total =
-                add(total, exp16(sub(widen_some(first_lanes(width - i), x + i, least), fill(top))));
-        lse[row] = top + std::log(sum_of(total));
-        const int32_t bits = static_cast<int32_t>(x[targets[row]]) << 16;
-        losses[row] = lse[row] - _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(bits)));
-    }
+    in_parallel(threads, [&](int64_t thread, int64_t all) {
+        const Range mine = equal_share(rows, thread, all);
+        for (int64_t row = mine.begin; row < mine.end; row++) {
+            const Bf16* x = logits + row * width;
+            Lanes most = least, total = zeros();
+            for (int64_t i = 0; i < width; i += 16) most = larger(most, widen_some(first_lanes(width - i), x + i, least));
+            const float top = most_of(most);
+            for (int64_t i = 0; i < width; i += 16)
+                total =
+                    add(total, exp16(sub(widen_some(first_lanes(width - i), x + i, least), fill(top))));
+            lse[row] = top + std::log(sum_of(total));
+            const int32_t bits = static_cast<int32_t>(x[targets[row]]) << 16;
+            losses[row] = lse[row] - _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(bits)));
+        }
+    });
     return true;
 }
 
@@ -215,19 +215,21 @@ bool entropy_forward(const Bf16* logits, const int64_t* targets, int64_t rows, i
 void entropy_backward(const Bf16* logits, const int64_t* targets, int64_t rows, int64_t width, const float* lse,
                       const float* dlosses, Bf16* dlogits, int threads) {
     const Words places = count_up();
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t row = 0; row < rows; row++) {
-        const Lanes scale = fill(dlosses[row]), binary = fill(LOG2_E);
-        const Lanes above = fill(lse[row] * LOG2_E);
-        for (int64_t i = 0; i < width; i += 16) {
-            const int64_t at = row * width + i;
-            const Lanes x = widen_some(first_lanes(width - i), logits + at, above);
-            const Lanes p = power_of_two(fmsub(x, binary, above), 0xffff);
-            const Mask hit = same_words(places, fill_words(targets[row] - i));
-            const Lanes d = mul(pick(hit, sub(p, fill(1.0f)), p), scale);
-            store_some_bf16(dlogits + at, first_lanes(width - i), d);
+    in_parallel(threads, [&](int64_t thread, int64_t all) {
+        const Range mine = equal_share(rows, thread, all);
+        for (int64_t row = mine.begin; row < mine.end; row++) {
+            const Lanes scale = fill(dlosses[row]), binary = fill(LOG2_E);
+            const Lanes above = fill(lse[row] * LOG2_E);
+            for (int64_t i = 0; i < width; i += 16) {
+                const int64_t at = row * width + i;
+                const Lanes x = widen_some(first_lanes(width - i), logits + at, above);
+                const Lanes p = power_of_two(fmsub(x, binary, above), 0xffff);
+                const Mask hit = same_words(places, fill_words(targets[row] - i));
+                const Lanes d = mul(pick(hit, sub(p, fill(1.0f)), p), scale);
+                store_some_bf16(dlogits + at, first_lanes(width - i), d);
+            }
         }
-    }
+    });
 }
 
 }  // extern "C"

@@ -2,9 +2,11 @@
 //
 // A thread takes whole pictures, so the codes of a picture depend neither on its company nor on the number of threads.
 // The sum that the blocks add to: (H W, C) float32. Weights of a convolution: (N / 32, taps, C / 2, 2, 16, 2) bfloat16,
-// see common/kernels.h.
+// see kernels.h.
 
+#include "abi.h"
 #include "convolve.h"
+#include "team.h"
 
 #include <limits>
 #include <vector>
@@ -39,6 +41,8 @@ struct Pictures {
 };
 
 }  // extern "C"
+
+EXPORT_ABI(sizeof(Conv), sizeof(Norm), sizeof(Block), sizeof(Encoder), sizeof(Pictures))
 
 namespace {
 
@@ -261,13 +265,13 @@ extern "C" {
 
 // -> ids (B, h w), or latents (B, h w, D) float32 where the encoder has no codes
 void encode(const Encoder* encoder, const Pictures* pictures, float* latents, int64_t* ids, int threads) {
-#pragma omp parallel num_threads(threads)
-    {
+    std::atomic<int64_t> next{0};
+    in_parallel(threads, [&](int64_t, int64_t) {
         static thread_local Room own;
         Room& room = once(own);
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < pictures->number; i++) encode_picture(*encoder, *pictures, i, room, latents, ids);
-    }
+        for (int64_t i; (i = next.fetch_add(1)) < pictures->number;)
+            encode_picture(*encoder, *pictures, i, room, latents, ids);
+    });
 }
 
 }  // extern "C"

@@ -4,10 +4,10 @@
 // gradients of its own, added up at the end: for a given number of threads, results are the same every time.
 // The residual stream is float32; products are of bfloat16 with float32 sums.
 
-#include <omp.h>
-
 #include <array>
 
+#include "abi.h"
+#include "team.h"
 #include "train_attention.h"
 
 extern "C" {
@@ -26,6 +26,8 @@ struct Kept {             // of the forward pass for the backward one
 };
 
 }  // extern "C"
+
+EXPORT_ABI(sizeof(Shape), sizeof(Weights), sizeof(Input), sizeof(Kept))
 
 namespace {
 
@@ -244,8 +246,8 @@ void add_up(const Shape& s, const Weights& w, const Weights& gradients, int64_t 
     add_up_matrix(s, 1, w.out, nullptr, gradients.out, nullptr, thread, threads);
     add_up_matrix(s, 2, w.gate_up, w.ffn_norm, gradients.gate_up, by.ffn_norm, thread, threads);
     add_up_matrix(s, 3, w.down, nullptr, gradients.down, nullptr, thread, threads);
-#pragma omp barrier
-#pragma omp single
+    barrier();
+    if (thread) return;
     for (int64_t part = MATRICES; part < static_cast<int64_t>(sizes_of(s).size()); part++)
         for (int64_t k = 0; k < sizes_of(s)[part].columns; k++) {
             float sum = 0;
@@ -263,16 +265,15 @@ void block_forward(const Shape* shape, const Weights* weights, const Input* inpu
                    int threads) {
     const Shape& s = *shape;
     packed.fit(s, false);
-#pragma omp parallel num_threads(threads)
-    {
+    in_parallel(threads, [&](int64_t thread, int64_t all) {
         static thread_local Room own;
         Room& room = once(own);
-        packed.pack(s, *weights, omp_get_thread_num(), omp_get_num_threads());
-#pragma omp barrier
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < s.batch; i++)
+        packed.pack(s, *weights, thread, all);
+        barrier();
+        const Range mine = equal_share(s.batch, thread, all);
+        for (int64_t i = mine.begin; i < mine.end; i++)
             forward_sequence(s, *weights, Part(s, *input, *kept, i), room, y + i * s.length * s.dim);
-    }
+    });
 }
 
 // dy -> dx (B, L, D), and the gradients of the weights
@@ -281,22 +282,21 @@ void block_backward(const Shape* shape, const Weights* weights, const Input* inp
     const Shape& s = *shape;
     packed.fit(s, true);
     sums.resize(std::max<size_t>(sums.size(), threads));
-#pragma omp parallel num_threads(threads)
-    {
-        const int64_t thread = omp_get_thread_num(), all = omp_get_num_threads();
+    in_parallel(threads, [&](int64_t thread, int64_t all) {
         static thread_local Room own;
         Room& room = once(own);
         packed.pack(s, *weights, thread, all);
         sums[thread].clear(s);
-#pragma omp barrier
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < s.batch; i++) {
+        barrier();
+        const Range mine = equal_share(s.batch, thread, all);
+        for (int64_t i = mine.begin; i < mine.end; i++) {
             const Part part(s, *input, *kept, i);
             backward_ffn(s, *weights, sums[thread].parts, part, room, dy + i * s.length * s.dim);
             backward_attention(s, *weights, sums[thread].parts, part, room, dx + i * s.length * s.dim);
         }
+        barrier();  // all sums are there
         add_up(s, *weights, *gradients, thread, all);
-    }
+    });
 }
 
 }  // extern "C"

@@ -2,25 +2,34 @@ import pytest
 import torch
 from small_checkpoint import enlarge_
 
-from common.native import level
-from dalle import native, packed
-from dalle.fast import CompiledDecoder, FastOptions, GraphDecoder, PlainDecoder, prepare
-from dalle.model import Dalle, ModelOptions
-from dalle.native import NativeDecoder
-from dalle.packed import Int8Linear, PackedDecoder
+from dalle.engines import (
+    CpuKernelDecoder,
+    CudaGraphDecoder,
+    FastOptions,
+    PackedDecoder,
+    TorchDecoder,
+    packed,
+    prepare,
+)
+from dalle.engines.packed import Int8Linear
+from dalle.model import Block, Dalle, ModelOptions, SwiGLU
 from dalle.sampling import SamplingOptions, picture_generator, sample_ids
+from kernels import decode
+from kernels.compiler import level
 
 CONFIG = dict(dim=64, num_layers=3, num_heads=4)
 HEADS = [{}, {"num_kv_heads": 2}, {"num_kv_heads": 1, "tie_image_head": True}]
-needs_native = pytest.mark.skipif(bool(native.why_not()), reason=f"no native engine: {native.why_not()}")
+needs_native = pytest.mark.skipif(
+    bool(decode.unavailable_reason()), reason=f"no cpu_kernel engine: {decode.unavailable_reason()}"
+)
 needs_packed_bf16 = pytest.mark.skipif(
     not packed.is_available(torch.bfloat16), reason="oneDNN packs no 16 bits on this CPU"
 )
 FEW_BITS = [
     pytest.param(PackedDecoder, torch.bfloat16, 0.02, marks=needs_packed_bf16),
     pytest.param(PackedDecoder, torch.int8, 0.05, marks=needs_packed_bf16),
-    pytest.param(NativeDecoder, torch.bfloat16, 0.02, marks=needs_native),
-    pytest.param(NativeDecoder, torch.int8, 0.05, marks=needs_native),
+    pytest.param(CpuKernelDecoder, torch.bfloat16, 0.02, marks=needs_native),
+    pytest.param(CpuKernelDecoder, torch.int8, 0.05, marks=needs_native),
 ]
 
 
@@ -85,7 +94,7 @@ def test_rows_do_not_depend_on_their_company(decoder, weights, share):
 @needs_native
 @pytest.mark.parametrize("weights", [torch.bfloat16, torch.int8])
 def test_native_rows_do_not_depend_on_tiles_and_threads(weights):
-    decoder = NativeDecoder(make(), weights)
+    decoder = CpuKernelDecoder(make(), weights)
     text, image = (t.repeat(6, 1) for t in inputs())  # 30 rows: three tiles
 
     def logits(rows: slice) -> torch.Tensor:
@@ -106,7 +115,7 @@ def test_native_rows_do_not_depend_on_tiles_and_threads(weights):
 
 @needs_native
 def test_native_refuses_what_it_cannot_do():
-    decoder = NativeDecoder(make(), torch.bfloat16)
+    decoder = CpuKernelDecoder(make(), torch.bfloat16)
     text, image = inputs()
     cache = decoder.new_cache(text)
     decoder.prefill(text, cache)
@@ -115,17 +124,17 @@ def test_native_refuses_what_it_cannot_do():
     with pytest.raises(ValueError, match="5 ids"):
         decoder.decode_step(image[:2, 0], 0, cache)
     with pytest.raises(ValueError, match="take packed"):
-        prepare(make(), FastOptions("native", "float32"))
+        prepare(make(), FastOptions("cpu_kernel", "float32"))
     with pytest.raises(ValueError, match="multiple of 32"):
-        prepare(make(dim=48), FastOptions("native", "bfloat16"))
+        prepare(make(dim=48), FastOptions("cpu_kernel", "bfloat16"))
 
 
-@pytest.mark.skipif(not level(), reason="a CPU without the native engine")
+@pytest.mark.skipif(not level(), reason="a CPU without the cpu_kernel engine")
 def test_without_a_compiler_packed_takes_over(no_compiler, capsys):
     assert type(prepare(make(), FastOptions())) is PackedDecoder
-    assert "packed engine: compiling native.cpp failed: exit code 1" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"native engine cannot run here: compiling native\.cpp failed"):
-        prepare(make(), FastOptions("native", "bfloat16"))
+    assert "without the compiled step: compiling decode.cpp failed: exit code 1" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"cpu_kernel engine cannot run here: compiling decode\.cpp failed"):
+        prepare(make(), FastOptions("cpu_kernel", "bfloat16"))
 
 
 def test_int8_rounds_to_the_nearest_step():
@@ -142,7 +151,7 @@ def test_the_model_is_left_as_it_is():
     model = make()
     before = {n: t.clone() for n, t in model.state_dict().items()}
     for weights in ("float32", "bfloat16"):
-        for engine in ("plain", "packed", "auto"):
+        for engine in ("torch", "packed", "auto"):
             if engine != "packed" or packed.is_available(getattr(torch, weights)):
                 step_logits(prepare(model, FastOptions(engine, weights)), 115)
     assert all(
@@ -150,23 +159,22 @@ def test_the_model_is_left_as_it_is():
     )
 
 
-def test_auto_packs_on_a_cpu_and_plain_is_the_model():
+def test_auto_is_the_fastest_on_a_cpu_and_torch_is_the_model():
     model = make()
-    assert isinstance(prepare(model, FastOptions()), PackedDecoder)
-    unfit = PackedDecoder if packed.is_available(torch.bfloat16) else PlainDecoder
+    unfit = PackedDecoder if packed.is_available(torch.bfloat16) else TorchDecoder
     assert type(prepare(make(dim=48), FastOptions(weights="bfloat16"))) is unfit
-    best = PackedDecoder if native.why_not() else NativeDecoder
+    best = PackedDecoder if decode.unavailable_reason() else CpuKernelDecoder
     assert type(prepare(model, FastOptions(weights="bfloat16"))) is best
     assert type(prepare(model, FastOptions())) is best
-    plain = prepare(model, FastOptions("plain", "float32"))
-    assert isinstance(plain, PlainDecoder) and plain.model is model
+    plain = prepare(model, FastOptions("torch", "float32"))
+    assert isinstance(plain, TorchDecoder) and plain.model is model
 
 
 def test_impossible_options_say_so():
-    with pytest.raises(ValueError, match="native or packed engine"):
-        FastOptions("plain", "int8")
+    with pytest.raises(ValueError, match="cpu_kernel or packed engine"):
+        FastOptions("torch", "int8")
     with pytest.raises(ValueError, match="GPU"):
-        prepare(make(), FastOptions("graph"))
+        prepare(make(), FastOptions("cuda_graph"))
     with pytest.raises(ValueError, match="imported"):
         prepare(torch.nn.Linear(2, 2), FastOptions("packed"))
 
@@ -177,17 +185,75 @@ def test_packing_refuses_16_bits_that_the_cpu_cannot_pack():
         prepare(make(), FastOptions("packed", "bfloat16"))
 
 
-@pytest.mark.slow
-def test_compiled_steps_equal_a_full_pass():
+def test_earlier_names_of_engines():
+    names = [FastOptions(engine).engine for engine in ("plain", "native", "graph")]
+    assert names == ["torch", "cpu_kernel", "cuda_graph"]
+
+
+def test_kernels_off_leaves_pytorch_alone():
     model = make()
-    expected = full_logits(model)
-    torch.testing.assert_close(step_logits(CompiledDecoder(model), 0), expected, rtol=1e-4, atol=2e-4)
+    off = prepare(model, FastOptions("torch", "float32", "off"))
+    assert not any("forward" in vars(m) for m in model.modules()) and "off" in off.report.record()
+    assert not isinstance(prepare(model, FastOptions(kernels="off")), CpuKernelDecoder)
+    with pytest.raises(ValueError, match="leaves out the cpu_kernel engine"):
+        FastOptions("cpu_kernel", kernels="off")
+    on = prepare(model, FastOptions("torch", "float32"))
+    assert on.report.record()["attentions"] == "3 of 3 attentions by hand-written passes"
+    torch.testing.assert_close(step_logits(off, 100), step_logits(on, 100), rtol=1e-4, atol=1e-4)
+
+
+def gelu_for_silu(monkeypatch, model):
+    def forward(self, x):
+        gate, up = self.gate_up(x).chunk(2, -1)
+        return self.out(torch.nn.functional.gelu(gate) * up)
+
+    monkeypatch.setattr(SwiGLU, "forward", forward)
+
+
+def parallel_residual(monkeypatch, model):
+    def forward(self, x, table, mask):
+        return x + self.attention(self.attention_norm(x), table, mask) + self.ffn(self.ffn_norm(x))
+
+    monkeypatch.setattr(Block, "forward", forward)
+
+
+def layer_norm(monkeypatch, model):
+    model.blocks[1].ffn_norm = torch.nn.LayerNorm(64, bias=False)
+
+
+def bias_in_qkv(monkeypatch, model):
+    model.blocks[2].attention.qkv.bias = torch.nn.Parameter(torch.zeros(192))
+
+
+def hook(monkeypatch, model):
+    model.blocks[0].attention.register_forward_hook(lambda *_: None)
+
+
+def subclass(monkeypatch, model):
+    model.__class__ = type("MyDalle", (Dalle,), {})
+
+
+CHANGES = [gelu_for_silu, parallel_residual, layer_norm, bias_in_qkv, hook, subclass]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(
+    "engine",
+    [pytest.param("cpu_kernel", marks=needs_native), pytest.param("packed", marks=needs_packed_bf16)],
+)
+def test_a_changed_model_is_left_to_torch(change, engine, monkeypatch, capsys):
+    model = make()
+    change(monkeypatch, model)
+    with pytest.raises(ValueError, match="cannot compute the model"):
+        prepare(model, FastOptions(engine, "bfloat16"))
+    assert type(prepare(model, FastOptions())) is TorchDecoder
+    assert ("warning" in capsys.readouterr().out) == (change in (gelu_for_silu, parallel_residual))
 
 
 @pytest.mark.gpu
 def test_graphs_equal_a_full_pass_and_can_be_used_again():
     model = make().cuda()
-    decoder = GraphDecoder(model)
+    decoder = CudaGraphDecoder(model)
     generators = [picture_generator(0, i) for i in range(5)]
     text = inputs()[0].cuda()
     drawn = [
@@ -196,6 +262,6 @@ def test_graphs_equal_a_full_pass_and_can_be_used_again():
     ]
     assert torch.equal(*drawn)
     plain = sample_ids(
-        PlainDecoder(model), text, torch.zeros_like(text), generators, SamplingOptions(cfg_scale=2.0)
+        TorchDecoder(model), text, torch.zeros_like(text), generators, SamplingOptions(cfg_scale=2.0)
     )
     assert (plain.ids == drawn[0]).float().mean() > 0.9

@@ -5,15 +5,16 @@ import weakref
 import pytest
 import torch
 
-import common.native
 from common import precision
-from common.native import level
-from dalle import train_native
 from dalle.attention import CausalMask
 from dalle.model import Dalle, ModelOptions
+from kernels import accelerate, compiler, train_block
+from kernels.compiler import level
 
 pytestmark = pytest.mark.skipif(not level(), reason="a CPU without AVX2")
-needs_native = pytest.mark.skipif(not train_native.is_available(), reason="no C++ compiler")
+needs_native = pytest.mark.skipif(
+    bool(compiler.unavailable_reason(train_block.SOURCE)), reason="no C++ compiler"
+)
 CASES = [
     dict(num_heads=2, length=40),
     dict(dim=128, num_heads=4, num_kv_heads=2, length=45, text_lens=(9, 1, 5)),  # padding, and an odd length
@@ -24,7 +25,7 @@ CASES = [
 
 @pytest.fixture(autouse=True)
 def without_amx(monkeypatch):
-    monkeypatch.setattr(common.native, "is_outdone", lambda: False)
+    monkeypatch.setattr(compiler, "prefers_torch", lambda: False)
 
 
 def make_block(dim=64, length=40, text_lens=(8, 8, 8), batch=3, seed=0, **changes):
@@ -39,6 +40,7 @@ def make_block(dim=64, length=40, text_lens=(8, 8, 8), batch=3, seed=0, **change
     lens = torch.tensor(text_lens * batch)[:batch]
     visible = torch.arange(text_len) < lens[:, None]
     x, dy = torch.randn(2, batch, length, dim).unbind()
+    accelerate(model.blocks[1].branch)  # so that PyTorch's passes drop the same elements
     return model.blocks[1], x, model.rotary[:, :length], CausalMask(visible, length), dy
 
 
@@ -47,12 +49,9 @@ def passes(block, x, table, mask, dy, bf16, native):
     block.zero_grad()
     x = x.clone().requires_grad_()
     torch.manual_seed(7)
-    with pytest.MonkeyPatch.context() as patch:
-        if not native:
-            patch.setattr(train_native, "takes", lambda *_: False)
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            assert not native or train_native.takes(block, x)
-            y = block(x, table, mask)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        assert not native or train_block.supports(block, x)
+        y = train_block.forward(block, x, table, mask) if native else block(x, table, mask)
     y.backward(dy)
     return {"y": y.detach(), "x": x.grad} | {n: p.grad.clone() for n, p in block.named_parameters()}
 
@@ -132,7 +131,8 @@ def test_scores_too_large_to_be_exponents(gain):
 @needs_native
 def test_goes_back_once_and_uses_its_memory_again():
     block, x, table, mask, dy = make_block()
-    free = train_native._buffers._free
+    accelerate(block)
+    free = train_block._buffers._free
     with torch.autocast("cpu", torch.bfloat16):
         y = block(x.clone().requires_grad_(), table, mask)
         y.backward(dy, retain_graph=True)
@@ -149,21 +149,22 @@ def test_goes_back_once_and_uses_its_memory_again():
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradient_checkpointing_keeps_nothing(monkeypatch, checkpointing):
     buffers = weakref.WeakSet()
-    memory = common.native.memory
+    memory = train_block.memory
 
     def counted(size):
         buffers.add(buffer := memory(size))
         return buffer
 
-    monkeypatch.setattr(common.native, "memory", counted)
-    monkeypatch.setattr(train_native, "_buffers", train_native._Buffers())
     sizes = ModelOptions(dim=64, num_layers=3, num_heads=2, gradient_checkpointing=checkpointing)
     model = Dalle(sizes.config(50, 0, 8, 64, 4)).train()
+    accelerate(model)
+    monkeypatch.setattr(train_block, "memory", counted)
+    monkeypatch.setattr(train_block, "_buffers", train_block._Buffers())
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(torch.randint(1, 50, (4, 8)), torch.randint(64, (4, 16))).image
     assert len(buffers) == (0 if checkpointing else 3)
     logits.float().sum().backward()
-    assert len(train_native._buffers._free) == (1 if checkpointing else 3)
+    assert len(train_block._buffers._free) == (1 if checkpointing else 3)
 
 
 @needs_native
@@ -178,17 +179,16 @@ def test_a_model_learns_as_with_pytorch():
         text, image = torch.randint(1, 50, (4, 8)), torch.randint(64, (4, 16))
         text[1, 3:] = 0
         trace = []
-        with pytest.MonkeyPatch.context() as patch:
-            if not native:
-                patch.setattr(train_native, "takes", lambda *_: False)
-            for _ in range(12):
-                with torch.autocast("cpu", torch.bfloat16):
-                    logits = model(text, image).image
-                loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), image.flatten())
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                trace.append(float(loss.detach()))
+        if native:
+            assert [t.count for t in accelerate(model).taken][:2] == [2, 1]  # blocks, heads
+        for _ in range(12):
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = model(text, image).image
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), image.flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            trace.append(float(loss.detach()))
         losses[native, checkpointing] = trace
     assert losses[True, False] == losses[True, True]
     assert losses[True, False] == pytest.approx(losses[False, False], rel=0.02)
@@ -200,17 +200,17 @@ def test_what_it_leaves_to_pytorch():
     def takes(x_dtype=torch.float32, autocast=True, **changes):
         block, x, *_ = make_block(**changes)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            return train_native.takes(block, x.to(x_dtype))
+            return train_block.supports(block, x.to(x_dtype))
 
     assert takes()
     assert not takes(autocast=False)
     assert not takes(x_dtype=torch.bfloat16)
     assert not takes(attention_dropout=0.1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common.native, "is_outdone", lambda: True)
+        patch.setattr(compiler, "prefers_torch", lambda: True)
         assert not takes()
-        patch.setattr(common.native, "is_outdone", lambda: False)
-        patch.setattr(train_native, "MOST_SUMS", 1000)
+        patch.setattr(compiler, "prefers_torch", lambda: False)
+        patch.setattr(train_block, "MOST_SUMS", 1000)
         assert not takes()
     assert not takes(num_heads=4)  # heads of 16
     assert not takes(dim=96, num_heads=2)
@@ -220,14 +220,15 @@ def test_what_it_leaves_to_pytorch():
     block, x, *_ = make_block()
     block.attention.qkv.weight.data = torch.empty(0)  # as ZeRO-3 leaves it between uses
     with torch.autocast("cpu", torch.bfloat16):
-        assert not train_native.takes(block, x)
+        assert not train_block.supports(block, x)
 
 
-def test_without_a_compiler_pytorch_trains(no_compiler, capsys):
+def test_without_a_compiler_pytorch_trains(no_compiler):
     block, x, table, mask, _ = make_block()
     with torch.autocast("cpu", torch.bfloat16):
-        assert block(x, table, mask).isfinite().all() and not train_native.takes(block, x)
-    assert "compiling train_native.cpp failed: exit code 1" in capsys.readouterr().out
+        report = accelerate(block)
+        assert block(x, table, mask).isfinite().all() and not train_block.supports(block, x)
+    assert "0 of 1 blocks by compiled code (compiling train_block.cpp failed: exit code 1)" in str(report)
 
 
 @needs_native
@@ -235,13 +236,14 @@ def test_kernels_compute_in_bf16_where_pytorch_would_emulate_it(monkeypatch):
     """On a CPU without bf16 the kernels take what `autocast` covers, also where it is computed a second time."""
     monkeypatch.setattr(precision, "has_native_bf16", lambda _: False)
     text, image = torch.randint(1, 50, (4, 8)), torch.randint(0, 64, (4, 256))
-    calls, run = [], train_native.run_block
-    monkeypatch.setattr(train_native, "run_block", lambda *a: calls.append(1) or run(*a))
+    calls, run = [], train_block.run_block
+    monkeypatch.setattr(train_block, "run_block", lambda *a: calls.append(1) or run(*a))
 
     def gradients(name, checkpointing):
         torch.manual_seed(0)
         options = ModelOptions(dim=64, num_layers=2, num_heads=2, gradient_checkpointing=checkpointing)
         model = Dalle(options.config(50, 0, 8, 64, 16)).train()
+        accelerate(model)
         calls.clear()
         with precision.autocast(torch.device("cpu"), name):
             output = model(text, image)

@@ -1,17 +1,19 @@
 """Compiled encoding finds the codes of the model in float32, but for near ties."""
 
+import copy
+
 import pytest
 import torch
 
-import common.native
-from vq import native
-from vq.autoencoder import FastConfig
+from kernels import accelerate, compiler, encode
+from kernels.encode import CompiledEncoder
+from vq.autoencoder import FastConfig, ResBlock
+from vq.encoding import ImageEncoder
 from vq.model import ImageTokenizer, TokenizerConfig
-from vq.native import NativeEncoder, PictureEncoder
 from vq.quantizer import GumbelConfig
 
 CPU = torch.device("cpu")
-needs_native = pytest.mark.skipif(bool(native.why_not()), reason=f"no native encoding: {native.why_not()}")
+needs_native = pytest.mark.skipif(bool(encode.unavailable_reason()), reason="no compiled encoding here")
 DEEP = FastConfig(haar_levels=1, channels=(32, 64), encoder_blocks=(1, 2), decoder_blocks=(0, 0))
 BARE = FastConfig(haar_levels=0, channels=(96,), encoder_blocks=(1,), decoder_blocks=(0,), attention=False)
 PATCHED = FastConfig(
@@ -53,7 +55,7 @@ def pictures(height, width, count=5):
 @pytest.mark.parametrize(("fast", "changes", "sides"), CASES)
 def test_codes_are_those_of_the_model(fast, changes, sides):
     tokenizer, images = make(fast, **changes), pictures(*sides)
-    found = NativeEncoder(tokenizer).encode_ids(images)
+    found = CompiledEncoder(tokenizer).encode_ids(images)
     expected = tokenizer.encode_ids(images)
     assert found.shape == expected.shape and expected.unique().numel() > 8
     assert (found == expected).float().mean() > 0.9
@@ -67,7 +69,7 @@ def test_latents_are_as_exact_as_bf16():
     tokenizer, images = make(DEEP, quantizer="gumbel", gumbel=GumbelConfig()), pictures(36, 60)
     seen = []
     tokenizer.quantizer.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].float()))
-    NativeEncoder(tokenizer).encode_ids(images)
+    CompiledEncoder(tokenizer).encode_ids(images)
     tokenizer.encode_ids(images)
     with torch.autocast("cpu", torch.bfloat16):
         tokenizer.encode_ids(images)
@@ -78,7 +80,7 @@ def test_latents_are_as_exact_as_bf16():
 @needs_native
 def test_a_picture_depends_on_itself_alone():
     tokenizer, images = make(DEEP), pictures(32, 32, 7)
-    encoder = NativeEncoder(tokenizer)
+    encoder = CompiledEncoder(tokenizer)
     together = encoder.encode_ids(images)
     assert torch.equal(encoder.encode_ids(images[3:4]), together[3:4])
     assert torch.equal(encoder.encode_ids(images.to(memory_format=torch.channels_last)), together)
@@ -93,7 +95,7 @@ def test_a_picture_depends_on_itself_alone():
 
 @needs_native
 def test_another_size_of_picture_after_a_larger_one():
-    encoder = NativeEncoder(make(DEEP))
+    encoder = CompiledEncoder(make(DEEP))
     small = encoder.encode_ids(pictures(16, 16))
     encoder.encode_ids(pictures(48, 64))
     assert torch.equal(encoder.encode_ids(pictures(16, 16)), small)
@@ -103,7 +105,7 @@ def test_another_size_of_picture_after_a_larger_one():
 def test_pixels_that_are_no_numbers_get_codes():
     images = pictures(16, 16)
     images[2] = float("nan")
-    encoder = NativeEncoder(make(DEEP))
+    encoder = CompiledEncoder(make(DEEP))
     ids = encoder.encode_ids(images)
     assert ids.min() >= 0 and ids.max() < 64
     assert torch.equal(ids[[0, 1, 3, 4]], encoder.encode_ids(images[[0, 1, 3, 4]]))
@@ -112,37 +114,70 @@ def test_pixels_that_are_no_numbers_get_codes():
 @needs_native
 def test_what_it_refuses():
     with pytest.raises(ValueError, match="multiples of 4"):
-        NativeEncoder(make(DEEP)).encode_ids(pictures(18, 16))
+        CompiledEncoder(make(DEEP)).encode_ids(pictures(18, 16))
     odd_heads = FastConfig(haar_levels=1, channels=(160,), encoder_blocks=(1,), decoder_blocks=(0,))
     with pytest.raises(ValueError, match="multiples of 32"):
-        NativeEncoder(make(odd_heads))
+        CompiledEncoder(make(odd_heads))
     taming = ImageTokenizer(TokenizerConfig(architecture="taming", image_size=32)).eval()
+    assert "fast architecture" in encode.unsupported_reason(taming)
     with pytest.raises(ValueError, match="fast architecture"):
-        PictureEncoder(taming, CPU, "bf16", "native")
-    with pytest.raises(ValueError, match="in bf16 on a CPU"):
-        PictureEncoder(make(DEEP), CPU, "fp32", "native")
+        accelerate(taming, insist=True)
+    with pytest.raises(ValueError, match="computed in float32"):
+        accelerate(make(DEEP), in_bf16=False, insist=True)
 
 
-def test_engines(monkeypatch):
-    monkeypatch.setattr(common.native, "is_outdone", lambda: False)
+@needs_native
+def test_compiled_code_encodes_under_bf16_autocast_alone(monkeypatch):
+    monkeypatch.setattr(compiler, "prefers_torch", lambda: False)
     tokenizer, images = make(DEEP), pictures(32, 32)
-    expected = tokenizer.encode_ids(images)
-    for precision, engine in (("fp32", "auto"), ("fp32", "plain"), ("bf16", "plain")):
-        encoder = PictureEncoder(tokenizer, CPU, precision, engine)
-        assert encoder.native is None
-        found = encoder(images)
-        assert (
-            torch.equal(found, expected) if precision == "fp32" else (found == expected).float().mean() > 0.9
+    exact, compiled = tokenizer.encode_ids(images), CompiledEncoder(tokenizer).encode_ids(images)
+    assert not torch.equal(exact, compiled)  # or the next lines show nothing
+    assert accelerate(tokenizer).record()["image encoders"] == "1 of 1 image encoders by compiled code"
+    assert torch.equal(tokenizer.encode_ids(images), exact)
+    assert torch.equal(ImageEncoder(tokenizer, CPU, "fp32")(images), exact)
+    assert torch.equal(ImageEncoder(tokenizer, CPU, "bf16")(images), compiled)
+
+
+@needs_native
+def test_weights_that_changed_are_packed_again(monkeypatch):
+    monkeypatch.setattr(compiler, "prefers_torch", lambda: False)
+    tokenizer, images = make(DEEP), pictures(32, 32)
+    accelerate(tokenizer)
+    other = copy.deepcopy(tokenizer)
+    with torch.no_grad():
+        tokenizer.encoder.conv_out.bias += 0.5
+    encoders = [ImageEncoder(t, CPU, "bf16") for t in (tokenizer, other)]
+    for encoder in encoders:
+        assert torch.equal(encoder(images), CompiledEncoder(encoder.tokenizer).encode_ids(images))
+    assert not torch.equal(*(encoder(images) for encoder in encoders))
+
+
+@needs_native
+@pytest.mark.parametrize("change", ["silu", "hook", "subclass", "padding"])
+def test_a_changed_encoder_stays_with_pytorch(change, monkeypatch, capsys):
+    monkeypatch.setattr(compiler, "prefers_torch", lambda: False)
+    tokenizer = make(DEEP)
+    block = next(m for m in tokenizer.encoder.body if isinstance(m, ResBlock))
+    if change == "silu":
+        monkeypatch.setattr(
+            ResBlock, "forward", lambda self, x: x + self.conv2(self.conv1(self.norm(x)).relu().relu())
         )
-    by_itself = PictureEncoder(tokenizer, CPU)
-    assert (by_itself.native is not None) == (not native.why_not())
-    monkeypatch.setattr(common.native, "is_outdone", lambda: True)
-    assert PictureEncoder(tokenizer, CPU).native is None
+    elif change == "hook":
+        block.conv1.register_forward_hook(lambda *_: None)
+    elif change == "subclass":
+        block.__class__ = type("MyBlock", (ResBlock,), {})
+    else:
+        block.conv1.padding_mode = "reflect"
+    report = accelerate(tokenizer)
+    assert report.record()["image encoders"].startswith("0 of 1") and "encode_ids" not in vars(tokenizer)
+    assert ("warning" in capsys.readouterr().out) == (change == "silu")
 
 
-@pytest.mark.skipif(not common.native.level(), reason="a CPU without native encoding")
-def test_without_a_compiler_pytorch_takes_over(no_compiler, capsys):
-    assert PictureEncoder(make(DEEP), CPU, "bf16").native is None
-    assert "compiling native.cpp failed: exit code 1" in capsys.readouterr().out
+@pytest.mark.skipif(not compiler.level(), reason="a CPU without compiled encoding")
+def test_without_a_compiler_pytorch_takes_over(no_compiler):
+    tokenizer, images = make(DEEP), pictures(32, 32)
+    expected = ImageEncoder(tokenizer, CPU, "bf16")(images)
+    assert "compiling encode.cpp failed: exit code 1" in str(accelerate(tokenizer))
+    assert torch.equal(ImageEncoder(tokenizer, CPU, "bf16")(images), expected)
     with pytest.raises(ValueError, match="cannot run here"):
-        PictureEncoder(make(DEEP), CPU, "bf16", "native")
+        accelerate(tokenizer, insist=True)

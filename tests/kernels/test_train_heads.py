@@ -1,25 +1,28 @@
 """The compiled end of the generator against float32 and against PyTorch's bfloat16; cross-entropies of its logits."""
 
+import copy
 import dataclasses
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-import common.native
-from common.native import level
-from dalle import sequence, train_heads
+from dalle import sequence
 from dalle.attention import RMSNorm
-from dalle.losses import LossConfig, dalle_loss
+from dalle.losses import CrossEntropy, LossConfig, dalle_loss
 from dalle.model import Dalle, ModelOptions
+from kernels import accelerate, compiler, train_heads
+from kernels.compiler import level
 
 pytestmark = pytest.mark.skipif(not level(), reason="a CPU without AVX2")
-needs_native = pytest.mark.skipif(not train_heads.is_available(), reason="no C++ compiler")
+needs_native = pytest.mark.skipif(
+    bool(compiler.unavailable_reason(train_heads.SOURCE)), reason="no C++ compiler"
+)
 
 
 @pytest.fixture(autouse=True)
 def without_amx(monkeypatch):
-    monkeypatch.setattr(common.native, "is_outdone", lambda: False)
+    monkeypatch.setattr(compiler, "prefers_torch", lambda: False)
 
 
 def make_end(dim=64, widths=(96, 50), counts=(300, 41), seed=0):
@@ -39,7 +42,7 @@ def ends(x, norm, weights, rows, given, bf16, native):
     x = x.clone().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         if native:
-            assert train_heads.takes(x, weights)
+            assert train_heads.supports(x, norm, weights)
             logits = train_heads.run_heads(x, norm.weight, norm.eps, weights, rows)
         else:
             logits = [F.linear(norm(x[r]), w) for r, w in zip(rows, weights, strict=True)]
@@ -111,15 +114,15 @@ def test_a_model_has_the_losses_of_pytorchs_end(changes):
     targets = sequence.text_targets(text, 0)
     found = []
     for native in (True, False):
-        with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
-            if not native:
-                patch.setattr(train_heads, "takes", lambda *_: False)
-            output = model(text, image)
+        copied, cross_entropy = copy.deepcopy(model), CrossEntropy()
+        if native:
+            accelerate(copied.heads, copied.norm, cross_entropy)
+        with torch.autocast("cpu", torch.bfloat16):
+            output = copied(text, image)
         assert output.image.shape == (3, 16, 64) and (output.text is None) == (not config.text_head)
-        model.zero_grad()
-        losses = dalle_loss(output, image, targets, len(targets), LossConfig())
+        losses = dalle_loss(output, image, targets, len(targets), LossConfig(), cross_entropy)
         losses.total.backward()
-        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        gradients = {n: p.grad for n, p in copied.named_parameters() if p.grad is not None}
         found.append((losses.image, losses.text, gradients))
     (image_loss, text_loss, gradients), expected = found
     torch.testing.assert_close((image_loss, text_loss), expected[:2], rtol=2e-3, atol=1e-3)
@@ -131,9 +134,9 @@ def test_a_model_has_the_losses_of_pytorchs_end(changes):
 @needs_native
 def test_what_it_leaves_to_pytorch():
     def takes(x=None, autocast=True, **changes):
-        states, _, weights, *_ = make_end(**changes)
+        states, norm, weights, *_ = make_end(**changes)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            return train_heads.takes(states if x is None else x, weights)
+            return train_heads.supports(states if x is None else x, norm, weights)
 
     assert takes()
     assert not takes(autocast=False)
@@ -143,11 +146,13 @@ def test_what_it_leaves_to_pytorch():
     with torch.no_grad():
         assert not takes()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common.native, "is_outdone", lambda: True)
+        patch.setattr(compiler, "prefers_torch", lambda: True)
         assert not takes()
-    states, _, weights, *_ = make_end()
+    states, norm, weights, *_ = make_end()
     with torch.autocast("cpu", torch.bfloat16):
-        assert not train_heads.takes(states, [weights[0], torch.empty(0)])  # as ZeRO-3 leaves it between uses
+        assert not train_heads.supports(
+            states, norm, [weights[0], torch.empty(0)]
+        )  # as ZeRO-3 leaves it between uses
 
 
 @needs_native
@@ -157,15 +162,15 @@ def test_cross_entropy_is_pytorchs(width):
     logits = (torch.randn(37, width) * 4).bfloat16().requires_grad_()
     targets, weights = torch.randint(width, (37,)), torch.rand(37)
     targets[0], targets[1] = width - 1, 0
-    losses = train_heads.cross_entropy(logits, targets)
+    losses = train_heads.run_entropy(logits, targets)
     expected = F.cross_entropy(logits.float(), targets, reduction="none")
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
     mine, theirs = (torch.autograd.grad((x * weights).sum(), logits)[0] for x in (losses, expected))
     assert mine.dtype == torch.bfloat16
     torch.testing.assert_close(mine, theirs, rtol=0.01, atol=1e-6)
-    assert train_heads.cross_entropy(logits[:0], targets[:0]).shape == (0,)
+    assert train_heads.run_entropy(logits[:0], targets[:0]).shape == (0,)
     with pytest.raises(IndexError, match="targets must lie"):
-        train_heads.cross_entropy(logits, targets + width)
+        train_heads.run_entropy(logits, targets + width)
 
 
 @needs_native
@@ -173,7 +178,7 @@ def test_cross_entropy_is_pytorchs(width):
 def test_what_is_no_number_shows(value):
     logits = torch.randn(4, 64).bfloat16()
     logits[2] = value
-    losses = train_heads.cross_entropy(logits, torch.arange(4))
+    losses = train_heads.run_entropy(logits, torch.arange(4))
     assert losses[[0, 1, 3]].isfinite().all() and not losses[2].isfinite()
     x, norm, weights, rows, given = make_end()
     x[rows[0][5], 3] = value
@@ -182,10 +187,12 @@ def test_what_is_no_number_shows(value):
 
 
 def test_without_a_compiler_pytorch_trains(no_compiler):
-    states, _, weights, *_ = make_end()
+    states, norm, weights, *_ = make_end()
     with torch.autocast("cpu", torch.bfloat16):
-        assert not train_heads.takes(states, weights)
-    losses = train_heads.cross_entropy(torch.zeros(2, 32, dtype=torch.bfloat16), torch.arange(2))
+        assert not train_heads.supports(states, norm, weights)
+    entropy = CrossEntropy()
+    accelerate(entropy)
+    losses = entropy(torch.zeros(2, 32, dtype=torch.bfloat16), torch.arange(2))
     torch.testing.assert_close(losses, torch.full((2,), 32.0).log())
 
 

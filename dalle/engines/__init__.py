@@ -1,0 +1,112 @@
+"""How a generator is run when it samples: the options, and the forms of a model that the sampling loop takes.
+
+    torch       the model as it is, for any device and any model
+    cpu_kernel  cpu_kernel.py: a step is one call of code compiled for the CPU, in 16 or 8 bits
+    cuda_graph  cuda_graph.py: the decode step replayed as CUDA graphs, one for each quarter of the cache
+    packed      packed.py: weights packed for the CPU, in 32, 16 or 8 bits, where there is no compiler
+
+Each gives the same bytes for the same seed on the same machine. One rounds otherwise than another, so under another
+one a few codes of an image differ: what was taken stands in images.jsonl.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+import tyro
+from torch import nn
+
+from common.log import say
+from common.precision import has_native_bf16
+from dalle.engines import cpu_kernel, packed
+from dalle.engines.cpu_kernel import CpuKernelDecoder
+from dalle.engines.cuda_graph import CudaGraphDecoder
+from dalle.engines.eager import TorchDecoder
+from dalle.engines.packed import PackedDecoder
+from dalle.model import Dalle
+from dalle.sampling import Generator
+from kernels import OFF, Kernels, accelerate
+from kernels.compiler import level
+
+Engine = Literal["auto", "torch", "cpu_kernel", "cuda_graph", "packed", "plain", "native", "graph"]
+WeightType = Literal["auto", "float32", "bfloat16", "int8"]
+EARLIER_NAMES: dict[str, Engine] = {"plain": "torch", "native": "cpu_kernel", "graph": "cuda_graph"}
+
+
+@dataclass(frozen=True)
+class FastOptions:
+    """How to run the generator; the defaults are the fastest on the machine."""
+
+    engine: Engine = "auto"
+    """auto: cuda_graph on a GPU; on a CPU cpu_kernel where it can run (AVX512-BF16 or AVX2, a C++ compiler), else
+    packed; torch on request. plain, native and graph are earlier names of torch, cpu_kernel and cuda_graph."""
+    weights: WeightType = "auto"
+    """Numbers that weights and cache are kept in: auto takes bfloat16 where the machine or the engine computes in it.
+    int8 (weights alone, cpu_kernel and packed engines) is the fastest for one image at a time, and costs a little
+    accuracy."""
+    kernels: Annotated[Kernels, tyro.conf.arg(prefix_name=False)] = "auto"
+    """auto: compiled code and hand-written passes where they are faster; off: PyTorch alone."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "engine", EARLIER_NAMES.get(self.engine, self.engine))
+        if self.weights == "int8" and self.engine not in ("auto", "cpu_kernel", "packed"):
+            raise ValueError(f"int8 weights need the cpu_kernel or packed engine, not {self.engine}")
+        if self.kernels == "off" and self.engine == "cpu_kernel":
+            raise ValueError("--kernels off leaves out the cpu_kernel engine: choose torch or packed")
+
+
+def resolve_options(model: nn.Module, options: FastOptions) -> FastOptions:
+    """`options` with what `auto` stands for here. Raises ValueError for what cannot be."""
+    if not isinstance(model, Dalle):
+        if options.engine not in ("auto", "torch") or options.weights not in ("auto", "float32"):
+            raise ValueError("an imported generator is run as it is: leave the fast options alone")
+        return FastOptions("torch", "float32", options.kernels)
+    device, engine, weights = next(model.parameters()).device, options.engine, options.weights
+    if weights == "int8" and device.type != "cpu":
+        raise ValueError(f"int8 weights are for CPUs, the model is on {device}")
+    if engine == "auto":
+        engine = "cuda_graph" if device.type == "cuda" else _engine_of_cpu(model, options)
+    if weights == "auto":
+        weights = "bfloat16" if engine == "cpu_kernel" or has_native_bf16(device) else "float32"
+    return FastOptions(engine, weights, options.kernels)
+
+
+def prepare(model: nn.Module, options: FastOptions) -> Generator:
+    """The form of `model` to sample with. The model's weights stay as they are; with kernels, its own steps are
+    accelerated in place (`kernels.accelerate`). Raises ValueError for what cannot be."""
+    device, options = next(model.parameters()).device, resolve_options(model, options)
+    if not isinstance(model, Dalle):
+        return TorchDecoder(model)
+    engine, dtype = options.engine, getattr(torch, options.weights)
+    if engine in ("cpu_kernel", "packed"):
+        if device.type != "cpu":
+            raise ValueError(
+                f"the {engine} engine is for CPUs, the model is on {device}: use torch or cuda_graph"
+            )
+        return (CpuKernelDecoder if engine == "cpu_kernel" else PackedDecoder)(model, dtype)
+    if engine == "torch":
+        model = _as_type(model, dtype)
+        report = OFF if options.kernels == "off" else accelerate(model)
+        return TorchDecoder(model, report)
+    if engine == "cuda_graph":
+        if device.type != "cuda":
+            raise ValueError(f"CUDA graphs need a GPU, the model is on {device}")
+        return CudaGraphDecoder(_as_type(model, dtype))
+    raise ValueError(f"unknown engine {engine!r}")
+
+
+def _engine_of_cpu(model: Dalle, options: FastOptions) -> Engine:
+    weights = options.weights
+    if options.kernels == "auto" and weights != "float32" and cpu_kernel.fits(model.config) and level():
+        if not (reason := cpu_kernel.unsupported_reason(model)):
+            return "cpu_kernel"
+        say(f"sampling up to seven times slower, without the compiled step: {reason}")
+    dtype = torch.float32 if weights == "auto" else getattr(torch, weights)
+    if not packed.is_available(dtype) or PackedDecoder.changed_reason(model):
+        return "torch"
+    return "packed"
+
+
+def _as_type(model: Dalle, dtype: torch.dtype) -> Dalle:
+    return model if model.image_embed.weight.dtype == dtype else copy.deepcopy(model).to(dtype)
