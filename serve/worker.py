@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from common.image import to_image
-from common.label import add_mark, make_label, save_arguments
+from common.label import labelled
 from common.precision import autocast
 from dalle import inpaint
 from dalle.batching import ContinuousBatcher, Finished, Job
@@ -237,20 +237,15 @@ class Worker:
     def _encode(self, work: Work, image: Image.Image, index: int) -> bytes:
         if work.side != image.width:
             image = image.resize((work.side, work.side), Image.Resampling.LANCZOS)
-        arguments: dict[str, Any] = {}
-        if work.label.label == "both":
-            image = add_mark(image)
-        if work.label.label != "off":
-            manifest = {
-                "model": self.info.sha256,
-                "text": work.prompt,
-                "negative": work.negative,
-                "seed": work.seed,
-                "index": index,
-                "sampling": vars(work.options),
-            }
-            label = make_label(image, work.label.label_producer, manifest)
-            arguments = save_arguments(work.output_format, label, manifest)
+        manifest = {
+            "model": self.info.sha256,
+            "text": work.prompt,
+            "negative": work.negative,
+            "seed": work.seed,
+            "index": index,
+            "sampling": vars(work.options),
+        }
+        image, arguments = labelled(image, work.output_format, work.label, manifest)
         return _encoded(image, work.output_format, **arguments)
 
     def _show_progress(self, pending: _Pending) -> None:
