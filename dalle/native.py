@@ -14,6 +14,7 @@ from torch import Tensor
 from common import native
 from common.native import GROUP
 from dalle import sequence
+from dalle.lines import no_lines
 from dalle.model import Dalle, DalleConfig
 from dalle.packed import PackedDecoder, Weights, int8_steps
 
@@ -177,6 +178,8 @@ class NativeCache:
         to, of = (slice(r * heads, (r + 1) * heads) for r in (target, source))
         self.keys[:, to], self.values[:, to] = self.keys[:, of], self.values[:, of]
         self.bias[target] = self.bias[source]
+        if self.lines is not None:
+            self.lines[target] = self.lines[source]
 
 
 @dataclass(frozen=True)
@@ -185,7 +188,7 @@ class _RowsFrom:
 
     cache: NativeCache
     start: int
-    lines: Tensor | None = None  # these rows follow no drawings
+    lines: Tensor | None = None
 
     def fill(self, layer: int, k: Tensor, v: Tensor) -> None:
         self.cache.fill(layer, k, v, self.start)
@@ -230,31 +233,41 @@ class NativeDecoder(PackedDecoder):
         """As `Dalle.new_cache`."""
         c = self.config
         bias = sequence.key_bias(sequence.text_mask(text_ids, c.pad_id), c.num_image_tokens, torch.float32)
-        cache = NativeCache(c, bias[:, 0, 0])
-        if lines is not None and len(lines) > c.codebook_size:
+        return self._following(NativeCache(c, bias[:, 0, 0]), lines)
+
+    def _following(self, cache: NativeCache, lines: Tensor | None) -> NativeCache:
+        if lines is None:
+            return cache
+        if len(lines) > self.config.codebook_size:
             raise ValueError(
                 f"{len(lines)} rows with drawings need a codebook of as many codes: lower the batch size"
             )
-        if lines is not None:
-            cache.follow(lines, self.struct)
+        cache.follow(lines, self.struct)
         return cache
 
     @torch.inference_mode()
     def new_rows(self, capacity: int) -> NativeCache:
         """An empty cache whose rows come and go: `prefill_rows`, `decode_rows`, `move_row`."""
-        return NativeCache(
-            self.config, torch.zeros(capacity, self.config.max_text_len + self.config.num_image_tokens)
-        )
+        c = self.config
+        cache = NativeCache(c, torch.zeros(capacity, c.max_text_len + c.num_image_tokens))
+        return self._following(cache, no_lines(c, capacity))
 
     @torch.inference_mode()
     def prefill_rows(
-        self, text_ids: Tensor, cache: NativeCache, start: int, image_ids: Tensor | None = None
+        self,
+        text_ids: Tensor,
+        cache: NativeCache,
+        start: int,
+        image_ids: Tensor | None = None,
+        lines: Tensor | None = None,
     ) -> Tensor:
-        """As `prefill`, into the rows from `start` on; text_ids (R, max_text_len)."""
+        """As `prefill`, into the rows from `start` on; text_ids (R, max_text_len), lines (R, N, D) or None for none."""
         c = self.config
         bias = sequence.key_bias(sequence.text_mask(text_ids, c.pad_id), c.num_image_tokens, torch.float32)
         cache.bias[start : start + len(text_ids)] = bias[:, 0, 0]
-        return self.prefill(text_ids, _RowsFrom(cache, start), image_ids)
+        if cache.lines is not None:
+            cache.lines[start : start + len(text_ids)] = 0 if lines is None else lines
+        return self.prefill(text_ids, _RowsFrom(cache, start, lines), image_ids)
 
     @torch.inference_mode()
     def decode_step(self, image_ids: Tensor, position: int, cache: NativeCache) -> Tensor:
@@ -285,8 +298,10 @@ class NativeDecoder(PackedDecoder):
         c = self.config
         image_ids, positions, model = image_ids.contiguous(), positions.contiguous(), self.struct
         if cache.lines is not None:  # this step's inputs in the place of the embedding, row by row
-            torch.add(self.image_embed[image_ids], cache.lines[cache.rows, positions + 1], out=cache.inputs)
-            image_ids, model = cache.rows, cache.model
+            active = cache.rows[: len(image_ids)]
+            inputs = cache.inputs[: len(image_ids)]
+            torch.add(self.image_embed[image_ids], cache.lines[active, positions + 1], out=inputs)
+            image_ids, model = active, cache.model
         logits = torch.empty(len(image_ids), c.codebook_size)
         rows = _Rows(positions.data_ptr(), int(len(positions) > 1), len(image_ids), c.num_image_tokens)
         known = _library().step(
