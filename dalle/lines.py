@@ -77,7 +77,7 @@ class LineControl:
     """A drawing that images follow, and how closely."""
 
     lines: np.ndarray
-    """(S, S) uint8, white on black, S the side of the image tokenizer."""
+    """(S, S) uint8, white on black, S the generator's `line_size`."""
     scale: float = 1.0
     """Multiplies the drawing's features; 0 is no drawing."""
     cfg_scale: float = 1.0

@@ -151,6 +151,11 @@ class DalleConfig:
         return self.grid_size**2
 
     @property
+    def line_size(self) -> int:
+        """Side in pixels of the line drawings that the model takes; 0: it takes none."""
+        return self.grid_size * self.line_factor
+
+    @property
     def sequence_len(self) -> int:
         return self.max_text_len + self.num_image_tokens
 

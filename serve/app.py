@@ -173,7 +173,7 @@ def _add_status(app: FastAPI, service: Service) -> None:
             "weights": info.weights,
             "ranker": info.ranker,
             "max_images": info.max_images,
-            "line_drawings": info.follows_lines,
+            "line_drawings": bool(info.line_size),
         }
         return {
             "id": info.name,

@@ -23,7 +23,7 @@ class LineDrawing:
     """A drawing that images follow."""
 
     image: bytes
-    """PNG of the model's size, one channel, white on black."""
+    """PNG of the model's `line_size`, one channel, white on black."""
     scale: float = 1.0
 
 
@@ -74,8 +74,8 @@ class ModelInfo:
     engine: str
     weights: str
     ranker: str
-    follows_lines: bool
-    """Whether the generator takes line drawings."""
+    line_size: int
+    """Side in pixels of the line drawings that the generator takes; 0 where it takes none."""
     images_per_second: float
     """Of full batches, measured when the worker started."""
 

@@ -101,7 +101,7 @@ class Service:
 
     def require_lines(self, param: str) -> None:
         """Raises ApiError where the model follows no drawings."""
-        if not self.require_model().follows_lines:
+        if not self.require_model().line_size:
             raise ApiError(
                 400,
                 f"The model {self.dispatcher.info.name} was trained without line drawings, which '{param}' needs.",
@@ -110,11 +110,11 @@ class Service:
             )
 
     async def prepare(self, function: Callable[..., T], *arguments: Any) -> T:
-        """What `serve.uploads` makes of an upload for the model's size, in a thread: the event loop goes on, and a few
-        at a time, so that memory is bounded. Raises ApiError."""
-        side = self.require_model().image_size
+        """What `serve.uploads` makes of an upload for the model, in a thread: the event loop goes on, and a few at a
+        time, so that memory is bounded. Raises ApiError."""
+        model = self.require_model()
         async with self._decoding:
-            return await asyncio.to_thread(function, *arguments, side)
+            return await asyncio.to_thread(function, *arguments, model)
 
     def work(
         self,

@@ -12,7 +12,7 @@ from PIL import Image
 from common.image import resize_square
 from data_tools.images import BadImage, ImageLimits, decode, encode
 from data_tools.line_drawings import encode_lines, extract, fit_lines, read_drawing
-from serve.messages import LineDrawing, SourceImage
+from serve.messages import LineDrawing, ModelInfo, SourceImage
 from serve.schemas import ApiError
 
 LIMITS = ImageLimits(max_image_bytes=20 << 20, max_pixels=32_000_000)
@@ -39,28 +39,28 @@ def _unreadable(error: BadImage, param: str) -> ApiError:
     return ApiError(400, f"The image cannot be read: {reason}.", "invalid_image", param)
 
 
-def to_vary(image: bytes, strength: float, side: int) -> SourceImage:
+def to_vary(image: bytes, strength: float, model: ModelInfo) -> SourceImage:
     """Raises ApiError."""
-    return SourceImage("vary", _png(resize_square(decoded(image, "image"), side)), strength=strength)
+    return SourceImage("vary", _square_png(decoded(image, "image"), model), strength=strength)
 
 
-def to_edit(image: bytes, mask: bytes | None, side: int) -> SourceImage:
+def to_edit(image: bytes, mask: bytes | None, model: ModelInfo) -> SourceImage:
     """Raises ApiError, as `edit_region` does."""
-    region = edit_region(image, mask, side)
-    return SourceImage("inpaint", _png(resize_square(decoded(image, "image"), side)), region)
+    region = edit_region(image, mask, model.image_size)
+    return SourceImage("inpaint", _square_png(decoded(image, "image"), model), region)
 
 
-def to_recolour(image: bytes, line_scale: float, side: int) -> tuple[SourceImage, LineDrawing]:
+def to_recolour(image: bytes, line_scale: float, model: ModelInfo) -> tuple[SourceImage, LineDrawing]:
     """A photo whose shape and plain background stay, and its lines, as `generate.py --like` has them.
 
     Raises ApiError.
     """
-    square = resize_square(decoded(image, "image"), side)
-    lines = extract(square, "canny")
-    return SourceImage("recolour", _png(square)), LineDrawing(encode_lines(lines), line_scale)
+    photo = decoded(image, "image")
+    lines = extract(resize_square(photo, model.line_size), "canny")
+    return SourceImage("recolour", _square_png(photo, model)), LineDrawing(encode_lines(lines), line_scale)
 
 
-def to_line_drawing(data: bytes, scale: float, side: int) -> LineDrawing:
+def to_line_drawing(data: bytes, scale: float, model: ModelInfo) -> LineDrawing:
     """As `generate.py --line` has it: dark on light or light on dark, bars added to a square. Raises ApiError."""
     try:
         drawing = read_drawing(data, LIMITS)
@@ -68,7 +68,7 @@ def to_line_drawing(data: bytes, scale: float, side: int) -> LineDrawing:
         raise _unreadable(error, "line") from error
     except ValueError as error:
         raise ApiError(400, f"The drawing cannot be used: {error}.", "invalid_drawing", "line") from error
-    return LineDrawing(encode_lines(fit_lines(drawing.lines, side)), scale)
+    return LineDrawing(encode_lines(fit_lines(drawing.lines, model.line_size)), scale)
 
 
 def edit_region(image: bytes, mask: bytes | None, side: int) -> bytes:
@@ -93,11 +93,11 @@ def edit_region(image: bytes, mask: bytes | None, side: int) -> bytes:
             "invalid_mask",
             param,
         )
-    return _png(region)
+    return encode(region, "png")
 
 
-def _png(image: Image.Image) -> bytes:
-    return encode(image, "png")
+def _square_png(image: Image.Image, model: ModelInfo) -> bytes:
+    return encode(resize_square(image, model.image_size), "png")
 
 
 def _require_shape(mask: Image.Image, image: Image.Image) -> None:

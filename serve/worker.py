@@ -117,7 +117,7 @@ class Worker:
             pipeline.fast.engine,
             pipeline.fast.weights,
             self.ranker.name if self.ranker else "",
-            pipeline.line_encoder is not None,
+            pipeline.config.line_size if pipeline.line_encoder else 0,
             self._measure(),
         )
 
