@@ -32,6 +32,7 @@ from tqdm import tqdm
 from common.config import command, parse_options, to_mapping
 from common.files import sha256_file
 from common.image import resize_square
+from common.label import LabelOptions
 from common.log import say
 from common.out_directory import OutDirectory, Request
 from dalle import inpaint
@@ -104,6 +105,8 @@ class Options:
     """Put the products on a pure white background."""
     white: WhitenOptions = field(default_factory=WhitenOptions)
     """How --whiten does it."""
+    label: Annotated[LabelOptions, tyro.conf.arg(name="")] = field(default_factory=LabelOptions)
+    """What the files say of having been generated."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     fast: FastOptions = field(default_factory=FastOptions)
@@ -255,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     """Draw; returns the out directory."""
     options = parse_options(Options, argv, description=__doc__)
     num_texts = count_prompts(options.prompts_file) if options.prompts_file else 1
-    with OutDirectory(options.out_dir) as out:
+    with OutDirectory(options.out_dir, label=options.label) as out:
         out.require_ours(num_texts * options.num_images)
         checkpoint = options.checkpoint or default_checkpoint()
         pipeline = TextToImage.from_pretrained(checkpoint, options.device, options.fast)

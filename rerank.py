@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from common.config import command, from_mapping, parse_options
 from common.image import make_grid, resize_square
+from common.label import LabelOptions, joined_arguments
 from common.log import say
 from common.out_directory import COPY, RANKED, RANKING, OutDirectory, Request
 from common.output import OutputDirectory
@@ -170,7 +171,8 @@ def draw_until(options: Options, ranker: Any, out: OutDirectory) -> None:
     origin = common_origin(rows, options.out)
     out.require_ours(len(rows) + options.budget * len({row.text for row in rows}))
     pipeline = load_generator(options, origin)
-    out.origin = origin
+    out.label = from_mapping(LabelOptions, origin["label"] or {}, where=f"{options.out}/images.jsonl")
+    out.origin = {name: value for name, value in origin.items() if name not in ("label", "whiten")}
     out.continue_behind_all()
     sampling = from_mapping(SamplingOptions, origin["sampling"], where=f"{options.out}/images.jsonl")
     while requests := wanted(options, rank_directory(options, ranker), read_out_directory(options.out)):
@@ -200,7 +202,10 @@ def wanted(options: Options, texts: dict[str, list[Ranked]], rows: Sequence[Row]
 
 def common_origin(rows: Sequence[Row], out: Path) -> dict[str, Any]:
     """What all pictures share: seed, sampling, checkpoint. Raises ValueError where one run did not draw all."""
-    names = ("seed", "sampling", "negative", "source", "engine", "weights", "kernels", "checkpoint")
+    names = (
+        *("seed", "sampling", "negative", "source", "engine", "weights", "kernels", "checkpoint"),
+        *("label", "whiten"),
+    )
     origins = [{name: row.values.get(name) for name in names} for row in rows]
     if any(origin != origins[0] for origin in origins) or "index" not in rows[0].values:
         raise ValueError(
@@ -210,6 +215,8 @@ def common_origin(rows: Sequence[Row], out: Path) -> dict[str, Any]:
         raise ValueError(
             f"the pictures of {out} started from another picture: --until cannot go on from there"
         )
+    if origins[0]["whiten"]:
+        raise ValueError(f"the pictures of {out} were put on white: --until cannot go on")
     return origins[0]
 
 
@@ -263,8 +270,10 @@ def write_ranking(
     for row in (row for rows in texts.values() for row in rows if row.copy):
         with files.writing(row.copy) as temporary:
             shutil.copyfile(out / row.file, temporary)
+    shown = itertools.islice(texts.values(), SHEET_TEXTS)
+    ranked, image = [out / row.file for rows in shown for row in rows], sheet(out, texts)
     with files.writing(RANKED) as temporary:
-        sheet(out, texts).save(temporary, "PNG")
+        image.save(temporary, "PNG", **joined_arguments(ranked, image, "PNG"))
     calibration = ranker.calibration
     files.write_json(
         RANKING,

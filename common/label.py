@@ -7,7 +7,9 @@ shorter side high. The manifest beside it is our own record of how the image was
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+import struct
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 from xml.etree import ElementTree
@@ -26,7 +28,10 @@ MARK_SHARE, MARK_MIN_HEIGHT = (
     0.06,
     12,
 )  # of the shorter side; pixels, below which the characters cannot be read
+MARK_OPACITY = 0.55  # of the dark box behind it
+MARKED = "visible_mark"  # key of the manifest of an image that has the mark
 EXIF_IFD, USER_COMMENT = 0x8769, 0x9286
+DAMAGED = (OSError, SyntaxError, ValueError, TypeError, KeyError, struct.error)  # of Pillow for damaged EXIF
 
 
 @dataclass(frozen=True)
@@ -97,23 +102,61 @@ def make_label(image: Image.Image, producer: str, manifest: dict[str, Any]) -> A
 
 
 def add_mark(image: Image.Image) -> Image.Image:
-    """A copy with the visible mark in the lower right corner: white characters on a half-transparent dark box."""
+    """A copy with the visible mark in the lower right corner: white characters on a half-transparent dark box.
+
+    Raises ValueError for an image that is too small for it.
+    """
     with Image.open(MARK) as file:
         mask = file.convert("L")
     height = max(round(MARK_SHARE * min(image.size)), MARK_MIN_HEIGHT)
     width = round(mask.width * height / mask.height)
     if width > image.width or height > image.height:
-        raise ValueError(f"the visible label needs {width} x {height} pixels, the image is {image.size}")
+        raise ValueError(
+            f"the visible label needs {width} x {height} pixels, the image is {image.width} x {image.height}: "
+            "take --label implicit"
+        )
     mask = mask.resize((width, height), Image.Resampling.LANCZOS)
-    pad = max(1, height // 5)
-    marked = image.convert("RGB")
-    left, top = marked.width - width - 2 * pad, marked.height - height - 2 * pad
-    box = (max(0, left), max(0, top), marked.width, marked.height)
-    marked.paste(
-        Image.blend(marked.crop(box), Image.new("RGB", (box[2] - box[0], box[3] - box[1])), 0.55), box
-    )
+    pad = _mark_pad(height)
+    marked, box = image.convert("RGB"), _mark_box(image.size, width, height)
+    dark = Image.new("RGB", (box[2] - box[0], box[3] - box[1]))
+    marked.paste(Image.blend(marked.crop(box), dark, MARK_OPACITY), box)
     marked.paste((255, 255, 255), (marked.width - width - pad, marked.height - height - pad), mask)
     return marked
+
+
+def _mark_pad(height: int) -> int:
+    return max(1, height // 5)
+
+
+def _mark_box(size: tuple[int, int], width: int, height: int) -> tuple[int, int, int, int]:
+    """Left, top, right, bottom of the box behind a mark of that many pixels."""
+    pad = _mark_pad(height)
+    return max(0, size[0] - width - 2 * pad), max(0, size[1] - height - 2 * pad), *size
+
+
+def keep_mark(source: Image.Image, image: Image.Image) -> Image.Image:
+    """`image`, changed from the opened file `source` of one size, with the visible mark that the source has by its
+    manifest: no command takes it away."""
+    if not (read_manifest(source) or {}).get(MARKED):
+        return image
+    with Image.open(MARK) as file:
+        height = max(round(MARK_SHARE * min(image.size)), MARK_MIN_HEIGHT)
+        box = _mark_box(image.size, round(file.width * height / file.height), height)
+    kept = image.copy()
+    kept.paste(source.convert("RGB").crop(box), box)
+    return kept
+
+
+def labelled(
+    image: Image.Image, file_format: str, options: LabelOptions, manifest: dict[str, Any]
+) -> tuple[Image.Image, dict[str, Any]]:
+    """What to save of an image of ours: with the visible mark where `options` ask for it, and the keyword arguments of
+    `Image.save`. Raises ValueError where the image is too small for the mark or the format holds no label."""
+    if options.label == "off":
+        return image, {}
+    if options.label == "both":
+        image, manifest = add_mark(image), manifest | {MARKED: True}
+    return image, save_arguments(file_format, make_label(image, options.label_producer, manifest), manifest)
 
 
 def save_arguments(
@@ -168,9 +211,15 @@ def read_labels(image: Image.Image) -> list[FoundLabel]:
     found += [
         FoundLabel("PNG text", label) for label in _labels_in([chunk] if isinstance(chunk, str) else [])
     ]
-    comment = image.getexif().get_ifd(EXIF_IFD).get(USER_COMMENT)
-    found += [FoundLabel("EXIF", label) for label in _labels_in(_in_comment(comment))]
+    found += [FoundLabel("EXIF", label) for label in _labels_in(_in_comment(_user_comment(image)))]
     return found
+
+
+def _user_comment(image: Image.Image) -> Any:
+    try:
+        return image.getexif().get_ifd(EXIF_IFD).get(USER_COMMENT)
+    except DAMAGED:  # of a foreign file whose pixels may be sound
+        return None
 
 
 def read_manifest(image: Image.Image) -> dict[str, Any] | None:
@@ -187,11 +236,36 @@ def read_manifest(image: Image.Image) -> dict[str, Any] | None:
     return None
 
 
-def kept_arguments(source: Path, file_format: str) -> dict[str, Any]:
-    """What hands the label and manifest of the file `source` on to a copy; empty where it has none."""
-    with open_labelled(source) as image:
-        found, manifest = read_labels(image), read_manifest(image)
-    return save_arguments(file_format, found[0].label, manifest) if found else {}
+def kept_arguments(
+    source: Image.Image, image: Image.Image, file_format: str, **changes: Any
+) -> dict[str, Any]:
+    """Keyword arguments of `Image.save` that hand the label and manifest of the opened file `source` on to `image`,
+    which was made of it; empty where the source has none.
+
+    changes: what is added to the manifest. The producer's code goes along with the pixels where it was right; one that
+    was wrong stays, so that an earlier change still shows.
+    """
+    found, manifest = read_labels(source), read_manifest(source)
+    if not found:
+        return {}
+    label = found[0].label
+    if label.ReservedCode1 == pixels_code(source):
+        label = replace(label, ReservedCode1=pixels_code(image))
+    return save_arguments(file_format, label, None if manifest is None else manifest | changes)
+
+
+def joined_arguments(sources: Iterable[Path], image: Image.Image, file_format: str) -> dict[str, Any]:
+    """Keyword arguments of `Image.save` that label an image put together of files: by the producer of the first of
+    them that is labelled, with an id made of theirs; empty where none is labelled."""
+    labels = []
+    for path in sources:
+        with open_labelled(path) as source:
+            labels += [found.label for found in read_labels(source)[:1]]
+    if not labels:
+        return {}
+    return save_arguments(
+        file_format, make_label(image, labels[0].ContentProducer, {"of": [x.ProduceID for x in labels]})
+    )
 
 
 def _labels_in(texts: list[str]) -> list[AigcLabel]:

@@ -8,6 +8,7 @@ common/output.py).
 import errno
 import itertools
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,9 +17,11 @@ from typing import Any, Protocol
 
 from PIL import Image
 
+from common.config import to_mapping
 from common.earlier_out import earlier_files
 from common.files import DISK_FULL
 from common.image import make_grid
+from common.label import LabelOptions, joined_arguments, labelled
 from common.output import RECORD, OutputDirectory
 
 LIST, GRID = "images.jsonl", "grid.png"
@@ -51,15 +54,37 @@ def image_name(number: int) -> str:
     return f"{number:04d}.png"
 
 
+def manifest_of(origin: dict[str, Any], text: str, index: int) -> dict[str, Any]:
+    """What an image's file says of how it was made: its line without what tells of this machine's folders."""
+    named = {"model" if name == "checkpoint" else name: value for name, value in origin.items()}
+    return _without_folders({n: v for n, v in named.items() if v is not None}) | {
+        "text": text,
+        "index": index,
+    }
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_folders(v) for name, v in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(v) for v in value]
+    return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
+
+
 class OutDirectory:
     """Writes one run's images; use as a context manager. `origin`: seed, sampling options, checkpoint ... the same for
-    every line, set before the first image is asked for."""
+    every line, set before the first image is asked for. `label`: what their files say of themselves."""
 
-    def __init__(self, path: Path, origin: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        origin: dict[str, Any] | None = None,
+        label: LabelOptions = LabelOptions(),  # noqa: B008 (frozen)
+    ) -> None:
         """Raises ValueError where the directory cannot be written to, or another command writes there; changes nothing
         in it."""
         self.files = OutputDirectory(path)
-        self.path, self.origin = self.files.path, origin or {}
+        self.path, self.origin, self.label = self.files.path, origin or {}, label
         self.count = 0
         # bytes of an earlier run's list that stay; None: what does not stay is gone
         self._kept: int | None = 0
@@ -115,22 +140,30 @@ class OutDirectory:
             self._kept = None
 
     def add(self, made: Made) -> Path:
-        """Write one image and its line. Raises ValueError where a file of the user's has the image's name."""
+        """Write one image and its line. Raises ValueError where a file of the user's has the image's name, or the
+        image is too small for a visible label."""
+        image, arguments = labelled(
+            made.image, "PNG", self.label, manifest_of(self.origin, made.text, made.index)
+        )
         self.forget_leftovers()
         name = image_name(self.count)
-        line = self.origin | {
-            "file": name,
-            "text": made.text,
-            "index": made.index,
-            "log_likelihood": getattr(made, "log_likelihood", None),
-            "null_log_likelihood": getattr(made, "null_log_likelihood", None),
-            "seconds": round(made.seconds, 4),
-        }
+        line = (
+            self.origin
+            | self._label_of_lines()
+            | {
+                "file": name,
+                "text": made.text,
+                "index": made.index,
+                "log_likelihood": getattr(made, "log_likelihood", None),
+                "null_log_likelihood": getattr(made, "null_log_likelihood", None),
+                "seconds": round(made.seconds, 4),
+            }
+        )
         if made.key is not None:
             line["key"] = made.key
         try:
             with self.files.writing(name) as temporary:
-                made.image.save(temporary, format="PNG")
+                image.save(temporary, format="PNG", **arguments)
             self.files.append(LIST, json.dumps(line, sort_keys=True, ensure_ascii=False))
         except OSError as error:
             if error.errno not in DISK_FULL:
@@ -145,13 +178,18 @@ class OutDirectory:
 
     def write_grid(self, columns: int | None = None) -> Path:
         """grid.png of the first images, `columns` a row."""
+        paths = [self.path / image_name(i) for i in range(min(self.count, MAX_GRID))]
         images = []
-        for i in range(min(self.count, MAX_GRID)):
-            with Image.open(self.path / image_name(i)) as image:
+        for path in paths:
+            with Image.open(path) as image:
                 images.append(image.convert("RGB"))
+        grid = make_grid(images, columns)
         with self.files.writing(GRID) as temporary:
-            make_grid(images, columns).save(temporary, format="PNG")
+            grid.save(temporary, format="PNG", **joined_arguments(paths, grid, "PNG"))
         return self.path / GRID
+
+    def _label_of_lines(self) -> dict[str, Any]:
+        return {} if self.label.label == "off" else {"label": to_mapping(self.label)}
 
     def _lines(self, start: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
         """Whole lines of an earlier run from byte `start` on, each with the byte it ends at, up to a damaged one."""
@@ -170,7 +208,8 @@ class OutDirectory:
 
     def _is_done(self, line: dict[str, Any], request: Request) -> bool:
         name = image_name(self.count)
-        wanted = self.origin | {"file": name, "text": request.text, "index": request.index}
+        wanted = self.origin | {"label": None} | self._label_of_lines()
+        wanted |= {"file": name, "text": request.text, "index": request.index}
         same = all(line.get(k) == v for k, v in wanted.items()) and line.get("key") == request.key
         return same and (self.path / name).is_file()
 

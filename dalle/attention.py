@@ -93,6 +93,8 @@ class KVCache:
         """What is added to the input that predicts image token `index`: (B, 1, D)"""
         if isinstance(index, int):
             return self.lines[:, index : index + 1]
+        if index.dim():  # an index a row
+            return self.lines[torch.arange(len(index), device=index.device), index][:, None]
         return self.lines.index_select(1, index.view(1))
 
     def bias_at(self, index: int | Tensor) -> Tensor:
@@ -127,12 +129,15 @@ class KVCache:
 
     def rows(self, rows: slice) -> "KVCache":
         """A view of some rows."""
-        return KVCache(self.entries[:, :, rows], self.bias[rows], self.text_len)
+        lines = None if self.lines is None else self.lines[rows]
+        return KVCache(self.entries[:, :, rows], self.bias[rows], self.text_len, lines)
 
     def move_row(self, source: int, target: int) -> None:
         """Row `source` takes the place of row `target`, whose contents are lost."""
         self.entries[:, :, target] = self.entries[:, :, source]
         self.bias[target] = self.bias[source]
+        if self.lines is not None:
+            self.lines[target] = self.lines[source]
 
 
 class CausalAttention(nn.Module):

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from dalle.engines import CpuKernelDecoder, TorchDecoder
 from dalle.inpaint import Source
+from dalle.lines import LineControl, encode_control
+from dalle.model import Dalle
 from dalle.pipeline import Request, TextToImage
 from dalle.sampling import (
     NOISE_CHUNK,
@@ -39,6 +41,8 @@ class Job:
     negative: str = ""
     source: Source | None = None
     """An image that these start from."""
+    line: LineControl | None = None
+    """A drawing that these follow."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ class _Image:
     rows_ids: Tensor  # (1 or 2, T) long: its text, and what guidance leads away from
     generator: torch.Generator
     canvas: tuple[Tensor, Tensor, int] | None  # ids (N,), keep (N,) bool, length of the prefix
+    lines: Tensor | None = None  # (N, D) features of its drawing
     slot: int = -1
     position: int = 0
     log_likelihood: float = 0.0
@@ -82,7 +87,7 @@ class ContinuousBatcher:
             raise ValueError(
                 f"continuous batching needs the cpu_kernel or torch engine, not {pipeline.fast.engine}"
             )
-        if not hasattr(engine, "new_rows"):
+        if isinstance(engine, TorchDecoder) and not isinstance(engine.model, Dalle):
             raise ValueError("an imported generator cannot be batched continuously")
         self.pipeline, self.engine, self.max_images = pipeline, engine, max_images
         config, device = pipeline.config, pipeline.device
@@ -148,7 +153,15 @@ class ContinuousBatcher:
             raise ValueError(
                 "a negative prompt works through guidance: set cfg_scale to something other than 1"
             )
+        if job.line and job.line.cfg_scale != 1:
+            raise ValueError(
+                "guidance on the drawing takes another row for each image, which continuous batching does not have: "
+                f"the cfg_scale of a line must be 1, not {job.line.cfg_scale}"
+            )
         null_ids = pipeline.encode_text(job.negative)[0] if job.negative.strip() else pipeline.null_ids()
+        lines = None
+        if job.line:
+            lines = encode_control(pipeline.line_encoder, job.line, pipeline.device).features
         for number, request in enumerate(job.requests):
             text_ids = pipeline.encode_text(request.text)[0]  # (1, T)
             generator = picture_generator(job.seed, request.index)
@@ -157,7 +170,7 @@ class ContinuousBatcher:
             if job.source:
                 made = job.source.canvas([generator], pipeline.device)
                 canvas = (made.ids[0], made.keep[0], made.prefix_len)
-            yield _Image(-1, number, options, rows_ids, generator, canvas)
+            yield _Image(-1, number, options, rows_ids, generator, canvas, lines)
 
     def _admit(self) -> None:
         """Waiting images take free slots, those of one text and options in one prefill."""
@@ -189,7 +202,7 @@ class ContinuousBatcher:
         at = len(self.rows)
         filled = fill_rows(text_ids, self.engine.row_multiple)[: len(self.logits) - at]
         known = None if known is None else fill_rows(known, self.engine.row_multiple)[: len(filled)]
-        logits = self.engine.prefill_rows(filled, self.cache, at, known)
+        logits = self.engine.prefill_rows(filled, self.cache, at, known, self._lines_of(rows, len(filled)))
         self.logits[at : at + len(rows)] = logits[: len(rows)].float()
         self.rows += rows
         self.active += group
@@ -198,6 +211,15 @@ class ContinuousBatcher:
                 draw_noise([image.generator], self.codebook_size, torch.device("cpu"))
             if start % NOISE_CHUNK:
                 self._draw_noise(image)
+
+    def _lines_of(self, rows: Sequence[tuple[_Image, int]], num_filled: int) -> Tensor | None:
+        """Features (R, N, D) of the drawings of rows, with and without text alike; None where none has a drawing."""
+        given = [image.lines for image, _ in rows]
+        if all(lines is None for lines in given):
+            return None
+        none = torch.zeros_like(next(lines for lines in given if lines is not None))
+        lines = torch.stack([none if lines is None else lines for lines in given])
+        return fill_rows(lines, self.engine.row_multiple)[:num_filled]
 
     def _draw_noise(self, image: _Image) -> None:
         self.noise[image.slot] = draw_noise([image.generator], self.codebook_size, self.noise.device)[:, 0]

@@ -14,6 +14,7 @@ drawing nothing is added, which training keeps usable by dropping drawings at ra
 import itertools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -113,6 +114,11 @@ def encode_control(encoder: LineEncoder | None, control: LineControl, device: to
     weight = encoder.out.weight
     features = encoder(drawing.to(weight.dtype))[0].float() * control.scale
     return LineFeatures(features, control.cfg_scale)
+
+
+def no_lines(config: Any, num_rows: int) -> Tensor | None:
+    """Features of rows that follow no drawing yet, (R, N, D) float32; None for a generator that follows none."""
+    return torch.zeros(num_rows, config.num_image_tokens, config.dim) if config.line_factor else None
 
 
 def to_drawing(lines: np.ndarray) -> Tensor:

@@ -9,7 +9,7 @@ import struct
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from PIL import Image, ImageOps
 
@@ -263,15 +263,18 @@ def resize(image: Image.Image, mode: ResizeMode, size: int) -> Image.Image:
     raise ValueError(f"resize mode {mode!r}: choose keep, square, pad or longest")
 
 
-def encode(image: Image.Image, image_format: ImageFormat = "webp", quality: int = 90) -> bytes:
-    """The file's bytes, the same each time. `quality` 1-100; PNG is lossless and ignores it."""
+def encode(
+    image: Image.Image, image_format: ImageFormat = "webp", quality: int = 90, **metadata: Any
+) -> bytes:
+    """The file's bytes, the same each time. `quality` 1-100; PNG is lossless and ignores it. `metadata`: what
+    `common.label` gives for the format."""
     buffer = io.BytesIO()
     if image_format == "webp":
-        image.save(buffer, "WEBP", quality=quality, method=4)
+        image.save(buffer, "WEBP", quality=quality, method=4, **metadata)
     elif image_format == "jpg":
-        image.save(buffer, "JPEG", quality=quality, subsampling=0 if quality >= 90 else 2)
+        image.save(buffer, "JPEG", quality=quality, subsampling=0 if quality >= 90 else 2, **metadata)
     elif image_format == "png":
-        image.save(buffer, "PNG")
+        image.save(buffer, "PNG", **metadata)
     else:
         raise ValueError(f"image format {image_format!r}: choose webp, jpg or png")
     return buffer.getvalue()

@@ -23,12 +23,14 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
+from PIL import Image
 from tqdm import tqdm
 
 from common.config import command, parse_options
 from common.files import read_lines
+from common.label import kept_arguments
 from common.output import require_replaceable, writing_file
-from data_tools.images import BadImage, decode, encode, is_plain_rgb, resize, sniff
+from data_tools.images import BadImage, decode, encode, is_plain_rgb, open_plugin, resize, sniff
 from data_tools.readers.texts import read_texts
 
 PICTURE_NAMES = ("{}.png", "{}.jpg", "{}.jpeg", "{}.webp", "{}/rank00.png", "{}/0000.png")
@@ -157,7 +159,14 @@ def finished_pictures(config: SubmitConfig, pictures: dict[str, Path]) -> Iterat
                 f"{path} is {picture.size}, the first picture {first}: pass --size to make them one size"
             )
         same = sniff(data) == config.suffix and not config.size and is_plain_rgb(data)
-        yield identifier, data if same else encode(picture, config.suffix, quality=95)
+        yield identifier, data if same else _encode_labelled(picture, data, config.suffix)
+
+
+def _encode_labelled(picture: Image.Image, data: bytes, suffix: Literal["png", "jpg"]) -> bytes:
+    """A file of `picture` with the label of the file `data` that it was made of."""
+    with open_plugin(data, sniff(data)) as file:
+        arguments = kept_arguments(file, picture, "JPEG" if suffix == "jpg" else "PNG")
+    return encode(picture, suffix, quality=95, **arguments)
 
 
 def write_submission(config: SubmitConfig) -> int:

@@ -25,8 +25,9 @@ from tqdm import tqdm
 from common import checkpoint
 from common.config import command, parse_options, to_mapping
 from common.files import read_json, sha256_file, write_json
+from common.label import LabelOptions, labelled
 from common.log import say
-from common.out_directory import OutDirectory
+from common.out_directory import OutDirectory, manifest_of
 from common.output import OutputDirectory
 from data_tools.line_drawings import open_drawing, read_drawing, resize_lines
 from data_tools.lines import drawing_of
@@ -89,6 +90,8 @@ class Options:
     """Put the products on a pure white background."""
     white: WhitenOptions = field(default_factory=WhitenOptions)
     """How --whiten does it."""
+    label: Annotated[LabelOptions, tyro.conf.arg(name="")] = field(default_factory=LabelOptions)
+    """What the files say of having been generated."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 
@@ -135,7 +138,7 @@ def follow_one(options: Options, pipeline: ControlPipeline) -> Path:
     finish = finisher(options)
     drawing = {"line": str(options.line), "line_sha256": sha256_file(options.line)}
     origin = origin_of(options, pipeline) | {"source": drawing}
-    with OutDirectory(options.out_dir, origin) as out:
+    with OutDirectory(options.out_dir, origin, options.label) as out:
         out.require_ours(options.num_images)
         for first in range(0, options.num_images, options.batch_size):
             count, started = min(options.batch_size, options.num_images - first), time.perf_counter()
@@ -208,6 +211,8 @@ def follow_all(options: Options, pipeline: ControlPipeline) -> Path:
     """
     finish, lost = finisher(options), []
     made_by = origin_of(options, pipeline) | {"pairs_sha256": sha256_file(options.pairs)}
+    if options.label.label != "off":
+        made_by |= {"label": to_mapping(options.label)}
     with OutputDirectory(options.out_dir) as whole, OutputDirectory(options.out_dir / FOLDER_NAME) as out:
         whole.require_ours([ORIGIN, f"{FOLDER_NAME}.zip"])
         if (whole.path / ORIGIN).is_file() and read_json(whole.path / ORIGIN) != made_by:
@@ -225,8 +230,11 @@ def follow_all(options: Options, pipeline: ControlPipeline) -> Path:
             if (out.path / name).is_file():
                 continue
             (image,) = pipeline(text, lines, 1, options.seed, options.sampling, options.scale, first=row)
+            image, arguments = labelled(
+                finish(image), "JPEG", options.label, manifest_of(made_by, text, index=row)
+            )
             with out.writing(name) as temporary:
-                finish(image).save(temporary, format="JPEG", quality=JPEG_QUALITY)
+                image.save(temporary, format="JPEG", quality=JPEG_QUALITY, **arguments)
         for problem in lost[:5]:
             say(f"skipped: {problem.where}: {problem.detail}")
         names = sorted(p.name for p in out.path.glob("[0-9]*.jpg"))

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from common.config import command, parse_options, to_mapping
 from common.files import sha256_file
+from common.label import LabelOptions
 from common.log import say
 from common.out_directory import OutDirectory, Request
 from common.precision import Precision
@@ -67,6 +68,8 @@ class Options:
     """Images sampled side by side; does not change them."""
     prompts_file: Path | None = None
     """Instead of the text: .txt with a text a line, .tsv with id<TAB>text, or .jsonl; a run that was killed goes on."""
+    label: Annotated[LabelOptions, tyro.conf.arg(name="")] = field(default_factory=LabelOptions)
+    """What the files say of having been generated."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     precision: Precision = "auto"
@@ -167,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     """Generate; returns the out directory."""
     options = parse_options(Options, argv, description=__doc__)
     num_texts = count_prompts(options.prompts_file) if options.prompts_file else 1
-    with OutDirectory(options.out_dir) as out:
+    with OutDirectory(options.out_dir, label=options.label) as out:
         out.require_ours(num_texts * options.num_images)
         make_start(options)  # a bad image is said before the base is loaded
         name = options.base or default_base()

@@ -25,9 +25,10 @@ from tqdm import tqdm
 from common.config import command, parse_options
 from common.files import atomic_path
 from common.image import make_grid
+from common.label import joined_arguments, keep_mark, kept_arguments
 from common.log import say
 from common.output import OutputDirectory
-from data_tools.images import SUFFIXES, BadImage, decode
+from data_tools.images import SUFFIXES, BadImage, decode, open_plugin, sniff
 from diffusion.white_background import Whitener, WhitenOptions
 
 LIST, GRID = "images.jsonl", "grid.png"
@@ -48,14 +49,19 @@ class Options:
     """Of the networks: cpu, cuda or cuda:N."""
 
 
-def whiten_file(source: Path, whitener: Whitener) -> tuple[Image.Image, str]:
-    """The image on white, and a note where it was left as it is. Raises ValueError naming a file that is no image."""
+def whiten_file(source: Path, whitener: Whitener) -> tuple[Image.Image, str, dict[str, Any]]:
+    """The image on white, a note where it was left as it is, and the keyword arguments of `Image.save` that keep its
+    label. Raises ValueError naming a file that is no image."""
+    data = source.read_bytes()
     try:
-        found = whitener(decode(source.read_bytes()))
+        found = whitener(decode(data))
     except BadImage as error:
         reason = f"{error.reason.replace('_', ' ')} {error.what}".strip()
         raise ValueError(f"{source} is no readable image: {reason}") from error
-    return found.image, found.note
+    with open_plugin(data, sniff(data)) as file:
+        image = keep_mark(file, found.image)
+        arguments = kept_arguments(file, image, "PNG", whiten=whitener.origin() | {"note": found.note})
+    return image, found.note, arguments
 
 
 def whiten_folder(source: Path, target: Path, whitener: Whitener) -> dict[str, int]:
@@ -80,13 +86,13 @@ def whiten_folder(source: Path, target: Path, whitener: Whitener) -> dict[str, i
             out.remove(LIST)
         for name in tqdm(names, unit="image", dynamic_ncols=True):
             try:
-                image, note = whiten_file(source / name, whitener)
+                image, note, arguments = whiten_file(source / name, whitener)
             except (ValueError, OSError) as error:
                 counts["unreadable"] += 1
                 _say_some(counts["unreadable"], f"skipped: {error}")
                 continue
             with out.writing(targets[name]) as temporary:
-                image.save(temporary, format="PNG")
+                image.save(temporary, format="PNG", **arguments)
             if name in lines:
                 line = lines[name] | {"file": targets[name], "whiten": whitener.origin() | {"note": note}}
                 out.append(LIST, json.dumps(line, sort_keys=True, ensure_ascii=False))
@@ -115,10 +121,12 @@ def _lines(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _write_grid(out: OutputDirectory, names: Sequence[str]) -> None:
     """grid.png where the images have one size."""
-    images = [Image.open(out.path / n).convert("RGB") for n in names[:MAX_GRID] if (out.path / n).is_file()]
+    paths = [out.path / n for n in names[:MAX_GRID] if (out.path / n).is_file()]
+    images = [Image.open(path).convert("RGB") for path in paths]
     if len({image.size for image in images}) == 1:
+        grid = make_grid(images)
         with out.writing(GRID) as temporary:
-            make_grid(images).save(temporary, format="PNG")
+            grid.save(temporary, format="PNG", **joined_arguments(paths, grid, "PNG"))
 
 
 def _say_some(count: int, text: str) -> None:
@@ -148,9 +156,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
         raise ValueError(f"DST must be a PNG file, which keeps the background at 255: {options.target}")
     if options.target.exists():
         raise ValueError(f"{options.target} exists already: name a new file")
-    image, note = whiten_file(options.source, whitener)
+    image, note, arguments = whiten_file(options.source, whitener)
     with atomic_path(options.target) as temporary:
-        image.save(temporary, format="PNG")
+        image.save(temporary, format="PNG", **arguments)
     say(f"{options.target} {note}".rstrip())
     return options.target
 

@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import tyro
 
 from common.config import command, parse_options, to_mapping
+from common.label import LabelOptions
 from common.log import say
 from common.out_directory import OutDirectory, Request
 from gan.pipeline import Generated, SamplingOptions, TextToGan, default_checkpoint
@@ -43,6 +44,8 @@ class Options:
     """How images are generated."""
     interpolate: str = ""
     """Second text: image 0 of the seed, its text going from the first to this one."""
+    label: Annotated[LabelOptions, tyro.conf.arg(name="")] = field(default_factory=LabelOptions)
+    """What the files say of having been generated."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 
@@ -84,7 +87,7 @@ def generated(options: Options, pipeline: TextToGan) -> Iterator[Generated]:
 def main(argv: Sequence[str] | None = None) -> Path:
     """Generate; returns the out directory."""
     options = parse_options(Options, argv, description=__doc__)
-    with OutDirectory(options.out_dir) as out:
+    with OutDirectory(options.out_dir, label=options.label) as out:
         out.require_ours(options.num_images)
         checkpoint = options.checkpoint or default_checkpoint()
         pipeline = TextToGan.from_pretrained(checkpoint, options.device)

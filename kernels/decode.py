@@ -198,6 +198,8 @@ class RowCache:
         to, of = (slice(r * heads, (r + 1) * heads) for r in (target, source))
         self.keys[:, to], self.values[:, to] = self.keys[:, of], self.values[:, of]
         self.bias[target] = self.bias[source]
+        if self.lines is not None:
+            self.lines[target] = self.lines[source]
 
 
 class Layer(NamedTuple):
@@ -249,8 +251,10 @@ class Step:
             raise ValueError(f"positions must lie in [0, {last}), not {lowest} to {highest}")
         image_ids, positions, model = image_ids.contiguous(), positions.contiguous(), self.struct
         if cache.lines is not None:  # this step's inputs in the place of the embedding, row by row
-            torch.add(self.image_embed[image_ids], cache.lines[cache.rows, positions + 1], out=cache.inputs)
-            image_ids, model = cache.rows, cache.model
+            active = cache.rows[: len(image_ids)]
+            inputs = cache.inputs[: len(image_ids)]
+            torch.add(self.image_embed[image_ids], cache.lines[active, positions + 1], out=inputs)
+            image_ids, model = active, cache.model
         logits = torch.empty(len(image_ids), self.codebook_size)
         rows = _Rows(
             address(positions, torch.long),

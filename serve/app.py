@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,10 @@ from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
+from starlette.requests import ClientDisconnect
 
 from serve.dispatch import Dispatcher
 from serve.http_guard import Guard
-from serve.messages import SourceImage
 from serve.options import ServeOptions
 from serve.schemas import (
     ApiError,
@@ -28,9 +28,22 @@ from serve.schemas import (
     as_api_error,
 )
 from serve.service import Service
-from serve.uploads import edit_region, readable
+from serve.uploads import from_base64, to_edit, to_line_drawing, to_recolour, to_vary
 
 PAGE = Path(__file__).with_name("page")
+ANSWERS = {
+    200: {"description": "Images, best first; with `stream` server-sent events"},
+    400: {
+        "description": "A field out of range, an unknown field, an unreadable image: `error.param` names it"
+    },
+    401: {"description": "No key, or a wrong one"},
+    403: {"description": "The key may not do this"},
+    404: {"description": "Unknown model"},
+    413: {"description": "The body is too large"},
+    429: {"description": "The queue is full or the key's limit is reached: Retry-After"},
+    503: {"description": "The model is loading or being restarted: Retry-After"},
+    504: {"description": "Not ready within the deadline"},
+}
 MEDIA = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 
 
@@ -67,6 +80,10 @@ def create_app(options: ServeOptions, dispatcher: Dispatcher) -> FastAPI:
     async def validation_error(request: Request, error: ValidationError) -> JSONResponse:
         return await api_error(request, as_api_error(error))
 
+    @app.exception_handler(ClientDisconnect)
+    async def client_gone(request: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=499)  # in the middle of its body: nobody reads this
+
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
         codes = {404: "not_found", 405: "method_not_allowed"}
@@ -77,38 +94,59 @@ def create_app(options: ServeOptions, dispatcher: Dispatcher) -> FastAPI:
     _add_status(app, service)
     app.mount("/static", StaticFiles(directory=PAGE), name="static")
 
-    @app.get("/", include_in_schema=False)
-    async def page() -> Response:
-        return Response((PAGE / "index.html").read_bytes(), media_type="text/html; charset=utf-8")
-
+    for path, name in (("/", "index.html"), ("/docs", "docs.html")):
+        app.add_api_route(path, _page(name), include_in_schema=False)
     return app
 
 
+def _page(name: str) -> Callable[[], Awaitable[Response]]:
+    async def page() -> Response:
+        return Response((PAGE / name).read_bytes(), media_type="text/html; charset=utf-8")
+
+    return page
+
+
 def _add_images(app: FastAPI, service: Service) -> None:
-    def body_of(schema: type[ImageRequest]) -> dict[str, Any]:
-        return {"requestBody": {"content": {"application/json": {"schema": schema.model_json_schema()}}}}
-
-    @app.post("/v1/images/generations", openapi_extra=body_of(GenerationRequest))
+    @app.post("/v1/images/generations", openapi_extra=_json_body(GenerationRequest), responses=ANSWERS)
     async def generations(request: Request) -> Response:
+        """Images of a text. `line`: a line drawing (base64) that they follow."""
         key = service.authenticate(request, "generate")
-        body = GenerationRequest.model_validate_json(await request.body(), strict=True)
-        return await service.answer(request, body, key, body.prompt)
+        body, line = GenerationRequest.model_validate_json(await request.body(), strict=True), None
+        if body.line is None and body.line_scale is not None:
+            raise ApiError(400, "'line_scale' has no effect without 'line'.", "invalid_value", "line_scale")
+        if body.line is not None:
+            service.require_lines("line")
+            drawing = from_base64(body.line, "line")
+            line = await service.prepare(to_line_drawing, drawing, _scale(body.line_scale))
+        return await service.answer(request, body, key, body.prompt, line=line)
 
-    @app.post("/v1/images/edits")
+    @app.post("/v1/images/edits", openapi_extra=_form_body(EditRequest, "image", "mask"), responses=ANSWERS)
     async def edits(request: Request) -> Response:
+        """The marked part sampled anew; with `recolour` the same shape and background in the colour of the text."""
         key = service.authenticate(request, "edit")
         fields, files = await _form(request)
         body = EditRequest.model_validate(fields)
-        image = _required(files, "image")
-        mask = edit_region(image, files.get("mask"))
-        return await service.answer(request, body, key, body.prompt, SourceImage("inpaint", image, mask))
+        image, mask = _required(files, "image"), files.get("mask")
+        if not body.recolour:
+            if body.line_scale is not None:
+                raise ApiError(
+                    400, "'line_scale' has no effect without 'recolour'.", "invalid_value", "line_scale"
+                )
+            source = await service.prepare(to_edit, image, mask)
+            return await service.answer(request, body, key, body.prompt, source)
+        if mask is not None:
+            raise ApiError(400, "'recolour' takes no mask.", "invalid_value", "mask")
+        service.require_lines("recolour")
+        source, line = await service.prepare(to_recolour, image, _scale(body.line_scale))
+        return await service.answer(request, body, key, body.prompt, source, line)
 
-    @app.post("/v1/images/variations")
+    @app.post("/v1/images/variations", openapi_extra=_form_body(VariationRequest, "image"), responses=ANSWERS)
     async def variations(request: Request) -> Response:
+        """Images like the one given."""
         key = service.authenticate(request, "edit")
         fields, files = await _form(request)
         body = VariationRequest.model_validate(fields)
-        source = SourceImage("vary", _required(files, "image"), strength=body.strength)
+        source = await service.prepare(to_vary, _required(files, "image"), body.strength)
         return await service.answer(request, body, key, body.prompt, source)
 
     @app.get("/images/{name}", include_in_schema=False)
@@ -127,9 +165,7 @@ def _add_status(app: FastAPI, service: Service) -> None:
     dispatcher = service.dispatcher
 
     def described() -> dict[str, Any]:
-        info = dispatcher.info
-        if info is None:
-            raise ApiError(503, "The model is still loading.", "model_unavailable", retry_after=5.0)
+        info = service.require_model()
         extra = {
             "image_size": info.image_size,
             "sha256": info.sha256,
@@ -137,6 +173,7 @@ def _add_status(app: FastAPI, service: Service) -> None:
             "weights": info.weights,
             "ranker": info.ranker,
             "max_images": info.max_images,
+            "line_drawings": bool(info.line_size),
         }
         return {
             "id": info.name,
@@ -191,4 +228,22 @@ async def _form(request: Request) -> tuple[dict[str, str], dict[str, bytes]]:
 def _required(files: Mapping[str, bytes], name: str) -> bytes:
     if name not in files:
         raise ApiError(400, f"Missing required parameter: '{name}'.", "missing_required_parameter", name)
-    return readable(files[name], name)
+    return files[name]
+
+
+def _scale(given: float | None) -> float:
+    return 1.0 if given is None else given
+
+
+def _json_body(schema: type[ImageRequest]) -> dict[str, Any]:
+    return {"requestBody": {"content": {"application/json": {"schema": schema.model_json_schema()}}}}
+
+
+def _form_body(schema: type[ImageRequest], *files: str) -> dict[str, Any]:
+    """The first of `files` is required."""
+    described = schema.model_json_schema()
+    described["properties"] = {name: {"type": "string", "format": "binary"} for name in files} | described[
+        "properties"
+    ]
+    described["required"] = [files[0], *described.get("required", [])]
+    return {"requestBody": {"content": {"multipart/form-data": {"schema": described}}}}

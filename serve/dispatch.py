@@ -1,7 +1,7 @@
 """The service's side of the model worker: a bounded queue, deadlines, cancellation, restarts.
 
 All methods run in the event loop. A thread reads what the worker says and hands it over; when the worker dies, its
-requests answer 503 at once and another worker is started, later each time it dies early.
+requests answer 503 at once and another worker is started, later each time one dies before it has answered anything.
 """
 
 import asyncio
@@ -18,15 +18,18 @@ from typing import Any, Literal
 from common.log import say
 from serve.messages import Cancel, Done, Failed, Fill, ModelInfo, Partial, Ready, Refused, Stop, Work
 from serve.schemas import ApiError
-from serve.worker import WorkerOptions, run_worker
+from serve.worker_options import WorkerOptions
 
 State = Literal["starting", "ready", "restarting", "draining", "failed", "stopped"]
-FIRST_PAUSE, LONGEST_PAUSE, LIVED = (
-    0.5,
-    30.0,
-    60.0,
-)  # seconds between restarts; a life that counts as a success
+# seconds between restarts; a life that counts as a success, as one that has answered does
+FIRST_PAUSE, LONGEST_PAUSE, LIVED = 0.5, 30.0, 60.0
 RATE_MEMORY = 0.9  # of the running mean of images a second
+
+
+def _run_worker(connection: Connection, options: WorkerOptions) -> None:
+    from serve.worker import run_worker  # in the worker's process alone: the service needs no models
+
+    run_worker(connection, options)
 
 
 @dataclass
@@ -42,7 +45,7 @@ class Dispatcher:
         self,
         options: WorkerOptions,
         max_queued_images: int = 128,
-        target: Callable[[Connection, WorkerOptions], None] = run_worker,
+        target: Callable[[Connection, WorkerOptions], None] = _run_worker,
     ) -> None:
         self.options, self.max_queued_images, self.target = options, max_queued_images, target
         self.state: State = "starting"
@@ -53,6 +56,7 @@ class Dispatcher:
         self.queued_images = 0
         self.images_per_second = 0.0
         self.on_fill: Callable[[Fill], None] = lambda fill: None
+        self.on_failed: Callable[[], None] = lambda: None
         self._requests: dict[str, _Request] = {}
         self._changed = asyncio.Event()
         self._idle = asyncio.Event()
@@ -132,7 +136,7 @@ class Dispatcher:
                 if isinstance(event, Done):
                     return
         finally:
-            self._forget(work_id)
+            self.forget(work_id)
 
     async def drain(self, timeout: float) -> None:
         """Take nothing more, finish what was begun within `timeout` seconds, end the worker."""
@@ -147,12 +151,13 @@ class Dispatcher:
     # --- the process --------------------------------------------------------------------------------------------------
 
     def _launch(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        # from a clean server, not from this process, which has threads (`serve.__main__.start_fork_server`)
+        context = multiprocessing.get_context("forkserver")
         ours, theirs = context.Pipe()
         self._process = context.Process(target=self.target, args=(theirs, self.options), daemon=True)
         self._process.start()
         theirs.close()
-        self._began = time.monotonic()
+        self._began, self._has_answered = time.monotonic(), False
         self._outbox = queue.SimpleQueue()
         # in threads: a pipe is full when an uploaded image is larger than its buffer and the worker is busy
         threading.Thread(target=_write, args=(ours, self._outbox), daemon=True).start()
@@ -193,6 +198,7 @@ class Dispatcher:
             refused = isinstance(message, Refused)
             event = ApiError(400, message.reason, "invalid_prompt", "prompt") if refused else message
             self._requests[message.id].events.put_nowait(event)
+            self._has_answered = self._has_answered or isinstance(message, Done)
 
     def _ended(self, exit_code: int | None) -> None:
         lost = ApiError(
@@ -207,8 +213,9 @@ class Dispatcher:
             return
         if self.reason:
             self._set_state("failed")
+            self.on_failed()
             return
-        if time.monotonic() - self._began > LIVED:
+        if self._has_answered or time.monotonic() - self._began > LIVED:
             self._pause = FIRST_PAUSE
         say(f"the model worker ended with code {exit_code}: another starts in {self._pause:.1f} s")
         self.restarts += 1
@@ -236,11 +243,14 @@ class Dispatcher:
         self.queued_images += images
         self._idle.clear() if self.queued_images else self._idle.set()
 
-    def _forget(self, work_id: str) -> None:
+    def forget(self, work_id: str) -> bool:
+        """Free the place of a request; False where that has been done."""
         request = self._requests.pop(work_id, None)
-        if request is not None:
-            self._count(-request.work.num_candidates)
-            self._outbox.put(Cancel(work_id))
+        if request is None:
+            return False
+        self._count(-request.work.num_candidates)
+        self._outbox.put(Cancel(work_id))
+        return True
 
 
 def _write(connection: Connection, outbox: queue.SimpleQueue) -> None:

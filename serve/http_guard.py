@@ -23,6 +23,7 @@ SECURITY_HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "permissions-policy": "camera=(), microphone=(), geolocation=()",
 }
+MAX_DIGITS = 18  # of a Content-Length: Python refuses to read thousands
 DRAIN_SECONDS, DRAIN_TIMES = 3.0, 4  # of a body that is refused: seconds, and times the largest one allowed
 
 
@@ -61,7 +62,9 @@ class Guard:
 
     def _refuse_announced(self, scope: dict[str, Any]) -> None:
         for name, value in scope["headers"]:
-            if name == b"content-length" and (not value.isdigit() or int(value) > self.max_body_bytes):
+            if name != b"content-length":
+                continue
+            if not value.isdigit() or len(value) > MAX_DIGITS or int(value) > self.max_body_bytes:
                 raise self._too_large()
 
     async def _drain(self, receive: Callable) -> None:

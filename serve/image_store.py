@@ -16,7 +16,7 @@ class ImageStore:
     def __init__(self, directory: Path, minutes: float) -> None:
         """Raises ValueError when the directory cannot be written to."""
         self.directory, self.seconds = ensure_writable_directory(directory), minutes * 60
-        self._swept = 0.0
+        self._swept: float | None = None
 
     def put(self, data: bytes, output_format: str) -> str:
         """Keep an image; returns its name."""
@@ -37,10 +37,10 @@ class ImageStore:
 
     def _sweep(self) -> None:
         """Remove what is older, at most once a minute."""
-        now = time.time()
-        if now - self._swept < 60:
+        passed = time.monotonic()  # a clock that is put back stops no sweeping
+        if self._swept is not None and passed - self._swept < 60:
             return
-        self._swept = now
+        self._swept, now = passed, time.time()
         for path in self.directory.iterdir():
             if _NAME.fullmatch(path.name) and now - path.stat().st_mtime > self.seconds:
                 path.unlink(missing_ok=True)

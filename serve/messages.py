@@ -9,13 +9,22 @@ from dalle.sampling import SamplingOptions
 
 @dataclass(frozen=True)
 class SourceImage:
-    """An image that new ones start from, encoded."""
+    """An image that new ones start from: PNG files of the model's size."""
 
-    mode: Literal["inpaint", "vary"]
+    mode: Literal["inpaint", "vary", "recolour"]
     image: bytes
     mask: bytes = b""
     """White where the image is to be sampled anew."""
     strength: float = 0.5
+
+
+@dataclass(frozen=True)
+class LineDrawing:
+    """A drawing that images follow."""
+
+    image: bytes
+    """PNG of the model's `line_size`, one channel, white on black."""
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -36,6 +45,9 @@ class Work:
     label: LabelOptions
     partial_images: int = 0
     source: SourceImage | None = None
+    line: LineDrawing | None = None
+    whiten: bool = False
+    """Put the products on pure white."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +74,8 @@ class ModelInfo:
     engine: str
     weights: str
     ranker: str
+    line_size: int
+    """Side in pixels of the line drawings that the generator takes; 0 where it takes none."""
     images_per_second: float
     """Of full batches, measured when the worker started."""
 
@@ -111,6 +125,8 @@ class ServedImage:
     score: float | None
     percentile: float | None
     """Share of real images with their own captions that score lower, in percent."""
+    is_white: bool | None = None
+    """Whether it is on pure white, where that was asked for."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +136,7 @@ class Done:
     id: str
     images: tuple[ServedImage, ...]
     stage_seconds: dict[str, float] = field(default_factory=dict)
-    """wait, sample, decode, rank, encode"""
+    """wait, sample, decode, whiten, rank, encode"""
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,12 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from common.label import LabelMode
+from dalle.lines import MOST_SCALE
 from dalle.sampling import MOST_GUIDANCE, SamplingOptions, Schedule
 
 MAX_IMAGES, MAX_PROMPT_CHARS, MAX_PARTIAL_IMAGES = 16, 2000, 16
 MAX_CANDIDATES = 64  # images that are sampled for one request
+MAX_BASE64 = 1 << 30  # the limit on bodies is what counts
 CANDIDATES = {
     "auto": 1,
     "low": 1,
@@ -82,6 +84,7 @@ class ImageRequest(BaseModel):
     negative: str = Field("", max_length=MAX_PROMPT_CHARS)
     rank: bool = True
     label: LabelMode | None = None
+    whiten: bool = False
 
     def sampling(self) -> SamplingOptions:
         """The options that were given, the defaults for the others. Raises ApiError."""
@@ -116,6 +119,9 @@ class GenerationRequest(ImageRequest):
 
     prompt: str = Field(min_length=1, max_length=MAX_PROMPT_CHARS)
     style: Literal["vivid", "natural"] | None = None
+    # ours
+    line: str | None = Field(None, min_length=1, max_length=MAX_BASE64)
+    line_scale: float | None = Field(None, ge=0, le=MOST_SCALE)
 
 
 class EditRequest(ImageRequest):
@@ -123,6 +129,9 @@ class EditRequest(ImageRequest):
 
     prompt: str = Field(min_length=1, max_length=MAX_PROMPT_CHARS)
     input_fidelity: Literal["high", "low"] | None = None
+    # ours
+    recolour: bool = False
+    line_scale: float | None = Field(None, ge=0, le=MOST_SCALE)
 
 
 class VariationRequest(ImageRequest):

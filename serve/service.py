@@ -7,9 +7,9 @@ import hashlib
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -20,10 +20,14 @@ from serve.dispatch import Dispatcher
 from serve.image_store import ImageStore
 from serve.keys import ApiKey, KeyStore, open_database
 from serve.masking import DenyList, mask
-from serve.messages import Done, Partial, ServedImage, SourceImage, Work
+from serve.messages import Done, LineDrawing, ModelInfo, Partial, ServedImage, SourceImage, Work
 from serve.metrics import Metrics
 from serve.options import ServeOptions
 from serve.schemas import MAX_CANDIDATES, ApiError, ImageRequest
+
+MAX_PATH = 200  # characters of a path in the audit log
+MAX_DECODING = 2  # uploads that are decoded at once, each of up to 32 million pixels
+T = TypeVar("T")
 
 
 class Service:
@@ -39,6 +43,7 @@ class Service:
         self.store = ImageStore(options.image_dir, options.image_minutes)
         self.metrics = Metrics()
         self.created = int(time.time())
+        self._decoding = asyncio.Semaphore(MAX_DECODING)
         dispatcher.on_fill = lambda fill: self.metrics.filled(fill, options.max_images)
 
     # --- who may ask for what -----------------------------------------------------------------------------------------
@@ -88,7 +93,36 @@ class Service:
 
     # --- from a request to work and back ------------------------------------------------------------------------------
 
-    def work(self, body: ImageRequest, prompt: str, source: SourceImage | None = None) -> Work:
+    def require_model(self) -> ModelInfo:
+        """Raises ApiError while nothing is loaded."""
+        if self.dispatcher.info is None:
+            raise ApiError(503, "The model is still loading.", "model_unavailable", retry_after=5.0)
+        return self.dispatcher.info
+
+    def require_lines(self, param: str) -> None:
+        """Raises ApiError where the model follows no drawings."""
+        if not self.require_model().line_size:
+            raise ApiError(
+                400,
+                f"The model {self.dispatcher.info.name} was trained without line drawings, which '{param}' needs.",
+                "unsupported_by_model",
+                param,
+            )
+
+    async def prepare(self, function: Callable[..., T], *arguments: Any) -> T:
+        """What `serve.uploads` makes of an upload for the model, in a thread: the event loop goes on, and a few at a
+        time, so that memory is bounded. Raises ApiError."""
+        model = self.require_model()
+        async with self._decoding:
+            return await asyncio.to_thread(function, *arguments, model)
+
+    def work(
+        self,
+        body: ImageRequest,
+        prompt: str,
+        source: SourceImage | None = None,
+        line: LineDrawing | None = None,
+    ) -> Work:
         """What the worker is to do. Raises ApiError."""
         self.check_text(prompt, "prompt")
         self.check_text(body.negative, "negative")
@@ -119,6 +153,8 @@ class Service:
             label=label,
             partial_images=body.partial_images if body.stream else 0,
             source=source,
+            line=line,
+            whiten=body.whiten,
         )
 
     def entry(self, image: ServedImage, body: ImageRequest, work: Work, base_url: str) -> dict[str, Any]:
@@ -126,6 +162,8 @@ class Service:
         entry: dict[str, Any] = {"seed": work.seed, "index": image.index}
         if image.score is not None:
             entry |= {"score": round(image.score, 6), "percentile": image.percentile}
+        if image.is_white is not None:
+            entry["white"] = image.is_white
         if body.response_format == "b64_json":
             return entry | {"b64_json": base64.b64encode(image.data).decode()}
         return entry | {"url": f"{base_url}images/{self.store.put(image.data, body.output_format)}"}
@@ -137,7 +175,7 @@ class Service:
         entry = {
             "key": key.id if key else None,
             "client": request.client.host if request.client else None,
-            "endpoint": request.url.path,
+            "endpoint": request.scope["path"][:MAX_PATH],
             "seconds": round(time.perf_counter() - started, 3),
             **outcome,
         }
@@ -150,6 +188,10 @@ class Service:
                 "images": work.num_images,
                 "request": work.id,
             }
+            if work.source:
+                entry |= {"source": work.source.mode, "source_sha256": _sha256(work.source.image)}
+            if work.line:
+                entry["line_sha256"] = _sha256(work.line.image)
             if self.options.log_prompts:
                 entry["prompt"] = mask(work.prompt)
         self.audit.append(entry)
@@ -161,24 +203,23 @@ class Service:
         key: ApiKey | None,
         prompt: str,
         source: SourceImage | None = None,
+        line: LineDrawing | None = None,
     ) -> Response:
         """Checked and queued; the whole answer, or a stream of events."""
         started, work = time.perf_counter(), None
         try:
-            work = self.work(body, prompt, source)
+            work = self.work(body, prompt, source, line)
             self.dispatcher.require_room(work)  # first: what a full queue refuses is not counted
             self.spend(key, work.num_candidates)
             self.dispatcher.submit(work)
             self.metrics.queued.set(self.dispatcher.queued_images)
             if body.stream:
                 events = self._stream(request, body, work, key, started)
-                return StreamingResponse(
-                    events, media_type="text/event-stream", headers={"cache-control": "no-store"}
-                )
+                return _EventStream(events, lambda: self._left(request, key, work, started))
             done = await self._finish(request, work)
             served = [self.entry(image, body, work, str(request.base_url)) for image in done.images]
             self.record(request, key, work, started, _outcome(done))
-            self.metrics.requests.labels(request.url.path, 200).inc()
+            self.metrics.requests.labels(endpoint(request), 200).inc()
             return JSONResponse(self._whole(served, body, work, done), headers={"cache-control": "no-store"})
         except ApiError as error:
             self.refuse(request, key, work, started, error)
@@ -191,9 +232,14 @@ class Service:
         if error.is_recorded:
             return
         error.is_recorded = True
-        self.metrics.requests.labels(request.url.path, error.status).inc()
+        self.metrics.requests.labels(endpoint(request), error.status).inc()
         self.metrics.refused.labels(error.code).inc()
         self.record(request, key, work, started, {"decision": "refused", "code": error.code})
+
+    def _left(self, request: Request, key: ApiKey | None, work: Work, started: float) -> None:
+        """At the end of a stream, also of one whose client was gone before it began: its place is free."""
+        if self.dispatcher.forget(work.id):
+            self.refuse(request, key, work, started, _client_gone())
 
     async def _finish(self, request: Request, work: Work) -> Done:
         """Wait for the images; a client that hangs up ends the wait, which frees its place."""
@@ -252,8 +298,9 @@ class Service:
             "background": "opaque",
             "output_format": body.output_format,
         }
+        events = self.dispatcher.events(work.id, self.options.deadline)
         try:
-            async for event in self.dispatcher.events(work.id, self.options.deadline):
+            async for event in events:
                 if isinstance(event, Partial):
                     said = {
                         "b64_json": base64.b64encode(event.data).decode(),
@@ -263,7 +310,7 @@ class Service:
                     continue
                 self.metrics.answered(event)
                 self.record(request, key, work, started, _outcome(event))
-                self.metrics.requests.labels(request.url.path, 200).inc()
+                self.metrics.requests.labels(endpoint(request), 200).inc()
                 for rank, image in enumerate(event.images):
                     said = self.entry(
                         image, body.model_copy(update={"response_format": "b64_json"}), work, ""
@@ -277,6 +324,28 @@ class Service:
         except (GeneratorExit, asyncio.CancelledError):
             self.refuse(request, key, work, started, _client_gone())
             raise
+        finally:
+            await events.aclose()
+
+
+class _EventStream(StreamingResponse):
+    """Server-sent events; `at_end` is called however the response ends."""
+
+    def __init__(self, events: AsyncIterator[bytes], at_end: Callable[[], None]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"cache-control": "no-store"})
+        self.at_end = at_end
+
+    async def __call__(self, *asgi: Any) -> None:
+        try:
+            await super().__call__(*asgi)
+        finally:
+            self.at_end()
+
+
+def endpoint(request: Request) -> str:
+    """The route of a request, as it is declared: what a client makes up is no name of a metric."""
+    route = request.scope.get("route")
+    return getattr(route, "path", "unknown")
 
 
 def _client_gone() -> ApiError:
@@ -293,8 +362,12 @@ def _published_quality(quality: str) -> str:
     return {"standard": "low", "hd": "high"}.get(quality, quality if quality != "auto" else "low")
 
 
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
 def _outcome(done: Done) -> dict[str, Any]:
-    hashes = [hashlib.sha256(image.data).hexdigest() for image in done.images]
+    hashes = [_sha256(image.data) for image in done.images]
     return {"decision": "answered", "image_sha256": hashes}
 
 

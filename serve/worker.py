@@ -4,7 +4,10 @@ It loads, measures one full batch, says `Ready`, and then repeats: read what cam
 is complete. It knows nothing of HTTP or keys; when it ends, its requests end with it and the service starts another.
 """
 
+import functools
+import hashlib
 import io
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,13 +19,14 @@ import torch
 from PIL import Image
 
 from common.image import to_image
-from common.label import add_mark, make_label, save_arguments
+from common.label import labelled
 from common.precision import autocast
 from dalle import inpaint
 from dalle.batching import ContinuousBatcher, Finished, Job
-from dalle.engines import FastOptions
+from dalle.lines import LineControl
 from dalle.pipeline import Request, TextToImage
 from data_tools.images import decode
+from data_tools.line_drawings import decode_lines
 from rankers import load_ranker
 from serve.messages import (
     Cancel,
@@ -37,6 +41,7 @@ from serve.messages import (
     Stop,
     Work,
 )
+from serve.worker_options import WorkerOptions
 
 FILL_EVERY = 1.0  # seconds between reports of how full the batch is
 IDLE_POLL = 0.5  # seconds; a message wakes the worker at once
@@ -44,21 +49,6 @@ PARTIAL_FORMAT = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}
 MEASURED_STEPS = 8
 WARM_UP_TEXTS = ("一件红色的连衣裙", "红色", "a red dress")
 UNKNOWN_GREY = (200, 200, 200)  # of the part of a partial image that has no tokens yet
-
-
-@dataclass(frozen=True)
-class WorkerOptions:
-    """What to serve, and how."""
-
-    checkpoint: str
-    ranker: str
-    """Empty: no ranker, nothing is ranked."""
-    device: str = "auto"
-    fast: FastOptions = field(default_factory=FastOptions)
-    max_images: int = 16
-    """Images that share a decode step."""
-    threads: int = 0
-    """CPU threads; 0 leaves PyTorch's choice."""
 
 
 @dataclass
@@ -76,6 +66,9 @@ class _Pending:
 
 def run_worker(connection: Connection, options: WorkerOptions) -> None:
     """The process's main function."""
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches the whole group: the service says when to end
     if options.threads:
         torch.set_num_threads(options.threads)
     try:
@@ -124,6 +117,7 @@ class Worker:
             pipeline.fast.engine,
             pipeline.fast.weights,
             self.ranker.name if self.ranker else "",
+            pipeline.config.line_size if pipeline.line_encoder else 0,
             self._measure(),
         )
 
@@ -175,7 +169,8 @@ class Worker:
 
     def _job(self, work: Work) -> Job:
         requests = tuple(Request(work.prompt, i) for i in range(work.num_candidates))
-        return Job(requests, work.seed, work.options, work.negative, self._source(work))
+        line = LineControl(decode_lines(work.line.image), work.line.scale) if work.line else None
+        return Job(requests, work.seed, work.options, work.negative, self._source(work), line)
 
     def _source(self, work: Work) -> inpaint.Source | None:
         if work.source is None:
@@ -183,6 +178,8 @@ class Worker:
         tokenizer, image = self.pipeline.image_tokenizer, decode(work.source.image)
         if work.source.mode == "vary":
             return inpaint.vary(tokenizer, image, work.source.strength)
+        if work.source.mode == "recolour":
+            return inpaint.keep_background(tokenizer, image)
         return inpaint.inpaint(tokenizer, image, decode(work.source.mask))
 
     def step(self) -> None:
@@ -212,6 +209,11 @@ class Worker:
         found = [pending.finished[i] for i in range(work.num_candidates)]
         images = self.pipeline.decode_ids(torch.stack([f.ids for f in found]).to(self.pipeline.device))
         now, seconds["decode"] = _lap(now)
+        is_white: list[bool | None] = [None] * len(images)
+        if work.whiten:
+            whitened = [self._whitener(image) for image in images]
+            images, is_white = [w.image for w in whitened], [w.is_white for w in whitened]
+            now, seconds["whiten"] = _lap(now)
         order, scores = list(range(len(images))), [None] * len(images)
         if work.rank and self.ranker:
             scores = self.ranker.score(work.prompt, images).tolist()
@@ -224,11 +226,18 @@ class Worker:
                 found[i].log_likelihood,
                 scores[i],
                 self._percentile(scores[i]),
+                is_white[i],
             )
             for i in order[: work.num_images]
         )
         _, seconds["encode"] = _lap(now)
         self.send(Done(work.id, served, seconds))
+
+    @functools.cached_property
+    def _whitener(self) -> Any:
+        from diffusion.white_background import Whitener  # when it is first asked for: a start takes no longer
+
+        return Whitener()
 
     def _percentile(self, score: float | None) -> float | None:
         calibration = self.ranker.calibration if self.ranker else None
@@ -237,20 +246,15 @@ class Worker:
     def _encode(self, work: Work, image: Image.Image, index: int) -> bytes:
         if work.side != image.width:
             image = image.resize((work.side, work.side), Image.Resampling.LANCZOS)
-        arguments: dict[str, Any] = {}
-        if work.label.label == "both":
-            image = add_mark(image)
-        if work.label.label != "off":
-            manifest = {
-                "model": self.info.sha256,
-                "text": work.prompt,
-                "negative": work.negative,
-                "seed": work.seed,
-                "index": index,
-                "sampling": vars(work.options),
-            }
-            label = make_label(image, work.label.label_producer, manifest)
-            arguments = save_arguments(work.output_format, label, manifest)
+        manifest = {
+            "model": self.info.sha256,
+            "text": work.prompt,
+            "negative": work.negative,
+            "seed": work.seed,
+            "index": index,
+            "sampling": vars(work.options),
+        } | _inputs_of(work)
+        image, arguments = labelled(image, work.output_format, work.label, manifest)
         return _encoded(image, work.output_format, **arguments)
 
     def _show_progress(self, pending: _Pending) -> None:
@@ -274,6 +278,17 @@ class Worker:
         top = count // tokenizer.grid_size * tokenizer.downsample_factor
         image.paste(UNKNOWN_GREY, (0, top, image.width, image.height))
         return image
+
+
+def _inputs_of(work: Work) -> dict[str, Any]:
+    """What the manifest says of uploads: hashes alone."""
+    found: dict[str, Any] = {}
+    if work.source:
+        found["source"] = {"mode": work.source.mode, "sha256": hashlib.sha256(work.source.image).hexdigest()}
+        found["source"] |= {"strength": work.source.strength} if work.source.mode == "vary" else {}
+    if work.line:
+        found["line"] = {"scale": work.line.scale, "sha256": hashlib.sha256(work.line.image).hexdigest()}
+    return found | ({"whiten": True} if work.whiten else {})
 
 
 def _encoded(image: Image.Image, output_format: str, **arguments: Any) -> bytes:

@@ -14,6 +14,7 @@ import rerank
 from common.bert_text import TextTowerConfig, write_text_tower
 from common.checkpoint import write_model
 from common.config import to_mapping
+from common.label import open_labelled, read_labels
 from common.output import OutputDirectory
 from dalle.model import Dalle, ModelOptions
 from dalle.text_tokenizer import TextTokenizer
@@ -287,3 +288,25 @@ def test_an_out_directory_that_is_a_file(tmp_path, ranker_dir, capsys):
     with pytest.raises(SystemExit) as caught:
         rank(tmp_path / "out", ranker_dir)
     assert caught.value.code == 2 and "images.jsonl" in capsys.readouterr().err
+
+
+def test_labels_are_kept(generator_dir, ranker_dir, tmp_path):
+    flags = ("--checkpoint", str(generator_dir), "--device", "cpu", "--label", "implicit")
+    out = generate.main([TEXTS[0], "3", str(tmp_path / "out"), *flags])
+    until = ("--min-percentile", "99.9", "--until", "3", "--budget", "4", "--checkpoint", str(generator_dir))
+    rank(out, ranker_dir, *until, "--device", "cpu")
+    for name in ("rank00.png", "ranked.png", "0003.png"):  # the last one was made by --until
+        if (out / name).exists() or name != "rank00.png":
+            with open_labelled(out / name) as image:
+                assert read_labels(image), name
+    rank(out, ranker_dir)
+    with open_labelled(out / "rank00.png") as image:
+        assert read_labels(image)
+
+
+def test_until_does_not_go_on_from_whitened_images(generator_dir, ranker_dir, tmp_path, capsys):
+    flags = ("--checkpoint", str(generator_dir), "--device", "cpu", "--whiten")
+    out = generate.main([TEXTS[0], "2", str(tmp_path / "out"), *flags])
+    with pytest.raises(SystemExit) as stop:
+        rank(out, ranker_dir, "--min-percentile", "99.9", "--until", "3")
+    assert stop.value.code == 2 and "put on white" in capsys.readouterr().err

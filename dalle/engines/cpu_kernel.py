@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dalle import sequence
 from dalle.engines.folded import FoldedDecoder, Weights
+from dalle.lines import no_lines
 from dalle.model import Dalle, DalleConfig
 from kernels import Report, decode
 from kernels.decode import Gate, Layer, Linear, RowCache, Sizes, Step, unavailable_reason
@@ -32,7 +33,7 @@ class _RowsFrom:
 
     cache: RowCache
     start: int
-    lines: Tensor | None = None  # these rows follow no drawings
+    lines: Tensor | None = None
 
     def fill(self, layer: int, k: Tensor, v: Tensor) -> None:
         self.cache.fill(layer, k, v, self.start)
@@ -83,31 +84,41 @@ class CpuKernelDecoder(FoldedDecoder):
         """As `Dalle.new_cache`."""
         c = self.config
         bias = sequence.key_bias(sequence.text_mask(text_ids, c.pad_id), c.num_image_tokens, torch.float32)
-        cache = RowCache(self.sizes, bias[:, 0, 0])
-        if lines is not None and len(lines) > c.codebook_size:
+        return self._following(RowCache(self.sizes, bias[:, 0, 0]), lines)
+
+    def _following(self, cache: RowCache, lines: Tensor | None) -> RowCache:
+        if lines is None:
+            return cache
+        if len(lines) > self.config.codebook_size:
             raise ValueError(
                 f"{len(lines)} rows with drawings need a codebook of as many codes: lower the batch size"
             )
-        if lines is not None:
-            cache.follow(lines, self.step.struct)
+        cache.follow(lines, self.step.struct)
         return cache
 
     @torch.inference_mode()
     def new_rows(self, capacity: int) -> RowCache:
         """An empty cache whose rows come and go: `prefill_rows`, `decode_rows`, `move_row`."""
-        return RowCache(
-            self.sizes, torch.zeros(capacity, self.config.max_text_len + self.config.num_image_tokens)
-        )
+        c = self.config
+        cache = RowCache(self.sizes, torch.zeros(capacity, c.max_text_len + c.num_image_tokens))
+        return self._following(cache, no_lines(c, capacity))
 
     @torch.inference_mode()
     def prefill_rows(
-        self, text_ids: Tensor, cache: RowCache, start: int, image_ids: Tensor | None = None
+        self,
+        text_ids: Tensor,
+        cache: RowCache,
+        start: int,
+        image_ids: Tensor | None = None,
+        lines: Tensor | None = None,
     ) -> Tensor:
-        """As `prefill`, into the rows from `start` on; text_ids (R, max_text_len)."""
+        """As `prefill`, into the rows from `start` on; text_ids (R, max_text_len), lines (R, N, D) or None for none."""
         c = self.config
         bias = sequence.key_bias(sequence.text_mask(text_ids, c.pad_id), c.num_image_tokens, torch.float32)
         cache.bias[start : start + len(text_ids)] = bias[:, 0, 0]
-        return self.prefill(text_ids, _RowsFrom(cache, start), image_ids)
+        if cache.lines is not None:
+            cache.lines[start : start + len(text_ids)] = 0 if lines is None else lines
+        return self.prefill(text_ids, _RowsFrom(cache, start, lines), image_ids)
 
     @torch.inference_mode()
     def decode_step(self, image_ids: Tensor, position: int, cache: RowCache) -> Tensor:

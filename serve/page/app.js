@@ -1,6 +1,6 @@
 "use strict";
 const $ = (id) => document.getElementById(id);
-const viewer = new Viewer($("viewer"), $("canvas"));
+const viewer = new Viewer($("viewer"), $("canvas")), reference = new Reference();
 let language = localStorage.getItem("language") || (navigator.language.startsWith("zh") ? "zh" : "en");
 let running = null, shown = [], past = [];
 
@@ -13,6 +13,7 @@ function translate() {
   document.documentElement.lang = language === "zh" ? "zh-CN" : "en";
   document.title = word("title");
   for (const element of document.querySelectorAll("[data-word]")) element.textContent = word(element.dataset.word);
+  for (const element of document.querySelectorAll("[data-alt]")) element.alt = word(element.dataset.alt);
   $("seed").placeholder = word("random");
   $("language").textContent = word("other");
 }
@@ -31,6 +32,7 @@ function options() {
   const chosen = { n: Math.min(16, Math.max(1, count)), cfg_scale: Number($("guidance").value), quality: $("quality").value };
   if ($("seed").value !== "") chosen.seed = Number($("seed").value);
   if ($("negative").value.trim()) chosen.negative = $("negative").value.trim();
+  if ($("whiten").checked) chosen.whiten = true;
   return { ...chosen, response_format: "b64_json", stream: true, partial_images: 8 };
 }
 
@@ -59,6 +61,7 @@ async function run(path, body, prompt) {
   if (running) running.abort();
   const controller = running = new AbortController(), began = performance.now();
   const slots = new Map(), finished = [];
+  let notWhite = 0;
   $("images").replaceChildren();
   $("stop").hidden = false;
   $("download").hidden = true;
@@ -75,6 +78,7 @@ async function run(path, body, prompt) {
       const slot = slotOf(event.index);
       if (event.type.endsWith("partial_image")) return place(slot, toBlob(event.b64_json));
       Object.assign(slot, { done: true, seed: event.seed, index: event.index });
+      notWhite += event.white === false;
       place(slot, toBlob(event.b64_json), event.percentile == null ? "" : word("score", Math.round(event.percentile)));
       finished.push(slot);
     }, controller.signal);
@@ -82,7 +86,8 @@ async function run(path, body, prompt) {
     $("images").replaceChildren(...finished.map((slot) => slot.figure)); // best first, those left out gone
     shown = finished;
     $("download").hidden = !finished.length;
-    say(word("finished", finished.length, ((performance.now() - began) / 1000).toFixed(1)));
+    const seconds = ((performance.now() - began) / 1000).toFixed(1);
+    say(word("finished", finished.length, seconds) + (notWhite ? word("not_white", notWhite) : ""));
     remember(prompt, finished);
   } catch (error) {
     report(error);
@@ -138,12 +143,34 @@ function formOf(values, files) {
   return form;
 }
 
-$("form").addEventListener("submit", (event) => {
+function recolour(photo, prompt) {
+  const more = { recolour: true, line_scale: Number($("line_scale").value) };
+  run("/v1/images/edits", formOf({ prompt, ...options(), ...more }, { image: photo }), prompt);
+}
+
+$("form").addEventListener("submit", async (event) => {
   event.preventDefault();
   const prompt = $("prompt").value.trim();
   if (!prompt) return say(word("empty"), true);
-  run("/v1/images/generations", { prompt, ...options() }, prompt);
+  if (reference.blob && $("use").value === "recolour") return recolour(reference.blob, prompt);
+  const line = reference.blob ? { line: await reference.dataUrl(), line_scale: Number($("line_scale").value) } : {};
+  run("/v1/images/generations", { prompt, ...options(), ...line }, prompt);
 });
+$("upload").addEventListener("change", async () => {
+  const [file] = $("upload").files;
+  $("upload").value = "";
+  if (!file) return;
+  try {
+    await reference.take(file);
+  } catch {
+    return say(word("unreadable"), true);
+  }
+  if ($("preview").src) URL.revokeObjectURL($("preview").src);
+  $("preview").src = URL.createObjectURL(reference.blob);
+  $("chosen").hidden = false;
+  say("");
+});
+$("forget").addEventListener("click", () => { reference.forget(); $("chosen").hidden = true; $("upload").focus(); });
 $("prompt").addEventListener("keydown", (e) => {
   if (e.key === "Enter" && !e.shiftKey && !e.isComposing) { e.preventDefault(); $("form").requestSubmit(); }
 });
@@ -177,8 +204,18 @@ $("repaint").addEventListener("click", async () => {
   run("/v1/images/edits", formOf({ prompt, ...options() }, { image: slot.blob, mask }), prompt);
 });
 
+$("recolour").addEventListener("click", () => {
+  const slot = viewer.image, prompt = $("prompt").value.trim();
+  if (!prompt || prompt === slot.prompt) return ($("about").textContent = word("recolour_hint"));
+  $("viewer").close();
+  recolour(slot.blob, prompt);
+});
+
 async function showModel() {
   const model = await modelName().catch(() => null);
+  const followsLines = Boolean(model && model.line_drawings);
+  $("reference").hidden = !followsLines;
+  $("recolour").hidden = !followsLines;
   $("model").textContent = model ? `${model.id} · ${model.image_size} px` : "";
 }
 

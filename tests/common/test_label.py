@@ -12,7 +12,10 @@ from common.label import (
     AigcLabel,
     LabelOptions,
     add_mark,
+    joined_arguments,
+    keep_mark,
     kept_arguments,
+    labelled,
     make_label,
     pixels_code,
     read_labels,
@@ -101,14 +104,71 @@ def test_a_text_chunk_that_is_no_label_is_not_one():
     assert read_labels(written(example(), "PNG", pnginfo=info)) == []
 
 
-def test_a_copy_keeps_label_and_manifest(tmp_path):
+def labelled_file(file_format: str = "PNG", mode: str = "implicit", side: int = 64) -> Image.Image:
+    image, arguments = labelled(example(side), file_format, LabelOptions(mode, "x"), MANIFEST)
+    return written(image, file_format, **arguments)
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP"])
+def test_a_changed_copy_keeps_producer_and_id_and_its_code_is_its_own(file_format):
+    source, smaller = labelled_file(), example().resize((32, 32))
+    copy = written(smaller, file_format, **kept_arguments(source, smaller, file_format, resized=32))
+    (before, *_), (after, *_) = read_labels(source), read_labels(copy)
+    assert after.label.ProduceID == before.label.ProduceID and after.label.ContentProducer == "x"
+    assert after.label.ReservedCode1 == pixels_code(smaller) != before.label.ReservedCode1
+    assert read_manifest(copy) == MANIFEST | {"resized": 32}
+    assert kept_arguments(written(example(), "PNG"), smaller, "PNG") == {}
+
+
+def test_a_copy_does_not_hide_that_its_source_was_changed():
     label = make_label(example(), "x", MANIFEST)
-    example().save(tmp_path / "a.png", **save_arguments("PNG", label, MANIFEST))
-    copy = written(example().resize((32, 32)), "JPEG", **kept_arguments(tmp_path / "a.png", "JPEG"))
-    assert [f.label for f in read_labels(copy)] == [label]
-    assert read_manifest(copy) == MANIFEST
+    source = written(example(63), "PNG", **save_arguments("PNG", label, MANIFEST))
+    copy = written(example(63), "PNG", **kept_arguments(source, example(63), "PNG"))
+    assert read_labels(copy)[0].label == label
+
+
+def test_labels_by_option():
+    assert labelled(example(), "PNG", LabelOptions(), MANIFEST) == (example(), {})
+    implicit, both = labelled_file(), labelled_file(mode="both")
+    assert read_manifest(implicit) == MANIFEST and implicit.tobytes() == example().tobytes()
+    assert read_manifest(both) == MANIFEST | {"visible_mark": True}
+    assert both.tobytes() == add_mark(example()).tobytes()
+    assert read_labels(both)[0].label.ReservedCode1 == pixels_code(both)
+    with pytest.raises(ValueError, match="20 x 20: take --label implicit"):
+        labelled(example(20), "PNG", LabelOptions("both"), MANIFEST)
+
+
+def test_the_visible_mark_is_kept_on_a_changed_image():
+    white = Image.new("RGB", (128, 128), "white")
+    kept = np.asarray(keep_mark(labelled_file(mode="both", side=128), white))
+    marked = np.asarray(add_mark(example(128)))
+    assert (kept[-12:, -12:] == marked[-12:, -12:]).all() and (kept[:100] == 255).all()
+    assert keep_mark(labelled_file(side=128), white) is white
+
+
+def test_a_grid_of_labelled_images_is_labelled(tmp_path):
     example().save(tmp_path / "plain.png")
-    assert kept_arguments(tmp_path / "plain.png", "PNG") == {}
+    labelled_file().save(tmp_path / "bare.png")  # saved anew: Pillow drops the label
+    assert joined_arguments([tmp_path / "plain.png", tmp_path / "bare.png"], example(), "PNG") == {}
+    _, arguments = labelled(example(), "PNG", LabelOptions("implicit", "x"), MANIFEST)
+    example().save(tmp_path / "a.png", **arguments)
+    grid = example(100)
+    found = written(
+        grid, "PNG", **joined_arguments([tmp_path / "plain.png", tmp_path / "a.png"], grid, "PNG")
+    )
+    label = read_labels(found)[0].label
+    assert label.ContentProducer == "x" and label.ReservedCode1 == pixels_code(grid)
+    assert read_manifest(found) is None
+
+
+def test_damaged_exif_is_no_error():
+    data = io.BytesIO()
+    example().save(
+        data,
+        "JPEG",
+        exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + b"\x87\x69\0\x04\0\0\0\x01\xff\xff\xff\xff" * 3,
+    )
+    assert read_labels(Image.open(io.BytesIO(data.getvalue()))) == []
 
 
 def test_the_visible_mark_is_high_enough_and_leaves_the_rest_alone():

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from common.config import to_mapping
 from common.earlier_out import earlier_files
+from common.label import LabelOptions, open_labelled, read_labels, read_manifest
 from common.out_directory import OutDirectory, Request
 from common.output import RECORD
 
@@ -69,6 +71,53 @@ def test_a_file_of_the_users_is_refused_and_stays(tmp_path, name, was_ours):
     with pytest.raises(ValueError, match=f"holds {name}, not written here or changed since"):
         make(out, "b")
     assert contents(out) == before
+
+
+def make_two(folder: Path, mode: str, **origin) -> int:
+    """Images of two texts that stood already in a directory that goes on."""
+    label = LabelOptions(mode, "shop")
+    with OutDirectory(folder, ORIGIN | origin, label) as out:
+        left = list(out.continue_from(iter([Request("a", 0), Request("b", 0)])))
+        for request in left:
+            out.add(toy(request.text, request.index))
+        out.write_grid()
+    return 2 - len(left)
+
+
+def test_files_and_grid_carry_the_label_and_how_they_were_made(tmp_path):
+    make_two(tmp_path, "implicit", source={"prime": "/home/me/photo.png", "prime_sha256": "d"})
+    with open_labelled(tmp_path / "0001.png") as image:
+        assert {f.label.ContentProducer for f in read_labels(image)} == {"shop"}
+        assert read_manifest(image) == {
+            "model": "c",
+            "seed": 0,
+            "sampling": {"top_k": 3},
+            "source": {"prime": "photo.png", "prime_sha256": "d"},
+            "text": "b",
+            "index": 0,
+        }
+        assert image.tobytes() == toy("b", 0).image.tobytes()
+    with open_labelled(tmp_path / "grid.png") as grid:
+        assert len(read_labels(grid)) == 2
+    line = json.loads((tmp_path / "images.jsonl").read_text("utf-8").splitlines()[0])
+    assert line["label"] == to_mapping(LabelOptions("implicit", "shop"))
+
+
+def test_another_label_makes_the_images_anew(tmp_path):
+    assert make_two(tmp_path, "off") == 0 and make_two(tmp_path, "off") == 2
+    assert "label" not in (tmp_path / "images.jsonl").read_text("utf-8")
+    assert make_two(tmp_path, "implicit") == 0 and make_two(tmp_path, "implicit") == 2
+    assert make_two(tmp_path, "off") == 0
+    with open_labelled(tmp_path / "0000.png") as image:
+        assert read_labels(image) == []
+
+
+def test_an_image_too_small_for_the_mark_is_refused_and_nothing_is_lost(tmp_path):
+    make_two(tmp_path, "off")
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="the visible label needs"):
+        make_two(tmp_path, "both")
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
 def test_what_is_beside_stays(tmp_path):

@@ -1,6 +1,7 @@
 """A whole generator checkpoint, small enough for tests: 100 image tokens, 24 codes, pictures of 40 pixels."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -8,9 +9,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from common.checkpoint import write_model
-from common.config import to_mapping
 from common.files import read_json, sha256_file, write_json
-from dalle.model import KIND, Dalle, ModelOptions
+from dalle.model import KIND, Dalle, ModelOptions, config_mapping
 from dalle.text_tokenizer import TextTokenizer
 from vq.autoencoder import FastConfig
 from vq.model import ImageTokenizer, TokenizerConfig
@@ -36,8 +36,8 @@ def replace_weights(directory: Path, change: Callable[[dict[str, Tensor]], objec
     write_json(directory / "config.json", config | {"sha256": sha256_file(directory / "model.safetensors")})
 
 
-def write_generator(directory: Path, seed: int = 0) -> Path:
-    """A checkpoint directory of kind generator, as the trainer writes it."""
+def write_generator(directory: Path, seed: int = 0, line_factor: int = 0) -> Path:
+    """A checkpoint directory of kind generator, as the trainer writes it; line_factor 4: it follows drawings."""
     torch.manual_seed(seed)
     fast = FastConfig(channels=(32,), encoder_blocks=(1,), decoder_blocks=(1,), attention=False)
     image_tokenizer = ImageTokenizer(
@@ -45,11 +45,12 @@ def write_generator(directory: Path, seed: int = 0) -> Path:
     )
     text_tokenizer = TextTokenizer.train(CAPTIONS * 5, vocab_size=64, model_type="char")
     options = ModelOptions(dim=32, num_layers=2, num_heads=2, text_embed_dim=8)
-    model = Dalle(options.config(text_tokenizer.vocab_size, text_tokenizer.pad_id, 12, 24, 10))
+    config = options.config(text_tokenizer.vocab_size, text_tokenizer.pad_id, 12, 24, 10)
+    model = Dalle(replace(config, line_factor=line_factor, line_width=16) if line_factor else config)
     enlarge_(model)
     (directory / "image_tokenizer").mkdir(parents=True)
     image_tokenizer.write(directory / "image_tokenizer", 0)
     text_tokenizer.save(directory)
     tokenizer = {"image_tokenizer_sha256": read_json(directory / "image_tokenizer/config.json")["sha256"]}
-    write_model(directory, KIND, to_mapping(model.config), model.state_dict(), 7, **tokenizer)
+    write_model(directory, KIND, config_mapping(model.config), model.state_dict(), 7, **tokenizer)
     return directory

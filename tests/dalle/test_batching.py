@@ -1,5 +1,8 @@
 """Continuous batching gives the very tokens of the pipeline, whatever joins, leaves or is cancelled meanwhile."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from small_checkpoint import CAPTIONS
@@ -7,6 +10,7 @@ from small_checkpoint import CAPTIONS
 from dalle import inpaint
 from dalle.batching import ContinuousBatcher, Job
 from dalle.engines import FastOptions, prepare
+from dalle.lines import LineControl
 from dalle.model import Dalle, ModelOptions
 from dalle.pipeline import Request, TextToImage
 from dalle.sampling import SamplingOptions
@@ -45,7 +49,13 @@ def job(text: int, count: int, **changes) -> Job:
 
 def expected(pipeline, work: Job) -> list[list[int]]:
     pictures = pipeline.draw(
-        work.requests, work.seed, work.options, work.negative, batch_size=3, source=work.source
+        work.requests,
+        work.seed,
+        work.options,
+        work.negative,
+        batch_size=3,
+        source=work.source,
+        line=work.line,
     )
     return [picture.ids.tolist() for picture in pictures]
 
@@ -85,6 +95,45 @@ def test_images_to_start_from_keep_their_tokens(pipeline):
     found = run(ContinuousBatcher(pipeline, 4), jobs, apart=5)
     assert list(found.values()) == [expected(pipeline, work) for work in jobs]
     assert found[0][0][:50] == tokens[:50].tolist()
+
+
+@pytest.fixture(params=ENGINES, ids=["plain", "native"])
+def following(request, generator_dir) -> TextToImage:
+    """A generator that follows drawings."""
+    pipeline = TextToImage.from_pretrained(generator_dir, "cpu")
+    torch.manual_seed(0)
+    old, options = pipeline.config, ModelOptions(dim=64, num_layers=2, num_heads=2, text_embed_dim=8)
+    config = options.config(old.text_vocab_size, old.pad_id, 12, 24, 10)
+    model = Dalle(replace(config, line_factor=4, line_width=16)).eval()
+    with torch.no_grad():
+        model.line_encoder.out.weight.normal_(std=3.0)
+    pipeline.config, pipeline.line_encoder = model.config, model.line_encoder
+    pipeline.generator = prepare(model, request.param)
+    return pipeline
+
+
+def test_drawings_are_followed_each_by_its_own_images(following):
+    rng = np.random.default_rng(0)
+    circle, stripes = (rng.integers(0, 2, (40, 40), np.uint8) * 255 for _ in range(2))
+    half = inpaint.Source(torch.arange(100) % 24, torch.arange(100) < 50)
+    jobs = [
+        job(0, 3, seed=4, options=GUIDED, line=LineControl(circle)),
+        job(1, 2, seed=1, options=PLAIN),
+        job(0, 2, seed=4, options=GUIDED, line=LineControl(stripes, 0.5)),
+        job(2, 2, seed=3, options=GUIDED, line=LineControl(circle), source=half),
+        job(2, 2, seed=3, options=RISING),
+    ]
+    found = list(run(ContinuousBatcher(following, 4), jobs, apart=17).values())
+    assert found == [expected(following, work) for work in jobs]
+    assert found[0][:2] != found[2]
+
+
+def test_drawings_that_cannot_be_followed_are_refused(following, pipeline):
+    line = LineControl(np.zeros((40, 40), np.uint8), cfg_scale=2.0)
+    with pytest.raises(ValueError, match="must be 1, not 2"):
+        ContinuousBatcher(following, 4).submit(job(0, 1, line=line))
+    with pytest.raises(ValueError, match="--lines"):
+        ContinuousBatcher(pipeline, 4).submit(job(0, 1, line=replace(line, cfg_scale=1.0)))
 
 
 def test_a_cancelled_job_frees_its_place_and_changes_no_other(pipeline):

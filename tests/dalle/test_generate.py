@@ -13,9 +13,11 @@ from PIL import Image
 from small_checkpoint import CAPTIONS
 
 from common.checkpoint import resolve
+from common.label import open_labelled, read_labels, read_manifest
 from common.output import OutputDirectory
 from dalle.pipeline import default_checkpoint
 from generate import main, open_mask, open_picture
+from serve.label import main as label_command
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -366,3 +368,18 @@ def test_bad_input_ends_in_one_sentence_and_code_2(arguments, message, generator
 def test_a_long_prompt_is_cut_with_a_note(generator_dir, tmp_path, capsys):
     out = run(generator_dir, tmp_path / "out", "红色的鞋" * 2500, "1")
     assert "note: the text" in capsys.readouterr().out and len(pictures(out)) == 1
+
+
+def test_labels(generator_dir, tmp_path):
+    out = run(generator_dir, tmp_path / "out", "--label", "implicit", "--label-producer", "店")
+    plain = run(generator_dir, tmp_path / "plain")
+    with open_labelled(out / "0001.png") as image, Image.open(plain / "0001.png") as bare:
+        assert read_labels(image)[0].label.ContentProducer == "店" and read_labels(bare) == []
+        manifest = read_manifest(image)
+        assert image.tobytes() == bare.tobytes()
+    checkpoint = json.loads((generator_dir / "config.json").read_text())["sha256"]
+    assert (manifest["model"], manifest["text"], manifest["index"]) == (checkpoint, CAPTIONS[0], 1)
+    assert label_command(["check", str(out / "0000.png"), str(out / "grid.png")]) is None
+    with pytest.raises(SystemExit) as stop:
+        run(generator_dir, tmp_path / "x", "--label", "visible")
+    assert stop.value.code == 2

@@ -1,13 +1,16 @@
 """Submissions: exact form, ids in order, and a validator that finds each mistake."""
 
 import base64
+import io
 import json
 import zipfile
 
 import numpy as np
 import pytest
 from make_sources import CAPTIONS, picture
+from PIL import Image
 
+from common.label import LabelOptions, labelled, read_labels, read_manifest
 from data_tools.images import decode, sniff
 from data_tools.readers import open_source
 from data_tools.submit import main, read_ids, validate
@@ -193,3 +196,22 @@ def test_a_finished_file_is_only_validated(work):
     good = submit(work)
     before = good.stat().st_mtime_ns
     assert main([str(good), str(work / "T2I_test.tsv")]) == good and good.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(("form", "side"), [("t2i", 0), ("t2i", 24), ("zip", 0)])
+def test_labels_are_kept(work, form, side):
+    for i, name in enumerate(IDS):
+        image = decode(picture(i, (32, 32), "png"))
+        _, arguments = labelled(image, "PNG", LabelOptions("implicit", "shop"), {"seed": i})
+        image.save(work / "out" / f"{name}.png", **arguments)
+    target = submit(work, "--form", form, "--size", str(side), "--to", str(work / "result"))
+    if form == "zip":
+        with zipfile.ZipFile(target) as archive:
+            files = [archive.read(name) for name in archive.namelist()]
+    else:
+        files = [base64.b64decode(line.split("\t")[1]) for line in target.read_text("utf-8").splitlines()]
+    assert len(files) == len(IDS)
+    for i, data in enumerate(files):
+        with Image.open(io.BytesIO(data)) as image:
+            assert read_labels(image)[0].label.ContentProducer == "shop"
+            assert read_manifest(image)["seed"] == i

@@ -13,6 +13,7 @@ from tiny_base import tiny_base
 from tiny_shards import write_image_shards
 
 from common.checkpoint import read_config
+from common.label import open_labelled, read_labels, read_manifest
 from diffusion import control, train_controlnet
 from diffusion.base import load_base, save_base
 from diffusion.control import answer_id, read_pairs
@@ -303,6 +304,15 @@ class TestCommand:
         assert (folder / "20000.jpg").stat().st_mtime_ns == before
         with pytest.raises(SystemExit):
             follow(made, *arguments, "--seed", "1")
+
+    def test_labels(self, made, tmp_path, drawing):
+        out = follow(made, "红色", "1", str(tmp_path / "a"), "--line", str(drawing), "--label", "implicit")
+        write_pairs(tmp_path / "pairs", 1)
+        more = ("--pairs", str(tmp_path / "pairs/valid_data.parquet"), "--label", "both")
+        answer = follow(made, "", "1", str(tmp_path / "b"), *more)
+        for path in (out / "0000.png", answer / "Realistic Drawing/20000.jpg"):
+            with open_labelled(path) as image:
+                assert read_labels(image) and len(read_manifest(image)["controlnet"]) == 64
 
     def test_numbers_leave_one_out(self):
         assert (answer_id(0), answer_id(4806), answer_id(4807), answer_id(9998)) == (

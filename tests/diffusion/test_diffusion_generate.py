@@ -8,6 +8,7 @@ from PIL import Image
 from tiny_base import tiny_base
 
 from common.files import read_json
+from common.label import open_labelled, read_labels, read_manifest
 from common.out_directory import OutDirectory
 from data_tools import submit
 from diffusion import generate
@@ -151,3 +152,10 @@ def test_the_newest_base_of_the_runs_is_taken(folder, tmp_path, monkeypatch, cap
     out = generate.main(["红色的鞋", "1", "out", "--num-steps", "1", "--device", "cpu"])
     assert lines(out)[0]["checkpoint"] == "abc"
     assert read_json(step / "config.json")["kind"] == "diffusion"
+
+
+def test_labels(folder, tmp_path):
+    out = generate.main(flags(folder, "红色的鞋", 1, tmp_path / "out", "--label", "both"))
+    with open_labelled(out / "0000.png") as image:
+        assert read_labels(image) and read_manifest(image)["visible_mark"]
+        assert read_manifest(image)["model"] == base_sha256(folder)

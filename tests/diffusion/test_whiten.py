@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from common.label import LabelOptions, labelled, open_labelled, pixels_code, read_labels, read_manifest
 from diffusion.whiten import main
 
 
@@ -81,3 +82,23 @@ def test_the_users_files_stay(out, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([str(tmp_path / "empty"), str(tmp_path / "a")])
     assert "holds no images" in capsys.readouterr().err
+
+
+def test_labels_and_visible_marks_are_kept(tmp_path):
+    photo = product().resize((128, 128))
+    for name, mode in (("a.png", "implicit"), ("b.webp", "both")):
+        file_format, more = ("PNG", {}) if name == "a.png" else ("WEBP", {"lossless": True})
+        image, arguments = labelled(photo, file_format, LabelOptions(mode, "shop"), {"seed": 1})
+        (tmp_path / "in").mkdir(exist_ok=True)
+        image.save(tmp_path / "in" / name, **more, **arguments)
+    target = main([str(tmp_path / "in"), str(tmp_path / "white")])
+    for name in ("a.png", "b.png", "grid.png"):
+        with open_labelled(target / name) as image:
+            assert read_labels(image)[0].label.ContentProducer == "shop"
+    with open_labelled(target / "a.png") as image:
+        assert read_manifest(image)["whiten"]["method"] == "border" and read_manifest(image)["seed"] == 1
+        assert read_labels(image)[0].label.ReservedCode1 == pixels_code(image)
+    pixels = np.asarray(Image.open(target / "b.png"))
+    assert (pixels[-3:, -3:] < 200).all() and (
+        pixels[:8] == 255
+    ).all()  # the mark's dark box, white elsewhere

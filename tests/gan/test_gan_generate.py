@@ -4,6 +4,7 @@ import pytest
 from PIL import Image
 from tiny_gan import TEXTS
 
+from common.label import open_labelled, read_labels, read_manifest
 from gan.generate import main
 from gan.pipeline import TextToGan
 
@@ -53,3 +54,9 @@ def test_bad_input_ends_in_one_sentence_and_writes_nothing(run_dir, tmp_path, ca
     error = capsys.readouterr().err
     assert stop.value.code == 2 and message in error and len(error.strip().splitlines()) == 1
     assert not list((tmp_path / "out").glob("*.png"))
+
+
+def test_labels(run_dir, tmp_path):
+    out = run(run_dir, tmp_path / "out", TEXTS[0], "1", "--label", "implicit")
+    with open_labelled(out / "0000.png") as image:
+        assert read_labels(image) and read_manifest(image)["text"] == TEXTS[0]

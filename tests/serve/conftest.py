@@ -11,11 +11,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "dalle"))
 from small_checkpoint import write_generator
 
 from dalle.engines import FastOptions
+from serve.__main__ import start_fork_server
 from serve.app import create_app
 from serve.dispatch import Dispatcher
 from serve.keys import KeyStore, Limits, open_database
 from serve.options import ServeOptions
-from serve.worker import WorkerOptions
+from serve.worker_options import WorkerOptions
 
 
 class Running:
@@ -47,7 +48,7 @@ class Running:
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [listener]}, daemon=True)
         self.thread.start()
 
-    def wait_ready(self, seconds: float = 120) -> "Running":
+    def wait_ready(self, seconds: float = 600) -> "Running":
         until = time.monotonic() + seconds
         while self.dispatcher.state != "ready":
             assert time.monotonic() < until and self.dispatcher.state != "failed", self.dispatcher.reason
@@ -56,13 +57,32 @@ class Running:
 
     def stop(self) -> None:
         self.server.should_exit = True
-        self.thread.join(60)
+        self.thread.join(300)
         assert not self.thread.is_alive()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fork_server() -> None:
+    """What workers import is imported once."""
+    start_fork_server()
 
 
 @pytest.fixture(scope="session")
 def small_generator(tmp_path_factory) -> Path:
     return write_generator(tmp_path_factory.mktemp("serve") / "small")
+
+
+@pytest.fixture(scope="session")
+def lines_generator(tmp_path_factory) -> Path:
+    """The same, following line drawings."""
+    return write_generator(tmp_path_factory.mktemp("serve") / "lines", line_factor=4)
+
+
+@pytest.fixture(scope="session")
+def lines_service(tmp_path_factory, lines_generator):
+    running = Running(tmp_path_factory.mktemp("lines_service"), lines_generator).wait_ready()
+    yield running
+    running.stop()
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """The service over HTTP, through the published client and by hand."""
 
+import asyncio
 import base64
 import concurrent.futures
 import io
@@ -9,16 +10,23 @@ import signal
 import time
 
 import httpx
+import numpy as np
 import openai
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
-from common.label import read_labels
+from common.image import resize_square
+from common.label import read_labels, read_manifest
+from dalle import inpaint
 from dalle.engines import FastOptions
+from dalle.lines import LineControl
 from dalle.pipeline import TextToImage
 from dalle.sampling import SamplingOptions
+from data_tools.line_drawings import extract, open_drawing
+from diffusion.white_background import Whitener
 from serve.audit import verify
 from serve.keys import Limits
+from serve.service import _EventStream
 
 TEXT = "一件红色的连衣裙"
 OPTIONS = {"cfg_scale": 2.0, "temperature": 0.9}
@@ -33,7 +41,7 @@ def client(service):
 @pytest.fixture(scope="module")
 def http(service):
     headers = {"Authorization": f"Bearer {service.key}"}
-    with httpx.Client(base_url=service.url, headers=headers, timeout=60) as http:
+    with httpx.Client(base_url=service.url, headers=headers, timeout=300) as http:
         yield http
 
 
@@ -124,6 +132,127 @@ def test_edits_change_what_is_marked_and_variations_need_a_text(client, http):
     assert missing.status_code == 400 and missing.json()["error"]["param"] == "prompt"
 
 
+def test_an_edit_has_the_pipelines_pixels(client, pipeline):
+    rng = np.random.default_rng(1)
+    photo = Image.fromarray(rng.integers(0, 255, (90, 70, 3), np.uint8))
+    mask = Image.new("RGB", (70, 90))
+    mask.paste((255, 255, 255), (20, 30, 50, 80))
+    response = client.images.edit(
+        image=png(photo), mask=png(mask), prompt=TEXT, response_format="b64_json", extra_body={"seed": 2}
+    )
+    source = inpaint.inpaint(pipeline.image_tokenizer, photo, mask)
+    wanted = pipeline(TEXT, 1, seed=2, source=source)
+    assert images_of(response)[0].tobytes() == wanted[0].tobytes()
+
+
+def drawing() -> Image.Image:
+    image = Image.new("L", (90, 60), 255)
+    ImageDraw.Draw(image).ellipse((20, 8, 66, 52), outline=0, width=3)
+    return image
+
+
+def photo() -> Image.Image:
+    image = Image.new("RGB", (80, 80), (222, 222, 224))
+    ImageDraw.Draw(image).ellipse((24, 20, 58, 62), fill=(180, 30, 40))
+    return image
+
+
+@pytest.fixture(scope="module")
+def lines_http(lines_service):
+    headers = {"Authorization": f"Bearer {lines_service.key}"}
+    with httpx.Client(base_url=lines_service.url, headers=headers, timeout=300) as http:
+        yield http
+
+
+@pytest.fixture(scope="module")
+def lines_pipeline(lines_generator):
+    return TextToImage.from_pretrained(lines_generator, "cpu", FastOptions("plain", "float32"))
+
+
+def pixels_of(response: httpx.Response) -> list[bytes]:
+    assert response.status_code == 200, response.text
+    files = (base64.b64decode(entry["b64_json"]) for entry in response.json()["data"])
+    return [Image.open(io.BytesIO(data)).tobytes() for data in files]
+
+
+def test_a_drawing_gives_the_pixels_of_generate_py(lines_http, lines_pipeline):
+    lines, _ = open_drawing(png(drawing()), 40)
+    wanted = lines_pipeline(TEXT, 2, seed=5, line=LineControl(lines, 0.5))
+    encoded = base64.b64encode(png(drawing())).decode()
+    common = {"prompt": TEXT, "n": 2, "seed": 5, "response_format": "b64_json"}
+    for line in (encoded, f"data:image/png;base64,{encoded}"):
+        found = pixels_of(post(lines_http, **common, line=line, line_scale=0.5))
+        assert found == [image.tobytes() for image in wanted]
+    assert pixels_of(post(lines_http, **common)) != found
+    said = lines_http.get("/v1/models").json()["data"][0]
+    assert said["line_drawings"] is True
+
+
+def test_recolour_gives_the_pixels_of_generate_py(lines_http, lines_pipeline, lines_service):
+    square = resize_square(photo(), 40)
+    source = inpaint.keep_background(lines_pipeline.image_tokenizer, photo())
+    wanted = lines_pipeline(TEXT, 1, seed=3, source=source, line=LineControl(extract(square, "canny")))
+    fields = {"prompt": TEXT, "seed": "3", "recolour": "true", "response_format": "b64_json"}
+    response = lines_http.post("/v1/images/edits", files={"image": png(photo())}, data=fields)
+    assert pixels_of(response) == [wanted[0].tobytes()]
+    image = Image.open(io.BytesIO(base64.b64decode(response.json()["data"][0]["b64_json"])))
+    assert read_manifest(image)["source"]["mode"] == "recolour" and read_manifest(image)["line"]["scale"] == 1
+    record = json.loads(
+        (lines_service.folder / "audit/audit_000000000000.jsonl").read_text().splitlines()[-1]
+    )
+    assert record["record"]["source"] == "recolour" and len(record["record"]["line_sha256"]) == 64
+
+
+def test_whitened_images_are_white_or_said_not_to_be(http, pipeline):
+    whitener = Whitener()
+    wanted = [whitener(p.image) for p in pipeline.generate([TEXT], 4, 1)]
+    response = post(http, prompt=TEXT, n=4, seed=1, whiten=True, response_format="b64_json")
+    assert pixels_of(response) == [w.image.tobytes() for w in wanted]
+    assert [entry["white"] for entry in response.json()["data"]] == [w.is_white for w in wanted]
+    assert "whiten" in response.json()["seconds"]
+
+
+B64_DRAWING = base64.b64encode(png(drawing())).decode()
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "code"),
+    [
+        ({"line": "%%%"}, "line", "invalid_base64"),
+        ({"line": "AAAA"}, "line", "invalid_image"),
+        ({"line": base64.b64encode(png(Image.new("L", (64, 64), 255))).decode()}, "line", "invalid_drawing"),
+        ({"line": base64.b64encode(png(Image.new("L", (1, 1)))).decode()}, "line", "invalid_drawing"),
+        ({"line": B64_DRAWING, "line_scale": 11}, "line_scale", "invalid_value"),
+        ({"line_scale": 1.0}, "line_scale", "invalid_value"),
+        ({"whiten": "yes"}, "whiten", "invalid_value"),
+    ],
+)
+def test_bad_drawings_and_options_are_named(lines_http, body, param, code):
+    response = post(lines_http, prompt=TEXT, **body)
+    assert response.status_code == 400, response.text
+    assert (response.json()["error"]["param"], response.json()["error"]["code"]) == (param, code)
+
+
+def test_recolour_takes_no_mask_and_lines_need_a_model_that_follows_them(http, lines_http):
+    files, data = {"image": png(photo()), "mask": png(photo())}, {"prompt": TEXT, "recolour": "true"}
+    answer = lines_http.post("/v1/images/edits", files=files, data=data)
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "mask"
+    for answer in (
+        post(http, prompt=TEXT, line=B64_DRAWING),
+        http.post("/v1/images/edits", files={"image": png(photo())}, data=data),
+    ):
+        assert answer.status_code == 400 and answer.json()["error"]["code"] == "unsupported_by_model"
+
+
+def test_the_api_is_described_without_scripts_from_elsewhere(http):
+    page = httpx.get(f"{http.base_url}/docs")
+    assert page.status_code == 200 and "://" not in page.text.replace("<!doctype", "")
+    paths = http.get("/openapi.json").json()["paths"]
+    fields = paths["/v1/images/edits"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
+    assert fields["required"] == ["image", "prompt"] and fields["properties"]["recolour"]["default"] is False
+    assert "line" in json.dumps(paths["/v1/images/generations"])
+
+
 def test_sizes_above_the_models_are_enlarged(client):
     response = client.images.generate(prompt=TEXT, size="256x256", response_format="b64_json")
     assert images_of(response)[0].size == (256, 256)
@@ -179,7 +308,7 @@ def test_no_key_no_image(service):
 def test_scopes_and_limits_of_a_key(service):
     def ask(key, path="/v1/images/generations", **kwargs):
         return httpx.post(
-            f"{service.url}{path}", headers={"Authorization": f"Bearer {key}"}, timeout=60, **kwargs
+            f"{service.url}{path}", headers={"Authorization": f"Bearer {key}"}, timeout=300, **kwargs
         )
 
     reader, _ = service.store.create("edits only", scopes=("edit",))
@@ -211,7 +340,7 @@ def test_what_a_full_queue_refuses_is_not_counted(service):
     def ask(count):
         headers = {"Authorization": f"Bearer {key}"}
         body = {"prompt": TEXT, "n": count}
-        return httpx.post(f"{service.url}/v1/images/generations", json=body, headers=headers, timeout=60)
+        return httpx.post(f"{service.url}/v1/images/generations", json=body, headers=headers, timeout=300)
 
     limit, service.dispatcher.max_queued_images = service.dispatcher.max_queued_images, 16
     service.dispatcher.queued_images += 1
@@ -229,11 +358,55 @@ def test_a_client_that_hangs_up_frees_its_place(http, service):
 
     with pytest.raises(httpx.ReadTimeout):
         http.post("/v1/images/generations", json={"prompt": TEXT, "n": 16}, timeout=0.3)
-    until = time.monotonic() + 10
+    until = time.monotonic() + 120
     while queued() and time.monotonic() < until:
         time.sleep(0.05)
     assert queued() == 0
     assert post(http, prompt=TEXT).status_code == 200
+
+
+def test_a_stream_whose_client_hangs_up_frees_its_place(http, service):
+    body = {"prompt": TEXT, "n": 16, "stream": True, "partial_images": 16}
+    for read in (False, True):
+        with http.stream("POST", "/v1/images/generations", json=body) as response:
+            if read:
+                next(response.iter_bytes())
+        until = time.monotonic() + 120
+        while service.dispatcher.queued_images and time.monotonic() < until:
+            time.sleep(0.05)
+        assert service.dispatcher.queued_images == 0
+
+
+def test_a_stream_that_never_began_frees_its_place(service):
+    """A client that is gone before the first event: the generator of events is never entered."""
+    freed = []
+
+    async def gone() -> None:
+        async def events():
+            yield b""
+
+        async def send(message):
+            raise OSError("gone")
+
+        with pytest.raises(BaseException):  # noqa: B017 (what it is depends on the server)
+            await _EventStream(events(), lambda: freed.append(1))({"type": "http"}, None, send)
+
+    asyncio.run(gone())
+    assert freed == [1]
+
+
+def test_paths_that_a_client_makes_up_are_no_metrics(http, service):
+    for i in range(20):
+        assert http.get(f"/images/{i}.png").status_code == 404
+        assert http.get(f"/v1/models/{i}").status_code == 404
+    text = http.get("/metrics").text
+    assert 'endpoint="/images/{name}"' in text and "7.png" not in text and "models/7" not in text
+
+
+def test_hosts_that_are_none(service):
+    for host in ("[", "a b", "x" * 3000, "\x7f"):
+        answer = httpx.get(f"{service.url}/images/x.png", headers={"Host": host})
+        assert answer.status_code in (400, 404), host
 
 
 def test_a_worker_that_is_killed_comes_back_and_nothing_hangs(http, service):
@@ -242,7 +415,7 @@ def test_a_worker_that_is_killed_comes_back_and_nothing_hangs(http, service):
         while not service.dispatcher.queued_images:
             time.sleep(0.01)
         os.kill(service.dispatcher._process.pid, signal.SIGKILL)
-        assert answer.result(30).status_code == 503
+        assert answer.result(300).status_code == 503
     assert http.get("/healthz").status_code == 200
     service.wait_ready()
     assert post(http, prompt=TEXT).status_code == 200 and service.dispatcher.restarts == 1

@@ -87,6 +87,18 @@ def test_rotation_and_retention_keep_a_checkable_chain(tmp_path):
     assert json.loads(lines_of(tmp_path)[-1])["number"] == 21
 
 
+def test_a_clock_that_goes_backwards_breaks_no_chain_and_forgets_nothing_early(tmp_path, monkeypatch):
+    log = AuditLog(tmp_path, max_bytes=400, keep_days=1)
+    for now in (9e8, 9e8 - 3600, 9e8 - 40 * 86400, 9e8 + 60):
+        monkeypatch.setattr(time, "time", lambda now=now: now)
+        for _ in range(3):
+            log.append({"who": "a"})
+    log.close()
+    times = [json.loads(line)["record"]["time"] for line in lines_of(tmp_path)]
+    assert {9e8, 9e8 - 3600, 9e8 + 60} <= set(times)
+    assert verify(tmp_path) == len(times)
+
+
 def test_the_chain_is_whole_after_kills(tmp_path):
     code = (
         "import sys; from pathlib import Path; from serve.audit import AuditLog\n"

@@ -1,10 +1,14 @@
 """The web page in a real browser: type, see images, repaint one. Skipped where Chromium or Playwright is missing."""
 
+import base64
+import json
 import shutil
 import zipfile
 from io import BytesIO
+from pathlib import Path
 
 import pytest
+from PIL import Image, ImageDraw
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = [
@@ -32,9 +36,19 @@ def browser():
 
 @pytest.fixture
 def page(browser, service):
+    yield from opened(browser, service)
+
+
+@pytest.fixture
+def lines_page(browser, lines_service):
+    """Of a generator that follows drawings."""
+    yield from opened(browser, lines_service)
+
+
+def opened(browser, service):
     context = browser.new_context(locale="zh-CN", accept_downloads=True)
     page = context.new_page()
-    page.set_default_timeout(60_000)
+    page.set_default_timeout(300_000)
     problems = []
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
@@ -104,6 +118,85 @@ def test_english_by_switch_and_errors_in_words(page):
     page.click("#go")
     page.wait_for_selector("#message.error")
     assert "key" in page.inner_text("#message")
+
+
+@pytest.fixture
+def drawing(tmp_path) -> Path:
+    image = Image.new("L", (1500, 1200), 255)
+    ImageDraw.Draw(image).ellipse((300, 200, 1100, 1000), outline=0, width=20)
+    image.save(tmp_path / "drawing.png")
+    return tmp_path / "drawing.png"
+
+
+def sent(page, path: str):
+    """The next request to `path`."""
+    return page.expect_request(lambda request: request.url.endswith(path))
+
+
+def test_a_drawing_is_uploaded_and_followed(lines_page, drawing):
+    page = lines_page
+    page.locator("#reference").wait_for(state="visible")
+    page.set_input_files("#upload", drawing)
+    page.locator("#preview").wait_for(state="visible")
+    page.fill("#count", "2")
+    page.fill("#prompt", TEXT)
+    with sent(page, "/v1/images/generations") as request:
+        page.click("#go")
+    body = json.loads(request.value.post_data)
+    image = Image.open(BytesIO(base64.b64decode(body["line"].partition(",")[2])))
+    assert max(image.size) == 1024 and body["line_scale"] == 1
+    finished(page, 2)
+    page.click("#forget")
+    assert page.locator("#chosen").is_hidden()
+
+
+def test_a_photo_and_an_image_of_ours_are_recoloured(lines_page, drawing):
+    page = lines_page
+    page.locator("#reference").wait_for(state="visible")
+    page.set_input_files("#upload", drawing)
+    page.select_option("#use", "recolour")
+    page.fill("#count", "2")
+    page.fill("#prompt", TEXT)
+    with sent(page, "/v1/images/edits") as request:
+        page.click("#go")
+    assert b'name="recolour"\r\n\r\ntrue' in request.value.post_data_buffer
+    finished(page, 2)
+    page.locator("#images img").first.press("Enter")
+    page.click("#recolour")
+    assert "颜色" in page.inner_text("#about")  # the text is still the old one
+    page.click("#close")
+    page.fill("#prompt", "蓝色的杯子")
+    page.locator("#images img").first.press("Enter")
+    with sent(page, "/v1/images/edits"):
+        page.click("#recolour")
+    finished(page, 2, runs=2)
+
+
+def test_a_file_that_is_no_image_is_said_so(lines_page, tmp_path):
+    (tmp_path / "text.png").write_text("no image")
+    lines_page.locator("#reference").wait_for(state="visible")
+    lines_page.set_input_files("#upload", tmp_path / "text.png")
+    lines_page.wait_for_selector("#message.error")
+    assert lines_page.locator("#chosen").is_hidden()
+
+
+def test_white_backgrounds_by_keyboard_and_no_drawings_where_none_are_followed(page):
+    page.fill("#count", "2")
+    page.focus("#whiten")
+    page.keyboard.press("Space")
+    page.fill("#prompt", TEXT)
+    with sent(page, "/v1/images/generations") as request:
+        page.keyboard.press("Enter")
+    assert json.loads(request.value.post_data)["whiten"] is True
+    finished(page, 2)
+    assert page.locator("#reference").is_hidden() and page.locator("#recolour").is_hidden()
+
+
+def test_the_api_page_lists_endpoints_and_fields(page):
+    page.click("footer a")
+    page.wait_for_selector("article")
+    text = page.inner_text("#endpoints")
+    assert "POST /v1/images/generations" in text and "line_scale" in text and "recolour" in text
 
 
 def test_it_fits_a_phone(browser, service):
