@@ -5,11 +5,14 @@
 Each input shard becomes one output shard of the same name with `{key}.ids.npy` (A, N), the caption and the metadata.
 View 0 is the plain centre crop; the others are augmented, drawn from the key. `tokenizer.json` beside the shards
 holds the identity of its codes: shards of two tokenizers never mix. Whole shards are kept when the command runs again.
+On a Ray cluster (`--work.engine ray`) the nodes read the source (a URL, or a path that all of them have) and get the
+tokenizer from here, where their shards come back.
 """
 
+import copy
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +22,7 @@ import tyro
 from torch import Tensor
 
 from common.config import command, parse_options
-from common.distributed import World, start_world, stop_world
+from common.distributed import World, pick_device, start_world, stop_world
 from common.files import ensure_writable_directory, read_json, write_json
 from common.image import make_grid, resize_square, stack_rows, to_image, to_tensor
 from common.lock import alone_in
@@ -30,6 +33,7 @@ from data_tools.augment import Chain, PictureAugment
 from data_tools.crops import CropFlip
 from data_tools.encode import Views
 from data_tools.encode import encode_shards as encode_image_shards
+from data_tools.engine import EngineOptions
 from data_tools.index import ShardIndex, ShardSource
 from data_tools.line_views import LineSource
 from data_tools.loader import IMAGE_SUFFIXES, open_image
@@ -71,6 +75,7 @@ class Options:
     engine: Engine = "auto"
     """native: code compiled once for CPUs with AVX512-BF16 or AVX2; plain: PyTorch; auto: native where it runs and
     PyTorch has no AMX to compute with."""
+    work: EngineOptions = field(default_factory=EngineOptions)
 
     def __post_init__(self) -> None:
         for name, low in (("views", 1), ("batch_size", 1), ("check", 0)):
@@ -120,16 +125,42 @@ def encode_shards(tokenizer: ImageTokenizer, options: Options, world: World) -> 
             )
     elif world.is_main:
         write_json(target / TOKENIZER_FILE, made_by)
-    encoder = PictureEncoder(tokenizer, world.device, options.precision, options.engine)
-    dtype = np.uint16 if tokenizer.codebook_size <= 65536 else np.uint32
-
-    def encode(images: Tensor) -> np.ndarray:
-        return encoder(images).cpu().numpy().astype(dtype)
-
+    encode = Codes(tokenizer, options.precision, options.engine, options.device)
     augment = Chain((options.move, options.augment)) if options.move.is_on else options.augment
     views = Views(tokenizer.image_size, options.views, augment, options.batch_size, options.lines)
     source = ShardSource(str(options.source), options.remote)
-    return encode_image_shards(source, target, views, "ids.npy", encode, world)
+    cluster = options.work.cluster
+    if cluster is None:
+        encode.on(world.device)
+        return encode_image_shards(source, target, views, "ids.npy", encode, world)
+    with cluster.connected():
+        cluster = replace(cluster.with_gpus(options.device), ahead=2)
+        return encode_image_shards(source, target, views, "ids.npy", encode, world, cluster)
+
+
+class Codes:
+    """Images (n, 3, S, S) in [-1, 1] to codes (n, N), uint16 where the codebook has no more.
+
+    Picklable: in another process it takes the device that it finds there.
+    """
+
+    def __init__(self, tokenizer: ImageTokenizer, precision: Precision, engine: Engine, device: str) -> None:
+        self.tokenizer, self.precision, self.engine, self.device = tokenizer, precision, engine, device
+        self.dtype = np.uint16 if tokenizer.codebook_size <= 65536 else np.uint32
+        self._encoder: PictureEncoder | None = None
+
+    def on(self, device: torch.device) -> None:
+        """Where it computes; otherwise at the first call `device` of the options, as this machine has it."""
+        tokenizer = self.tokenizer.to(device)
+        self._encoder = PictureEncoder(tokenizer, device, self.precision, self.engine)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_encoder": None, "tokenizer": copy.deepcopy(self.tokenizer).cpu()}
+
+    def __call__(self, images: Tensor) -> np.ndarray:
+        if self._encoder is None:
+            self.on(pick_device(self.device))
+        return self._encoder(images).cpu().numpy().astype(self.dtype)
 
 
 def _require_empty(target: Path) -> None:
