@@ -134,6 +134,26 @@ def test_training_starts_after_its_first_shards_and_fetches_one_window_ahead(sit
     stream.close()
 
 
+@pytest.mark.parametrize("connections", [1, 3])
+def test_so_many_shards_are_fetched_at_a_time(site, tmp_path, connections):
+    running, most = set(), []
+
+    class Counting(Handler):
+        def do_GET(self):
+            running.add(self)
+            most.append(len(running))
+            time.sleep(0.1)
+            super().do_GET()
+            running.discard(self)
+
+    index = opened(site, tmp_path, window_shards=3, connections=connections)
+    local = opened(site, tmp_path / "one", connections=1, window_shards=3)
+    site.RequestHandlerClass = Counting
+    assert keys(index, 0, 8, 4) == keys(local, 0, 8, 4)
+    assert max(most) <= connections + 1  # the training itself fetches what it needs at once
+    assert connections == 1 or max(most) >= 2
+
+
 def test_every_shard_is_fetched_once_and_never_again(site, tmp_path):
     keys(opened(site, tmp_path), 0, 20, 4, ranks=2, workers=2)
     tars = {path: n for path, n in site.requests.items() if path.endswith(".tar")}
