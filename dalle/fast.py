@@ -36,8 +36,8 @@ class FastOptions:
     """How to run the generator; the defaults are the fastest on the machine."""
 
     engine: Engine = "auto"
-    """auto: graph on a GPU; on a CPU native where it can run (AVX512-BF16 or AVX2, a C++ compiler), else packed; plain
-    and compiled on request."""
+    """auto: graph on a CUDA GPU, plain on another; on a CPU native where it can run (AVX512-BF16 or AVX2, a C++
+    compiler), else packed; plain and compiled on request."""
     weights: WeightType = "auto"
     """Numbers that weights and cache are kept in: auto takes bfloat16 where the machine or the engine computes in it.
     int8 (weights alone, native and packed engines) is the fastest for one picture at a time, and costs a little
@@ -58,7 +58,8 @@ def resolve_options(model: nn.Module, options: FastOptions) -> FastOptions:
     if weights == "int8" and device.type != "cpu":
         raise ValueError(f"int8 weights are for CPUs, the model is on {device}")
     if engine == "auto":
-        engine = "graph" if device.type == "cuda" else _engine_of_cpu(model, weights)
+        others = _engine_of_cpu(model, weights) if device.type == "cpu" else "plain"  # such as Apple's GPUs
+        engine = "graph" if device.type == "cuda" else others
     if weights == "auto":
         weights = "bfloat16" if engine == "native" or has_native_bf16(device) else "float32"
     return FastOptions(engine, weights)
