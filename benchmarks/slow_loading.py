@@ -4,9 +4,10 @@
     python -m benchmarks.slow_loading --latency-ms 300 --error-share 0.2 --step-ms 20
 
 A server of this process answers each request after `latency_ms`, and fails `error_share` of them: HTTP 503, a closed
-connection, or an answer that ends early. The training is a sleep of `step_ms` a batch, so that what is timed is the
-waiting alone, also on a busy machine. `start_s` is the first batch, which nothing can prepare; `wait_share` leaves it
-out, `wait_share_with_start` does not. Exit code 1 where `wait_share` is not under the goal, or a sample is missing.
+connection, or an answer that ends early. The training is a sleep of `step_ms` a batch; what is timed is how long its
+thread stands still for a shard that is not there yet, whatever else a busy machine makes it wait for. `start_s` is the
+first batch, which nothing can prepare; `wait_share` leaves it out, `wait_share_with_start` does not. Exit code 1 where
+`wait_share` is not under the goal, or a sample is missing.
 """
 
 import contextlib
@@ -31,7 +32,7 @@ from common.distributed import World
 from data_tools.index import ShardIndex
 from data_tools.loader import DecodeTokens, train_batches
 from data_tools.records import Record
-from data_tools.remote import RemoteOptions
+from data_tools.remote import RemoteOptions, RemoteShard
 from data_tools.shards import ShardWriter
 
 GOAL = 0.05
@@ -123,17 +124,33 @@ def measure(options: Options, address: str, cache: str) -> dict[str, float]:
     started = time.perf_counter()
     index = ShardIndex.open(address, "train", remote).require("ids.npy")
     world = World(0, 1, 0, torch.device("cpu"), "none")
+    waits = watch_fetches(index)
     batches = iter(train_batches(index, DecodeTokens(), options.batch_size, world, options.seed))
     keys = set(next(batches)["key"])
-    first, waited, trained = time.perf_counter() - started, 0.0, 0.0
+    first, trained = time.perf_counter() - started, 0.0
+    waits.clear()
     for _ in range(options.shards * options.samples // options.batch_size - 1):
         begun = time.perf_counter()
         time.sleep(options.step_ms / 1000)
-        asked = time.perf_counter()
+        trained += time.perf_counter() - begun
         keys.update(next(batches)["key"])
-        trained, waited = trained + asked - begun, waited + time.perf_counter() - asked
     batches.close()
-    return {"start_s": first, "train_s": trained, "wait_s": waited, "samples": len(keys)}
+    return {"start_s": first, "train_s": trained, "wait_s": sum(waits), "samples": len(keys)}
+
+
+def watch_fetches(index: ShardIndex) -> list[float]:
+    """Seconds of each fetch that the thread of the training, which is this one, had to stand by for."""
+    fetch, trainer, waits = index.remote.cache.fetch, threading.get_ident(), []
+
+    def timed(shard: RemoteShard) -> Path:
+        started, ready = time.perf_counter(), shard.path.is_file()
+        path = fetch(shard)
+        if threading.get_ident() == trainer and not ready:
+            waits.append(time.perf_counter() - started)
+        return path
+
+    index.remote.cache.fetch = timed
+    return waits
 
 
 @command

@@ -186,7 +186,6 @@ class Tasks:
 def import_ray() -> Any:
     """The package. Raises ValueError saying what to install."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # before the import: nothing is reported to anybody
-    os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")  # 30 are too few on a machine under load
     try:
         import ray
     except ModuleNotFoundError as error:

@@ -8,7 +8,7 @@ from benchmarks.slow_loading import Options, measure, slow_server, write_shards
 
 def test_every_sample_comes_once_from_a_server_that_fails(tmp_path, monkeypatch):
     options = Options(
-        shards=6, samples=8, window_shards=2, batch_size=8, step_ms=1, latency_ms=5, error_share=0.2
+        shards=6, samples=8, window_shards=2, batch_size=8, step_ms=1, latency_ms=5, error_share=0.5
     )
     remote = slow_loading.RemoteOptions
     monkeypatch.setattr(

@@ -2,11 +2,13 @@
 
 import contextlib
 import importlib.util
+import socket
 import sys
 import threading
 import time
 from pathlib import Path
 
+import crashing_work
 import pytest
 from crashing_work import crash_on_three, slow_tens
 from make_sources import write_t2i
@@ -66,6 +68,22 @@ class TestWithoutRay:
         }
 
 
+def node_options() -> dict[str, int]:
+    """A small object store, and ports of its own: Ray waits only 15 seconds for an agent that chooses them."""
+    names = (
+        "metrics_agent_port",
+        "runtime_env_agent_port",
+        "dashboard_agent_listen_port",
+        "metrics_export_port",
+    )
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in names]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        ports = [each.getsockname()[1] for each in sockets]
+    return {"object_store_memory": MEMORY, **dict(zip(names, ports, strict=True))}
+
+
 @pytest.fixture(scope="module")
 def nodes():
     """A head that does no work, and two nodes of one processor."""
@@ -74,12 +92,14 @@ def nodes():
     from data_tools.engine import import_ray
 
     ray = import_ray()
+    ray.cloudpickle.register_pickle_by_value(crashing_work)  # nodes do not have the tests
     with contextlib.ExitStack() as stack:
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": MEMORY})
+        head = {"num_cpus": 0, "include_dashboard": False, **node_options()}
+        cluster = Cluster(initialize_head=True, head_node_args=head)
         stack.callback(cluster.shutdown)
         stack.callback(ray.shutdown)
         for _ in range(2):
-            cluster.add_node(num_cpus=1, object_store_memory=MEMORY)
+            cluster.add_node(num_cpus=1, **node_options())
         cluster.wait_for_nodes()
         yield cluster
 
