@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_report
-from benchmarks.gpu_report import Line, cells, main, markdown, page, peak_tflops
+from benchmarks.gpu_report import Line, Options, cells, main, markdown, page, peak_tflops, report
 
 
 def test_without_a_gpu_one_sentence(monkeypatch, tmp_path, capsys):
@@ -58,8 +58,8 @@ def test_a_tiny_model_goes_through_and_what_breaks_is_a_line(tmp_path, monkeypat
 
     monkeypatch.setattr(gpu_report.train_speed.main, "__wrapped__", without_compile)
     monkeypatch.setattr(gpu_report.train_speed, "measure_peak_flops", lambda device, size: 1e12)
-    flags = ["--device", "cpu", "--size", "3m", "--batch-size", "2", "--rounds", "1"]
-    lines = main([*flags, "--out", str(tmp_path), "--sections", "train", "sample", "ranked", "nccl"])
+    sections = ("train", "sample", "ranked", "nccl")
+    lines = report(Options(tmp_path, sections, "3m", batch_size=2, rounds=1, device="cpu"))
     assert [len(argv) for argv in called] == [len(called[0])] * 2 + [len(called[0]) + 1]
     found = {line.what: line for line in lines}
     assert found["3m, bf16, torch.compile"].value == 4.0 and found["3m, float32"].value > 0
