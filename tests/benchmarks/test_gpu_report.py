@@ -58,6 +58,7 @@ def test_a_tiny_model_goes_through_and_what_breaks_is_a_line(tmp_path, monkeypat
 
     monkeypatch.setattr(gpu_report.train_speed.main, "__wrapped__", without_compile)
     monkeypatch.setattr(gpu_report.train_speed, "measure_peak_flops", lambda device, size: 1e12)
+    monkeypatch.setattr(gpu_report.decode_speed, "GRID", 4)  # 16 image tokens
     sections = ("train", "sample", "ranked", "nccl")
     lines = report(Options(tmp_path, sections, "3m", batch_size=2, rounds=1, device="cpu"))
     assert [len(argv) for argv in called] == [len(called[0])] * 2 + [len(called[0]) + 1]
