@@ -2,15 +2,17 @@
 # make test   sets up and tests          make test-slow   the long tests       make test-gpu   those for a GPU
 # make serve  the service and its web page on this machine, without keys
 # make lint   format and lint            make bench-demo  quality of the demo over 100 prompts
+# make gpu-report   tests, speed and goals on this machine's GPUs, one page      CPU=1   set-up without CUDA, under 2 GB
 PYTHON ?= python3
 VENV ?= .venv
+CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 RUN := $(VENV)/bin/python
 # transparent huge pages and no trimming: convolutions on the CPU spend a third of their time in page faults otherwise
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=34359738368
 export MALLOC_ARENA_MAX ?= 2
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: setup demo test test-slow test-gpu lint bench bench-demo serve clean
+.PHONY: setup demo test test-slow test-gpu lint bench bench-demo gpu-report serve clean
 
 setup: $(VENV)/.installed
 
@@ -18,7 +20,9 @@ $(VENV)/.installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: Python 3.11 or newer is needed; name one with make PYTHON=python3.11"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --disable-pip-version-check --quiet --no-compile -r requirements.txt
+	$(if $(CPU),grep -vE '^(nvidia|cuda|triton)' requirements.txt > $(VENV)/requirements.txt)
+	$(RUN) -m pip install --disable-pip-version-check --quiet --no-compile \
+		$(if $(CPU),--extra-index-url $(CPU_INDEX) -r $(VENV)/requirements.txt,-r requirements.txt)
 	@touch $@
 
 demo: setup
@@ -42,6 +46,9 @@ bench-demo: setup
 
 bench: setup bench-demo
 	for name in train_speed decode_speed tokenizer_speed ranker_speed; do $(RUN) -m benchmarks.$$name || exit 1; done
+
+gpu-report: setup
+	$(RUN) -m benchmarks.gpu_report
 
 serve: setup
 	$(RUN) -m serve --open

@@ -4,6 +4,7 @@
     python generate.py "一双黑色的鞋" 8 out/ --cfg-scale 4 --top-p 0.95 --seed 7
     python generate.py "" 4 out/ --prompts-file prompts.txt --batch-size 16       # one text a line; goes on if killed
     python generate.py "" 1 out/ --prompts-file T2I_test.text.tsv                 # id<TAB>text; ids become keys
+    python generate.py "" 4 out/ --prompts-file prompts.txt --engine ray          # on the nodes of a Ray cluster
     python generate.py "一条蓝色牛仔裤" 4 out/ --prime picture.png --keep-rows 8    # keeps the picture's upper rows
     python generate.py "一条蓝色牛仔裤" 4 out/ --inpaint picture.png --mask mask.png
     python generate.py "一条蓝色牛仔裤" 4 out/ --vary picture.png --strength 0.4
@@ -41,6 +42,8 @@ from dalle.inpaint import Source
 from dalle.lines import LineControl
 from dalle.pipeline import Picture, TextToImage, default_checkpoint
 from dalle.sampling import SamplingOptions
+from dalle.spread import DrawBatches, draw_on
+from data_tools.engine import EngineOptions
 from data_tools.images import open_file as open_picture
 from data_tools.line_drawings import LineMethod, extract, open_drawing
 from data_tools.prompts import Prompt, Unused, count_prompts, read_prompts, usable
@@ -111,6 +114,7 @@ class Options:
     """auto, cpu, cuda or cuda:N."""
     fast: FastOptions = field(default_factory=FastOptions)
     """How the generator is run."""
+    work: tyro.conf.OmitArgPrefixes[EngineOptions] = field(default_factory=EngineOptions)
 
     def __post_init__(self) -> None:
         if self.num_images < 1:
@@ -130,6 +134,8 @@ class Options:
                 raise ValueError(f"--{flag.replace('_', '-')} needs --{' or --'.join(needed)} PICTURE")
         if self.white != WhitenOptions() and not self.whiten:
             raise ValueError("options of --white need --whiten")
+        if self.work.cluster and not self.prompts_file:
+            raise ValueError("--engine ray is for many texts: name them with --prompts-file")
         if self.inpaint and not self.mask:
             raise ValueError("--inpaint needs --mask PICTURE, white where it is to be redrawn")
 
@@ -239,9 +245,13 @@ def draw_all(options: Options, pipeline: TextToImage, out: OutDirectory, num_tex
     if options.prompts_file and (leftovers := out.num_leftovers()):
         say(f"note: {leftovers} pictures in {out.path} were drawn otherwise and give way to new ones")
     stood, total = out.count, num_texts * options.num_images
-    pictures = pipeline.draw(
-        requests, options.seed, options.sampling, options.negative, options.batch_size, source, line
-    )
+    how = (options.seed, options.sampling, options.negative)
+    if cluster := options.work.cluster:
+        checkpoint = str(pipeline.directory.resolve())
+        work = DrawBatches(checkpoint, options.device, pipeline.fast, *how, source, line)
+        pictures = draw_on(cluster, work, requests, options.batch_size)
+    else:
+        pictures = pipeline.draw(requests, *how, options.batch_size, source, line)
     pictures = onto_white(pictures, options) if options.whiten else pictures
     for picture in tqdm(pictures, total=total, initial=stood, unit="picture", dynamic_ncols=True):
         out.add(picture)

@@ -1,9 +1,11 @@
-"""Near duplicates among a million hashes: seconds, memory, and recall against brute force.
+"""Near duplicates among millions of hashes: seconds, memory, and recall against brute force and on planted copies.
 
     python -m benchmarks.data_dedup
+    python -m benchmarks.data_dedup --count 10000000
     python -m benchmarks.data_dedup --count 100000 --distance 8
 
-Limits (exit code 1 when missed): a million hashes in under 120 s and 2 GiB; recall on 20,000 of them at least 0.999.
+Limits (exit code 1 when missed): a million hashes in under 120 s and 2 GiB, ten million in under 600 s and 4 GiB;
+recall on 20,000 of them, and of the copies planted among all, at least 0.999.
 The hashes are random with near copies planted at every distance up to one beyond the set one. Everything runs in one
 thread, so the limit is on `cpu_seconds`: what an idle machine takes, whatever else runs beside.
 """
@@ -21,7 +23,8 @@ from common.config import command, parse_options
 from data_tools.dedup import close_pairs, first_twins
 from data_tools.phash import distances, near_pairs
 
-LIMIT_S, LIMIT_GIB, LIMIT_RECALL = 120.0, 2.0, 0.999
+LIMITS = {1_000_000: (120.0, 2.0), 10_000_000: (600.0, 4.0)}  # hashes at most: seconds, GiB
+LIMIT_RECALL = 0.999
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,9 @@ class Options:
     """Of the hashes."""
 
 
-def planted_hashes(count: int, distance: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Hashes (N,) uint64, a fifth of them near copies of others, and colours (N, 48) uint8, those of copies alike."""
+def planted_hashes(count: int, distance: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Hashes (N,) uint64, a fifth of them near copies of others, colours (N, 48) uint8, those of copies alike, and
+    pairs (P, 2) of a copy and its original that are within `distance`."""
     generator = np.random.default_rng(seed)
     hashes = generator.integers(0, 2**64, count, dtype=np.uint64)
     colours = generator.integers(0, 256, (count, 48), dtype=np.uint8)
@@ -54,7 +58,10 @@ def planted_hashes(count: int, distance: int, seed: int) -> tuple[np.ndarray, np
         flips |= np.where(step < wanted, bit, np.uint64(0))
     hashes[copies] = hashes[originals] ^ flips
     colours[copies] = colours[originals]
-    return hashes, colours
+    pairs = np.stack([copies, originals], 1)  # an original may itself have become a copy
+    alike = (colours[copies] == colours[originals]).all(axis=1) & (copies != originals)
+    near = distances(hashes[copies], hashes[originals]) <= distance
+    return hashes, colours, pairs[alike & near]
 
 
 def recall(hashes: np.ndarray, distance: int) -> tuple[float, int, float, float]:
@@ -75,7 +82,7 @@ def recall(hashes: np.ndarray, distance: int) -> tuple[float, int, float, float]
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print one JSON object."""
     options = parse_options(Options, argv, description=__doc__)
-    hashes, colours = planted_hashes(options.count, options.distance, options.seed)
+    hashes, colours, planted = planted_hashes(options.count, options.distance, options.seed)
     start, cpu = time.perf_counter(), time.process_time()
     twins = first_twins(hashes, colours, np.arange(options.count), options.distance, 32)
     dropping = time.process_time() - cpu
@@ -88,6 +95,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     near = subset[copies] ^ (np.uint64(1) << np.arange(len(copies), dtype=np.uint64) % np.uint64(64))
     subset = np.unique(np.concatenate([subset[: -len(near)], near]))
     share, true, indexed, brute = recall(subset, options.distance)
+    # of two pictures that are near one is dropped
+    found = float((twins[planted] >= 0).any(axis=1).mean())
     result = {
         "hashes": options.count,
         "distance": options.distance,
@@ -100,12 +109,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         "peak_gib": round(peak, 2),
         "recall": share,
         "recall_true_pairs": true,
+        "recall_planted": round(found, 6),
+        "planted_pairs": len(planted),
         "recall_hashes": len(subset),
         "brute_force_to_index": round(brute / indexed, 1),
     }
     print(json.dumps(result))
-    if cpu > LIMIT_S or peak > LIMIT_GIB or share < LIMIT_RECALL:
-        print(f"missed: {LIMIT_S:g} s, {LIMIT_GIB:g} GiB, recall {LIMIT_RECALL}", file=sys.stderr)
+    seconds, gib = LIMITS[min((n for n in LIMITS if n >= options.count), default=max(LIMITS))]
+    if cpu > seconds or peak > gib or min(share, found) < LIMIT_RECALL:
+        print(f"missed: {seconds:g} s, {gib:g} GiB, recall {LIMIT_RECALL}", file=sys.stderr)
         raise SystemExit(1)
 
 

@@ -28,7 +28,7 @@ from common.distributed import DeepSpeedConfig, World, batch_plan, make_engine, 
 from common.files import write_json
 from common.log import say
 from common.optim import OptimConfig, adamw
-from common.precision import autocast
+from common.precision import Precision, autocast
 from dalle import sequence
 from dalle.losses import CrossEntropy, LossConfig, dalle_loss
 from dalle.model import Dalle, DalleConfig, ModelOptions
@@ -66,6 +66,8 @@ class Options:
     """Compile our blocks and the baseline's with torch.compile, as train_dalle.py --compile does."""
     device: str = "cpu"
     """cpu or cuda."""
+    precision: Precision = "auto"
+    """auto takes bf16 autocast where the machine has it."""
     report: Path | None = None
     """JSON file for the figures."""
 
@@ -114,7 +116,7 @@ def our_step(options: Options, batch: Batch, engine_name: str) -> Callable[[], N
 
     def step() -> None:
         for _ in engine.micro_batches({"ids": batch.image_ids}):
-            with autocast(device):
+            with autocast(device, options.precision):
                 output = engine.model(batch.text_ids, batch.image_ids)
             losses = dalle_loss(output, batch.image_ids, targets, len(targets), LossConfig(), cross_entropy)
             engine.backward(losses.total)
@@ -131,7 +133,7 @@ def peer_step(options: Options, model: nn.Module, loss: Callable[[], Tensor]) ->
     )
 
     def step() -> None:
-        with autocast(torch.device(options.device)):
+        with autocast(torch.device(options.device), options.precision):
             value = loss()
         optimizer.zero_grad(set_to_none=True)
         value.backward()

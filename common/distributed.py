@@ -120,13 +120,20 @@ def _meet(rank: int, size: int, seconds: float) -> dist.Store:
 
 
 def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
-    """`auto` takes the process's GPU if there is one, `cuda` takes that GPU. Raises ValueError for an unusable name."""
+    """`auto` takes the process's CUDA GPU if there is one, then Apple's GPU (mps), else the CPU; `cuda` takes that GPU.
+
+    Raises ValueError for an unusable name.
+    """
     if name == "auto":
-        name = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+        name = f"cuda:{local_rank}" if torch.cuda.is_available() else "mps" if _has_mps() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:N") from error
+        raise ValueError(f"unknown device {name!r}: use auto, cpu, mps, cuda or cuda:N") from error
+    if device.type == "mps" and not _has_mps():
+        raise ValueError(
+            f"device {name!r} was asked for, but this machine has no GPU of Apple's: use --device cpu"
+        )
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             f"device {name!r} was asked for, but this machine has no usable GPU: use --device cpu"
@@ -140,6 +147,12 @@ def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
         )
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
+
+
+def _has_mps() -> bool:
+    """One process drives it: gloo cannot reduce its tensors."""
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    return alone and torch.backends.mps.is_available()
 
 
 def stop_world() -> None:

@@ -176,9 +176,12 @@ def cache_directory() -> Path:
             return path
     except (RuntimeError, OSError):  # RuntimeError: no HOME, and a user id that is in no list of users
         pass
-    path = Path(tempfile.gettempdir()) / f"product-painter-{os.getuid()}"
+    user = (
+        os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "")
+    )  # Windows: a folder a user anyway
+    path = Path(tempfile.gettempdir()) / f"product-painter-{user}"
     path.mkdir(mode=0o700, exist_ok=True)
-    if path.stat().st_uid != os.getuid():
+    if hasattr(os, "getuid") and path.stat().st_uid != user:
         raise PermissionError(
             errno.EACCES, "belongs to another user; set HOME to a folder of your own", str(path)
         )

@@ -1,12 +1,11 @@
 """One writer at a time in a directory: a lock that ends with its process, however that ends.
 
 The kernel's record lock where the file system has one (`lockf`, which unlike `flock` is not handed on to forked
-loaders and holds across the machines of an NFS). Elsewhere a file that names its owner: dead if that process of this
-machine is gone, or if an owner elsewhere has not renewed it for a minute.
+loaders and holds across the machines of an NFS; `msvcrt.locking` on Windows). Elsewhere a file that names its owner:
+dead if that process of this machine is gone, or if an owner elsewhere has not renewed it for a minute.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import platform
@@ -16,13 +15,22 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None
 
 LOCK_FILE = ".lock"
 RENEWED_EVERY, DEAD_AFTER = (
     10.0,
     60.0,
 )  # seconds between renewals, and without one, of a lock on another machine
+
+_FAR = (
+    1 << 30
+)  # byte that is locked on Windows: what is locked nobody else can read, and all read who the holder is
 
 _held: set[str] = set()  # by this process, which the kernel never refuses a second time
 _guard = threading.Lock()
@@ -125,7 +133,7 @@ class _KernelLock:
         while not self.is_mine:
             self.file = path.open("a+", encoding="utf-8")
             try:
-                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock_record(self.file)
             except (BlockingIOError, PermissionError):
                 self.owner = _read(path)
                 self.file.close()
@@ -150,8 +158,34 @@ class _KernelLock:
         return os.path.samestat(there, os.fstat(self.file.fileno()))
 
     def release(self) -> None:
-        self.path.unlink(missing_ok=True)
+        if fcntl:
+            self.path.unlink(missing_ok=True)
+            self.file.close()
+            return
+        _unlock_record(self.file)
         self.file.close()
+        with contextlib.suppress(
+            PermissionError
+        ):  # Windows keeps a file that anybody has open, the next holder too
+            self.path.unlink(missing_ok=True)
+
+
+def _lock_record(file: IO[str]) -> None:
+    """Raises BlockingIOError or PermissionError where another process has it, another OSError where there are none."""
+    if fcntl:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return
+    import msvcrt
+
+    os.lseek(file.fileno(), _FAR, os.SEEK_SET)
+    msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+
+
+def _unlock_record(file: IO[str]) -> None:
+    import msvcrt
+
+    os.lseek(file.fileno(), _FAR, os.SEEK_SET)
+    msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)
 
 
 class _OwnedFile:
@@ -178,7 +212,7 @@ class _OwnedFile:
         return True
 
     def _is_dead(self) -> bool:
-        if self.owner.get("machine") == self.me["machine"]:
+        if self.owner.get("machine") == self.me["machine"] and self.me["started"] is not None:
             return _started(self.owner.get("pid", 0)) != self.owner.get("started")
         probe = self.path.with_name(f"{self.path.name}.{uuid.uuid4().hex[:8]}")
         try:  # by the file server's clock
@@ -228,7 +262,8 @@ def _this_process() -> dict[str, Any]:
 
 
 def _started(pid: int) -> str | None:
-    """When the process began, as the kernel counts; None where there is none: process ids are reused."""
+    """When the process began, as the kernel counts; None where there is none, and on systems without /proc: process
+    ids are reused."""
     try:
         after_name = Path(f"/proc/{pid}/stat").read_text("utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:

@@ -14,6 +14,8 @@ _kernels_in_bf16 = contextvars.ContextVar("compiled kernels compute in bf16", de
 def has_native_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False  # mps: float32 unless bf16 is asked for, since not all of Apple's GPUs have it
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 

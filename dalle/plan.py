@@ -2,6 +2,8 @@
 
     python -m dalle.plan --config configs/goods_128/dalle.yaml
     python -m dalle.plan --config configs/goods_128/dalle.yaml --model.size 340m --gpus 8 --gpu-memory 80
+    python -m dalle.plan --config configs/large/dalle_3b.yaml --gpus 64 --gpu-price 2 --num-samples 100000000 \
+        --codebook-size 16384 --grid-size 16 --text-vocab-size 21128
 
 Takes every option of train_dalle.py. Without --gpus the hours come from twenty steps measured on this machine.
 """
@@ -50,6 +52,10 @@ class PlanOptions(Options):
     """Dense bf16 peak of one GPU in TFLOP/s: A100 312, H100 990, RTX 4090 165."""
     expected_mfu: float = 0.4
     """Share of the peak to plan with."""
+    gpu_price: float = 0.0
+    """Price of an hour of one GPU, in any currency; 0: no cost is given."""
+    link_gbytes: float = 0.0
+    """GB/s that a GPU sends to the others; 0: 300 inside a node of 8 (NVLink), 50 between nodes (400 Gbit/s a GPU)."""
     num_samples: int | None = None
     """Training pictures; None counts those in --data."""
     codebook_size: int | None = None
@@ -70,6 +76,8 @@ class PlanOptions(Options):
         for name in ("num_samples", "codebook_size", "grid_size", "text_vocab_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.gpu_price < 0 or self.link_gbytes < 0:
+            raise ValueError("gpu_price and link_gbytes must not be negative")
         if self.gpu_memory <= 0 or self.gpu_tflops <= 0 or not 0 < self.expected_mfu <= 1:
             raise ValueError("gpu_memory and gpu_tflops must be above 0 and expected_mfu lie in (0, 1]")
 
@@ -134,6 +142,19 @@ def state_bytes(parameters: int, options: Options, processes: int) -> float:
     shared = [8 * (stage >= 1), 4 * (stage >= 2), 4 * (stage >= 3)]
     whole = 16 - sum(shared) + 2 + 4 + 4 * (options.ema_decay > 0)
     return parameters * (whole + sum(shared) / processes)
+
+
+def exchange_bytes(parameters: int, options: Options, gpus: int, accumulation: int = 1) -> float:
+    """What one GPU sends in a step, in float32: gradients are reduced, and what is sharded is gathered again.
+
+    A ring moves (n - 1) / n of the tensor for a reduce-scatter and as much for an all-gather (Rajbhandari et al. 2020,
+    "ZeRO", section 7). Gradients meet once a step, under ZeRO 2 and 3 with each micro-batch; ZeRO 3 gathers the weights
+    for each pass, of which there is one more where blocks are computed again.
+    """
+    stage = options.deepspeed.zero_stage if options.engine == "deepspeed" else 0
+    reduced = 4 * (accumulation if stage >= 2 else 1)
+    gathered = 4 * accumulation * (2 + options.model.gradient_checkpointing) if stage == 3 else 4
+    return parameters * (reduced + gathered) * (gpus - 1) / gpus
 
 
 def activation_bytes(config: DalleConfig, text_len: int, precision_bytes: int = 2) -> float:
@@ -294,6 +315,11 @@ def make_plan(options: PlanOptions) -> Plan:
         each, mfu = dry_run(config, options, batches.micro_batch_size)
         hours = seen * each / 3600
         hardware = f"measured here: {1 / each:.1f} samples/s, {mfu:.0%} of the machine's peak"
+    money = (
+        f", {hours * options.gpus * options.gpu_price:,.0f} for the GPU hours"
+        if hours and options.gpu_price
+        else ""
+    )
     c = config
     lines = (
         f"model       {parameters / 1e6:.1f}M parameters: dim {c.dim}, {c.num_layers} layers, {c.num_heads} heads "
@@ -301,7 +327,8 @@ def make_plan(options: PlanOptions) -> Plan:
         f"data        {samples} pictures, {unique / 1e6:.1f}M image tokens; {epochs:.1f} epochs see "
         f"{seen * c.num_image_tokens / 1e6:.0f}M",
         f"compute     {flops:.2e} FLOPs, {train_flops(c, c.max_text_len) / 1e9:.1f} GFLOPs a sample",
-        f"time        {'?' if hours is None else clock(hours * 3600)} ({hardware})",
+        f"time        {'?' if hours is None else clock(hours * 3600)} ({hardware}){money}",
+        *([limit_line(options, parameters, hours, batches.accumulation)] if options.gpus > 1 else []),
         f"memory      {state / GIB:.2f} GiB of weights and optimizer a process, about {activations / GIB:.2f} GiB of "
         f"activations at {batches.micro_batch_size} samples a pass",
         f"disk        {checkpoints / GIB:.2f} GiB for {count} checkpoints, "
@@ -311,6 +338,18 @@ def make_plan(options: PlanOptions) -> Plan:
     warnings = tuple(judge(options, parameters, epochs, unique, memory))
     figures = (parameters, samples, epochs, unique, seen_tokens, flops, hours, memory, disk / GIB)
     return Plan(*figures, lines, warnings)
+
+
+def limit_line(options: PlanOptions, parameters: int, hours: float, accumulation: int) -> str:
+    """Compute against the exchange of gradients, which overlaps with the backward pass where it is the shorter."""
+    link = options.link_gbytes or (300.0 if options.gpus <= 8 else 50.0)
+    compute = hours * 3600 / options.loop.num_steps
+    exchange = exchange_bytes(parameters, options, options.gpus, accumulation) / link / 1e9
+    limit = "compute" if exchange < compute else "the network"
+    return (
+        f"limit       {limit}: {compute * 1e3:.0f} ms of compute a step, {exchange * 1e3:.0f} ms of gradients over "
+        f"{link:g} GB/s a GPU"
+    )
 
 
 def judge(options: PlanOptions, parameters: int, epochs: float, unique: float, memory: float) -> list[str]:

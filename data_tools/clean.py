@@ -25,8 +25,8 @@ from PIL import Image
 
 from common.config import command, parse_options, to_mapping
 from common.files import read_lines, sha256_file
+from data_tools.engine import EngineOptions
 from data_tools.images import BadImage, ImageLimits, decode, image_size
-from data_tools.parallel import cpu_count
 from data_tools.readers import ReaderOptions, open_source
 from data_tools.readers.base import KeyTable
 from data_tools.records import HINTS, Problem, Record, problem
@@ -80,6 +80,7 @@ class CleanConfig:
     workers: int = -1
     """Processes that decode and measure; -1: one a processor; 0: none but this one."""
     reader: tyro.conf.OmitArgPrefixes[ReaderOptions] = field(default_factory=ReaderOptions)
+    work: tyro.conf.OmitArgPrefixes[EngineOptions] = field(default_factory=EngineOptions)
 
     def __post_init__(self) -> None:
         if self.scores and self.min_score == -math.inf:
@@ -229,7 +230,7 @@ def clean(config: CleanConfig, score: Score | None = None) -> dict[str, Any]:
     examine([])  # missing word lists and tokenizers are found before any row is read
     decide = Decide(config, score)
     job = job_of(config, source) | {"scored_by_callable": score is not None}
-    workers = cpu_count() if config.workers < 0 else config.workers
+    workers = config.work.workers(config.workers)
     steps = Steps(examine, decide, decide.remember)
     return rewrite(source, config.dst, job, steps, config.samples_per_shard, workers, _flags)
 
@@ -241,7 +242,7 @@ def _flags(record: Record) -> list[str]:
 def job_of(config: CleanConfig, source: Any) -> dict[str, Any]:
     """What decides the result: options, word lists, names and sizes of the source's files."""
     options = to_mapping(config)
-    for name in ("src", "dst", "workers"):
+    for name in ("src", "dst", "workers", "work"):
         del options[name]
     if config.captions.keyword_file:
         options["captions"]["keyword_file"] = sha256_file(keyword_path(config.captions.keyword_file))

@@ -15,6 +15,7 @@ the colours 94 %, 78 % and 56 %, and the longest chain of neighbours grows from 
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,8 +26,9 @@ import tyro
 from common.config import command, parse_options, to_mapping
 from common.files import atomic_path, ensure_writable_directory, read_json, write_json
 from common.lock import locked
+from data_tools.engine import EngineOptions
 from data_tools.images import ImageLimits
-from data_tools.parallel import cpu_count
+from data_tools.parallel import Workers
 from data_tools.phash import MAX_DISTANCE, components, near_pairs
 from data_tools.readers import ReaderOptions, Source, open_source
 from data_tools.records import HINTS, Problem, Record, problem
@@ -40,6 +42,7 @@ WORK = ".signatures"
 GROUPS_FILE = "groups.tsv"
 PROTECTED = {"val": 1, "test": 2}  # level of a split; train and unknown names have 0
 AGAINST = 3
+FEW = 200_000
 REASONS = HINTS | {
     "duplicate_image": "same bytes as a picture that is kept",
     "near_duplicate": "looks like a picture that is kept; lower --distance to keep more",
@@ -72,6 +75,7 @@ class DedupConfig:
     workers: int = -1
     """Processes that decode and hash; -1: one a processor; 0: none but this one."""
     reader: tyro.conf.OmitArgPrefixes[ReaderOptions] = field(default_factory=ReaderOptions)
+    work: tyro.conf.OmitArgPrefixes[EngineOptions] = field(default_factory=EngineOptions)
 
     def __post_init__(self) -> None:
         for name in ("distance", "group_distance"):
@@ -84,7 +88,12 @@ class DedupConfig:
 
 
 def first_twins(
-    hashes: np.ndarray, colours: np.ndarray, order: np.ndarray, distance: int, max_colour: int
+    hashes: np.ndarray,
+    colours: np.ndarray,
+    order: np.ndarray,
+    distance: int,
+    max_colour: int,
+    workers: Workers = 0,
 ) -> np.ndarray:
     """For each picture the kept one that it is near to, or -1 where it is kept itself; (N,) int64.
 
@@ -92,7 +101,7 @@ def first_twins(
     drop its far end. `hashes` (N,) uint64, colours (N, 48) uint8.
     """
     unique, place, counts = np.unique(hashes, return_inverse=True, return_counts=True)
-    starts, targets = _neighbours(unique, distance)
+    starts, targets = _neighbours(unique, distance, workers)
     crowded = (counts > 1) | (np.diff(starts) > 0)
     kept: dict[int, list[int]] = {}
     twins = np.full(len(hashes), -1, np.int64)
@@ -107,9 +116,9 @@ def first_twins(
     return twins
 
 
-def _neighbours(unique: np.ndarray, distance: int) -> tuple[np.ndarray, np.ndarray]:
+def _neighbours(unique: np.ndarray, distance: int, workers: Workers) -> tuple[np.ndarray, np.ndarray]:
     """Adjacency of different hashes: those near to hash h are `targets[starts[h]:starts[h + 1]]`."""
-    pairs = list(near_pairs(unique, distance))
+    pairs = list(near_pairs(unique, distance, workers))
     empty = np.zeros(0, np.int64)
     left = np.concatenate([empty, *(p for i, j in pairs for p in (i, j))])
     right = np.concatenate([empty, *(p for i, j in pairs for p in (j, i))])
@@ -121,16 +130,28 @@ def _colour_distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.abs(a.astype(np.int16) - b.astype(np.int16)).max(axis=-1)
 
 
-def close_pairs(hashes: np.ndarray, colours: np.ndarray, distance: int, max_colour: int) -> np.ndarray:
-    """Pairs (P, 2) of pictures that are near in hash and colours, i < j; for pictures of which few share a hash."""
-    unique, place = np.unique(hashes, return_inverse=True)
-    members: list[list[int]] = [[] for _ in unique]
-    for item, own in enumerate(place):
-        members[own].append(item)
-    found = [(i, j) for same in members if len(same) > 1 for n, i in enumerate(same) for j in same[n + 1 :]]
-    for left, right in near_pairs(unique, distance):
-        found += [(i, j) for a, b in zip(left, right, strict=True) for i in members[a] for j in members[b]]
-    pairs = np.array(found, np.int64).reshape(-1, 2)
+def close_pairs(
+    hashes: np.ndarray, colours: np.ndarray, distance: int, max_colour: int, workers: Workers = 0
+) -> np.ndarray:
+    """Pairs (P, 2) of pictures that are near in hash and colours; for pictures of which few share a hash."""
+    unique, place, counts = np.unique(hashes, return_inverse=True, return_counts=True)
+    members, starts = np.argsort(place, kind="stable"), np.cumsum(counts) - counts
+    shared = np.flatnonzero(counts > 1)
+    equal = [
+        np.stack([members[starts[own] + k] for k in np.triu_indices(counts[own], 1)], 1) for own in shared
+    ]
+    found = [_alike(pairs, colours, max_colour) for pairs in equal]
+    for left, right in near_pairs(unique, distance, workers):
+        size = counts[left] * counts[right]
+        at = np.arange(size.sum()) - np.repeat(np.cumsum(size) - size, size)
+        a, b = np.divmod(at, np.repeat(counts[right], size))
+        pairs = [members[np.repeat(starts[end], size) + k] for end, k in ((left, a), (right, b))]
+        found.append(_alike(np.stack(pairs, 1), colours, max_colour))
+    return np.concatenate([np.zeros((0, 2), np.int64), *found])
+
+
+def _alike(pairs: np.ndarray, colours: np.ndarray, max_colour: int) -> np.ndarray:
+    """Those of the pairs (P, 2) whose colours agree."""
     return pairs[_colour_distance(colours[pairs[:, 0]], colours[pairs[:, 1]]) <= max_colour]
 
 
@@ -146,12 +167,14 @@ class Plan:
 
 def make_plan(signatures: np.ndarray, levels: np.ndarray, config: DedupConfig) -> Plan:
     """Decide on signatures (N,) of all sources; `levels` (N,) says how protected each is, AGAINST the most."""
+    # a hundred thousand hashes are searched faster than processes start
+    workers = config.work.workers(config.workers) if len(signatures) > FEW else 0
     places = np.arange(len(signatures))
     size = signatures["pixels"].astype(np.int64) * (config.keep == "largest")
     order = np.lexsort((places, -size, -levels))
     order = order[signatures["sound"][order] == 1]
     hashes, colours = signatures["phash"], signatures["colours"]
-    twins = first_twins(hashes, colours, order, config.distance, config.max_colour)
+    twins = first_twins(hashes, colours, order, config.distance, config.max_colour, workers)
     dropped: dict[int, tuple[str, int]] = {}
     for item in np.flatnonzero((twins >= 0) & (levels < AGAINST)):
         twin = twins[item]
@@ -159,7 +182,7 @@ def make_plan(signatures: np.ndarray, levels: np.ndarray, config: DedupConfig) -
         reason = "leak" if levels[twin] > levels[item] else "duplicate_image" if same else "near_duplicate"
         dropped[int(item)] = (reason, int(twin))
     kept = np.flatnonzero((twins < 0) & (signatures["sound"] == 1))
-    pairs = kept[close_pairs(hashes[kept], colours[kept], config.group_distance, config.max_colour)]
+    pairs = kept[close_pairs(hashes[kept], colours[kept], config.group_distance, config.max_colour, workers)]
     guard, leak = _by_level(pairs, levels)
     for item, twin in zip(leak, guard, strict=True):
         dropped.setdefault(int(item), ("leak", int(twin)))
@@ -213,7 +236,8 @@ def dedup(config: DedupConfig) -> dict[str, Any]:
     if groups.exists() and not (report.is_file() or begun.is_dir() or (config.dst / JOURNAL).is_dir()):
         raise ValueError(f"{groups} was not written here: move it away or choose another folder")
     ensure_writable_directory(config.dst)
-    with locked(config.dst, ".dedup.lock"):
+    cluster = config.work.cluster
+    with locked(config.dst, ".dedup.lock"), cluster.connected() if cluster else nullcontext():
         return _dedup(config, source, others, job)
 
 
@@ -255,7 +279,7 @@ def _sign_all(
         shutil.rmtree(work)
     work.mkdir(parents=True, exist_ok=True)
     write_json(begun, job)
-    workers = cpu_count() if config.workers < 0 else config.workers
+    workers = config.work.workers(config.workers)
     signatures, levels, names = [], [], []
     for number, other in enumerate([source, *others]):
         found, keys = sign_source(other, work / f"{number}.bin", _sign(config).limits, workers)
@@ -270,7 +294,7 @@ def _sign_all(
 def job_of(config: DedupConfig, source: Source, others: Sequence[Source]) -> dict[str, Any]:
     """What decides the result: options, and names and sizes of the files of all sources."""
     options = to_mapping(config)
-    for name in ("src", "dst", "workers", "against"):
+    for name in ("src", "dst", "workers", "work", "against"):
         del options[name]
     files = [files_of(each) for each in (source, *others)]
     return {"step": "dedup", "source_format": source.format, "files": files, "options": options}

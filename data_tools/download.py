@@ -3,12 +3,14 @@
     python -m data_tools.download wukong.csv data/raw
     python -m data_tools.download wukong.csv data/raw --rules wukong-food --concurrency 256 --per-host 16
     python -m data_tools.download mine.csv data/raw --allow-private      # a server of your own network
+    python -m data_tools.download wukong.csv data/raw --engine ray --ray-address auto --per-host 64
 
 SRC is a list with a url and a caption column (CSV, TSV, JSONL, parquet). DST gets a tar for each `samples_per_shard`
 rows of the list, `report.json` with the success of each host, and `dropped.jsonl` with the reason of each row that did
 not come. The same command goes on after a kill, even kill -9, and ends in the same bytes; after the end it tries only
 the failures again. `--rules` drops rows whose caption would not be kept, before they cost a request; run
-`python -m data_tools.clean` on the result, which looks at the pictures too.
+`python -m data_tools.clean` on the result, which looks at the pictures too. With `--engine ray` the nodes of a cluster
+fetch, a tar's rows each, and this process writes; `--concurrency` and `--per-host` hold for the whole cluster.
 
 Why not img2dataset (1.47.0 was read): it requires webdataset < 0.3, pandas < 3, opencv < 5 and wandb, so it cannot be
 installed beside the packages used here; it downloads with urllib, one thread a request, without keep-alive, size cap,
@@ -33,7 +35,8 @@ from tqdm import tqdm
 
 from common.config import command, parse_options, to_mapping
 from common.files import atomic_path, read_json, write_json
-from data_tools.fetch import Fetcher, FetchOptions, check_url
+from data_tools.engine import EngineOptions, Tasks
+from data_tools.fetch import Fetcher, FetchOptions, Outcome, check_url
 from data_tools.images import sniff
 from data_tools.readers import Meter, ReaderOptions, Source, open_source
 from data_tools.records import Problem, Record
@@ -75,6 +78,7 @@ class DownloadConfig:
     """Rows before `min_success` is looked at."""
     fetch: tyro.conf.OmitArgPrefixes[FetchOptions] = field(default_factory=FetchOptions)
     reader: tyro.conf.OmitArgPrefixes[ReaderOptions] = field(default_factory=ReaderOptions)
+    work: tyro.conf.OmitArgPrefixes[EngineOptions] = field(default_factory=EngineOptions)
 
     def __post_init__(self) -> None:
         if self.samples_per_shard < 1 or self.min_rows < 1:
@@ -102,6 +106,8 @@ class Download:
         self.meter = Meter(total=source.num_bytes)
         self.read = self.tried = self.came = 0
         self.failures: Counter[str] = Counter()
+        self.bytes_received = 0
+        self._tasks: Tasks | None = None
         self._hosts: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
 
     def run(self) -> dict[str, Any]:
@@ -109,7 +115,14 @@ class Download:
         for path in self.work.glob(".*.tmp"):  # what killed runs were writing
             path.unlink()
         self.round = self._begin()
-        asyncio.run(self._run())
+        cluster = self.config.work.cluster
+        if cluster is None:
+            asyncio.run(self._run(at_once_of(self.config)))
+        else:
+            with cluster.connected():
+                options, at_once = shared_limits(self.config.fetch, 2 * Tasks(cluster, len).slots())
+                self._tasks = Tasks(cluster, FetchRows(options))
+                asyncio.run(self._run(at_once))
         return self._finish()
 
     def _begin(self) -> int:
@@ -131,11 +144,11 @@ class Download:
     def _ended(self) -> int:
         return read_json(self.config.dst / REPORT_FILE)["round"]
 
-    async def _run(self) -> None:
+    async def _run(self, at_once: int) -> None:
+        """`at_once`: chunks under way."""
         asyncio.get_running_loop().set_default_executor(
             ThreadPoolExecutor(64)
         )  # names are looked up in threads
-        at_once = max(4, -(-2 * self.config.fetch.concurrency // self.config.samples_per_shard))
         self.started = time.monotonic()
         with tqdm(unit=" rows", disable=None) as self.bar:
             async with Fetcher(self.config.fetch) as self.fetcher:
@@ -219,11 +232,14 @@ class Download:
             for number in sorted(numbers - set(spool.entries)):
                 url = chunk.records[number].meta["url"]
                 waiting[host_of(url)].setdefault(url, []).append(number)
-            async with asyncio.TaskGroup() as group:
-                for host, urls in waiting.items():
-                    queue = deque(urls.items())
-                    for _ in range(min(self.config.fetch.per_host, len(queue))):
-                        group.create_task(self._fetch_host(host, queue, spool))
+            if self._tasks:
+                await self._fetch_on(self._tasks, waiting, spool)
+            else:
+                async with asyncio.TaskGroup() as group:
+                    for host, urls in waiting.items():
+                        queue = deque(urls.items())
+                        for _ in range(min(self.config.fetch.per_host, len(queue))):
+                            group.create_task(self._fetch_host(host, queue, spool))
             await asyncio.to_thread(self._close_chunk, chunk, spool, before)
         finally:
             spool.close()
@@ -236,15 +252,29 @@ class Download:
                     return
                 url, numbers = queue.popleft()
                 outcome = await self.fetcher.fetch(url)
-            spool.add(numbers, outcome.data, outcome.reason, outcome.detail, host)
-            self._note(len(numbers), outcome.reason, outcome.detail, host)
+            self._keep(numbers, outcome, host, spool)
+
+    async def _fetch_on(self, tasks: Tasks, waiting: dict[str, dict[str, list[int]]], spool: Spool) -> None:
+        """A chunk's urls by host as one task of a cluster."""
+        rows = [(host, url, numbers) for host, urls in waiting.items() for url, numbers in urls.items()]
+        if not rows:
+            return
+        batch = [[url for _, url, _ in rows]]
+        outcomes = (await asyncio.to_thread(tasks.result, tasks.submit(batch), batch, _crashed))[0]
+        for (host, _, numbers), outcome in zip(rows, outcomes, strict=True):
+            self._keep(numbers, outcome, host, spool)
+
+    def _keep(self, numbers: list[int], outcome: Outcome, host: str, spool: Spool) -> None:
+        self.bytes_received += len(outcome.data)
+        spool.add(numbers, outcome.data, outcome.reason, outcome.detail, host)
+        self._note(len(numbers), outcome.reason, outcome.detail, host)
 
     def _note(self, rows: int, reason: str, detail: str, host: str) -> None:
         self.tried += rows
         self.came += 0 if reason else rows
         if reason:
             self.failures[f"{detail} from {host}"] += rows
-        speed = self.fetcher.bytes_received / 2**20 / max(time.monotonic() - self.started, 0.1)
+        speed = self.bytes_received / 2**20 / max(time.monotonic() - self.started, 0.1)
         self.bar.set_postfix_str(f"{self.came / self.tried:.0%} came, {speed:.1f} MiB/s", refresh=False)
         self.bar.update(rows)
         if self.tried >= self.config.min_rows and self.came < self.config.min_success * self.tried:
@@ -317,6 +347,45 @@ class Download:
         write_json(self.config.dst / DATASET_FILE, dataset)
         write_json(self.config.dst / REPORT_FILE, report)
         return report
+
+
+@dataclass(frozen=True)
+class FetchRows:
+    """The work of a node: the urls of each chunk to their outcomes."""
+
+    options: FetchOptions
+
+    def __call__(self, chunks: Sequence[list[str]]) -> list[list[Outcome]]:
+        return [asyncio.run(self._fetch(urls)) for urls in chunks]
+
+    async def _fetch(self, urls: list[str]) -> list[Outcome]:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(16))
+        slots: defaultdict[str, asyncio.Semaphore] = defaultdict(
+            lambda: asyncio.Semaphore(self.options.per_host)
+        )
+
+        async def one(url: str) -> Outcome:
+            async with slots[host_of(url)]:
+                return await fetcher.fetch(url)
+
+        async with Fetcher(self.options) as fetcher:
+            return list(await asyncio.gather(*(one(url) for url in urls)))
+
+
+def _crashed(urls: list[str]) -> list[Outcome]:
+    raise OSError(f"fetching {len(urls)} urls from {urls[0]} on ended its process each time it was tried")
+
+
+def at_once_of(config: DownloadConfig) -> int:
+    """Chunks under way at a time in this process: enough that a slow one holds no requests up."""
+    return max(4, -(-2 * config.fetch.concurrency // config.samples_per_shard))
+
+
+def shared_limits(options: FetchOptions, tasks: int) -> tuple[FetchOptions, int]:
+    """The limits of one task, and how many run at a time, so that all together keep those of `options`."""
+    at_once = min(tasks, options.per_host, options.concurrency)
+    share = replace(options, per_host=options.per_host // at_once, concurrency=options.concurrency // at_once)
+    return share, at_once
 
 
 _DROPPED = ("where", "key", "reason", "detail", "url")

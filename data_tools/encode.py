@@ -8,11 +8,13 @@ kept when the command runs again.
 
 import io
 import json
+import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,9 +23,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.distributed import World
-from common.files import split_lines
+from common.files import atomic_path, split_lines
 from common.image import resize_square, to_image, to_tensor
 from common.log import say
+from data_tools.engine import RayCluster
 from data_tools.index import ShardIndex, ShardSource
 from data_tools.line_drawings import LINE_MEMBER, decode_lines, encode_lines
 from data_tools.line_views import LineSource, draw_views, move_lines
@@ -49,11 +52,18 @@ class Views:
 
 
 def encode_shards(
-    source: ShardSource, target: Path, views: Views, member: str, encode: Encode, world: World
+    source: ShardSource,
+    target: Path,
+    views: Views,
+    member: str,
+    encode: Encode,
+    world: World,
+    cluster: RayCluster | None = None,
 ) -> dict[str, int]:
-    """Every shard of `source` that is not done yet; shards are dealt over processes.
+    """Every shard of `source` that is not done yet; shards are dealt over processes, or over the nodes of a cluster.
 
-    encode: (n, 3, S, S) in [-1, 1] -> (n, ...), of which each image's rows (A, ...) become `{key}.{member}`, an .npy.
+    encode: (n, 3, S, S) in [-1, 1] -> (n, ...), of which each image's rows (A, ...) become `{key}.{member}`, an .npy;
+    picklable where there is a cluster, whose nodes read the source and send whole shards back to this process.
     Returns {"pictures", "skipped", "shards_kept"} of this process. Raises FileNotFoundError without training shards.
     """
     jobs = [(split, place) for split in ("train", "val") for place in source.find(split)]
@@ -66,16 +76,28 @@ def encode_shards(
             f"{source.source} names no splits, so it would validate on what it trains on: make shards of it with "
             "`python -m data_tools.shard SRC DST --val-share 0.1`"
         )
+    if cluster and world.size > 1:
+        raise ValueError(
+            "--engine ray spreads the shards itself: start one process, without torchrun or deepspeed"
+        )
     counts = {"pictures": 0, "skipped": 0, "shards_kept": 0}
+    todo = []
     for split, place in jobs[world.rank :: world.size]:
         name = source.name(place)
         if (target / name).is_file():
             ShardIndex.open(target / name, "").require(member)
             counts["shards_kept"] += 1
-            continue
-        bar = tqdm(desc=name, unit="images", disable=not world.is_main, dynamic_ncols=True)
-        _encode_one(source.fetch(place), target / name, split, views, member, encode, counts, bar)
-        bar.close()
+        else:
+            todo.append((split, place))
+    one = EncodeShard(source, views, member, encode)
+    if cluster:
+        _encode_on(cluster, one, todo, target, counts)
+    else:
+        for split, place in todo:
+            name = source.name(place)
+            bar = tqdm(desc=name, unit="images", disable=not world.is_main, dynamic_ncols=True)
+            one.write(split, place, target / name, counts, bar)
+            bar.close()
     world.barrier()
     if world.is_main:
         for split in ("train", "val"):
@@ -84,36 +106,70 @@ def encode_shards(
     return counts
 
 
-def _encode_one(
-    source: Path,
+@dataclass(frozen=True)
+class EncodeShard:
+    """The work on one shard; picklable where `encode` is."""
+
+    source: ShardSource
+    views: Views
+    member: str
+    encode: Encode
+
+    def __call__(self, jobs: Sequence[tuple[str, Any]]) -> list[tuple[bytes, dict[str, int]]]:
+        """(split, place) of shards to the bytes of the encoded ones and their counts."""
+        done = []
+        for split, place in jobs:
+            counts = {"pictures": 0, "skipped": 0}
+            with tempfile.TemporaryDirectory() as folder, tqdm(disable=True) as bar:
+                path = Path(folder) / self.source.name(place)
+                self.write(split, place, path, counts, bar)
+                done.append((path.read_bytes(), counts))
+        return done
+
+    def write(self, split: str, place: Any, target: Path, counts: dict[str, int], bar: tqdm) -> None:
+        """One input shard -> one output shard, by way of a folder that is renamed from."""
+        index = ShardIndex.open(self.source.fetch(place), "").require(*IMAGE_SUFFIXES)
+        count = self.views.count if split == "train" else 1
+        work = target.parent / f".work-{target.stem}"
+        for stale in work.glob("*"):
+            stale.unlink()
+        bar.reset(total=len(index))
+        with ShardWriter(work, split, samples_per_shard=len(index)) as writer:
+            for samples, images, drawings in _image_batches(index, self.views, count, counts):
+                arrays = self.encode(images.flatten(0, 1))
+                arrays = arrays.reshape(len(samples), count, *arrays.shape[1:])
+                for i, rows, lines in zip(samples, arrays, drawings, strict=True):
+                    extra = {self.member: npy_bytes(rows)} | ({LINE_MEMBER: lines} if lines else {})
+                    writer.write(_record(index, i, extra))
+                counts["pictures"] += len(samples)
+                bar.update(len(samples))
+        (work / f"{split}-00000.tar").rename(target)
+        for leftover in work.glob("*"):
+            leftover.unlink()
+        work.rmdir()
+
+
+def _encode_on(
+    cluster: RayCluster,
+    one: EncodeShard,
+    todo: Sequence[tuple[str, Any]],
     target: Path,
-    split: str,
-    views: Views,
-    member: str,
-    encode: Encode,
     counts: dict[str, int],
-    bar: tqdm,
 ) -> None:
-    """One input shard -> one output shard, by way of a folder that is renamed from."""
-    index = ShardIndex.open(source, "").require(*IMAGE_SUFFIXES)
-    count = views.count if split == "train" else 1
-    work = target.parent / f".work-{target.stem}"
-    for stale in work.glob("*"):
-        stale.unlink()
-    bar.reset(total=len(index))
-    with ShardWriter(work, split, samples_per_shard=len(index)) as writer:
-        for samples, images, drawings in _image_batches(index, views, count, counts):
-            arrays = encode(images.flatten(0, 1))
-            arrays = arrays.reshape(len(samples), count, *arrays.shape[1:])
-            for i, rows, lines in zip(samples, arrays, drawings, strict=True):
-                extra = {member: npy_bytes(rows)} | ({LINE_MEMBER: lines} if lines else {})
-                writer.write(_record(index, i, extra))
-            counts["pictures"] += len(samples)
-            bar.update(len(samples))
-    (work / f"{split}-00000.tar").rename(target)
-    for leftover in work.glob("*"):
-        leftover.unlink()
-    work.rmdir()
+    """The shards of `todo` as tasks of a cluster; each is written here, whole, when it has come."""
+
+    def crashed(job: tuple[str, Any]) -> None:
+        raise OSError(f"encoding {one.source.name(job[1])} ended its process each time it was tried")
+
+    with tqdm(desc="encoding", unit="images", dynamic_ncols=True) as bar:
+        jobs = [(split, p.resolve() if isinstance(p, Path) else p) for split, p in todo]  # of any directory
+        for (_, place), results in cluster.ordered_map(one, ((job, [job]) for job in jobs), crashed):
+            data, found = results[0]
+            with atomic_path(target / one.source.name(place)) as temporary:
+                temporary.write_bytes(data)
+            for name, count in found.items():
+                counts[name] += count
+            bar.update(found["pictures"])
 
 
 def _image_batches(

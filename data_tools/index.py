@@ -35,6 +35,9 @@ from data_tools.remote import (
 )
 
 Member = tuple[int, int]  # offset and size in bytes
+MOST_SCANNED = (
+    64  # remote shards whose headers stay in memory: 45 MB for 1,000 samples each, at least two windows
+)
 MOST_OPEN = 128  # files that a process holds open: limits of 1,024 are common
 
 
@@ -53,7 +56,7 @@ class RemoteSamples(Sequence):
     def __init__(self, shards: Sequence[RemoteShard | Sequence[Sample]], cache: ShardCache) -> None:
         """A local shard is given by its samples."""
         self.shards, self.cache = list(shards), cache
-        self._scanned: dict[int, Sequence[Sample]] = {}
+        self._scanned: OrderedDict[int, Sequence[Sample]] = OrderedDict()
         self.sizes = tuple(s.num_samples if isinstance(s, RemoteShard) else len(s) for s in self.shards)
         self.starts = list(itertools.accumulate(self.sizes, initial=0))
 
@@ -82,6 +85,8 @@ class RemoteSamples(Sequence):
             return self.shards[shard]
         if shard not in self._scanned:
             self._scanned[shard] = scan_tar(self.fetch(shard), shard)[0]
+            while len(self._scanned) > max(MOST_SCANNED, 2 * self.cache.options.window_shards):
+                self._scanned.popitem(last=False)
         return self._scanned[shard]
 
 

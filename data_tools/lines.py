@@ -20,6 +20,7 @@ import numpy as np
 import tyro
 
 from common.config import command, parse_options, to_mapping
+from data_tools.engine import EngineOptions
 from data_tools.images import BadImage, decode
 from data_tools.line_drawings import (
     LINE_MEMBER,
@@ -31,7 +32,6 @@ from data_tools.line_drawings import (
     resize_lines,
     same_aspect,
 )
-from data_tools.parallel import cpu_count
 from data_tools.prepare import PictureOptions, Prepare
 from data_tools.readers import ReaderOptions, open_source
 from data_tools.records import HINTS, Problem, Record, problem
@@ -68,6 +68,7 @@ class LinesConfig:
     max_pixels: int = 64_000_000
     """Most pixels of an image or a drawing; more are refused before they are allocated."""
     reader: tyro.conf.OmitArgPrefixes[ReaderOptions] = field(default_factory=ReaderOptions)
+    work: tyro.conf.OmitArgPrefixes[EngineOptions] = field(default_factory=EngineOptions)
 
     def __post_init__(self) -> None:
         if self.size < 0 or self.samples_per_shard < 1:
@@ -164,13 +165,13 @@ def lines(config: LinesConfig) -> dict[str, Any]:
     """Run it; returns the content of report.json. Raises ValueError for what the user has to change."""
     source = open_source(config.src, config.reader, exclude=[config.dst])
     options = to_mapping(config)
-    for name in ("src", "dst", "workers"):
+    for name in ("src", "dst", "workers", "work"):
         del options[name]
     files = files_of(source)
     job = {"step": "lines", "source_format": source.format, "files": files, "options": options}
     work = DrawLines(config.method, config.fit, Prepare(config.picture, config.reader.max_image_bytes))
     steps = Steps(work, lambda number, record, result: result, lambda record: None)
-    workers = cpu_count() if config.workers < 0 else config.workers
+    workers = config.work.workers(config.workers)
     return rewrite(source, config.dst, job, steps, config.samples_per_shard, workers, _described)
 
 

@@ -84,14 +84,20 @@ def order_of(index: ShardIndex, seed: int) -> Order:
 
 
 class Prefetch:
-    """Brings the shards of the present and the next window here, in the background; use as a context manager."""
+    """Brings the shards of the present and the next window here, in the background; use as a context manager.
+
+    Several at a time: the first batches need nearly all shards of their window, and one connection alone would make
+    them wait for each latency, retry and slow answer in turn.
+    """
 
     def __init__(self, index: ShardIndex, order: Order, start: int) -> None:
         self.index, self.order, self.position = index, order, start
         self._moved, self._stopped = threading.Event(), False
+        self._due, self._turn = self._shards(), threading.Lock()
 
     def __enter__(self) -> "Prefetch":
-        threading.Thread(target=self._run, daemon=True).start()
+        for _ in range(self.index.remote.cache.options.connections):
+            threading.Thread(target=self._run, daemon=True).start()
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -104,6 +110,16 @@ class Prefetch:
         self._moved.set()
 
     def _run(self) -> None:
+        while (shard := self._next()) is not None:
+            with contextlib.suppress(ShardUnavailable):  # counted where its samples are missed
+                self.index.remote.fetch(shard)
+
+    def _next(self) -> int | None:
+        """The shard to fetch now, once it is due; None at the end."""
+        with self._turn:
+            return next(self._due, None)
+
+    def _shards(self) -> Iterator[int]:
         for begin, shards in self._plan(self.position):
             while begin > self.position and not self._stopped:  # one window ahead, not more
                 self._moved.wait()
@@ -111,10 +127,7 @@ class Prefetch:
             for shard in shards:
                 if self._stopped:
                     return
-                try:
-                    self.index.remote.fetch(int(shard))
-                except ShardUnavailable:  # counted where its samples are missed
-                    continue
+                yield int(shard)
 
     def _plan(self, start: int) -> Iterator[tuple[int, np.ndarray]]:
         """(counter at which its fetching may begin, shards) of each window from that of `start` on."""

@@ -9,11 +9,25 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
-from typing import Any
+from typing import Any, Protocol
 
 from common.cpus import available_cpus
 
 Work = Callable[[Sequence[Any]], list[Any]]
+
+
+class Cluster(Protocol):
+    """Machines that work together: data_tools.engine."""
+
+    def ordered_map(
+        self, work: Work, batches: Iterable[tuple[Any, Sequence[Any]]], crashed: Callable[[Any], Any]
+    ) -> Iterator[tuple[Any, list[Any]]]:
+        """As the function of this name."""
+        ...
+
+
+Workers = int | Cluster
+"""Processes of this machine, or a cluster."""
 AHEAD = 3  # batches a worker that are read ahead: enough to keep it busy, few enough to hold in memory
 
 
@@ -25,7 +39,7 @@ def cpu_count() -> int:
 def ordered_map(
     work: Work,
     batches: Iterable[tuple[Any, Sequence[Any]]],
-    workers: int,
+    workers: Workers,
     crashed: Callable[[Any], Any],
 ) -> Iterator[tuple[Any, list[Any]]]:
     """(tag, work(batch)) for each (tag, batch), in order; an empty batch costs nothing.
@@ -33,6 +47,9 @@ def ordered_map(
     `workers` 0 works in this process. Where a worker process dies, the batch is tried again one element at a time and
     the element that kills its process becomes `crashed(element)`.
     """
+    if not isinstance(workers, int):
+        yield from workers.ordered_map(work, batches, crashed)
+        return
     if workers == 0:
         for tag, batch in batches:
             yield tag, work(batch) if batch else []

@@ -7,16 +7,20 @@ shirt in red and in blue are two products, not a duplicate. The index is multi-i
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from data_tools.parallel import Workers, ordered_map
+
 HASH_BITS = 64
 MAX_DISTANCE = 16  # beyond it unrelated pictures match: 2 random hashes differ in 32 +- 4 bits
 _SIDE = 32
-_BLOCK = 1 << 21  # candidate pairs looked at at a time: bounds the memory
+_BLOCK = 1 << 17  # candidate pairs compared at a time: their arrays stay in a processor's cache
+_PROBES = 64  # masks of a part of the search: sorting the band again costs a few of them
 
 
 def _dct_rows() -> np.ndarray:
@@ -56,30 +60,84 @@ def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.bitwise_count(a ^ b)
 
 
-def near_pairs(hashes: np.ndarray, max_distance: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def near_pairs(
+    hashes: np.ndarray, max_distance: int, workers: Workers = 0
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Blocks of index pairs (i, j) with i < j and Hamming distance at most `max_distance`, each pair once.
 
     `hashes` (N,) uint64, all different (collapse equal ones with `np.unique` first: a million equal hashes have 5e11
-    pairs). Exact by the pigeonhole principle: see `_radii`. Raises ValueError for a distance outside 0..16.
+    pairs). Exact by the pigeonhole principle: see `_radii`. `workers`: as of `ordered_map`, 0 searches in this process;
+    the blocks are the same. Raises ValueError for a distance outside 0..16.
     """
     if not 0 <= max_distance <= MAX_DISTANCE:
         raise ValueError(f"distance must be between 0 and {MAX_DISTANCE}, not {max_distance}")
     hashes = np.ascontiguousarray(hashes, np.uint64)
     if len(hashes) < 2:
         return
-    num_bands = _cheapest_bands(len(hashes), max_distance)
-    radii = _radii(max_distance, num_bands)
-    bands = [_band_values(hashes, band, num_bands) for band in range(num_bands)]
-    for band, radius in enumerate(radii):
-        width = len(range(band, HASH_BITS, num_bands))
-        for i, j in _candidates(bands[band], width, radius):
-            close = distances(hashes[i], hashes[j]) <= max_distance
-            i, j = i[close], j[close]
-            for earlier, reach in zip(bands[:band], radii[:band], strict=True):  # found there already
-                fresh = np.bitwise_count(earlier[i] ^ earlier[j]) > reach
-                i, j = i[fresh], j[fresh]
-            if len(i):
-                yield np.minimum(i, j), np.maximum(i, j)
+    search = BandSearch(hashes, max_distance, _cheapest_bands(len(hashes), max_distance))
+    for _, found in ordered_map(search, ((None, [part]) for part in search.parts()), workers, _crashed):
+        yield from found[0]
+
+
+def _crashed(part: "Probes") -> list[tuple[np.ndarray, np.ndarray]]:
+    raise MemoryError(
+        f"a process that looked for near hashes ended (band {part.band}): is there memory for it?"
+    )
+
+
+class Probes(NamedTuple):
+    """Look-ups in one band: the masks that are put over its values; 0 finds equal ones."""
+
+    band: int
+    masks: list[int]
+
+
+@dataclass
+class BandSearch:
+    """Probes to blocks of near pairs: hashes are grouped by a band of their bits, and near groups are compared.
+
+    Picklable; a process keeps the last band that it sorted.
+    """
+
+    hashes: np.ndarray
+    max_distance: int
+    num_bands: int
+    _sorted: "tuple[int, _Band] | None" = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_sorted": None}
+
+    @property
+    def radii(self) -> list[int]:
+        return _radii(self.max_distance, self.num_bands)
+
+    def parts(self) -> Iterator[Probes]:
+        """What can be searched on its own, in order."""
+        for band, radius in enumerate(self.radii):
+            width = len(range(band, HASH_BITS, self.num_bands))
+            masks = [
+                sum(1 << bit for bit in bits)
+                for weight in range(radius + 1)
+                for bits in itertools.combinations(range(width), weight)
+            ]
+            for start in range(0, len(masks), _PROBES):
+                yield Probes(band, masks[start : start + _PROBES])
+
+    def __call__(self, parts: Sequence[Probes]) -> list[list[tuple[np.ndarray, np.ndarray]]]:
+        return [list(self._search(part)) for part in parts]
+
+    def _search(self, part: Probes) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        if self._sorted is None or self._sorted[0] != part.band:
+            self._sorted = None  # before the next one is made: one at a time in memory
+            self._sorted = part.band, _Band.of(self.hashes, part.band, self.num_bands)
+        for mask in part.masks:
+            for i, j in self._sorted[1].near(mask, self.max_distance):
+                for earlier in range(part.band):  # found there already
+                    a, b = (_band_values(self.hashes[k], earlier, self.num_bands) for k in (i, j))
+                    fresh = np.bitwise_count(a ^ b) > self.radii[earlier]
+                    i, j = i[fresh], j[fresh]
+                if len(i):
+                    yield np.minimum(i, j), np.maximum(i, j)
 
 
 def _radii(max_distance: int, num_bands: int) -> list[int]:
@@ -127,41 +185,61 @@ def _band_values(hashes: np.ndarray, band: int, num_bands: int) -> np.ndarray:
     return values
 
 
-def _candidates(values: np.ndarray, width: int, radius: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Blocks of pairs whose band values differ in at most `radius` bits, each pair once."""
-    order = np.argsort(values, kind="stable").astype(np.int32)
-    ranked = values[order]
-    starts = np.zeros((1 << width) + 1, np.int32)
-    np.cumsum(np.bincount(ranked, minlength=1 << width), out=starts[1:])
-    positions = np.arange(len(values), dtype=np.int32)
-    yield from _expand(order, positions, positions + 1, starts[ranked + 1])
-    for weight in range(1, radius + 1):
-        for bits in itertools.combinations(range(width), weight):
-            mask = np.uint32(sum(1 << bit for bit in bits))
-            left = positions[
-                (ranked >> np.uint32(bits[-1])) & 1 == 0
-            ]  # the other end of the pair has the bit set
-            bucket = ranked[left] ^ mask
-            first, last = starts[bucket], starts[bucket + 1]
-            occupied = last > first
-            yield from _expand(order, left[occupied], first[occupied], last[occupied])
+@dataclass(frozen=True)
+class _Band:
+    """All hashes in the order of the values of one band, so that what is compared lies together in memory."""
 
+    hashes: np.ndarray
+    """(N,) uint64 in this order."""
+    order: np.ndarray
+    """(N,) int32: the index of each."""
+    values: np.ndarray
+    """(N,) uint32, ascending."""
+    starts: np.ndarray
+    """(2^width + 1,) int32: value v stands at starts[v]:starts[v + 1]."""
 
-def _expand(
-    order: np.ndarray, left: np.ndarray, first: np.ndarray, last: np.ndarray
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Pair the item at sorted position `left[k]` with those at `first[k]:last[k]`, in blocks of bounded size."""
-    counts = (last - first).astype(np.int64)
-    ends = np.cumsum(counts)
-    begin = 0
-    while begin < len(left):
-        done = ends[begin - 1] if begin else 0
-        end = max(int(np.searchsorted(ends, done + _BLOCK, "right")), begin + 1)
-        size = counts[begin:end]
-        offset = np.arange(int(size.sum()), dtype=np.int64) - np.repeat(np.cumsum(size) - size, size)
-        right = np.repeat(first[begin:end].astype(np.int64), size) + offset
-        yield np.repeat(order[left[begin:end]], size), order[right]
-        begin = end
+    @classmethod
+    def of(cls, hashes: np.ndarray, band: int, num_bands: int) -> "_Band":
+        values = _band_values(hashes, band, num_bands)
+        width = len(range(band, HASH_BITS, num_bands))
+        order = np.argsort(values, kind="stable").astype(np.int32)
+        starts = np.zeros((1 << width) + 1, np.int32)
+        np.cumsum(np.bincount(values, minlength=1 << width), out=starts[1:])
+        return cls(hashes[order], order, values[order], starts)
+
+    def near(self, mask: int, max_distance: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Blocks of near pairs (i, j) whose band values differ by exactly `mask`, each pair once."""
+        if mask == 0:
+            left = np.arange(len(self.values), dtype=np.int32)
+            first, last = left + np.int32(1), self.starts[self.values + 1]
+        else:  # the other end of the pair has the highest bit set
+            left = np.flatnonzero((self.values >> np.uint32(mask.bit_length() - 1)) & 1 == 0).astype(np.int32)
+            bucket = self.values[left] ^ np.uint32(mask)
+            first, last = self.starts[bucket], self.starts[bucket + 1]
+        counts = last - first
+        occupied = np.flatnonzero(counts > 0)
+        left, first, counts = left[occupied], first[occupied], counts[occupied]
+        for a, b in self._compared(left, first, counts, max_distance):
+            yield self.order[a], self.order[b]
+
+    def _compared(
+        self, left: np.ndarray, first: np.ndarray, counts: np.ndarray, max_distance: int
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Positions of near pairs: the hash at `left[k]` against those at `first[k]:first[k] + counts[k]`."""
+        ends = np.cumsum(counts, dtype=np.int64)
+        begin = 0
+        while begin < len(left):
+            done = ends[begin - 1] if begin else 0
+            end = max(int(np.searchsorted(ends, done + _BLOCK, "right")), begin + 1)
+            size, upto = counts[begin:end], ends[begin:end] - done
+            right = np.repeat((first[begin:end] - (upto - size)).astype(np.int32), size)
+            right += np.arange(len(right), dtype=np.int32)
+            apart = np.repeat(self.hashes[left[begin:end]], size)
+            apart ^= self.hashes[right]
+            near = np.flatnonzero(np.bitwise_count(apart) <= max_distance)
+            if len(near):
+                yield left[begin + np.searchsorted(upto, near, "right")], right[near]
+            begin = end
 
 
 def components(count: int, pairs: Iterator[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:

@@ -44,6 +44,8 @@ class RemoteOptions:
     """Most the cache may hold in GiB, at least two windows of shards: the longest unused go first; 0: no limit."""
     window_shards: int = 16
     """Shards whose samples are shuffled together; the next window is fetched while one is used."""
+    connections: int = 4
+    """Shards that are fetched at a time."""
     retries: int = 3
     """Further tries for a shard after a failed one."""
     backoff_s: float = 1.0
@@ -56,8 +58,10 @@ class RemoteOptions:
     """Training ends with an error when more than this share of the shards could not be had, 0 to 1."""
 
     def __post_init__(self) -> None:
-        if self.window_shards < 1 or min(self.retries, self.cache_gib, self.backoff_s, self.rest_s) < 0:
-            raise ValueError("remote: window_shards must be at least 1, the other numbers not negative")
+        if min(self.window_shards, self.connections) < 1:
+            raise ValueError("remote: connections and window_shards must be at least 1")
+        if min(self.retries, self.cache_gib, self.backoff_s, self.rest_s) < 0:
+            raise ValueError("remote: retries, cache_gib, backoff_s and rest_s must not be negative")
         if self.stall_s <= 0 or not 0 <= self.max_failed_share <= 1:
             raise ValueError("remote: stall_s must be above 0 and max_failed_share from 0 to 1")
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from data_tools.parallel import Work
+from data_tools.parallel import Work, Workers
 from data_tools.readers import Source
 from data_tools.records import HINTS, Problem, Record
 from data_tools.shard_run import Row, ShardRun, reason_lines, say
@@ -29,7 +29,7 @@ def rewrite(
     job: dict[str, Any],
     steps: Steps,
     samples_per_shard: int,
-    workers: int,
+    workers: Workers,
     describe: Callable[[Record], Sequence[str]] = lambda record: (),
 ) -> dict[str, Any]:
     """Run, or continue, one job; returns the content of report.json.

@@ -23,7 +23,7 @@ import tyro
 from common.config import command, parse_options, to_mapping
 from common.files import sha256_file
 from data_tools.color_profiles import BROKEN
-from data_tools.parallel import cpu_count
+from data_tools.engine import EngineOptions
 from data_tools.prepare import PictureOptions, Prepare
 from data_tools.readers import Part, ReaderOptions, Source, open_source
 from data_tools.readers.inventory import Inventory
@@ -60,6 +60,7 @@ class ShardConfig:
     """Delete the shards of an earlier run with other options or another source first."""
     picture: tyro.conf.OmitArgPrefixes[PictureOptions] = field(default_factory=PictureOptions)
     reader: tyro.conf.OmitArgPrefixes[ReaderOptions] = field(default_factory=ReaderOptions)
+    work: tyro.conf.OmitArgPrefixes[EngineOptions] = field(default_factory=EngineOptions)
 
     def __post_init__(self):
         if not 0 <= self.val_share < 1:
@@ -75,7 +76,7 @@ class ShardConfig:
 def job_of(config: ShardConfig, source: Source) -> dict[str, Any]:
     """What decides the bytes of the result: options, and names and sizes of the source's files."""
     options = to_mapping(config)
-    for name in ("src", "dst", "workers", "overwrite"):
+    for name in ("src", "dst", "workers", "work", "overwrite"):
         del options[name]
     if config.split_file:
         options["split_file"] = sha256_file(config.split_file)
@@ -142,7 +143,7 @@ class Run(ShardRun):
     remedy = "choose another folder, or delete its shards with data_tools.shard --overwrite"
 
     def __init__(self, config: ShardConfig, source: Source, target: Target):
-        workers = cpu_count() if config.workers < 0 else config.workers
+        workers = config.work.workers(config.workers)
         sizes = (config.samples_per_shard, config.max_shard_bytes)
         super().__init__(source, target, config.dst, job_of(config, source), sizes, workers)
         self.config = config

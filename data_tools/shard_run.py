@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from data_tools.parallel import Work, ordered_map
+from data_tools.parallel import Work, Workers, ordered_map
 from data_tools.readers import Meter, Part, Source
 from data_tools.records import Problem, Record, problem
 from data_tools.shards import DATASET_FILE, ShardWriter
@@ -52,7 +52,7 @@ class ShardRun:
         dst: str,
         job: dict[str, Any],
         sizes: tuple[int, int],
-        workers: int,
+        workers: Workers,
     ) -> None:
         self.source, self.target, self.dst, self.job = source, target, dst, job
         self.sizes, self.workers = sizes, workers

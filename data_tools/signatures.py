@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data_tools.images import BadImage, ImageLimits, decode, image_size
-from data_tools.parallel import ordered_map
+from data_tools.parallel import Workers, ordered_map
 from data_tools.phash import picture_signature
 from data_tools.readers import Meter, Source
 from data_tools.records import Problem, Record, problem
@@ -69,7 +69,7 @@ def _crashed(record: Record) -> bytes:
 
 
 def sign_source(
-    source: Source, path: Path, limits: ImageLimits, workers: int
+    source: Source, path: Path, limits: ImageLimits, workers: Workers
 ) -> tuple[np.ndarray, list[str]]:
     """Signatures (N,) of dtype SIGNATURE and keys of every record, in order.
 

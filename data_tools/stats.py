@@ -21,10 +21,11 @@ from tqdm import tqdm
 from common.config import command, parse_options
 from common.files import write_json
 from common.output import require_replaceable, writing_file
+from data_tools.engine import EngineOptions
 from data_tools.facts import Facts, MeasurePicture
 from data_tools.images import ImageLimits
 from data_tools.likeness import Row, examples, flag_counts, likeness
-from data_tools.parallel import cpu_count, ordered_map
+from data_tools.parallel import ordered_map
 from data_tools.readers import Meter, ReaderOptions, Source, open_source
 from data_tools.records import Problem, Record, problem
 from data_tools.rules.lexicon import load_lexicon
@@ -61,6 +62,7 @@ class StatsConfig:
     reader: tyro.conf.OmitArgPrefixes[ReaderOptions] = field(
         default_factory=lambda: ReaderOptions(captions="optional")
     )
+    work: tyro.conf.OmitArgPrefixes[EngineOptions] = field(default_factory=EngineOptions)
 
     def __post_init__(self) -> None:
         if not 0 < self.picture_share <= 1:
@@ -75,7 +77,7 @@ def collect(config: StatsConfig, source: Source) -> list[Facts]:
     lexicon = load_lexicon()
     counter = token_counter(config.tokenizer) if config.tokenizer else None
     measure = MeasurePicture(ImageLimits(config.reader.max_image_bytes, config.max_pixels), config.watermarks)
-    workers = cpu_count() if config.workers < 0 else config.workers
+    workers = config.work.workers(config.workers)
     meter = Meter(total=source.num_bytes)
     with tqdm(unit="B", unit_scale=True, disable=None) as bar:
         for items, results in ordered_map(measure, _batches(config, source, meter), workers, _crashed):

@@ -26,6 +26,7 @@ import tyro
 from PIL import Image
 
 from common.config import command, parse_options
+from common.cpus import available_cpus
 from common.files import ensure_writable_directory, read_json, write_json
 from common.lock import locked
 from data_tools.records import Record
@@ -270,7 +271,7 @@ def _draw_missing(options: SyntheticOptions) -> None:
     expected = _expected_shards(options)
     whole = {name: count for name, count in expected.items() if (options.dst / name).is_file()}
     total = options.num_train + options.num_val
-    workers = options.num_workers or _num_cores()
+    workers = options.num_workers or available_cpus()
     draw = functools.partial(make_record, seed=options.seed, image_size=options.image_size)
     with (
         tqdm(total=total, desc="drawing", unit="picture") as bar,
@@ -284,10 +285,6 @@ def _draw_missing(options: SyntheticOptions) -> None:
                 for record in pool.imap(draw, range(first + done, first + count), chunksize=32):
                     writer.write(record)
                     bar.update()
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _set_up_worker(parent: int) -> None:

@@ -22,8 +22,10 @@ from PIL import Image
 from common.distributed import pick_device
 from common.files import sha256_file
 from common.image import resize_square, to_tensor
+from data_tools.engine import RayCluster
 from data_tools.images import BadImage
 from data_tools.loader import CorruptSample
+from data_tools.parallel import ordered_map
 from data_tools.phash import picture_signature
 from rankers.base import as_rgb, content_hash, identities
 from vq.imagenet_features import (
@@ -344,12 +346,16 @@ class FeatureStore:
 
 
 def embed(
-    network: FeatureNetwork, pictures: Pictures, store: FeatureStore | None = None, batch_size: int = 64
+    network: FeatureNetwork,
+    pictures: Pictures,
+    store: FeatureStore | None = None,
+    batch_size: int = 64,
+    cluster: RayCluster | None = None,
 ) -> tuple[Features, NDArray[np.int64]]:
     """Features (M, D) of the readable pictures, and their places (M,) in `pictures`.
 
-    Every batch is stored when it is done, so a run that was killed goes on there. Raises ValueError when none can be
-    read.
+    Every batch is stored when it is done, so a run that was killed goes on there. `cluster`: batches of pictures are
+    its tasks. Raises ValueError when none can be read.
     """
     from tqdm import tqdm
 
@@ -358,10 +364,9 @@ def embed(
     first = {key: i for i, key in reversed(list(enumerate(keys)))}
     todo = sorted(i for key, i in first.items() if key not in rows)
     with tqdm(total=len(todo), desc=f"features of {network.name}", unit=" pictures", disable=None) as bar:
-        for places, images in _readable(pictures, todo, batch_size):
-            fresh = (
-                dict(zip([keys[i] for i in places], network.features(images), strict=True)) if places else {}
-            )
+        batches = _readable(pictures, todo, batch_size)
+        for places, found in ordered_map(EmbedBatch(network), batches, cluster or 0, _crashed):
+            fresh = dict(zip([keys[i] for i in places], found[0], strict=True)) if places else {}
             if store and fresh:
                 store.put(fresh)
             rows |= fresh
@@ -372,9 +377,24 @@ def embed(
     return np.stack([rows[keys[i]] for i in kept]).astype(np.float32), np.array(kept)
 
 
+@dataclass(frozen=True)
+class EmbedBatch:
+    """Batches of pictures to their features (N, D)."""
+
+    network: FeatureNetwork
+
+    def __call__(self, batches: Sequence[list[Image.Image]]) -> list[Features]:
+        return [self.network.features(images) for images in batches]
+
+
+def _crashed(images: list[Image.Image]) -> Features:
+    raise OSError(f"the features of {len(images)} pictures ended their process each time they were tried")
+
+
 def _readable(
     pictures: Pictures, todo: Sequence[int], batch_size: int
-) -> Iterator[tuple[list[int], list[Image.Image]]]:
+) -> Iterator[tuple[list[int], list[list[Image.Image]]]]:
+    """Places and the one batch of pictures at them; none where nothing can be read."""
     for start in range(0, len(todo), batch_size):
         places, images = [], []
         for i in todo[start : start + batch_size]:
@@ -383,4 +403,4 @@ def _readable(
                 places.append(i)
             except (CorruptSample, BadImage):
                 continue
-        yield places, images
+        yield places, [images] if images else []

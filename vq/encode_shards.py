@@ -5,11 +5,14 @@
 Each input shard becomes one output shard of the same name with `{key}.ids.npy` (A, N), the caption and the metadata.
 View 0 is the plain centre crop; the others are augmented, drawn from the key. `tokenizer.json` beside the shards
 holds the identity of its codes: shards of two tokenizers never mix. Whole shards are kept when the command runs again.
+On a Ray cluster (`--work.engine ray`) the nodes read the source (a URL, or a path that all of them have) and get the
+tokenizer from here, where their shards come back.
 """
 
+import copy
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,7 +22,7 @@ import tyro
 from torch import Tensor
 
 from common.config import command, parse_options
-from common.distributed import World, start_world, stop_world
+from common.distributed import World, pick_device, start_world, stop_world
 from common.files import ensure_writable_directory, read_json, write_json
 from common.image import make_grid, resize_square, stack_rows, to_image, to_tensor
 from common.lock import alone_in
@@ -30,6 +33,7 @@ from data_tools.augment import Chain, PictureAugment
 from data_tools.crops import CropFlip
 from data_tools.encode import Views
 from data_tools.encode import encode_shards as encode_image_shards
+from data_tools.engine import EngineOptions
 from data_tools.index import ShardIndex, ShardSource
 from data_tools.line_views import LineSource
 from data_tools.loader import IMAGE_SUFFIXES, open_image
@@ -74,6 +78,7 @@ class Options:
     PyTorch."""
     engine: Literal["", "auto", "native", "plain"] = ""
     """Earlier name of kernels: auto, and plain for off. native insists on compiled code, also beside AMX."""
+    work: EngineOptions = field(default_factory=EngineOptions)
 
     def __post_init__(self) -> None:
         for name, low in (("views", 1), ("batch_size", 1), ("check", 0)):
@@ -125,16 +130,43 @@ def encode_shards(tokenizer: ImageTokenizer, options: Options, world: World) -> 
             )
     elif world.is_main:
         write_json(target / TOKENIZER_FILE, made_by)
-    encoder = ImageEncoder(tokenizer, world.device, options.precision)
-    dtype = np.uint16 if tokenizer.codebook_size <= 65536 else np.uint32
-
-    def encode(images: Tensor) -> np.ndarray:
-        return encoder(images).cpu().numpy().astype(dtype)
-
+    encode = Codes(tokenizer, options)
     augment = Chain((options.move, options.augment)) if options.move.is_on else options.augment
     views = Views(tokenizer.image_size, options.views, augment, options.batch_size, options.lines)
     source = ShardSource(str(options.source), options.remote)
-    return encode_image_shards(source, target, views, "ids.npy", encode, world)
+    cluster = options.work.cluster
+    if cluster is None:
+        encode.on(world.device)
+        return encode_image_shards(source, target, views, "ids.npy", encode, world)
+    with cluster.connected():
+        cluster = replace(cluster.with_gpus(options.device), ahead=2)
+        return encode_image_shards(source, target, views, "ids.npy", encode, world, cluster)
+
+
+class Codes:
+    """Images (n, 3, S, S) in [-1, 1] to codes (n, N), uint16 where the codebook has no more.
+
+    Picklable before it computes: in another process it takes the device and the kernels that it finds there.
+    """
+
+    def __init__(self, tokenizer: ImageTokenizer, options: Options) -> None:
+        self.tokenizer, self.options = tokenizer, options
+        self.dtype = np.uint16 if tokenizer.codebook_size <= 65536 else np.uint32
+        self._encoder: ImageEncoder | None = None
+
+    def on(self, device: torch.device) -> None:
+        """Where it computes, with the tokenizer as it is."""
+        self._encoder = ImageEncoder(self.tokenizer.to(device), device, self.options.precision)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_encoder": None, "tokenizer": copy.deepcopy(self.tokenizer).cpu()}
+
+    def __call__(self, images: Tensor) -> np.ndarray:
+        if self._encoder is None:
+            device = pick_device(self.options.device)
+            switch_kernels(self.tokenizer, self.options, device)
+            self.on(device)
+        return self._encoder(images).cpu().numpy().astype(self.dtype)
 
 
 def switch_kernels(tokenizer: ImageTokenizer, options: Options, device: torch.device) -> Report:
@@ -194,9 +226,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, int]:
         ShardSource(options.source, options.remote).find("train")  # the user's own first
         tokenizer = ImageTokenizer.from_pretrained(options.checkpoint, world.device)
         ensure_writable_directory(options.target)
-        report = switch_kernels(tokenizer, options, world.device)
-        if world.is_main:
-            say(str(report))
+        if options.work.cluster is None:  # the nodes of a cluster switch their own
+            report = switch_kernels(tokenizer, options, world.device)
+            if world.is_main:
+                say(str(report))
         with alone_in(options.target, world, ".encoding.lock"):
             counts = encode_shards(tokenizer, options, world)
             if world.is_main:

@@ -39,8 +39,9 @@ class FastOptions:
     """How to run the generator; the defaults are the fastest on the machine."""
 
     engine: Engine = "auto"
-    """auto: cuda_graph on a GPU; on a CPU cpu_kernel where it can run (AVX512-BF16 or AVX2, a C++ compiler), else
-    packed; torch on request. plain, native and graph are earlier names of torch, cpu_kernel and cuda_graph."""
+    """auto: cuda_graph on a CUDA GPU, torch on another; on a CPU cpu_kernel where it can run (AVX512-BF16 or AVX2, a
+    C++ compiler), else packed; torch on request. plain, native and graph are earlier names of torch, cpu_kernel and
+    cuda_graph."""
     weights: WeightType = "auto"
     """Numbers that weights and cache are kept in: auto takes bfloat16 where the machine or the engine computes in it.
     int8 (weights alone, cpu_kernel and packed engines) is the fastest for one image at a time, and costs a little
@@ -66,7 +67,8 @@ def resolve_options(model: nn.Module, options: FastOptions) -> FastOptions:
     if weights == "int8" and device.type != "cpu":
         raise ValueError(f"int8 weights are for CPUs, the model is on {device}")
     if engine == "auto":
-        engine = "cuda_graph" if device.type == "cuda" else _engine_of_cpu(model, options)
+        others = _engine_of_cpu(model, options) if device.type == "cpu" else "torch"  # such as Apple's GPUs
+        engine = "cuda_graph" if device.type == "cuda" else others
     if weights == "auto":
         weights = "bfloat16" if engine == "cpu_kernel" or has_native_bf16(device) else "float32"
     return FastOptions(engine, weights, options.kernels)

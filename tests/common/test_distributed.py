@@ -20,7 +20,7 @@ from common.distributed import (
     stop_world,
 )
 from common.optim import OptimConfig, adamw
-from common.precision import autocast
+from common.precision import autocast, has_native_bf16
 
 ALONE = World(0, 1, 0, torch.device("cpu"), "none")
 
@@ -186,6 +186,20 @@ def test_devices_that_are_not_there_are_refused():
         assert pick_device("auto").type == "cpu"
         with pytest.raises(ValueError, match="has no usable GPU: use --device cpu"):
             pick_device("cuda")
+
+
+def test_apples_gpu_is_chosen_where_it_is_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert pick_device("auto") == pick_device("mps") == torch.device("mps")
+    assert not has_native_bf16(torch.device("mps"))
+    monkeypatch.setenv("WORLD_SIZE", "2")  # gloo cannot reduce its tensors
+    assert pick_device("auto").type == "cpu"
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert pick_device("auto").type == "cpu"
+    with pytest.raises(ValueError, match="no GPU of Apple's: use --device cpu"):
+        pick_device("mps")
 
 
 def test_autocast_computes_in_the_precision_asked_for(monkeypatch):

@@ -132,3 +132,75 @@ def test_a_lock_on_a_removed_file_keeps_nobody_out(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "lockf", late)
     with locked(tmp_path):
         assert hold(tmp_path, "kernel").said.startswith("taken")
+
+
+FAKE_MSVCRT = """
+import errno, fcntl, os, sys, types
+from common import lock
+fake = types.ModuleType("msvcrt")
+fake.LK_NBLCK, fake.LK_UNLCK = 2, 0
+def locking(descriptor, mode, count):
+    how = fcntl.LOCK_UN if mode == fake.LK_UNLCK else fcntl.LOCK_EX | fcntl.LOCK_NB
+    try:
+        fcntl.lockf(descriptor, how, count, os.lseek(descriptor, 0, os.SEEK_CUR))
+    except OSError as error:
+        raise PermissionError(errno.EACCES, "Permission denied") from error
+fake.locking = locking
+sys.modules["msvcrt"], lock.fcntl = fake, None
+"""
+
+
+class TestWindows:
+    """Its locks are byte ranges of an open file, and an open file cannot be removed."""
+
+    @pytest.fixture(autouse=True)
+    def windows(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "msvcrt", None)  # put back afterwards
+        monkeypatch.setattr(lock, "fcntl", None)
+        exec(FAKE_MSVCRT, {})
+
+    def test_another_process_holds_it_and_is_named(self, tmp_path):
+        program = FAKE_MSVCRT + HOLD.replace('if sys.argv[2] == "owned":', "if False:")
+        command = [sys.executable, "-c", program, str(tmp_path), "kernel"]
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=command_env()
+        )
+        assert process.stdout.readline().startswith("held")
+        with pytest.raises(ValueError, match=rf"process {process.pid}"), locked(tmp_path):
+            raise AssertionError
+        process.communicate("")
+        with locked(tmp_path):
+            assert (tmp_path / ".lock").is_file()
+        assert list(tmp_path.iterdir()) == []
+
+    def test_the_file_is_closed_before_it_is_removed_and_may_stay(self, tmp_path, monkeypatch):
+        held = DirectoryLock(tmp_path)
+        file = held._lock.file
+
+        def refuse(path: Path, missing_ok: bool = False) -> None:
+            assert file.closed
+            raise PermissionError(errno.EACCES, "open in another process", str(path))
+
+        monkeypatch.setattr(Path, "unlink", refuse)
+        held.release()
+        again = DirectoryLock(tmp_path)
+        assert not again.is_taken
+        again.release()
+
+
+def test_without_proc_a_lock_is_dead_when_it_is_not_renewed(tmp_path, monkeypatch):
+    """macOS and Windows do not say when a process began."""
+
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", unsupported)
+    monkeypatch.setattr(lock, "_started", lambda pid: None)
+    owner = tmp_path / ".lock.owner"
+    owner.write_text(json.dumps({"machine": lock._this_process()["machine"], "pid": 1, "started": None}))
+    with pytest.raises(ValueError, match="another command"), locked(tmp_path):
+        pass
+    old = time.time() - lock.DEAD_AFTER - 5
+    os.utime(owner, (old, old))
+    with locked(tmp_path):
+        pass

@@ -10,7 +10,15 @@ from common.distributed import DeepSpeedConfig
 from common.loop import LoopConfig
 from dalle import plan, train_tokenizer
 from dalle.model import Dalle, ModelOptions
-from dalle.plan import PlanOptions, activation_bytes, fitting_size, make_plan, state_bytes, train_flops
+from dalle.plan import (
+    PlanOptions,
+    activation_bytes,
+    exchange_bytes,
+    fitting_size,
+    make_plan,
+    state_bytes,
+    train_flops,
+)
 from dalle.text_tokenizer import TextTokenizer
 
 GIVEN = (
@@ -100,6 +108,30 @@ def test_a_plan_for_gpus(capsys):
     assert "warning" in printed and "feed no size" in printed
 
 
+def test_what_gpus_send_by_hand():
+    """A ring sends 7/8 of a tensor among 8 for a reduce-scatter, and as much for an all-gather; numbers of 4 bytes."""
+
+    def sent(stage: int, accumulation: int, **model: bool) -> float:
+        sizes, sharded = ModelOptions(**model), DeepSpeedConfig(zero_stage=stage)
+        options = PlanOptions(engine="deepspeed", deepspeed=sharded, model=sizes)
+        return exchange_bytes(1000, options, 8, accumulation) / (7 / 8 * 4000)
+
+    assert exchange_bytes(1000, PlanOptions(), 8, 3) == 7 / 8 * 4000 * 2
+    assert [sent(stage, 3) for stage in (1, 2, 3)] == [2, 3 + 1, 3 + 3 * 2]
+    assert sent(3, 1, gradient_checkpointing=True) == 1 + 3
+
+
+def test_cost_and_what_limits(capsys):
+    flags = [*GIVEN, "--gpus", "8", "--model.size", "110m", "--loop.num-steps", "1000"]
+    made = plan.main([*flags, "--gpu-price", "1000"])
+    fast = capsys.readouterr().out
+    assert f"{made.hours * 8000:,.0f} for the GPU hours" in fast and "limit       compute" in fast
+    plan.main([*flags, "--link-gbytes", "1"])
+    slow = capsys.readouterr().out
+    assert "limit       the network" in slow and "GPU hours" not in slow
+    assert f"{made.parameters * 8 * 7 / 8 / 1e6:.0f} ms of gradients over 1 GB/s" in slow
+
+
 def test_a_model_too_large_for_the_memory_is_named():
     options = PlanOptions(
         num_samples=10**9,
@@ -125,6 +157,7 @@ def test_a_plan_for_this_machine_measures_it():
     [
         (("--gpus", "-1"), "gpus and dry_run_steps"),
         (("--expected-mfu", "0"), "expected_mfu"),
+        (("--gpu-price", "-1"), "gpu_price and link_gbytes must not be negative"),
         (("--gpus", "3"), "does not divide over 3 processes"),
         (("--image-tokenizer", "nowhere", "--num-samples", "9"), "nowhere"),
         (("--num-samples", "0"), "num_samples must be at least 1, not 0"),

@@ -14,6 +14,7 @@ from PIL import Image
 from web import Handler, Server
 
 from common.distributed import World
+from data_tools import index as index_module
 from data_tools.index import ShardIndex
 from data_tools.loader import DecodeImage, DecodeTokens, Order, eval_batches, order_of, train_batches
 from data_tools.records import Record
@@ -132,6 +133,36 @@ def test_training_starts_after_its_first_shards_and_fetches_one_window_ahead(sit
     tars = {path for path in site.requests if path.endswith(".tar")}
     assert tars == first_two | looked_at
     stream.close()
+
+
+def test_the_headers_of_few_shards_stay_in_memory(site, tmp_path, monkeypatch):
+    """A hundred thousand shards have more headers than a machine has memory."""
+    whole = keys(opened(site, tmp_path), 0, 15, 4)
+    monkeypatch.setattr(index_module, "MOST_SCANNED", 1)
+    index = opened(site, tmp_path, window_shards=1)
+    keys(index, 0, 15, 4)
+    assert len(index.remote._scanned) == 2
+    assert keys(opened(site, tmp_path), 0, 15, 4) == whole
+
+
+@pytest.mark.parametrize("connections", [1, 3])
+def test_so_many_shards_are_fetched_at_a_time(site, tmp_path, connections):
+    running, most = set(), []
+
+    class Counting(Handler):
+        def do_GET(self):
+            running.add(self)
+            most.append(len(running))
+            time.sleep(0.1)
+            super().do_GET()
+            running.discard(self)
+
+    index = opened(site, tmp_path, window_shards=3, connections=connections)
+    local = opened(site, tmp_path / "one", connections=1, window_shards=3)
+    site.RequestHandlerClass = Counting
+    assert keys(index, 0, 8, 4) == keys(local, 0, 8, 4)
+    assert max(most) <= connections + 1  # the training itself fetches what it needs at once
+    assert connections == 1 or max(most) >= 2
 
 
 def test_every_shard_is_fetched_once_and_never_again(site, tmp_path):

@@ -8,10 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pickling_cluster import PicklingCluster
 from PIL import Image
+from reference_shards import write_out_dir
 from tiny_goods import draw
 
 from data_tools.images import BadImage
+from evaluation.embed import main as embed_main
 from evaluation.features import (
     INCEPTION_FILE,
     FeatureStore,
@@ -27,6 +30,8 @@ from evaluation.features import (
 )
 from evaluation.figures import name_on
 from evaluation.judge import GoodsJudge
+from evaluation.options import MeasuringOptions
+from evaluation.parts import Networks
 from evaluation.sets import SampleSet
 from rankers import load_ranker
 
@@ -232,3 +237,24 @@ def test_all_networks_keep_the_contract(judge_dir, ranker_dir):
         assert len(network.identity) == 64 and network.name
         probabilities = network.probabilities(rows)
         assert probabilities is None or np.allclose(probabilities.sum(1), 1)
+
+
+def test_a_cluster_gives_the_same_features(tmp_path):
+    network, images = PerceptualHash(), Damaged(pictures(9))
+    alone, kept = embed(network, images, batch_size=4)
+    spread, same = embed(network, images, FeatureStore(network, tmp_path), 4, PicklingCluster())
+    assert np.array_equal(spread, alone) and same.tolist() == kept.tolist()
+    stored, _ = embed(network, images, FeatureStore(network, tmp_path))
+    assert np.array_equal(stored, alone)
+
+
+def test_features_ahead_of_measuring(shards, tmp_path, monkeypatch, capsys):
+    write_out_dir(tmp_path / "out")
+    network = Counting()
+    monkeypatch.setattr(MeasuringOptions, "networks", lambda self: Networks((network,)))
+    flags = [str(tmp_path / "out"), "--reference", str(shards), "--cache", str(tmp_path / "cache")]
+    count = embed_main([*flags, "--device", "cpu"])
+    assert count == len(SampleSet.from_out_dir(tmp_path / "out").samples) + 96 + 24
+    computed = network.computed
+    assert embed_main([*flags, "--device", "cpu"]) == count and network.computed == computed
+    assert f"{count} features of 1 networks" in capsys.readouterr().out

@@ -1,0 +1,68 @@
+"""Encoding and generating on a cluster give what one machine gives: by pickled work, and on Ray itself."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+from pickling_cluster import PicklingCluster
+from small_checkpoint import CAPTIONS
+from test_generate import lines, pictures, run
+from tiny_data import write_image_shards, write_image_tokenizer
+
+import generate
+from data_tools import engine
+from vq.encode_shards import main as encode
+
+needs_ray = pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None, reason="Ray is an optional package: requirements-ray.txt"
+)
+
+
+@pytest.fixture(params=["pickled", pytest.param("ray", marks=[pytest.mark.slow, needs_ray])])
+def cluster(request, monkeypatch) -> str:
+    if request.param == "pickled":
+        monkeypatch.setattr(engine, "RayCluster", PicklingCluster)
+    return request.param
+
+
+def tars(folder: Path) -> dict[str, bytes]:
+    found = [*folder.glob("*.tar"), folder / "dataset.json", folder / "tokenizer.json"]
+    return {path.name: path.read_bytes() for path in found}
+
+
+def test_token_shards_have_the_bytes_of_one_machine(cluster, tmp_path):
+    write_image_shards(tmp_path / "images")
+    write_image_tokenizer(tmp_path / "tokenizer")
+    flags = ["--views", "2", "--check", "0", "--device", "cpu", "--precision", "fp32"]
+    sources = [str(tmp_path / "tokenizer"), str(tmp_path / "images")]
+    whole = encode([*sources, str(tmp_path / "local"), *flags])
+    spread = encode([*sources, str(tmp_path / "spread"), *flags, "--work.engine", "ray"])
+    assert spread == whole == {"pictures": 56, "skipped": 0, "shards_kept": 0}
+    assert tars(tmp_path / "spread") == tars(tmp_path / "local") and len(tars(tmp_path / "local")) == 6
+    (tmp_path / "spread" / "train-00001.tar").unlink()
+    again = encode([*sources, str(tmp_path / "spread"), *flags, "--work.engine", "ray"])
+    assert again == {"pictures": 16, "skipped": 0, "shards_kept": 3}
+    assert tars(tmp_path / "spread") == tars(tmp_path / "local")
+
+
+def test_prompts_give_the_images_of_one_machine(cluster, generator_dir, tmp_path):
+    path = tmp_path / "p.txt"
+    path.write_text("\n".join(CAPTIONS), "utf-8")
+    flags = ("", "2", "--prompts-file", str(path), "--batch-size", "3")
+    alone = run(generator_dir, tmp_path / "alone", *flags)
+    spread = run(generator_dir, tmp_path / "spread", *flags, "--engine", "ray")
+    assert pictures(spread) == pictures(alone)
+
+    def timeless(out: Path) -> list[str]:
+        return [re.sub(r"'seconds': [\d.]+", "", str(line)) for line in lines(out)]
+
+    assert timeless(spread) == timeless(alone)
+
+
+def test_one_text_is_not_for_a_cluster(generator_dir, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        generate.main(
+            [CAPTIONS[0], "1", str(tmp_path), "--checkpoint", str(generator_dir), "--engine", "ray"]
+        )
+    assert stop.value.code == 2 and "name them with --prompts-file" in capsys.readouterr().err
