@@ -29,9 +29,9 @@ from common.files import ensure_writable_directory
 from common.lock import locked
 from common.log import say
 from common.tables import plain_console
-from evaluation.arms import ArmSpec
 from evaluation.sets import Sample, SampleSet
 from evaluation.statistics import Interval, wilson
+from evaluation.systems import SystemSpec
 
 Choice = Literal["left", "right", "equal", "both_bad"]
 CHOICES = ("left", "right", "equal", "both_bad")
@@ -291,7 +291,7 @@ def show(rows: Sequence[Result]) -> None:
 
 def load_sets(specs: Sequence[str]) -> list[SampleSet]:
     """Raises ValueError for fewer than two sets, for equal names, and for what is no drawn set."""
-    parsed = [ArmSpec.parse(text) for text in specs]
+    parsed = [SystemSpec.parse(text) for text in specs]
     if len(parsed) < 2 or len({spec.name for spec in parsed}) < len(parsed):
         raise ValueError(
             "name two or more sets of drawn pictures, each NAME=DIRECTORY with a name of its own"
