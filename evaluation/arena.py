@@ -34,7 +34,7 @@ from evaluation.arena_words import Language, Words, words_of
 from evaluation.attributes import Lexicon
 from evaluation.choice import Curve, check_independent, curve, judged, score_pictures, scorer_of
 from evaluation.costs import COSTS, Costs, read_costs
-from evaluation.drawing import Plan, caption_texts, draw_into, prompt_texts, readable_texts
+from evaluation.drawing import SYSTEMS, Plan, caption_texts, draw_into, prompt_texts, readable_texts
 from evaluation.metrics import (
     Figure,
     Networks,
@@ -52,8 +52,6 @@ from evaluation.statistics import Interval
 from evaluation.systems import Setting, SystemSpec, open_system
 from rankers import load_ranker
 from rankers.outdir import LIST
-
-SYSTEMS = "systems"  # folder of OUT
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ from evaluation.sets import SampleSet
 from evaluation.systems import System
 from rankers.outdir import LIST
 
+SYSTEMS = "systems"  # folder of an arena's directory: an out directory a system
+
 
 @dataclass(frozen=True)
 class Plan:
