@@ -259,8 +259,10 @@ def _size(path: Path) -> int:
 
 
 def costs_of(options: Options, spec: SystemSpec) -> Costs:
-    """As the system's images record them; hours as the user says."""
-    costs = read_costs(spec.what if spec.is_drawn else options.out / SYSTEMS / spec.name)
+    """As they were recorded beside the images, else by the checkpoint; hours as the user says."""
+    folder = options.out / SYSTEMS / spec.name
+    recorded = not spec.is_drawn and (folder / COSTS).is_file()
+    costs = read_costs(folder) if recorded else read_costs(spec.what, spec.loras)
     if spec.training_hours is not None:
         costs = replace(costs, training_hours=spec.training_hours, note="hours as given")
     return costs

@@ -12,6 +12,8 @@ from typing import Any
 
 from common.files import read_json
 from common.log import logged_hours
+from common.run_dir import best_step, latest_step
+from gan.model import KIND as GAN
 
 COSTS = "costs.json"  # beside images that the arena generated
 ADAPTER = "pytorch_lora_weights.safetensors"
@@ -58,10 +60,10 @@ def _checkpoint_of(path: Path) -> Path | None:
     """The checkpoint that a run means: its best for a GAN, which is what is sampled from, else its latest."""
     if not path.is_dir():
         return None
-    best, latest = path / "best", path / "latest"
-    if (best / "config.json").is_file() and _mapping(best / "config.json").get("kind") == "gan":
-        return best.resolve()
-    return latest.resolve() if latest.is_dir() else path
+    best = best_step(path)
+    if best and _mapping(best / "config.json").get("kind") == GAN:
+        return best
+    return latest_step(path) or path
 
 
 def _own_costs(directory: Path) -> Costs:
@@ -69,8 +71,9 @@ def _own_costs(directory: Path) -> Costs:
     if (
         config.get("_class_name") == "AutoencoderKL"
     ):  # as diffusion.train_base writes it, beside what trained it
-        trained = directory.parent / "autoencoder" / "latest"
-        return replace(_trained(trained.resolve()), parameters=count_parameters(directory))
+        trained = latest_step(directory.parent / "autoencoder")
+        found = _trained(trained) if trained else Costs()
+        return replace(found, parameters=count_parameters(directory))
     found = replace(_trained(directory), parameters=count_parameters(directory))
     tokenizer = directory / "image_tokenizer"
     if (tokenizer / "config.json").is_file():
