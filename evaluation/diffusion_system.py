@@ -1,5 +1,6 @@
 """Systems of the arena in diffusers' layout: bases with adapters, an autoencoder's prior, any other pipeline."""
 
+import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -148,13 +149,15 @@ def load_other_pipeline(what: Path, device: str) -> tuple[Callable[..., list[Ima
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"the pipeline in {folder} cannot be loaded by diffusers: {first}") from error
     pipeline.set_progress_bar_config(disable=True)
+    known = set(inspect.signature(pipeline.__call__).parameters)
+    if not {"prompt", "generator"} <= known:
+        raise ValueError(f"the {type(pipeline).__name__} in {folder} makes no images of texts")
 
     def images(text: str, num_images: int, seed: int = 0, **sampling: Any) -> list[Image.Image]:
         generators = [sample_generator(f"{seed}/{i}") for i in range(num_images)]
         options = {OTHER_NAMES.get(name, name): value for name, value in sampling.items()}
-        try:
-            return pipeline(prompt=[text] * num_images, generator=generators, **options).images
-        except TypeError as error:
-            raise ValueError(f"{type(pipeline).__name__} does not take these options: {error}") from error
+        if unknown := set(options) - known:
+            raise ValueError(f"{type(pipeline).__name__} has no option {min(unknown)}")
+        return pipeline(prompt=[text] * num_images, generator=generators, **options).images
 
     return images, base_sha256(folder)
