@@ -65,7 +65,7 @@ class Options(MeasuringOptions):
     """File with one text a line, .tsv or .jsonl (see data_tools/prompts.py); None: captions of the reference's held-out
     split."""
     num_prompts: int = 0
-    """So many of the prompts, chosen by the seed; 0: all of a file, 200 captions, 50 where no system is named."""
+    """So many of the prompts, chosen by the seed; 0: all of a file, 200 captions, 40 where no system is named."""
     num_images: int = 8
     """Images of each prompt."""
     widths: tuple[int, ...] = (1, 4, 8)

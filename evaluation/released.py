@@ -22,7 +22,9 @@ from rankers.model import KIND as RANKER
 
 GOODS, EMBEDDED = "../shared/data/goods", "data/synthetic"
 JUDGES = {GOODS: "configs/goods_128/judge.yaml", EMBEDDED: "configs/demo/judge.yaml"}
-NUM_PROMPTS = 50  # with 8 images each: the whole within 20 minutes on two cores
+NUM_PROMPTS = (
+    40  # with 8 images each: six systems within 20 minutes on two idle cores, by the cost of an image
+)
 
 AnyOptions = TypeVar("AnyOptions", bound=Any)
 
@@ -43,10 +45,15 @@ class Found:
 def complete(options: AnyOptions) -> AnyOptions:
     """The options of the arena as they are where systems are named; else with systems, data, judge and ranker.
 
-    Makes the embedded default, and fits a judge, where they are missing. Raises FileNotFoundError where no system is.
+    Makes the embedded default, and fits a judge, where they are missing. Raises FileNotFoundError where no system is,
+    ValueError for other data, for which nobody knows what was trained on them.
     """
     if options.system:
         return options
+    if options.reference not in ("", GOODS, EMBEDDED):
+        raise ValueError(
+            f"name the systems to compare on {options.reference}: --system early=runs/a late=runs/b"
+        )
     reference = options.reference or (GOODS if Path(GOODS).is_dir() else EMBEDDED)
     found = checkpoints(on_embedded=reference == EMBEDDED)
     systems = systems_of(found)

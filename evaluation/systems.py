@@ -103,8 +103,8 @@ class SystemSpec:
     def is_drawn(self) -> bool:
         """Whether its images exist already."""
         path = Path(self.what)
-        if not path.is_dir() or (path / "config.json").is_file():
-            return False
+        if not path.is_dir() or (path / "config.json").is_file() or is_diffusion(path):
+            return False  # a folder of weights may show samples
         return (path / LIST).is_file() or any(
             f.suffix.lower().lstrip(".") in SUFFIXES for f in path.iterdir()
         )
