@@ -1,6 +1,7 @@
 # make demo   sets up, then Chinese text -> ranked pictures on the embedded default
 # make test   sets up and tests          make test-slow   the long tests       make test-gpu   those for a GPU
 # make serve  the service and its web page on this machine, without keys
+# make arena  every system that ships or stands in runs/, compared: out/arena/report.html
 # make lint   format and lint            make bench-demo  quality of the demo over 100 prompts
 # make gpu-report   tests, speed and goals on this machine's GPUs, one page      CPU=1   set-up without CUDA, under 2 GB
 PYTHON ?= python3
@@ -12,7 +13,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294
 export MALLOC_ARENA_MAX ?= 2
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: setup demo test test-slow test-gpu lint bench bench-demo gpu-report serve clean
+.PHONY: setup demo test test-slow test-gpu lint bench bench-demo gpu-report arena serve clean
 
 setup: $(VENV)/.installed
 
@@ -49,6 +50,10 @@ bench: setup bench-demo
 
 gpu-report: setup
 	$(RUN) -m benchmarks.gpu_report
+
+arena: setup
+	$(RUN) -m evaluation.arena
+	$(RUN) -m evaluation.arena_table out/arena
 
 serve: setup
 	$(RUN) -m serve --open

@@ -21,8 +21,8 @@ import common  # noqa: F401 (before torch: Ctrl-C meanwhile leaves no traceback)
 # isort: split
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,14 +40,14 @@ from dalle import inpaint
 from dalle.engines import FastOptions
 from dalle.inpaint import Source
 from dalle.lines import LineControl
-from dalle.pipeline import Picture, TextToImage, default_checkpoint
+from dalle.pipeline import TextToImage, default_checkpoint
 from dalle.sampling import SamplingOptions
 from dalle.spread import DrawBatches, draw_on
 from data_tools.engine import EngineOptions
 from data_tools.images import open_file as open_picture
 from data_tools.line_drawings import LineMethod, extract, open_drawing
 from data_tools.prompts import Prompt, Unused, count_prompts, read_prompts, usable
-from diffusion.white_background import Whitener, WhitenOptions
+from diffusion.white_background import WhitenOptions, onto_white, require_whiten, whiten_origin
 
 NEEDED = (  # flags, and those of which they need one
     ("keep_rows", ("prime",)),
@@ -132,8 +132,7 @@ class Options:
         for flag, needed in NEEDED:
             if getattr(self, flag) is not None and all(getattr(self, name) is None for name in needed):
                 raise ValueError(f"--{flag.replace('_', '-')} needs --{' or --'.join(needed)} PICTURE")
-        if self.white != WhitenOptions() and not self.whiten:
-            raise ValueError("options of --white need --whiten")
+        require_whiten(self.whiten, self.white)
         if self.work.cluster and not self.prompts_file:
             raise ValueError("--engine ray is for many texts: name them with --prompts-file")
         if self.inpaint and not self.mask:
@@ -201,8 +200,7 @@ def origin(options: Options, pipeline: TextToImage) -> dict[str, Any]:
     given = {n: getattr(options, n) for n in names if getattr(options, n) is not None}
     source: dict[str, Any] = {n: str(value) for n, value in given.items()}
     source |= {f"{n}_sha256": sha256_file(v) for n, v in given.items() if isinstance(v, Path) and v.is_file()}
-    whiten = {"whiten": Whitener.open(options.white).origin()} if options.whiten else {}
-    return whiten | {
+    return whiten_origin(options.whiten, options.white) | {
         "seed": options.seed,
         "sampling": to_mapping(options.sampling),
         "negative": options.negative,
@@ -212,17 +210,6 @@ def origin(options: Options, pipeline: TextToImage) -> dict[str, Any]:
         "kernels": pipeline.kernels,
         "checkpoint": pipeline.sha256,
     }
-
-
-def onto_white(pictures: Iterator[Picture], options: Options) -> Iterator[Picture]:
-    """The same on a white background; those that had to be left as they are are counted and said."""
-    whitener, notes = Whitener.open(options.white), []
-    for picture in pictures:
-        found = whitener(picture.image)
-        notes += [found.note] if found.note else []
-        yield replace(picture, image=found.image)
-    if notes:
-        say(f"note: {len(notes)} images were not put on white, the last one {notes[-1]}")
 
 
 def draw_all(options: Options, pipeline: TextToImage, out: OutDirectory, num_texts: int) -> int:
@@ -252,7 +239,7 @@ def draw_all(options: Options, pipeline: TextToImage, out: OutDirectory, num_tex
         pictures = draw_on(cluster, work, requests, options.batch_size)
     else:
         pictures = pipeline.draw(requests, *how, options.batch_size, source, line)
-    pictures = onto_white(pictures, options) if options.whiten else pictures
+    pictures = onto_white(pictures, options.whiten, options.white)
     for picture in tqdm(pictures, total=total, initial=stood, unit="picture", dynamic_ncols=True):
         out.add(picture)
     if options.prompts_file:

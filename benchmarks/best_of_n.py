@@ -29,7 +29,6 @@ from dalle.sampling import SamplingOptions
 from data_tools.index import ShardIndex
 from data_tools.loader import IMAGE_SUFFIXES
 from evaluation import report
-from evaluation.arms import ArmSpec, open_arm
 from evaluation.attributes import Lexicon
 from evaluation.choice import Curve, check_independent, chosen_set, curve, judged, score_pictures
 from evaluation.drawing import Plan, common_texts, draw_into, some_of
@@ -39,6 +38,7 @@ from evaluation.metrics import networks_note
 from evaluation.parts import Networks, generated_part, pixel_colors_of
 from evaluation.reference import Facts, ReferencePictures
 from evaluation.sets import SampleSet
+from evaluation.systems import Setting, SystemSpec, open_system
 from rankers import default_ranker, load_ranker
 from rankers.pairs import AttributeConfig
 
@@ -223,13 +223,14 @@ def main(argv: Sequence[str] | None = None) -> list[Curve]:
     lexicon = Lexicon.of_reference(facts)
     how = (options.num_prompts, options.seed, options.recolored)
     texts = choose_prompts(facts, networks.judge, lexicon, *how)
-    spec = ArmSpec("generator", options.checkpoint)
-    arm = open_arm(spec, options.seed, options.sampling, options.batch_size, options.device)
-    usable, unusable = common_texts(texts, [arm])
+    spec = SystemSpec("generator", options.checkpoint)
+    setting = Setting(options.seed, options.sampling, options.batch_size, options.device)
+    system = open_system(spec, setting)
+    usable, unusable = common_texts(texts, [system])
     if not usable:
         raise ValueError(f"no prompt can be drawn: {unusable[0]}")
     plan = Plan(tuple(usable), options.num_images)
-    samples = draw_into(options.out / "pictures", "generator", arm, plan)
+    samples = draw_into(options.out / "pictures", "generator", system, plan)
     scored, curves = measure(options, samples, networks, ranker, lexicon)
     show(curves, options)
     for line in (*networks_note(networks), *verdicts(curves)):

@@ -130,6 +130,26 @@ def drop_from_step(path: Path, start_step: int) -> None:
         temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
 
+def logged_hours(path: Path, step: int, batch_size: int) -> float | None:
+    """Hours of training steps up to `step` by the samples a second that a metrics.jsonl logged; None where it does not
+    reach that far, or logged none."""
+    if not path.is_file():
+        return None
+    seconds, reached = 0.0, 0
+    for line in split_lines(path.read_text("utf-8", errors="replace")):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if not isinstance(row, dict) or row.get("kind") != "train" or not reached < row["step"] <= step:
+            continue
+        if not row.get("samples_per_second"):
+            return None
+        seconds += (row["step"] - reached) * batch_size / row["samples_per_second"]
+        reached = row["step"]
+    return round(seconds / 3600, 4) if reached and step - reached <= 0.05 * step else None
+
+
 def _start_wandb(run_dir: Path, project: str, options: dict[str, Any]) -> Any:
     """A W&B run with one id for the life of the run directory, so that a resumed run goes on in the same chart.
 

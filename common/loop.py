@@ -18,7 +18,7 @@ from PIL import Image
 
 from common import checkpoint
 from common.distributed import World
-from common.files import write_json
+from common.files import read_json, write_json
 from common.lock import alone_in
 from common.log import MetricLog, Window, clock, note_keys, say, short
 from common.run_dir import claim, point_best
@@ -170,6 +170,8 @@ class _Run:
         self.stop: _StopFlag | None = None
         self.log: MetricLog | None = None
         self.step = self.samples = 0
+        # of all steps, over all starts; None where the run was begun by a version that did not count them
+        self.seconds: float | None = 0.0
         self.best: dict[str, float] = {}
         self.last_eval: dict[str, float] = {}
         self.window = Window()
@@ -217,6 +219,7 @@ class _Run:
                 "would come in another order; choose another --loop.run-dir"
             )
         self.step, self.samples, self.best = int(state["step"]), int(state["samples"]), dict(state["best"])
+        self.seconds = state.get("seconds")
         self.saved_step = self.step
         if self.step >= self.config.num_steps or self.out_of_patience():
             return
@@ -243,6 +246,8 @@ class _Run:
             stop = self._agree(metrics, batch)
             self.data_seconds += started - fetched
             self.step_seconds += time.perf_counter() - started
+            if self.seconds is not None:
+                self.seconds += time.perf_counter() - fetched
             self.window.add(metrics)
             self.step += 1
             self.steps_timed += 1
@@ -351,13 +356,14 @@ class _Run:
         started = time.perf_counter()
         window = self.window.mean_over(self.world)
         state = {"step": self.step, "samples": self.samples, "best": self.best, "window": window}
-        state["seed"] = self.config.seed
+        state |= {"seed": self.config.seed, "seconds": self.seconds}
         state["task"] = self.task.state()
         if self.world.is_main:
             run_dir = self.config.run_dir
             checkpoint.ensure_space(run_dir, state)
             with checkpoint.new_step_directory(run_dir, self.step) as directory:
                 self.task.save(directory, self.step, state["task"])
+                self._note_costs(directory)
                 write_json(directory / "train_config.json", self.options)
                 checkpoint.write_training_state(directory, state)
             best = checkpoint.step_directory(run_dir, int(self.best.get("step", 0)))
@@ -367,3 +373,14 @@ class _Run:
         self.saved_step = self.step
         self.world.barrier()
         self.window_start += time.perf_counter() - started
+
+    def _note_costs(self, directory: Path) -> None:
+        """Hours of all steps, evaluations and checkpoints left out, and images seen into the checkpoint's config.json,
+        where the task has not put its own there."""
+        path = directory / "config.json"
+        if not path.is_file():
+            return
+        costs = {"images_seen": self.samples}
+        if self.seconds is not None:
+            costs["training_hours"] = round(self.seconds / 3600, 4)
+        write_json(path, costs | read_json(path))

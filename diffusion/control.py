@@ -36,7 +36,7 @@ from data_tools.records import Problem
 from diffusion.control_pipeline import ControlPipeline
 from diffusion.controlnet import KIND
 from diffusion.sampling import SamplingOptions
-from diffusion.white_background import Whitener, WhitenOptions
+from diffusion.white_background import Whitener, WhitenOptions, require_whiten, whiten_origin
 
 FOLDER_NAME = "Realistic Drawing"  # of the published answers
 FIRST_ID, MISSING_ID = 20000, 24807  # rows are numbered from the first; the second does not exist
@@ -106,8 +106,7 @@ class Options:
             raise ValueError(f"scale must lie in [0, 2], not {self.scale}")
         if self.num_images < 1 or self.batch_size < 1 or self.seed < 0:
             raise ValueError("num_images and batch_size must be at least 1, seed at least 0")
-        if self.white != WhitenOptions() and not self.whiten:
-            raise ValueError("options of --white need --whiten")
+        require_whiten(self.whiten, self.white)
 
 
 def open_pipeline(options: Options) -> ControlPipeline:
@@ -155,8 +154,7 @@ def follow_one(options: Options, pipeline: ControlPipeline) -> Path:
 
 def origin_of(options: Options, pipeline: ControlPipeline) -> dict[str, Any]:
     """What an image depends on beside its text, drawing and index."""
-    whiten = {"whiten": Whitener.open(options.white).origin()} if options.whiten else {}
-    return whiten | {
+    return whiten_origin(options.whiten, options.white) | {
         "seed": options.seed,
         "sampling": to_mapping(options.sampling),
         "prompting": to_mapping(pipeline.prompting),

@@ -21,7 +21,7 @@ from PIL import Image
 from common.checkpoint import FORMAT
 from common.config import command, parse_options
 from common.distributed import start_world, stop_world
-from common.files import write_json
+from common.files import read_json, write_json
 from common.loop import LoopConfig
 from common.optim import OptimConfig
 from diffusion.base import KIND, DiffusionBase, base_sha256, save_base
@@ -65,6 +65,7 @@ class FullMethod:
 
     def __init__(self, options: Options, base: DiffusionBase, resolution: int) -> None:
         self.options, self.resolution, self.trains_text = options, resolution, options.train_text_encoder
+        self.base_costs = recorded_costs(base.path)
         base.unet.requires_grad_(True)
         if self.trains_text:
             base.text_encoder.requires_grad_(True)
@@ -83,13 +84,20 @@ class FullMethod:
             "step": step,
             "sha256": base_sha256(directory),
             "model": {"fine_tuned_from": str(base.path), "text_len": base.text_len},
-            "images_seen": step * self.options.loop.global_batch_size,
+            "base_costs": self.base_costs,
             "versions": {"torch": torch.__version__},
         }
         write_json(directory / "config.json", config)
 
     def sample(self, base: DiffusionBase, texts: tuple[str, ...]) -> dict[str, Image.Image]:
         return {"samples": sample_grid(base, texts, self.resolution, self.options)}
+
+
+def recorded_costs(path: Path) -> dict[str, Any]:
+    """Hours and images that the base's own training took, as far as it records them."""
+    config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    names = ("training_hours", "images_seen")
+    return {name: config[name] for name in names if isinstance(config, dict) and name in config}
 
 
 @command

@@ -5,6 +5,7 @@
     python -m diffusion.generate 一只狮子 2 out/ --base IDEA-CCNL/Taiyi-Stable-Diffusion-1B-Chinese-v0.1 \\
         --style "卡通风格，暖色调，科技感" --negative "低质量，模糊" --num-steps 50 --cfg-scale 7.5
     python -m diffusion.generate 一双黑色的鞋 4 out/ --image shoe.png --strength 0.5
+    python -m diffusion.generate 一双黑色的鞋 4 out/ --whiten                # on pure white
     python -m diffusion.generate "" 1 out/ --prompts-file prompts.txt       # one text a line; goes on if killed
 
 The same seed gives the same bytes; image i of a seed does not depend on the batch size. Then: python rerank.py out/
@@ -30,6 +31,7 @@ from data_tools.prompts import Prompt, Unused, count_prompts, read_prompts, usab
 from diffusion.base import newest_base
 from diffusion.pipeline import DiffusionToImage, Prompting, Start
 from diffusion.sampling import SamplingOptions
+from diffusion.white_background import WhitenOptions, onto_white, require_whiten, whiten_origin
 
 DEFAULT_TEXT = "一件红色的连衣裙"
 
@@ -70,6 +72,10 @@ class Options:
     """Instead of the text: .txt with a text a line, .tsv with id<TAB>text, or .jsonl; a run that was killed goes on."""
     label: Annotated[LabelOptions, tyro.conf.arg(name="")] = field(default_factory=LabelOptions)
     """What the files say of having been generated."""
+    whiten: bool = False
+    """Put the products on a pure white background."""
+    white: WhitenOptions = field(default_factory=WhitenOptions)
+    """How --whiten does it."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     precision: Precision = "auto"
@@ -86,6 +92,7 @@ class Options:
             raise ValueError("--strength needs --image FILE")
         if self.prompting.negative and not self.sampling.is_guided:
             raise ValueError("a negative prompt works through guidance: set --cfg-scale above 1")
+        require_whiten(self.whiten, self.white)
 
 
 def make_start(options: Options) -> Start | None:
@@ -105,7 +112,7 @@ def origin_of(options: Options, pipeline: DiffusionToImage) -> dict[str, Any]:
             "image_sha256": sha256_file(options.image),
             "strength": strength,
         }
-    return {
+    return whiten_origin(options.whiten, options.white) | {
         "seed": options.seed,
         "sampling": to_mapping(options.sampling) | {"size": options.size or pipeline.base.image_size},
         "prompting": to_mapping(options.prompting),
@@ -144,6 +151,7 @@ def generate_all(options: Options, pipeline: DiffusionToImage, out: OutDirectory
         options.size,
         make_start(options),
     )
+    images = onto_white(images, options.whiten, options.white)
     for sampled in tqdm(images, total=total, initial=stood, unit="image", dynamic_ncols=True):
         out.add(sampled)
     if options.prompts_file:

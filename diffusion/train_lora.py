@@ -110,7 +110,6 @@ class LoraMethod:
             "base": str(base.path),
             "base_licence": base.licence,
             "text_len": base.text_len,
-            "images_seen": step * self.options.loop.global_batch_size,
             "versions": {"torch": torch.__version__},
         }
         write_json(directory / "config.json", config)

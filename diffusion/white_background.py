@@ -2,16 +2,20 @@
 
 As published: alpha = floor(255 p) / 255, out = alpha image + (1 - alpha) 255, without a threshold. Where the matte
 marks hardly anything or nearly everything, the method has failed and the image is left as it is.
+
+`--whiten` of every command that generates is the last part of this file.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from common.files import sha256_file
+from common.log import say
 from data_tools.border import PLAUSIBLE
 from diffusion.saliency import OnnxPreset, Saliency, SaliencyName, open_saliency
 
@@ -108,3 +112,34 @@ def on_white(image: Image.Image, matte: np.ndarray) -> Image.Image:
     alpha = (np.floor(255 * matte.clip(0, 1)) / 255).astype(np.float32)[..., None]
     pixels = alpha * np.asarray(image, np.float32) + (1 - alpha) * 255
     return Image.fromarray(np.round(pixels).astype(np.uint8))
+
+
+# --- --whiten of generating commands -------------------------------------------------------------------------------
+
+AnyImage = TypeVar("AnyImage", bound=Any)
+"""A dataclass with a field `image`."""
+
+
+def require_whiten(whiten: bool, options: WhitenOptions) -> None:
+    """Raises ValueError for options that have no effect."""
+    if options != WhitenOptions() and not whiten:
+        raise ValueError("options of --white need --whiten")
+
+
+def whiten_origin(whiten: bool, options: WhitenOptions) -> dict[str, Any]:
+    """What lines of images.jsonl say of it; nothing where images stay as they are."""
+    return {"whiten": Whitener.open(options).origin()} if whiten else {}
+
+
+def onto_white(images: Iterator[AnyImage], whiten: bool, options: WhitenOptions) -> Iterator[AnyImage]:
+    """The same on white where asked for; those that had to be left as they are are counted and said."""
+    if not whiten:
+        yield from images
+        return
+    whitener, notes = Whitener.open(options), []
+    for made in images:
+        found = whitener(made.image)
+        notes += [found.note] if found.note else []
+        yield replace(made, image=found.image)
+    if notes:
+        say(f"note: {len(notes)} images were not put on white, the last one {notes[-1]}")

@@ -1,17 +1,21 @@
-"""The same prompts and seeds through any number of pipelines: figures with paired differences, and one page.
+"""The same prompts and seeds through any number of systems: quality with paired differences, costs, and one page.
 
+    python -m evaluation.arena                                                       # what ships, on what is there
     python -m evaluation.arena --prompts prompts.txt --reference ../shared/data/goods \\
-        --arm early=runs/dalle/step_00010000 late=runs/dalle guided="runs/dalle?cfg_scale=6" \\
+        --system ar=runs/dalle sd=runs/goods_128_diffusion gan=runs/goods_128_gan guided="runs/dalle?cfg_scale=6" \\
         --judge runs/goods_128_judge --ranker runs/goods_128_ranker
-    python -m evaluation.arena --reference DIR --arm ours=out theirs=out_other --num-images 4    # drawn before
+    python -m evaluation.arena --reference DIR --system ours=out theirs=out_other --num-images 4    # made before
 
-An arm is a checkpoint of any kind that draws, with sampling options of its own behind a question mark; a directory of
-pictures that were drawn before; or a function in Python: see evaluation/arms.py. The ranker chooses the best of 1, 4,
-16; the judge, another network, says what that is worth. Pictures that stand in OUT are kept: killed, the same command
-goes on. Writes OUT/report.html, OUT/metrics.json and OUT/arms/NAME/, each an out directory of generate.py.
+A system is a checkpoint of any kind that makes images, with sampling options of its own behind a question mark; a
+pipeline of diffusers; a directory of images that exist already; or a function in Python: see evaluation/systems.py. The
+ranker chooses the best of 1, 4, 8; the judge, another network, says what that is worth. Images that stand in OUT are
+kept: killed, the same command goes on. Writes OUT/report.html, OUT/metrics.json, the plots of quality against training
+hours and seconds an image, and OUT/systems/NAME/, each an out directory of generate.py. Then:
+python -m evaluation.arena_table OUT, and python -m evaluation.human OUT.
 """
 
 import itertools
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,14 +26,15 @@ import tyro
 
 from common.config import command, parse_options, to_mapping
 from common.log import say
+from common.memory import peak_memory
 from common.output import OutputDirectory
 from common.tables import plain_console
 from dalle.sampling import SamplingOptions
-from evaluation.arms import Arm, ArmSpec, open_arm
+from evaluation.arena_words import Language, Words, words_of
 from evaluation.attributes import Lexicon
 from evaluation.choice import Curve, check_independent, curve, judged, score_pictures, scorer_of
-from evaluation.costs import read_costs
-from evaluation.drawing import Plan, caption_texts, common_texts, draw_into, prompt_texts
+from evaluation.costs import COSTS, Costs, read_costs
+from evaluation.drawing import SYSTEMS, Plan, caption_texts, draw_into, prompt_texts, readable_texts
 from evaluation.metrics import (
     Figure,
     Networks,
@@ -41,38 +46,44 @@ from evaluation.metrics import (
 )
 from evaluation.options import MeasuringOptions
 from evaluation.parts import generated_part, pixel_colors_of
+from evaluation.released import complete
 from evaluation.sets import SampleSet
 from evaluation.statistics import Interval
+from evaluation.systems import Setting, SystemSpec, open_system
 from rankers import load_ranker
+from rankers.outdir import LIST
 
 
 @dataclass(frozen=True)
 class Options(MeasuringOptions):
-    """Compare pipelines on the same prompts and seeds."""
+    """Compare systems on the same prompts and seeds."""
 
-    arm: tuple[str, ...] = ()
-    """NAME=PATH of each arm, see above; the first is the one that others are compared with."""
+    system: tuple[str, ...] = ()
+    """NAME=PATH of each system, see above; the first is the one that others are compared with. None: those that ship
+    and those in runs/, on the data that they were trained on."""
     prompts: Path | None = None
     """File with one text a line, .tsv or .jsonl (see data_tools/prompts.py); None: captions of the reference's held-out
     split."""
     num_prompts: int = 0
-    """So many of the prompts, drawn by the seed; 0: all of a file, 200 captions."""
-    num_images: int = 4
-    """Pictures of each prompt."""
-    widths: tuple[int, ...] = (1, 4, 16)
+    """So many of the prompts, chosen by the seed; 0: all of a file, 200 captions, 40 where no system is named."""
+    num_images: int = 8
+    """Images of each prompt."""
+    widths: tuple[int, ...] = (1, 4, 8)
     """Best of so many; widths above num_images are left out."""
     out: Path = Path("out/arena")
-    """Directory for pictures, metrics.json and report.html."""
+    """Directory for images, metrics.json and report.html."""
     ranker: str = ""
     """Ranker that chooses the best of n, see rankers; empty: the likelihoods of our generators."""
     seed: int = 0
-    """Seed of the pictures."""
+    """Seed of the images."""
     sampling: Annotated[SamplingOptions, tyro.conf.arg(name="")] = field(default_factory=SamplingOptions)
-    """How our generators draw, where an arm says nothing else."""
+    """How our generators sample, where a system says nothing else."""
     batch_size: int = 16
-    """Pictures drawn side by side; does not change them, but their seconds."""
+    """Images generated side by side; does not change them, but their seconds and memory."""
     show_prompts: int = 24
-    """Prompts whose pictures stand on the page."""
+    """Prompts whose images stand on the page."""
+    language: Language = "auto"
+    """Of the page: zh, en, or auto, which follows the locale."""
 
     def __post_init__(self) -> None:
         for name, least in (("num_images", 1), ("num_prompts", 0), ("batch_size", 1), ("seed", 0)):
@@ -81,22 +92,28 @@ class Options(MeasuringOptions):
         if not self.widths or min(self.widths) < 1:
             raise ValueError(f"widths must be numbers of at least 1, not {list(self.widths)}")
 
+    @property
+    def setting(self) -> Setting:
+        """What all systems share."""
+        return Setting(self.seed, self.sampling, self.batch_size, self.device, self.reference, self.split)
+
 
 @dataclass(frozen=True)
-class ArmResult:
-    """One arm, measured."""
+class SystemResult:
+    """One system, measured."""
 
-    spec: ArmSpec
+    spec: SystemSpec
     samples: SampleSet
     figures: tuple[Figure, ...]
     curves: tuple[Curve, ...]
     left_out: tuple[str, ...]
     values: dict[str, Any]
-    """What the judge says of each picture, by name, in the order of the samples."""
+    """What the judge says of each image, by name, in the order of the samples."""
+    costs: Costs
 
     @property
     def seconds(self) -> float | None:
-        """Median seconds a picture; None where they were not recorded."""
+        """Median seconds an image; None where they were not recorded."""
         found = [s.seconds for s in self.samples.samples if s.seconds is not None]
         return float(np.median(found)) if found else None
 
@@ -104,9 +121,9 @@ class ArmResult:
         return {
             "what": self.spec.what,
             "settings": settings_of(self.samples) | {"drawn": self.samples.settings},
-            "seconds_per_picture": self.seconds,
-            "costs": vars(read_costs(self.spec.what)),
-            "figures": [figure.to_json() for figure in self.figures],
+            "seconds_per_image": self.seconds,
+            "costs": self.costs.to_json(),
+            "metrics": [figure.to_json() for figure in self.figures],
             "best_of": {
                 c.name: {"scorer": c.scorer, "points": [p.to_json() for p in c.points]} for c in self.curves
             },
@@ -116,7 +133,7 @@ class ArmResult:
 
 @dataclass(frozen=True)
 class Difference:
-    """One figure of two arms on the same prompts."""
+    """One figure of two systems on the same prompts."""
 
     figure: str
     first: str
@@ -142,18 +159,36 @@ class Match:
     texts: tuple[str, ...]
     unusable: tuple[str, ...]
     """Why prompts were left out."""
-    arms: tuple[ArmResult, ...]
+    systems: tuple[SystemResult, ...]
     differences: tuple[Difference, ...]
     reference: Reference
     judges: tuple[str, ...]
     """What is known of those who judge."""
     networks: dict[str, str]
 
+    def winners(self, words: Words) -> str:
+        """Which system wins at what beyond doubt (95 % intervals of paired differences), and which is fastest."""
+        won: dict[str, list[str]] = {}
+        for name in dict.fromkeys(d.figure for d in self.differences if d.higher_is_better is not None):
+            beaten, best = set(), set()
+            for d in (d for d in self.differences if d.figure == name and d.is_sure):
+                second_wins = (d.value.low > 0) == d.higher_is_better
+                best.add(d.second if second_wins else d.first)
+                beaten.add(d.first if second_wins else d.second)
+            for system in sorted(best - beaten):
+                won.setdefault(system, []).append(name.split("[")[0])
+        timed = {s.spec.name: s.seconds for s in self.systems if s.seconds is not None}
+        if len(timed) > 1:
+            won.setdefault(min(timed, key=timed.get), []).append(words("seconds an image"))
+        form = words("{system} wins at {names}")
+        parts = [form.format(system=s, names=", ".join(dict.fromkeys(n))) for s, n in won.items()]
+        return "; ".join(parts) or words("no system wins at anything beyond doubt")
+
     def to_json(self) -> dict[str, Any]:
         return {
             "prompts": len(self.texts),
             "unusable_prompts": list(self.unusable),
-            "arms": {arm.spec.name: arm.to_json() for arm in self.arms},
+            "systems": {system.spec.name: system.to_json() for system in self.systems},
             "differences": [difference.to_json() for difference in self.differences],
             "judges": list(self.judges),
             "networks": self.networks,
@@ -161,18 +196,18 @@ class Match:
         }
 
 
-# --- drawing -------------------------------------------------------------------------------------------------------
+# --- generating ----------------------------------------------------------------------------------------------------
 
 
-def parse_arms(options: Options) -> list[ArmSpec]:
-    """Raises ValueError for no arms, equal names, and sampling options of pictures that are drawn already."""
-    specs = [ArmSpec.parse(text) for text in options.arm]
+def parse_systems(options: Options) -> list[SystemSpec]:
+    """Raises ValueError for no systems, equal names, and sampling options of images that exist already."""
+    specs = [SystemSpec.parse(text) for text in options.system]
     names = [spec.name for spec in specs]
     if not specs or len(set(names)) < len(names):
-        raise ValueError("name the arms, each with a name of its own: --arm early=runs/a late=runs/b")
+        raise ValueError("name the systems, each with a name of its own: --system early=runs/a late=runs/b")
     drawn = next((spec for spec in specs if spec.is_drawn and spec.sampling), None)
     if drawn:
-        raise ValueError(f"the pictures of arm {drawn.name} are drawn already: leave ?... away")
+        raise ValueError(f"the images of system {drawn.name} exist already: leave ?... away")
     return specs
 
 
@@ -183,41 +218,68 @@ def choose_texts(options: Options) -> list[str]:
     return caption_texts(options.reference, options.split, options.num_prompts or 200, options.seed)
 
 
-def draw_all(
-    options: Options, specs: Sequence[ArmSpec], texts: Sequence[str]
+def generate_all(
+    options: Options, specs: Sequence[SystemSpec], texts: Sequence[str]
 ) -> tuple[list[SampleSet], list[str], list[str]]:
-    """(the sets, prompts that every arm can draw, why others cannot be)."""
-    arms: dict[str, Arm] = {
-        spec.name: open_arm(spec, options.seed, options.sampling, options.batch_size, options.device)
-        for spec in specs
-        if not spec.is_drawn
-    }
-    usable, unusable = common_texts(texts, list(arms.values()))
-    if not usable:
-        raise ValueError(f"no prompt can be drawn by all arms: {unusable[0]}")
-    plan = Plan(tuple(usable), options.num_images)
-    sets = []
+    """(the sets, prompts that every system can read, why others cannot be).
+
+    One system is in memory at a time, so each is opened twice: for its complaints, and for its images.
+    """
+    usable, unusable = list(texts), []
     for spec in specs:
-        if spec.is_drawn:
-            sets.append(plan.of(SampleSet.from_out_dir(Path(spec.what), spec.name)))
-        else:
-            folder = options.out / "arms" / spec.name
-            sets.append(draw_into(folder, spec.name, arms[spec.name], plan))
-    return sets, usable, unusable
+        if not spec.is_drawn:
+            system = open_system(spec, options.setting)
+            usable, complaints = readable_texts(usable, system)
+            unusable += complaints
+            del system
+    if not usable:
+        raise ValueError(f"no prompt can be read by all systems: {unusable[0]}")
+    plan = Plan(tuple(usable), options.num_images)
+    return [generate_one(options, spec, plan) for spec in specs], usable, unusable
+
+
+def generate_one(options: Options, spec: SystemSpec, plan: Plan) -> SampleSet:
+    """The images of a system, and what they took beside them."""
+    if spec.is_drawn:
+        return plan.of(SampleSet.from_out_dir(Path(spec.what), spec.name))
+    folder = options.out / SYSTEMS / spec.name
+    before = _size(folder / LIST)
+    with peak_memory(options.device) as peak:
+        samples = draw_into(folder, spec.name, open_system(spec, options.setting), plan)
+    if _size(folder / LIST) != before:
+        costs = read_costs(spec.what, spec.loras)
+        with OutputDirectory(folder) as files:
+            files.require_ours((COSTS,))
+            files.write_json(COSTS, replace(costs, memory_bytes=peak.bytes).to_json())
+    return samples
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def costs_of(options: Options, spec: SystemSpec) -> Costs:
+    """As they were recorded beside the images, else by the checkpoint; hours as the user says."""
+    folder = options.out / SYSTEMS / spec.name
+    recorded = not spec.is_drawn and (folder / COSTS).is_file()
+    costs = read_costs(folder) if recorded else read_costs(spec.what, spec.loras)
+    if spec.training_hours is not None:
+        costs = replace(costs, training_hours=spec.training_hours, note="hours as given")
+    return costs
 
 
 # --- measuring -----------------------------------------------------------------------------------------------------
 
 
-def measure_arm(
+def measure_system(
     options: Options,
-    spec: ArmSpec,
+    spec: SystemSpec,
     samples: SampleSet,
     reference: Reference,
     networks: Networks,
     ranker: Any | None,
-) -> ArmResult:
-    """Figures of all pictures of an arm, and curves of choosing among them."""
+) -> SystemResult:
+    """Figures of all pictures of a system, and curves of choosing among them."""
     figures, left_out = measure_all(samples, reference, networks, options.measure, options.cache)
     part = generated_part(samples, options.measure.draws, options.measure.seed, options.cache)
     train = reference.train
@@ -230,13 +292,16 @@ def measure_arm(
         left_out.append("best of n: these pictures have no likelihoods, and no --ranker was named")
     how = (options.widths if scorer else (1,), options.measure.draws, options.measure.seed)
     curves = [curve(samples, name, found, scorer, *how) for name, found in values.items()]
-    return ArmResult(spec, samples, tuple(figures), tuple(c for c in curves if c), tuple(left_out), values)
+    known = tuple(c for c in curves if c)
+    return SystemResult(
+        spec, samples, tuple(figures), known, tuple(left_out), values, costs_of(options, spec)
+    )
 
 
-def differences(arms: Sequence[ArmResult]) -> list[Difference]:
-    """Every figure that two arms share, the later minus the earlier one."""
+def differences(systems: Sequence[SystemResult]) -> list[Difference]:
+    """Every figure that two systems share, the later minus the earlier one."""
     found = []
-    for first, second in itertools.combinations(arms, 2):
+    for first, second in itertools.combinations(systems, 2):
         theirs = {figure.name: figure for figure in second.figures}
         for figure in first.figures:
             other = theirs.get(figure.name)
@@ -249,28 +314,28 @@ def differences(arms: Sequence[ArmResult]) -> list[Difference]:
 
 
 def run(options: Options) -> Match:
-    """Draw what is missing, measure, compare. Whatever can be refused is refused before anything is drawn."""
-    specs = parse_arms(options)
+    """Generate what is missing, measure, compare. Whatever can be refused is refused before anything is generated."""
+    specs = parse_systems(options)
     options.check_reference()
     texts = choose_texts(options)
     networks = options.networks()
     ranker = load_ranker(options.ranker, options.device) if options.ranker else None
     if ranker is not None:
         check_independent(ranker, networks)
-    sets, usable, unusable = draw_all(options, specs, texts)
+    sets, usable, unusable = generate_all(options, specs, texts)
     reference = options.real_pictures(sets[0])
-    arms = [
-        measure_arm(options, spec, samples, reference, networks, ranker)
+    systems = [
+        measure_system(options, spec, samples, reference, networks, ranker)
         for spec, samples in zip(specs, sets, strict=True)
     ]
-    found = differences(arms)
+    found = differences(systems)
     judges = tuple(networks_note(networks))
     options = replace(options, judge=options.judge_name())
     return Match(
         options,
         tuple(usable),
         tuple(unusable),
-        tuple(arms),
+        tuple(systems),
         tuple(found),
         reference,
         judges,
@@ -279,83 +344,64 @@ def run(options: Options) -> Match:
 
 
 def show(match: Match) -> None:
-    """Figures of all arms in the terminal."""
+    """Figures of all systems in the terminal."""
     from rich.table import Table
 
-    title = f"{len(match.texts)} prompts, {match.options.num_images} pictures each, seed {match.options.seed}"
+    title = f"{len(match.texts)} prompts, {match.options.num_images} images each, seed {match.options.seed}"
     table = Table(title=title)
-    table.add_column("figure", overflow="fold")
-    for arm in match.arms:
-        table.add_column(arm.spec.name, justify="right")
-    for name in dict.fromkeys(figure.name for arm in match.arms for figure in arm.figures):
-        by_arm = [next((f for f in arm.figures if f.name == name), None) for arm in match.arms]
-        table.add_row(name, *(str(f.value) if f else "-" for f in by_arm))
-    seconds = [arm.seconds for arm in match.arms]
-    table.add_row("seconds a picture, median", *("-" if s is None else f"{s:.3g}" for s in seconds))
-    costs = [read_costs(arm.spec.what) for arm in match.arms]
-    for name in ("parameters", "training_hours", "images_seen"):
-        values = [getattr(c, name) for c in costs]
+    table.add_column("metric", overflow="fold")
+    for system in match.systems:
+        table.add_column(system.spec.name, justify="right")
+    for name in dict.fromkeys(figure.name for system in match.systems for figure in system.figures):
+        found = [next((f for f in system.figures if f.name == name), None) for system in match.systems]
+        table.add_row(name, *(str(f.value) if f else "-" for f in found))
+    seconds = [system.seconds for system in match.systems]
+    table.add_row("seconds an image, median", *("-" if s is None else f"{s:.3g}" for s in seconds))
+    for name in ("parameters", "training_hours", "images_seen", "memory_bytes"):
+        values = [getattr(system.costs, name) for system in match.systems]
         table.add_row(name.replace("_", " "), *("-" if v is None else f"{v:,.4g}" for v in values))
     plain_console().print(table)
-    say(winners(match))
+    say(match.winners(words_of("en")))
 
 
-def winners(match: Match) -> str:
-    """One line: which system wins at what beyond doubt (95 % intervals of paired differences), and which is fastest."""
-    won: dict[str, list[str]] = {}
-    for name in dict.fromkeys(d.figure for d in match.differences if d.higher_is_better is not None):
-        beaten, best = set(), set()
-        for d in (d for d in match.differences if d.figure == name and d.is_sure):
-            second_wins = (d.value.low > 0) == d.higher_is_better
-            best.add(d.second if second_wins else d.first)
-            beaten.add(d.first if second_wins else d.second)
-        for system in sorted(best - beaten):
-            won.setdefault(system, []).append(name.split("[")[0])
-    timed = {arm.spec.name: arm.seconds for arm in match.arms if arm.seconds is not None}
-    if len(timed) > 1:
-        won.setdefault(min(timed, key=timed.get), []).append("seconds an image")
-    parts = [f"{system} wins at {', '.join(dict.fromkeys(names))}" for system, names in won.items()]
-    return "; ".join(parts) or "no system wins at anything beyond doubt"
-
-
-def join_arms(argv: Sequence[str] | None) -> list[str] | None:
-    """`--system A --arm B` as `--arm A B`: the parser knows one name, and would keep the last one only."""
-    if argv is None:
-        import sys
-
-        argv = sys.argv[1:]
-    rest, arms, taking = [], [], False
+def join_systems(argv: Sequence[str] | None) -> list[str] | None:
+    """`--system A --arm B` as `--system A B`: the parser knows one name, and would keep the last one only."""
+    argv = sys.argv[1:] if argv is None else argv
+    rest, systems, taking = [], [], False
     for word in argv:
-        if word in ("--arm", "--system"):
+        if word in ("--system", "--arm"):
             taking = True
-        elif word.startswith(("--arm=", "--system=")):
-            arms.append(word.partition("=")[2])
+        elif word.startswith(("--system=", "--arm=")):
+            systems.append(word.partition("=")[2])
             taking = False
         elif taking and not word.startswith("--"):
-            arms.append(word)
+            systems.append(word)
         else:
             rest.append(word)
             taking = False
-    return [*rest, *(["--arm", *arms] if arms else [])]
+    return [*rest, *(["--system", *systems] if systems else [])]
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> Match:
     """Compare; returns what the page is made of."""
     from evaluation.arena_page import write_arena_page
+    from evaluation.arena_plots import PLOTS, write_plots
     from evaluation.report import METRICS, PAGE
 
-    options = parse_options(Options, join_arms(argv), description=__doc__)
+    options = complete(parse_options(Options, join_systems(argv), description=__doc__))
     with OutputDirectory(options.out) as files:
-        files.require_ours((METRICS, PAGE))
+        files.require_ours((METRICS, PAGE, *PLOTS))
         match = run(options)
         show(match)
-        for line in (*match.judges, *dict.fromkeys(r for arm in match.arms for r in arm.left_out)):
+        for line in (*match.judges, *dict.fromkeys(r for system in match.systems for r in system.left_out)):
             say(line)
         files.write_json(METRICS, match.to_json())
+        plots = write_plots(files, match)
         with files.writing(PAGE) as temporary:
-            write_arena_page(temporary, match)
+            write_arena_page(temporary, match, plots)
     say(f"wrote {options.out / PAGE} and {options.out / METRICS}")
+    say(f"next: python -m evaluation.human {options.out}")
     return match
 
 

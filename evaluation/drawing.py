@@ -1,4 +1,4 @@
-"""Drawing an arm's pictures into its directory: what stands there is kept, so a killed run goes on where it was."""
+"""Drawing a system's pictures into its directory: what stands there is kept, so a killed run goes on where it was."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -14,14 +14,16 @@ from common.out_directory import OutDirectory, Request
 from data_tools.captions import pick_caption
 from data_tools.index import ShardIndex
 from data_tools.prompts import read_prompts
-from evaluation.arms import Arm
 from evaluation.sets import SampleSet
+from evaluation.systems import System
 from rankers.outdir import LIST
+
+SYSTEMS = "systems"  # folder of an arena's directory: an out directory a system
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Which pictures an arm has to have."""
+    """Which pictures a system has to have."""
 
     texts: tuple[str, ...]
     num_images: int
@@ -43,12 +45,12 @@ class Plan:
         return found.only(self.texts).first(self.num_images)
 
 
-def draw_into(directory: Path, name: str, arm: Arm, plan: Plan) -> SampleSet:
-    """The planned pictures of `arm`, those that `directory` lacks drawn now, in rounds of one progress bar.
+def draw_into(directory: Path, name: str, system: System, plan: Plan) -> SampleSet:
+    """The planned pictures of `system`, those that `directory` lacks drawn now, in rounds of one progress bar.
 
     Raises ValueError when `directory` holds pictures of another checkpoint, seed or setting.
     """
-    with OutDirectory(directory, _plain(arm.origin)) as out:
+    with OutDirectory(directory, _plain(system.origin)) as out:
         standing = _standing(directory, out.origin)
         out.continue_from(iter(standing))
         have = set(standing[: out.count])
@@ -57,19 +59,29 @@ def draw_into(directory: Path, name: str, arm: Arm, plan: Plan) -> SampleSet:
         out.require_ours(out.count + len(todo))
         if have and todo:
             say(f"{name}: {total - len(todo)} of {total} pictures stand in {directory}: going on behind them")
-        bar = tqdm(arm.draw(todo), name, total, initial=total - len(todo), unit="picture", dynamic_ncols=True)
+        bar = tqdm(
+            system.generate(todo), name, total, initial=total - len(todo), unit="picture", dynamic_ncols=True
+        )
         for picture in bar:
             out.add(picture)
         out.forget_leftovers()  # a damaged tail
     return plan.of(SampleSet.from_out_dir(directory, name))
 
 
-def common_texts(texts: Iterable[str], arms: Sequence[Arm]) -> tuple[list[str], list[str]]:
-    """Texts that every arm can draw, and the complaints about the others."""
+def common_texts(texts: Iterable[str], systems: Sequence[System]) -> tuple[list[str], list[str]]:
+    """Texts that every system can read, and the complaints about the others."""
+    usable, complaints = list(texts), []
+    for system in systems:
+        usable, found = readable_texts(usable, system)
+        complaints += found
+    return usable, complaints
+
+
+def readable_texts(texts: Iterable[str], system: System) -> tuple[list[str], list[str]]:
+    """Texts that a system can read, and its complaints about the others."""
     usable, complaints = [], []
     for text in texts:
-        found = next((c for arm in arms if (c := arm.complaint(text))), "")
-        if found:
+        if found := system.complaint(text):
             complaints.append(found)
         else:
             usable.append(text)

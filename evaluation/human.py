@@ -1,11 +1,13 @@
 """Which pictures do people like better? Two pictures of one text side by side, nobody knows whose.
 
+    python -m evaluation.human out/arena                                                 # all systems of an arena
     python -m evaluation.human ours=out theirs=out_other --choices out/choices.jsonl     # open the address it prints
     python -m evaluation.human --results out/choices.jsonl                               # win rates with intervals
 
 Sides and order are drawn by the seed for every rater. Every choice is one line of the file, written before the next
 pair is shown: stop and start as often as you like, with any number of raters. A tenth of the pairs comes back with the
-sides exchanged, which says how far a rater agrees with himself. `/?rater=NAME` is a link that asks for no name.
+sides exchanged, which says how far a rater agrees with himself. `/?rater=NAME` is a link that asks for no name. Images
+are sent as plain pixels of one size under the pair's number, so that neither name nor size tells whose they are.
 """
 
 import hashlib
@@ -23,15 +25,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tyro
+from PIL import Image
 
 from common.config import command, parse_options
 from common.files import ensure_writable_directory
 from common.lock import locked
 from common.log import say
 from common.tables import plain_console
-from evaluation.arms import ArmSpec
+from evaluation.drawing import SYSTEMS
 from evaluation.sets import Sample, SampleSet
 from evaluation.statistics import Interval, wilson
+from evaluation.systems import SystemSpec
+from rankers.outdir import LIST
 
 Choice = Literal["left", "right", "equal", "both_bad"]
 CHOICES = ("left", "right", "equal", "both_bad")
@@ -42,7 +47,8 @@ class Options:
     """Ask people which of two pictures is better."""
 
     sets: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Two or more NAME=DIRECTORY of drawn pictures: an out directory, or a folder of pictures with texts."""
+    """Two or more NAME=DIRECTORY of images: an out directory, or a folder of images with texts; or the directory of an
+    arena, for all of its systems."""
     choices: Path = Path("out/choices.jsonl")
     """File that choices are appended to."""
     results: Path | None = None
@@ -190,12 +196,18 @@ class Study:
         return True
 
     def picture(self, rater: str, pair_id: str, side: str) -> bytes:
-        """PNG bytes without anything but pixels. Raises ValueError for an unknown one."""
+        """PNG bytes without anything but pixels, both of a pair at the size of the larger. Raises ValueError for an
+        unknown one."""
         if pair_id not in self.pairs or side not in ("left", "right"):
             raise ValueError(f"no picture {side!r} of {pair_id!r}")
-        sample = self.sides(rater, pair_id)[side == "right"]
+        left, right, _ = self.sides(rater, pair_id)
+        images = [left.image, right.image]
+        size = max((image.size for image in images), key=lambda s: s[0] * s[1])
+        shown = images[side == "right"]
+        if shown.size != size:
+            shown = shown.resize(size, Image.Resampling.BICUBIC)
         buffer = io.BytesIO()
-        sample.image.save(buffer, "PNG")
+        shown.save(buffer, "PNG")
         return buffer.getvalue()
 
 
@@ -272,6 +284,31 @@ def _agreement(lines: Sequence[dict[str, Any]]) -> tuple[int, int]:
     return sum(a == b for a, b in pairs), len(pairs)
 
 
+@dataclass(frozen=True)
+class Standing:
+    """One set against all others."""
+
+    name: str
+    wins: int
+    decided: int
+    """Choices for it or for the other, repeated pairs left out."""
+    win_rate: Interval | None
+
+
+def standings(rows: Sequence[Result]) -> list[Standing]:
+    """A row a set, the best first. Rates compare sets that met the same others equally often."""
+    wins: dict[str, int] = defaultdict(int)
+    decided: dict[str, int] = defaultdict(int)
+    for row in rows:
+        for name, own in ((row.first, row.wins), (row.second, row.losses)):
+            wins[name] += own
+            decided[name] += row.wins + row.losses
+    found = [
+        Standing(n, wins[n], decided[n], wilson(wins[n], decided[n]) if decided[n] else None) for n in decided
+    ]
+    return sorted(found, key=lambda s: -(s.win_rate.value if s.win_rate else -1.0))
+
+
 def show(rows: Sequence[Result]) -> None:
     from rich.table import Table
 
@@ -281,22 +318,39 @@ def show(rows: Sequence[Result]) -> None:
     table.add_column("first better among the decided, 95 %", justify="right")
     table.add_column("same answer when asked again", justify="right")
     for row in rows:
-        rate = row.win_rate
-        share = "-" if rate is None else f"{rate.value:.1%} [{rate.low:.1%}, {rate.high:.1%}]"
         counts = (row.wins, row.losses, row.equal, row.both_bad, row.raters)
         again = f"{row.agreement[0]} of {row.agreement[1]}" if row.agreement[1] else "-"
-        table.add_row(row.first, row.second, *map(str, counts), share, again)
+        table.add_row(row.first, row.second, *map(str, counts), _share(row.win_rate), again)
     plain_console().print(table)
+    if len(rows) > 1:
+        overall = Table(title="every set against the others")
+        for name in ("set", "better", "of decided", "share, 95 %"):
+            overall.add_column(name, justify="left" if name == "set" else "right")
+        for one in standings(rows):
+            overall.add_row(one.name, str(one.wins), str(one.decided), _share(one.win_rate))
+        plain_console().print(overall)
+
+
+def _share(rate: Interval | None) -> str:
+    return "-" if rate is None else f"{rate.value:.1%} [{rate.low:.1%}, {rate.high:.1%}]"
 
 
 def load_sets(specs: Sequence[str]) -> list[SampleSet]:
     """Raises ValueError for fewer than two sets, for equal names, and for what is no drawn set."""
-    parsed = [ArmSpec.parse(text) for text in specs]
+    parsed = [SystemSpec.parse(text) for given in specs for text in _systems_in(given)]
     if len(parsed) < 2 or len({spec.name for spec in parsed}) < len(parsed):
         raise ValueError(
             "name two or more sets of drawn pictures, each NAME=DIRECTORY with a name of its own"
         )
     return [SampleSet.from_out_dir(Path(spec.what), spec.name) for spec in parsed]
+
+
+def _systems_in(given: str) -> list[str]:
+    """NAME=DIRECTORY of every system of an arena's directory; anything else as it is."""
+    folder = Path(given) / SYSTEMS
+    if "=" in given or not folder.is_dir():
+        return [given]
+    return [f"{path.name}={path}" for path in sorted(folder.iterdir()) if (path / LIST).is_file()]
 
 
 @command

@@ -24,7 +24,6 @@ from common.output import OutputDirectory
 from dalle.pipeline import default_checkpoint
 from dalle.sampling import SamplingOptions
 from evaluation.arena import Difference
-from evaluation.arms import ArmSpec, OwnArm, open_arm
 from evaluation.drawing import Plan, caption_texts, common_texts, draw_into, prompt_texts
 from evaluation.figures import PLAIN
 from evaluation.metrics import (
@@ -34,6 +33,7 @@ from evaluation.metrics import (
 )
 from evaluation.options import MeasuringOptions
 from evaluation.sets import SampleSet
+from evaluation.systems import OwnSystem, Setting, SystemSpec, open_system
 
 KNOBS = ("cfg_scale", "temperature", "top_k", "top_p")
 FLAGS = {name: f"--{name.replace('_', '-')}" for name in KNOBS}
@@ -216,14 +216,14 @@ class Sweep:
         }
 
 
-def split_texts(options: Options, arm: OwnArm) -> tuple[Plan, Plan]:
+def split_texts(options: Options, system: OwnSystem) -> tuple[Plan, Plan]:
     """Prompts of the search and others of the report. Raises ValueError when there are too few."""
     wanted = options.search_prompts + options.report_prompts
     if options.prompts:
         texts = prompt_texts(options.prompts, wanted, options.seed)
     else:
         texts = caption_texts(options.reference, options.split, wanted, options.seed)
-    usable, _ = common_texts(texts, [arm])
+    usable, _ = common_texts(texts, [system])
     if len(usable) <= options.search_prompts:
         raise ValueError(
             f"{len(usable)} prompts leave none for the report after {options.search_prompts} for the search: give "
@@ -243,16 +243,15 @@ def run(options: Options) -> Sweep:
     options.check_reference()
     networks = options.networks()
     checkpoint = options.checkpoint or str(default_checkpoint())
-    arm = open_arm(
-        ArmSpec("sweep", checkpoint), options.seed, SamplingOptions(), options.batch_size, options.device
-    )
-    if not isinstance(arm, OwnArm):
+    setting = Setting(options.seed, batch_size=options.batch_size, device=options.device)
+    system = open_system(SystemSpec("sweep", checkpoint), setting)
+    if not isinstance(system, OwnSystem):
         raise ValueError(f"{checkpoint} is no generator of ours: only those have these knobs")
-    first, second = split_texts(options, arm)
+    first, second = split_texts(options, system)
 
     def figures_of(part: str, plan: Plan, sampling: SamplingOptions) -> tuple[SampleSet, dict[str, Figure]]:
         name = setting_name(sampling)
-        own = OwnArm(arm.pipeline, options.seed, sampling, options.batch_size)
+        own = OwnSystem(system.pipeline, options.seed, sampling, options.batch_size)
         samples = draw_into(options.out / part / name, name, own, plan)
         figures, _ = measure_all(
             samples, options.real_pictures(samples), networks, options.measure, options.cache

@@ -3,6 +3,7 @@
     python -m gan.generate "一件红色的连衣裙" 8 out/
     python -m gan.generate "一双黑色的鞋" 16 out/ --psi 0.7 --seed 3             # less variety, fewer failures
     python -m gan.generate "一件红色的T恤" 8 out/ --interpolate "一条蓝色牛仔裤"    # a strip from one text to the other
+    python -m gan.generate "一双黑色的鞋" 8 out/ --whiten                          # on pure white
     python -m gan.generate "" 8 out/ --category Shoes                             # where the shards carried categories
 
 Takes the GAN that was trained last; `--checkpoint` names another. The same seed gives the same bytes; image i of a seed
@@ -21,6 +22,7 @@ from common.config import command, parse_options, to_mapping
 from common.label import LabelOptions
 from common.log import say
 from common.out_directory import OutDirectory, Request
+from diffusion.white_background import WhitenOptions, onto_white, require_whiten, whiten_origin
 from gan.pipeline import Generated, SamplingOptions, TextToGan, default_checkpoint
 
 DEFAULT_TEXT = "一件红色的连衣裙"
@@ -46,6 +48,10 @@ class Options:
     """Second text: image 0 of the seed, its text going from the first to this one."""
     label: Annotated[LabelOptions, tyro.conf.arg(name="")] = field(default_factory=LabelOptions)
     """What the files say of having been generated."""
+    whiten: bool = False
+    """Put the products on a pure white background."""
+    white: WhitenOptions = field(default_factory=WhitenOptions)
+    """How --whiten does it."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 
@@ -56,11 +62,12 @@ class Options:
             raise ValueError(f"an interpolation needs at least 2 images, not {self.num_images}")
         if self.seed < 0:
             raise ValueError(f"seed must be 0 or more, not {self.seed}")
+        require_whiten(self.whiten, self.white)
 
 
 def origin(options: Options, pipeline: TextToGan) -> dict[str, Any]:
     """What every line of images.jsonl repeats: all that an image depends on beside its text and index."""
-    return {
+    return whiten_origin(options.whiten, options.white) | {
         "seed": options.seed,
         "sampling": to_mapping(options.sampling),
         "interpolate": options.interpolate or None,
@@ -97,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
                 say(f"note: {note}")
         out.origin = origin(options, pipeline)
         started = time.perf_counter()
-        for found in generated(options, pipeline):
+        for found in onto_white(generated(options, pipeline), options.whiten, options.white):
             out.add(found)
         out.write_grid(options.num_images if options.interpolate and options.num_images <= 64 else None)
     seconds = (time.perf_counter() - started) / out.count

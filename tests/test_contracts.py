@@ -18,7 +18,7 @@ ALLOWED = {
     # losses and frozen ImageNet features live in vq
     "rankers": {"common", "data_tools", "vq"},
     "diffusion": {"common", "data_tools", "vq"},
-    "gan": {"common", "data_tools", "vq"},
+    "gan": {"common", "data_tools", "vq", "diffusion"},  # of the latter, white backgrounds
     "evaluation": {"common", "data_tools", "vq", "dalle", "rankers", "diffusion", "gan"},
     "serve": {"common", "data_tools", "vq", "dalle", "rankers", "diffusion", "gan"},
 }

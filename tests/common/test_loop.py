@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,26 @@ def test_everything_happens_at_its_step_and_once_at_the_end(tmp_path):
         "training_state",
         "training_state/state.pt",
     ]
+
+
+def test_a_checkpoint_records_hours_and_images_over_all_starts(tmp_path):
+    def costs(step: int) -> tuple[float, int]:
+        found = json.loads((tmp_path / f"step_{step:08d}" / "config.json").read_text())
+        return found["training_hours"] * 3600, found["images_seen"]
+
+    sleepy = LineTask(at={i: lambda: time.sleep(0.5) for i in range(10)})
+    train(sleepy, config(tmp_path, num_steps=6, keep_last=0))
+    assert costs(3)[1] == 12 and costs(6)[1] == 24
+    assert 1.4 < costs(3)[0] < 2.9 < costs(6)[0] < 8, (
+        "half a second a step; evaluations and checkpoints left out"
+    )
+    train(LineTask(at=sleepy.at), config(tmp_path, num_steps=8, keep_last=0))
+    assert costs(8)[1] == 32 and costs(6)[0] + 0.9 < costs(8)[0]
+    state = checkpoint.read_training_state(tmp_path / "step_00000008")
+    del state["seconds"]  # of a version that counted none
+    torch.save(state, tmp_path / "step_00000008" / "training_state" / "state.pt")
+    train(LineTask(), config(tmp_path, keep_last=0))
+    assert "training_hours" not in json.loads((tmp_path / "latest" / "config.json").read_text())
 
 
 def test_zero_means_only_at_the_end(tmp_path):

@@ -14,6 +14,7 @@ from data_tools import submit
 from diffusion import generate
 from diffusion.base import base_sha256, save_base
 from diffusion.pipeline import DiffusionToImage
+from diffusion.white_background import Whitener, WhitenOptions
 from evaluation.sets import SampleSet
 from rankers.outdir import read_out_directory
 
@@ -32,6 +33,21 @@ def flags(folder: Path, text: str, count: int, out: Path, *more: str) -> list[st
 
 def lines(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "images.jsonl").read_text("utf-8").splitlines()]
+
+
+def test_whitened_images_are_the_plain_ones_put_on_white(folder, tmp_path):
+    plain = generate.main(flags(folder, "红色的鞋", 2, tmp_path / "plain"))
+    white = generate.main(
+        flags(folder, "红色的鞋", 2, tmp_path / "white", "--whiten", "--white.feather", "1")
+    )
+    assert lines(white)[0]["whiten"]["feather"] == 1.0 and "whiten" not in lines(plain)[0]
+    whitener = Whitener.open(WhitenOptions(feather=1))
+    for name in ("0000.png", "0001.png"):
+        with Image.open(plain / name) as before, Image.open(white / name) as after:
+            assert after.tobytes() == whitener(before).image.tobytes()
+    with pytest.raises(SystemExit):
+        generate.main(flags(folder, "红色的鞋", 2, tmp_path / "none", "--white.feather", "1"))
+    assert not (tmp_path / "none").exists()
 
 
 def test_an_out_directory_is_what_generate_py_writes(folder, tmp_path):

@@ -58,6 +58,9 @@ def test_a_run_learns_and_its_folder_is_an_ordinary_pipeline(train, material):
         assert all(torch.equal(old[n], new[n]) for n in old)
     assert (run / "samples" / "samples_00000030.png").is_file()
     assert load_base(run).text_len == 12
+    config = json.loads((run / "latest" / "config.json").read_text())
+    assert config["images_seen"] == 30 * 4 and 0 < config["training_hours"] < 1
+    assert config["base_costs"] == {}, "the base of this test records nothing"
     assert json.loads((run / "latest" / "config.json").read_text())["kind"] == "diffusion"
 
 

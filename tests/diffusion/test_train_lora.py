@@ -52,6 +52,7 @@ def test_a_run_learns_and_its_file_loads_everywhere(train, material):
     assert kohya.layout == "kohya" and kohya.num_parameters == read_lora(run).num_parameters
     config = json.loads((run / "latest" / "config.json").read_text())
     assert config["kind"] == "lora" and config["base_licence"] == "mit" and config["model"]["rank"] == 8
+    assert config["images_seen"] == 30 * 4 and 0 < config["training_hours"] < 1
 
 
 def test_a_killed_run_goes_on_exactly(train):

@@ -6,14 +6,14 @@ from types import SimpleNamespace
 import torch
 
 from common.out_directory import Request
-from dalle.sampling import SamplingOptions
 from diffusion.base import save_base
 from diffusion.networks import AutoencoderConfig, TextConfig, UnetConfig
 from diffusion.unet_task import make_base_scheduler
-from evaluation.arena import Difference, join_arms, winners
-from evaluation.arms import ArmSpec, open_arm
+from evaluation.arena import Difference, Match, join_systems
+from evaluation.arena_words import words_of
 from evaluation.costs import Costs, read_costs
 from evaluation.statistics import Interval
+from evaluation.systems import Setting, SystemSpec, open_system
 
 
 def write_base(folder):
@@ -40,17 +40,15 @@ def write_base(folder):
 
 def test_a_base_is_a_system_by_its_folder(tmp_path):
     write_base(tmp_path / "base")
-    spec = ArmSpec.parse(f"sd={tmp_path / 'base'}?num_steps=2&cfg_scale=2&style=红")
-    system = open_arm(spec, 3, SamplingOptions(), batch_size=2, device="cpu")
+    spec = SystemSpec.parse(f"sd={tmp_path / 'base'}?num_steps=2&cfg_scale=2&style=红")
+    system = open_system(spec, Setting(3, batch_size=2, device="cpu"))
     assert system.origin["sampling"]["num_steps"] == 2
     assert system.origin["prompting"]["style"] == "红"
-    found = list(system.draw([Request("红色的鞋", 1), Request("鞋", 0)]))
+    found = list(system.generate([Request("红色的鞋", 1), Request("鞋", 0)]))
     direct = system.pipeline("红色的鞋", 2, seed=3, num_steps=2, cfg_scale=2.0, style="红")
     assert found[0].image.tobytes() == direct[1].tobytes()
     assert system.complaint("鞋") == ""
-    assert "knows nothing" in open_arm(ArmSpec("sd", spec.what), 3, SamplingOptions(), 2, "cpu").complaint(
-        "猫"
-    )
+    assert "knows nothing" in open_system(SystemSpec("sd", spec.what), Setting(device="cpu")).complaint("猫")
 
 
 def test_what_a_system_cost_is_read_from_its_checkpoint(tmp_path):
@@ -69,17 +67,26 @@ def test_one_line_says_which_system_wins_at_what():
     def difference(name, low, high, higher):
         return Difference(name, "sd", "ar", Interval((low + high) / 2, low, high), higher)
 
-    arms = [SimpleNamespace(spec=SimpleNamespace(name=n), seconds=s) for n, s in (("sd", 0.4), ("ar", 0.2))]
+    systems = [
+        SimpleNamespace(spec=SimpleNamespace(name=n), seconds=s) for n, s in (("sd", 0.4), ("ar", 0.2))
+    ]
     differences = [
         difference("kind_right[judge]", 0.1, 0.3, True),
         difference("frechet[x]", 1.0, 2.0, False),
         difference("color_right[judge]", -0.1, 0.1, True),
     ]
-    match = SimpleNamespace(arms=arms, differences=differences)
-    assert winners(match) == "ar wins at kind_right, seconds an image; sd wins at frechet"
-    nothing = SimpleNamespace(arms=arms[:1], differences=())
-    assert winners(nothing) == "no system wins at anything beyond doubt"
+    match = SimpleNamespace(systems=systems, differences=differences)
+    assert (
+        Match.winners(match, words_of("en")) == "ar wins at kind_right, seconds an image; sd wins at frechet"
+    )
+    nothing = SimpleNamespace(systems=systems[:1], differences=())
+    assert Match.winners(nothing, words_of("en")) == "no system wins at anything beyond doubt"
 
 
 def test_systems_and_arms_are_one_list():
-    assert join_arms(["--system", "a=1", "--arm", "b=2", "--system=c=3"]) == ["--arm", "a=1", "b=2", "c=3"]
+    assert join_systems(["--system", "a=1", "--arm", "b=2", "--system=c=3"]) == [
+        "--system",
+        "a=1",
+        "b=2",
+        "c=3",
+    ]

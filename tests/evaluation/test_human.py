@@ -169,7 +169,7 @@ def test_the_command_refuses_what_it_cannot_use(sets, tmp_path, capsys):
         ([f"a={ours}"], "two or more sets"),
         ([f"a={ours}", f"a={ours}"], "a name of its own"),
         ([f"a={ours}", f"b={tmp_path}/none"], "no directory of pictures"),
-        ([f"{ours}"], "an arm is NAME=PATH"),
+        ([f"{ours}"], "a system is NAME=PATH"),
         (["--results", f"{tmp_path}/none.jsonl"], "no file of choices"),
         (["--num-pairs", "0"], "num_pairs must be at least 1"),
         (["--repeat-share", "2"], "repeat_share must lie in"),

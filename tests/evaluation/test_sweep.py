@@ -130,7 +130,7 @@ def test_what_cannot_be_swept_is_refused(tmp_path, shards, judge_dir, generator_
     base |= {"--prompts": tmp_path / "p.txt", "--out": tmp_path / "o", "--search-prompts": 1}
     for changed, expected in [
         ({"--reference": ""}, "name real pictures"),
-        ({"--checkpoint": ranker_dir}, "of kind ranker, which draws no pictures"),
+        ({"--checkpoint": ranker_dir}, "of kind ranker, which makes no images"),
         ({}, "1 prompts leave none for the report"),
         ({"--prompts": tmp_path / "none"}, "no prompts file"),
         ({"--cfg-scales": -1}, "cfg_scale must lie in [0, 1000]"),

@@ -5,6 +5,7 @@ from PIL import Image
 from tiny_gan import TEXTS
 
 from common.label import open_labelled, read_labels, read_manifest
+from diffusion.white_background import Whitener, WhitenOptions
 from gan.generate import main
 from gan.pipeline import TextToGan
 
@@ -38,6 +39,17 @@ def test_an_interpolation_is_a_strip(run_dir, tmp_path):
     assert line["interpolate"] == TEXTS[4] and line["index"] == 3
 
 
+def test_whitened_images_are_the_plain_ones_put_on_white(run_dir, tmp_path):
+    plain = run(run_dir, tmp_path / "plain", TEXTS[0], "2")
+    white = run(run_dir, tmp_path / "white", TEXTS[0], "2", "--whiten", "--white.erode", "1")
+    lines = [json.loads(line) for line in (white / "images.jsonl").read_text("utf-8").splitlines()]
+    assert lines[0]["whiten"]["erode"] == 1 and lines[0]["index"] == 0
+    whitener = Whitener.open(WhitenOptions(erode=1))
+    for name in ("0000.png", "0001.png"):
+        with Image.open(plain / name) as before, Image.open(white / name) as after:
+            assert after.tobytes() == whitener(before).image.tobytes()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -45,6 +57,7 @@ def test_an_interpolation_is_a_strip(run_dir, tmp_path):
         ((TEXTS[0], "1", "--interpolate", TEXTS[1]), "an interpolation needs at least 2 images"),
         (("qwz", "2"), "holds only characters"),
         ((TEXTS[0], "2", "--psii", "1"), "--psii"),
+        ((TEXTS[0], "2", "--white.erode", "1"), "need --whiten"),
         ((TEXTS[0], "2", "--category", "Boat"), "knows no category"),
     ],
 )
