@@ -29,10 +29,10 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import tyro
-from tqdm import tqdm
 
 from common.config import command, parse_options, to_mapping
 from common.files import atomic_path, read_json, write_json
+from common.progress import progress
 from data_tools.fetch import Fetcher, FetchOptions, check_url
 from data_tools.images import sniff
 from data_tools.readers import Meter, ReaderOptions, Source, open_source
@@ -137,7 +137,7 @@ class Download:
         )  # names are looked up in threads
         at_once = max(4, -(-2 * self.config.fetch.concurrency // self.config.samples_per_shard))
         self.started = time.monotonic()
-        with tqdm(unit=" rows", disable=None) as self.bar:
+        with progress(unit=" rows") as self.bar:
             async with Fetcher(self.config.fetch) as self.fetcher:
                 pending: set[asyncio.Task] = set()
                 try:

@@ -24,6 +24,7 @@ from common.distributed import World
 from common.files import split_lines
 from common.image import resize_square, to_image, to_tensor
 from common.log import say
+from common.progress import progress
 from data_tools.index import ShardIndex, ShardSource
 from data_tools.line_drawings import LINE_MEMBER, decode_lines, encode_lines
 from data_tools.line_views import LineSource, draw_views, move_lines
@@ -73,7 +74,7 @@ def encode_shards(
             ShardIndex.open(target / name, "").require(member)
             counts["shards_kept"] += 1
             continue
-        bar = tqdm(desc=name, unit="images", disable=not world.is_main, dynamic_ncols=True)
+        bar = progress(desc=name, unit="images", disable=not world.is_main)
         _encode_one(source.fetch(place), target / name, split, views, member, encode, counts, bar)
         bar.close()
     world.barrier()

@@ -356,13 +356,13 @@ def embed(
     Every batch is stored when it is done, so a run that was killed goes on there. Raises ValueError when none can be
     read.
     """
-    from tqdm import tqdm
+    from common.progress import progress
 
     keys = [pictures.key(i) for i in range(len(pictures))]
     rows = store.get(list(dict.fromkeys(keys))) if store else {}
     first = {key: i for i, key in reversed(list(enumerate(keys)))}
     todo = sorted(i for key, i in first.items() if key not in rows)
-    with tqdm(total=len(todo), desc=f"features of {network.name}", unit=" pictures", disable=None) as bar:
+    with progress(total=len(todo), desc=f"features of {network.name}", unit=" pictures") as bar:
         for places, images in _readable(pictures, todo, batch_size):
             fresh = (
                 dict(zip([keys[i] for i in places], network.features(images), strict=True)) if places else {}
