@@ -111,7 +111,7 @@ def _overview(numbers: Mapping[str, Any], words: Words) -> str:
         ("caption tokens, median / largest", lambda s: _pair(s["caption_tokens"], "median", "max")),
         (
             "unknown tokens",
-            lambda s: f"{s['unknown_token_share']:.3%}" if s["caption_tokens"] else "not counted",
+            lambda s: f"{s['unknown_token_share']:.3%}" if s["caption_tokens"] else words("not counted"),
         ),
         ("shorter side in pixels, smallest / median", lambda s: _pair(s["shorter_side"], "min", "median")),
         ("mean colour R G B, 0 to 1", lambda s: _rgb(s["mean_rgb"])),
