@@ -51,15 +51,14 @@ def check_disk(folder):
 
 
 def make_environment(folder):
-    if os.path.isfile(os.path.join(folder, "bin", "python")):
-        return "kept"
+    if os.path.isfile(os.path.join(folder, "bin", "pip")):  # pip comes last: without it, it is half made
+        return
     done = subprocess.run([sys.executable, "-m", "venv", folder], capture_output=True, text=True)
     if done.returncode:
         raise CannotInstall(
             "no virtual environment could be made in %s (on Debian and Ubuntu: apt install python3-venv): %s"
             % (folder, last_line(done.stdout + done.stderr))
         )
-    return "made"
 
 
 def pip_of(folder):
@@ -92,7 +91,7 @@ def last_line(text):
     return errors[0][:300]
 
 
-def install_packages(folder, requirements, count):
+def install_packages(folder, requirements):
     """pip's own lines shrink to one for each large download, and one when it starts to unpack."""
     command = [*pip_of(folder), "install", "--no-compile", "--progress-bar", "off", "-r", requirements]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -113,7 +112,6 @@ def install_packages(folder, requirements, count):
         if "No space left" in text:
             raise CannotInstall("the disk is full: the packages need %.0f GB" % NEEDED_GB)
         raise CannotInstall("pip could not install %s: %s" % (requirements, last_line(text)))
-    return count
 
 
 def install(folder, requirements):
@@ -121,11 +119,13 @@ def install(folder, requirements):
     check_python()
     free = check_disk(folder)
     say("[1/4] Python %d.%d, %.0f GB free" % (sys.version_info[0], sys.version_info[1], free))
-    say("[2/4] virtual environment %s: %s" % (folder, make_environment(folder)))
+    say("[2/4] virtual environment %s" % folder)
+    make_environment(folder)
+    say("[3/4] does the package index answer?")
     count = check_network(folder, requirements)
-    say("[3/4] the package index answers: %d packages, about 3 GB, 2 to 15 minutes" % count)
-    install_packages(folder, requirements, count)
-    say("[4/4] installed in %d:%02d minutes" % divmod(int(time.time() - started), 60))
+    say("[4/4] %d packages, about 3 GB to download: 2 to 15 minutes" % count)
+    install_packages(folder, requirements)
+    say("installed in %d:%02d minutes" % divmod(int(time.time() - started), 60))
 
 
 def main(argv):

@@ -16,7 +16,7 @@ from evaluation import demo
 @pytest.fixture
 def place(tmp_path, monkeypatch) -> Path:
     """What the stages leave: shards, grids of two trainings, two ranked out directories."""
-    write_shards(tmp_path / "synthetic", "train", 6)
+    write_shards(tmp_path / "synthetic", "train", 6, 1)
     monkeypatch.setattr(demo, "EMBEDDED", tmp_path / "synthetic")
     monkeypatch.setattr(demo, "run_dir", lambda config: tmp_path / Path(config).stem)
     for name, count in (("vqgan", 2), ("dalle", 9)):
