@@ -253,9 +253,13 @@ def draw_all(options: Options, pipeline: TextToImage, out: OutDirectory, num_tex
     return out.count - stood
 
 
-def rank_all(options: Options, name: str, out: OutDirectory) -> None:
+def load_ranker_for(options: Options, pipeline: TextToImage) -> Any:
+    """The ranker that rerank.py would take. Raises FileNotFoundError or ValueError before an image is made."""
+    return load_ranker(options.ranker or str(default_ranker(pipeline.sha256)), options.device)
+
+
+def rank_all(options: Options, ranker: Any, out: OutDirectory) -> None:
     """What rerank.py would do on the directory."""
-    ranker = load_ranker(name, options.device)
     texts = rank_directory(options.out_dir, ranker)
     write_ranking(out.files, ranker, texts)
     report(options.out_dir, ranker, texts)
@@ -273,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         checkpoint = options.checkpoint or default_checkpoint()
         pipeline = TextToImage.from_pretrained(checkpoint, options.device, options.fast)
         out.origin = origin(options, pipeline)
-        ranker = options.ranker or str(default_ranker(pipeline.sha256)) if options.rank else ""
+        ranker = load_ranker_for(options, pipeline) if options.rank else None
         started = time.perf_counter()
         drawn = draw_all(options, pipeline, out, num_texts)
         out.write_grid(options.num_images if options.prompts_file and 1 < options.num_images <= 16 else None)

@@ -206,7 +206,7 @@ def write_demo_page(options: Options, rows: Sequence[Row]) -> Path:
         _times(words, rows),
     ]
     with OutputDirectory(options.out) as files:
-        return files.write_text("report.html", page(words("The demo, from data to images"), parts))
+        return files.write_text("report.html", page(words("The demo, from data to images"), parts, words.tag))
 
 
 def first_to_last(folder: Path, most: int = SHOWN_STEPS) -> list[Path]:
