@@ -1,4 +1,5 @@
-# make demo   sets up, then Chinese text -> ranked pictures on the embedded default
+# make demo   sets up, generates real goods at once, then trains the embedded default from nothing
+# make setup  the virtual environment alone
 # make test   sets up and tests          make test-slow   the long tests       make test-gpu   those for a GPU
 # make serve  the service and its web page on this machine, without keys
 # make arena  every system that ships or stands in runs/, compared: out/arena/report.html
@@ -18,12 +19,7 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: requirements.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "error: Python 3.11 or newer is needed; name one with make PYTHON=python3.11"; exit 2; }
-	$(PYTHON) -m venv $(VENV)
-	$(if $(CPU),grep -vE '^(nvidia|cuda|triton)' requirements.txt > $(VENV)/requirements.txt)
-	$(RUN) -m pip install --disable-pip-version-check --quiet --no-compile \
-		$(if $(CPU),--extra-index-url $(CPU_INDEX) -r $(VENV)/requirements.txt,-r requirements.txt)
+	@$(PYTHON) deploy/install.py $(VENV) requirements.txt $(if $(CPU),--cpu $(CPU_INDEX))
 	@touch $@
 
 demo: setup

@@ -1,6 +1,6 @@
 """Draw pictures of a text.
 
-    python generate.py "一件红色的连衣裙" 8 out/
+    python generate.py "一件红色的连衣裙" 8 out/ --rank                   # best first, as rerank.py would order them
     python generate.py "一双黑色的鞋" 8 out/ --cfg-scale 4 --top-p 0.95 --seed 7
     python generate.py "" 4 out/ --prompts-file prompts.txt --batch-size 16       # one text a line; goes on if killed
     python generate.py "" 1 out/ --prompts-file T2I_test.text.tsv                 # id<TAB>text; ids become keys
@@ -13,7 +13,7 @@
     python generate.py "红色T恤" 8 out/ --whiten                       # on pure white
 
 Takes the generator that was trained last, else the one that ships; `--checkpoint` names another. The same seed gives
-the same bytes; picture i of a seed does not depend on the batch size. Then: python rerank.py out/
+the same bytes; picture i of a seed does not depend on the batch size. Without --rank: python rerank.py out/ afterwards
 """
 
 import common  # noqa: F401 (before torch: Ctrl-C meanwhile leaves no traceback)
@@ -28,7 +28,6 @@ from typing import Annotated, Any
 
 import tyro
 from PIL import Image
-from tqdm import tqdm
 
 from common.config import command, parse_options, to_mapping
 from common.files import sha256_file
@@ -36,6 +35,7 @@ from common.image import resize_square
 from common.label import LabelOptions
 from common.log import say
 from common.out_directory import OutDirectory, Request
+from common.progress import progress
 from dalle import inpaint
 from dalle.engines import FastOptions
 from dalle.inpaint import Source
@@ -48,6 +48,8 @@ from data_tools.images import open_file as open_picture
 from data_tools.line_drawings import LineMethod, extract, open_drawing
 from data_tools.prompts import Prompt, Unused, count_prompts, read_prompts, usable
 from diffusion.white_background import WhitenOptions, onto_white, require_whiten, whiten_origin
+from rankers import default_ranker, load_ranker
+from rankers.ranking import rank_directory, ranking_names, report, write_ranking
 
 NEEDED = (  # flags, and those of which they need one
     ("keep_rows", ("prime",)),
@@ -110,6 +112,10 @@ class Options:
     """How --whiten does it."""
     label: Annotated[LabelOptions, tyro.conf.arg(name="")] = field(default_factory=LabelOptions)
     """What the files say of having been generated."""
+    rank: bool = False
+    """Order the images too, in the same process, with the same result as rerank.py afterwards."""
+    ranker: str = ""
+    """What --rank orders by; empty: as rerank.py, which for the generator that ships takes the ranker beside it."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     fast: FastOptions = field(default_factory=FastOptions)
@@ -133,6 +139,8 @@ class Options:
             if getattr(self, flag) is not None and all(getattr(self, name) is None for name in needed):
                 raise ValueError(f"--{flag.replace('_', '-')} needs --{' or --'.join(needed)} PICTURE")
         require_whiten(self.whiten, self.white)
+        if self.ranker and not self.rank:
+            raise ValueError("--ranker needs --rank")
         if self.work.cluster and not self.prompts_file:
             raise ValueError("--engine ray is for many texts: name them with --prompts-file")
         if self.inpaint and not self.mask:
@@ -240,7 +248,7 @@ def draw_all(options: Options, pipeline: TextToImage, out: OutDirectory, num_tex
     else:
         pictures = pipeline.draw(requests, *how, options.batch_size, source, line)
     pictures = onto_white(pictures, options.whiten, options.white)
-    for picture in tqdm(pictures, total=total, initial=stood, unit="picture", dynamic_ncols=True):
+    for picture in progress(pictures, total=total, initial=stood, unit="image"):
         out.add(picture)
     if options.prompts_file:
         unused.report(options.prompts_file)
@@ -250,6 +258,18 @@ def draw_all(options: Options, pipeline: TextToImage, out: OutDirectory, num_tex
     return out.count - stood
 
 
+def load_ranker_for(options: Options, pipeline: TextToImage) -> Any:
+    """The ranker that rerank.py would take. Raises FileNotFoundError or ValueError before an image is made."""
+    return load_ranker(options.ranker or str(default_ranker(pipeline.sha256)), options.device)
+
+
+def rank_all(options: Options, ranker: Any, out: OutDirectory) -> None:
+    """What rerank.py would do on the directory."""
+    texts = rank_directory(options.out_dir, ranker)
+    write_ranking(out.files, ranker, texts)
+    report(options.out_dir, ranker, texts)
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> Path:
     """Draw; returns the out directory."""
@@ -257,15 +277,21 @@ def main(argv: Sequence[str] | None = None) -> Path:
     num_texts = count_prompts(options.prompts_file) if options.prompts_file else 1
     with OutDirectory(options.out_dir, label=options.label) as out:
         out.require_ours(num_texts * options.num_images)
+        if options.rank:
+            out.files.require_ours(ranking_names(num_texts, options.num_images))
         checkpoint = options.checkpoint or default_checkpoint()
         pipeline = TextToImage.from_pretrained(checkpoint, options.device, options.fast)
         out.origin = origin(options, pipeline)
+        ranker = load_ranker_for(options, pipeline) if options.rank else None
         started = time.perf_counter()
         drawn = draw_all(options, pipeline, out, num_texts)
         out.write_grid(options.num_images if options.prompts_file and 1 < options.num_images <= 16 else None)
-    seconds = (time.perf_counter() - started) / max(1, drawn)
-    say(f"{out.count} pictures in {out.path} | {drawn} drawn now, {seconds:.2f} s each | by {checkpoint}")
-    say(f"next: python rerank.py {out.path}")
+        seconds = (time.perf_counter() - started) / max(1, drawn)
+        say(f"{out.count} pictures in {out.path} | {drawn} drawn now, {seconds:.2f} s each | by {checkpoint}")
+        if options.rank:
+            rank_all(options, ranker, out)
+    if not options.rank:
+        say(f"next: python rerank.py {out.path}")
     return out.path
 
 

@@ -16,11 +16,11 @@ from typing import Annotated, Any
 
 import tyro
 from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
 
 from common.config import command, parse_options, read_mapping, to_mapping
 from common.files import atomic_path, ensure_writable_directory, write_json
 from common.log import say
+from common.progress import progress
 from common.tables import plain_console
 from dalle.pipeline import TextToImage
 from dalle.sampling import SamplingOptions
@@ -150,7 +150,7 @@ def draw(
         texts, options.num_images, options.seed, options.sampling, batch_size=options.batch_size
     )
     total = len(texts) * options.num_images
-    images = [p.image for p in tqdm(stream, "drawing", total, unit="picture")]
+    images = [p.image for p in progress(stream, desc="drawing", total=total, unit="picture")]
     return [images[i : i + options.num_images] for i in range(0, total, options.num_images)]
 
 
@@ -160,7 +160,8 @@ def best_of(
     """Which picture of each prompt the ranker likes best."""
     pairs_of = zip(asked, drawn, strict=True)
     return [
-        int(ranker.score(prompt(*pair), images).argmax()) for pair, images in tqdm(list(pairs_of), "ranking")
+        int(ranker.score(prompt(*pair), images).argmax())
+        for pair, images in progress(list(pairs_of), desc="ranking")
     ]
 
 

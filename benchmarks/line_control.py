@@ -20,11 +20,11 @@ from typing import Any, Literal
 import numpy as np
 from evaluation.goods_judge import GoodsJudge
 from PIL import Image
-from tqdm import tqdm
 
 from common.config import command, parse_options
 from common.files import write_json
 from common.image import make_grid, resize_square
+from common.progress import progress
 from dalle import inpaint
 from dalle.lines import LineControl
 from dalle.pipeline import TextToImage
@@ -192,7 +192,7 @@ def measure_control(options: Options) -> dict[str, Any]:
             started = time.perf_counter()
             images = [
                 follow(s.text, s.lines if way == "with" else None, i)
-                for i, s in enumerate(tqdm(samples, desc=f"{name} {way}", unit="image"))
+                for i, s in enumerate(progress(samples, desc=f"{name} {way}", unit="image"))
             ]
             seconds = (time.perf_counter() - started) / len(samples)
             rows[f"{name} {way}"] = score(images, samples, options, colors) | {"seconds": seconds}
@@ -208,7 +208,7 @@ def measure_like(options: Options) -> dict[str, Any]:
     colors = colors_of_reference(options.shards)
     images, asked, edges = [], [], []
     grid = []
-    for i, sample in enumerate(tqdm(samples, unit="garment")):
+    for i, sample in enumerate(progress(samples, unit="garment")):
         source = inpaint.keep_background(pipeline.image_tokenizer, sample.image)
         row = [sample.image]
         for color in COLORS:

@@ -10,14 +10,13 @@ read their captions so.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from common.files import read_lines, write_json
+from common.word_pieces import SPECIAL, TransformersPieces, open_word_pieces
 
-SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 TOKENIZER_CONFIG = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": 512}
 
 
@@ -103,30 +102,32 @@ class CaptionTokenizer:
     """Texts -> padded ids, from a folder with vocab.txt or tokenizer.json."""
 
     def __init__(self, directory: Path, max_text_len: int) -> None:
-        from transformers import BertTokenizer
-
         if not any((directory / name).is_file() for name in ("vocab.txt", "tokenizer.json")):
             raise FileNotFoundError(f"{directory} holds no vocab.txt, the text tower's vocabulary")
-        self.tokenizer: Any = BertTokenizer.from_pretrained(str(directory))
+        self.tokenizer = open_word_pieces(directory) or _by_transformers(directory)
         self.max_text_len = max_text_len
-        self.pad_id, self.unk_id = self.tokenizer.pad_token_id, self.tokenizer.unk_token_id
+        self.pad_id, self.unk_id = self.tokenizer.pad_id, self.tokenizer.unk_id
         self.num_truncated = 0  # texts cut so far
 
     @property
     def vocab_size(self) -> int:
-        return len(self.tokenizer)
+        return self.tokenizer.vocab_size
 
     def ids(self, text: str) -> list[int]:
         """[CLS] ... [SEP], cut to `max_text_len`; what was cut is counted in `num_truncated`."""
-        found = self.tokenizer(text, truncation=True, max_length=self.max_text_len + 1)["input_ids"]
-        if len(found) > self.max_text_len:
-            self.num_truncated += 1
-            found = [*found[: self.max_text_len - 1], found[-1]]
-        return found
+        pieces, room = self.tokenizer.pieces([text])[0], self.max_text_len - 2
+        self.num_truncated += len(pieces) > room
+        return [self.tokenizer.begin_id, *pieces[:room], self.tokenizer.end_id]
 
     def batch(self, texts: Sequence[str]) -> Tensor:
         """(B, T) long, padded to the longest."""
         return pad_rows([self.ids(text) for text in texts], self.pad_id)
+
+
+def _by_transformers(directory: Path) -> TransformersPieces:
+    from transformers import BertTokenizer
+
+    return TransformersPieces(BertTokenizer.from_pretrained(str(directory)), str(directory))
 
 
 def pad_rows(rows: Sequence[Sequence[int]], pad_id: int, length: int | None = None) -> Tensor:

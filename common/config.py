@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from common.files import DISK_FULL, shipped
+from common.progress import QUIET
 from common.terminal import make_streams_safe
 
 Options = TypeVar("Options")
@@ -36,11 +37,13 @@ def parse_options(
 
     Nested dataclasses become `--group.field`; `--flag` alone means `--flag True`. `--local_rank`, which the deepspeed
     launcher inserts, is dropped: processes read their rank from the environment.
+    `--quiet` is every command's: no progress bars and no messages, see common/progress.py.
     Raises ValueError or FileNotFoundError for a bad file, ValueError for a flag that is unknown or has a bad value.
     """
     import tyro
 
     args = _drop_local_rank(expand_home(sys.argv[1:] if argv is None else argv))
+    args = _take_quiet(args)
     _require_text(args)
     path, args = _take_config_flag(args)
     if path is None and not any(a.startswith(("--data", "--image-folder")) for a in args):
@@ -48,6 +51,7 @@ def parse_options(
     values = read_mapping(path) if path else {}
     default = from_mapping(cls, values, where=str(path)) if path else None
     kwargs = {} if default is None else {"default": default}
+    description = f"{description.strip()}\n\n{OF_EVERY_COMMAND}"
     args = _complete_bare_flags(args, set(_boolean_flags(cls)))
     said = io.StringIO()
     try:
@@ -59,6 +63,19 @@ def parse_options(
         if stop.code != 2:
             raise
         raise ValueError(_from_box(said.getvalue())) from None
+
+
+OF_EVERY_COMMAND = (
+    "Every command takes --config FILE, and --quiet: no progress and no messages but errors and results."
+)
+
+
+def _take_quiet(args: list[str]) -> list[str]:
+    """Without `--quiet`, which is noted for this process and those that it starts."""
+    kept = [arg for arg in args if arg != "--quiet"]
+    if len(kept) < len(args):
+        os.environ[QUIET] = "1"
+    return kept
 
 
 def _from_box(text: str) -> str:

@@ -11,10 +11,13 @@ from PIL import Image
 
 from common.distributed import World
 from common.files import atomic_path, naming_a_full_disk, split_lines
+from common.progress import is_quiet
 
 
 def say(text: str) -> None:
-    print(text, flush=True)
+    """An event of the run; silent with --quiet."""
+    if not is_quiet():
+        print(text, flush=True)
 
 
 def clock(seconds: float) -> str:

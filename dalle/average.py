@@ -18,7 +18,6 @@ from typing import Annotated, Any
 import torch
 import tyro
 from torch import Tensor
-from tqdm import tqdm
 
 from common.checkpoint import new_step_directory, read_config, resolve, write_model
 from common.config import command, parse_options
@@ -26,6 +25,7 @@ from common.distributed import pick_device
 from common.log import say
 from common.output import require_new
 from common.precision import autocast
+from common.progress import progress
 from dalle import sequence
 from dalle.losses import CrossEntropy, position_losses
 from dalle.model import KIND, Dalle, config_mapping
@@ -121,7 +121,7 @@ def average(options: Options) -> dict[str, float]:
     figures = {}
     for name, model in zip([*options.sources, "the mean"], [*models, mean], strict=True):
         batches = eval_batches(val, DecodeTokens(first_view=True), options.batch_size, options.val_samples)
-        figures = measure(model.to(device), texts, tqdm(batches, desc=name, unit="batch", leave=False))
+        figures = measure(model.to(device), texts, progress(batches, desc=name, unit="batch", leave=False))
         say(
             f"{name}: {figures['image_bits']:.4f} bits a token, {figures['text_gain_bits']:.4f} saved by the text"
         )

@@ -13,6 +13,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from common.word_pieces import TransformersPieces, open_word_pieces
+
 SENTENCEPIECE_FILE = "sentencepiece.model"
 SENTENCEPIECE_NAMES = (SENTENCEPIECE_FILE, "spiece.model", "tokenizer.model")
 
@@ -66,7 +68,7 @@ class TextTokenizer:
         for file in SENTENCEPIECE_NAMES:
             if (path / file).is_file():
                 return cls(SentencePieceBackend((path / file).read_bytes(), str(path / file)))
-        return cls(HuggingFaceBackend(str(name)))
+        return cls(_hugging_face(str(name)))
 
     @classmethod
     def train(
@@ -146,31 +148,9 @@ class TextTokenizer:
         self.backend.save(directory)
 
 
-class HuggingFaceBackend:
-    """Any tokenizer of transformers; a folder may hold a BERT vocab.txt alone."""
-
-    def __init__(self, name: str) -> None:
-        self.tokenizer = _load_transformers(name)
-        t = self.tokenizer
-        self.vocab_size = len(t)
-        begin = t.cls_token_id if t.cls_token_id is not None else t.bos_token_id
-        end = t.sep_token_id if t.sep_token_id is not None else t.eos_token_id
-        self.begin_id = end if begin is None else begin
-        self.end_id, self.pad_id = end, t.pad_token_id
-        self.unk_id = -1 if t.unk_token_id is None else t.unk_token_id
-        if None in (self.begin_id, self.end_id, self.pad_id):
-            raise ValueError(f"the tokenizer {name} lacks a padding token or an end token: choose another")
-
-    def pieces(self, texts: Sequence[str]) -> list[list[int]]:
-        return (
-            self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-        )
-
-    def decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids)
-
-    def save(self, directory: Path) -> None:
-        self.tokenizer.save_pretrained(str(directory))
+def _hugging_face(name: str) -> _Backend:
+    """By tokenizers alone where that gives the same, else by transformers; a folder may hold a BERT vocab.txt alone."""
+    return open_word_pieces(Path(name)) or TransformersPieces(_load_transformers(name), name)
 
 
 def _load_transformers(name: str) -> Any:

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from tqdm import tqdm
 
 from common.config import command, parse_options
 from common.files import ensure_writable_directory, split_lines
 from common.log import say
 from common.output import new_directory, require_new
+from common.progress import progress
 from dalle.text_tokenizer import TextTokenizer
 from data_tools.index import ShardIndex
 
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> TextTokenizer:
     require_new(options.target)
     ensure_writable_directory(options.target.parent)
     captions = []
-    for caption in tqdm(read_captions(options.source), unit="captions", desc="reading"):
+    for caption in progress(read_captions(options.source), unit="captions", desc="reading"):
         captions.append(caption)
         if len(captions) == options.limit:
             break

@@ -18,6 +18,7 @@ import tyro
 
 from common.config import command, parse_options
 from common.files import write_json
+from common.language import Language, Words, words_of
 from data_tools.checks import (
     Finding,
     Wants,
@@ -58,7 +59,9 @@ class DoctorConfig:
     watermarks: bool = False
     """Look for repeated overlays too, which takes the longest."""
     json: Path | None = None
-    """Also write the findings here."""
+    """Also write the findings here, in English."""
+    language: Language = "auto"
+    """Of the findings on the terminal: zh, en, or auto, which follows the locale."""
     workers: int = -1
     """Processes that decode; -1: one a processor; 0: none but this one."""
     reader: tyro.conf.OmitArgPrefixes[ReaderOptions] = field(
@@ -149,19 +152,30 @@ def _by_level(findings: Sequence[Finding]) -> list[Finding]:
     return sorted(findings, key=lambda found: LEVELS.index(found.level))
 
 
-def print_findings(findings: Sequence[Finding], facts: Sequence[Facts]) -> None:
+def print_findings(findings: Sequence[Finding], facts: Sequence[Facts], words: Words) -> None:
     """To stdout: a line for what was examined, then each finding with what to do, then the verdict."""
     rows = ", ".join(f"{fact.split} {fact.kept}" for fact in facts)
-    print(f"examined {rows} samples, {sum(len(fact.rows) for fact in facts)} pictures")
+    pictures = sum(len(fact.rows) for fact in facts)
+    print(words("examined {rows} samples, {pictures} pictures", rows=rows, pictures=pictures))
     for level in LEVELS:
         found = [f for f in findings if f.level == level]
         if found:
-            print(f"\n{MEANING[level]}:")
+            print(f"\n{words(MEANING[level])}:")
         for one in found:
-            print(f"  - {one.what}\n    -> {one.todo}")
+            print(f"  - {_said(one.what, words)}\n    -> {words.sentence(one.todo)}")
     stops = sum(found.level == "stop" for found in findings)
     spoils = sum(found.level == "spoil" for found in findings)
-    print(f"\n{stops or 'nothing'} would stop a training, {spoils or 'nothing'} would spoil it")
+    none = words("nothing")
+    verdict = words(
+        "{stops} would stop a training, {spoils} would spoil it", stops=stops or none, spoils=spoils or none
+    )
+    print(f"\n{verdict}")
+
+
+def _said(what: str, words: Words) -> str:
+    """Without the name of the config in front, which is no word of ours."""
+    name, colon, rest = what.partition(".yaml: ")
+    return f"{name}{colon}{words.sentence(rest)}" if colon else words.sentence(what)
 
 
 @command
@@ -169,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> list[Finding]:
     """The command of this module."""
     config = parse_options(DoctorConfig, argv, description=__doc__)
     findings, facts = examine(config)
-    print_findings(findings, facts)
+    print_findings(findings, facts, words_of(config.language, "doctor"))
     if config.json:
         rows = [{"level": f.level, "what": f.what, "todo": f.todo} for f in findings]
         write_json(config.json, rows)

@@ -31,10 +31,10 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import tyro
-from tqdm import tqdm
 
 from common.config import command, parse_options, to_mapping
 from common.files import atomic_path, read_json, write_json
+from common.progress import progress
 from data_tools.engine import EngineOptions, Tasks
 from data_tools.fetch import Fetcher, FetchOptions, Outcome, check_url
 from data_tools.images import sniff
@@ -150,7 +150,7 @@ class Download:
             ThreadPoolExecutor(64)
         )  # names are looked up in threads
         self.started = time.monotonic()
-        with tqdm(unit=" rows", disable=None) as self.bar:
+        with progress(unit=" rows") as self.bar:
             async with Fetcher(self.config.fetch) as self.fetcher:
                 pending: set[asyncio.Task] = set()
                 try:

@@ -26,6 +26,7 @@ from common.distributed import World
 from common.files import atomic_path, split_lines
 from common.image import resize_square, to_image, to_tensor
 from common.log import say
+from common.progress import progress
 from data_tools.engine import RayCluster
 from data_tools.index import ShardIndex, ShardSource
 from data_tools.line_drawings import LINE_MEMBER, decode_lines, encode_lines
@@ -95,7 +96,7 @@ def encode_shards(
     else:
         for split, place in todo:
             name = source.name(place)
-            bar = tqdm(desc=name, unit="images", disable=not world.is_main, dynamic_ncols=True)
+            bar = progress(desc=name, unit="images", disable=not world.is_main)
             one.write(split, place, target / name, counts, bar)
             bar.close()
     world.barrier()
@@ -161,7 +162,7 @@ def _encode_on(
     def crashed(job: tuple[str, Any]) -> None:
         raise OSError(f"encoding {one.source.name(job[1])} ended its process each time it was tried")
 
-    with tqdm(desc="encoding", unit="images", dynamic_ncols=True) as bar:
+    with progress(desc="encoding", unit="images") as bar:
         jobs = [(split, p.resolve() if isinstance(p, Path) else p) for split, p in todo]  # of any directory
         for (_, place), results in cluster.ordered_map(one, ((job, [job]) for job in jobs), crashed):
             data, found = results[0]

@@ -20,8 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from common.progress import progress
 from data_tools.remote import (
     NoSuchSplit,
     RemoteOptions,
@@ -296,7 +295,7 @@ def _fetch_all(cache: ShardCache, shards: Sequence[RemoteShard], options: Remote
     if not shards:
         return
     with ThreadPoolExecutor(4) as pool:
-        bar = tqdm(pool.map(fetch, shards), total=len(shards), desc="fetching", unit=" shards", disable=None)
+        bar = progress(pool.map(fetch, shards), total=len(shards), desc="fetching", unit=" shards")
         failed = [error for error in bar if error]
     if len(failed) > options.max_failed_share * len(shards):
         raise ValueError(f"{len(failed)} of {len(shards)} shards cannot be had, such as {failed[0]}")

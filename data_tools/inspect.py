@@ -19,10 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import tyro
-from tqdm import tqdm
 
 from common.config import command, parse_options
+from common.language import Language, Words, words_of
 from common.output import require_replaceable, writing_file
+from common.progress import progress
 from data_tools.images import SUFFIXES, BadImage, ImageLimits, decode, encode, image_size, resize
 from data_tools.readers import Meter, ReaderOptions, Source, open_source
 from data_tools.records import HINTS, Problem, Record, problem
@@ -44,6 +45,8 @@ class InspectConfig:
     """Rows to show, drawn by the hash of their keys."""
     limit: int = 2000
     """Rows of each split to read and decode; 0: all."""
+    language: Language = "auto"
+    """Of the page: zh, en, or auto, which follows the locale."""
     reader: tyro.conf.OmitArgPrefixes[ReaderOptions] = field(default_factory=ReaderOptions)
 
     def __post_init__(self):
@@ -91,7 +94,7 @@ def examine(source: Source, rows: int, limit: int) -> list[Findings]:
     """Read each split up to `limit` rows (0: all) and decode every picture."""
     found = []
     meter = Meter(total=source.num_bytes)
-    with tqdm(unit="B", unit_scale=True, disable=None) as bar:
+    with progress(unit="B", unit_scale=True) as bar:
         for part in source.parts:
             names = [path.name for path in (*part.files, part.texts) if path]
             findings = Findings(part.split, names)
@@ -172,46 +175,54 @@ pre{margin:0;font-size:12px;white-space:pre-wrap;color:#555}.n{text-align:right}
 """
 
 
-def page(source: Source, found: Sequence[Findings]) -> str:
+def page(source: Source, found: Sequence[Findings], words: Words) -> str:
     """The whole page; every text of the source is escaped."""
     title = html.escape(f"{source.path.name or source.path}")
-    body = [f"<h1>{title}</h1><p>Recognised as <b>{source.format}</b>, {len(found)} split(s).</p>"]
+    what = words(
+        "Recognised as {format}, {count} split(s).", format=f"<b>{source.format}</b>", count=len(found)
+    )
+    body = [f"<h1>{title}</h1><p>{what}</p>"]
     for part in found:
         body.append(f"<h2>{html.escape(part.split)} <small>{html.escape(_names(part.files))}</small></h2>")
-        body += [_counts(part), _problems(part), _rows(part)]
+        body += [_counts(part, words), _problems(part, words), _rows(part, words)]
     head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
-    return f'<!doctype html><html lang="zh"><head>{head}</head><body>{"".join(body)}</body></html>\n'
+    return f'<!doctype html><html lang="{words.tag}"><head>{head}</head><body>{"".join(body)}</body></html>\n'
 
 
 def _names(files: Sequence[str]) -> str:
     return ", ".join(files[:4]) + (f" and {len(files) - 4} more" if len(files) > 4 else "")
 
 
-def _counts(part: Findings) -> str:
-    note = "" if part.complete else " <small>(reading ended at --limit; more rows follow)</small>"
+def _counts(part: Findings, words: Words) -> str:
+    more = words("(reading ended at --limit; more rows follow)")
+    note = "" if part.complete else f" <small>{more}</small>"
     bad = part.read - part.kept
     kind = "bad" if bad else "ok"
     rows = [("rows read", f"{part.read}{note}"), ("good", part.kept), ("bad", f'<b class="{kind}">{bad}</b>')]
     if part.without_picture:
-        rows.append(("without picture", f"{part.without_picture} (urls to download, or a test split)"))
+        rows.append(
+            ("without picture", f"{part.without_picture} {words('(urls to download, or a test split)')}")
+        )
     if part.sizes:
-        rows.append(("pictures", size_text(part.sizes)))
+        rows.append(("pictures", words.sentence(size_text(part.sizes))))
     if part.lengths:
-        rows.append(("caption, characters", f"{spread(part.lengths)} (smallest / median / largest)"))
-    return f"<table>{''.join(f'<tr><th>{name}</th><td>{value}</td></tr>' for name, value in rows)}</table>"
+        rows.append(
+            ("caption, characters", f"{spread(part.lengths)} {words('(smallest / median / largest)')}")
+        )
+    return f"<table>{''.join(f'<tr><th>{words(name)}</th><td>{value}</td></tr>' for name, value in rows)}</table>"
 
 
-def _problems(part: Findings) -> str:
+def _problems(part: Findings, words: Words) -> str:
     if not part.reasons:
-        return '<p class="ok">Nothing wrong was found.</p>'
+        return f'<p class="ok">{words("Nothing wrong was found.")}</p>'
     rows = []
     for reason, count in part.reasons.most_common():
         examples = "".join(map(_example, part.examples[reason]))
-        hint = html.escape(HINTS[reason])
+        hint = html.escape(words(HINTS[reason]))
         rows.append(
             f'<tr><td class="n bad">{count}</td><td>{reason}</td><td class="hint">{hint}</td><td>{examples}</td></tr>'
         )
-    header = "<tr><th>rows</th><th>what is wrong</th><th>what to do</th><th>where</th></tr>"
+    header = _header(words, "rows", "what is wrong", "what to do", "where")
     return f"<table>{header}{''.join(rows)}</table>"
 
 
@@ -220,12 +231,17 @@ def _example(item: Problem) -> str:
     return f'<div title="{html.escape(item.detail)}">{place} <small>{key}</small></div>'
 
 
-def _rows(part: Findings) -> str:
+def _header(words: Words, *names: str) -> str:
+    return f"<tr>{''.join(f'<th>{words(name)}</th>' for name in names)}</tr>"
+
+
+def _rows(part: Findings, words: Words) -> str:
     shown = [record for _, _, record in sorted(part.shown, reverse=True, key=lambda entry: entry[:2])]
     rows = []
     for record in shown:
         pictures = (
-            "".join(_thumbnail(data) for data in _pictures(record)) or '<span class="none">no picture</span>'
+            "".join(_thumbnail(data) for data in _pictures(record))
+            or f'<span class="none">{words("no picture")}</span>'
         )
         captions = "".join(f"<div>{html.escape(text)}</div>" for text in record.captions[:10])
         meta = html.escape(json.dumps(record.meta, ensure_ascii=False, sort_keys=True))
@@ -233,7 +249,7 @@ def _rows(part: Findings) -> str:
         rows.append(
             f"<tr><td>{pictures}</td><td>{captions}</td><td>{key}</td><td><pre>{meta[:2000]}</pre></td></tr>"
         )
-    header = "<tr><th>picture</th><th>caption</th><th>key</th><th>meta</th></tr>"
+    header = _header(words, "picture", "caption", "key", "meta")
     return f'<table class="rows">{header}{"".join(rows)}</table>'
 
 
@@ -264,7 +280,7 @@ def main(argv: Sequence[str] | None = None) -> list[Findings]:
     source = open_source(config.src, config.reader, exclude=[config.out])
     found = examine(source, config.rows, config.limit)
     with writing_file(config.out) as temporary:
-        temporary.write_text(page(source, found), "utf-8")
+        temporary.write_text(page(source, found, words_of(config.language, "inspect")), "utf-8")
     print("\n".join(summary(source, found)), file=sys.stderr)
     print(f"page: {config.out}", file=sys.stderr)
     return found

@@ -11,8 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from tqdm import tqdm
-
+from common.progress import progress
 from data_tools.parallel import Work, Workers, ordered_map
 from data_tools.readers import Meter, Part, Source
 from data_tools.records import Problem, Record, problem
@@ -162,7 +161,7 @@ class ShardRun:
         path = self.target.staging / f".{DROPPED_FILE}.tmp"
         with (
             path.open("w", encoding="utf-8") as dropped,
-            tqdm(unit="B", unit_scale=True, disable=None) as bar,
+            progress(unit="B", unit_scale=True) as bar,
         ):
             for rows, results in ordered_map(work, self._batches(), self.workers, crashed):
                 ready = iter(results)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
+from common.progress import progress
 from data_tools.images import BadImage, ImageLimits, decode, image_size
 from data_tools.parallel import Workers, ordered_map
 from data_tools.phash import picture_signature
@@ -78,7 +78,7 @@ def sign_source(
     size = SIGNATURE.itemsize
     done = path.stat().st_size // size if path.is_file() else 0
     meter, keys = Meter(total=source.num_bytes), []
-    with path.open("ab") as file, tqdm(unit="B", unit_scale=True, disable=None, desc="hashing") as bar:
+    with path.open("ab") as file, progress(unit="B", unit_scale=True, desc="hashing") as bar:
         file.truncate(done * size)
         for places, results in ordered_map(
             Sign(limits), _batches(source, meter, done, keys), workers, _crashed

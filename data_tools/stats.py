@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from tqdm import tqdm
 
 from common.config import command, parse_options
 from common.files import write_json
+from common.language import Language, words_of
 from common.output import require_replaceable, writing_file
+from common.progress import progress
 from data_tools.engine import EngineOptions
 from data_tools.facts import Facts, MeasurePicture
 from data_tools.images import ImageLimits
@@ -49,6 +50,8 @@ class StatsConfig:
     """Folder, hub id or .model file of the text tokenizer, to count tokens; empty: tokens are not counted."""
     max_text_len: int = 32
     """Text length of the training, begin and end marks included; drawn as a line."""
+    language: Language = "auto"
+    """Of the page: zh, en, or auto, which follows the locale."""
     fields: tuple[str, ...] = ("label", "label_zh", "coarse", "source", "license")
     """Fields of the meta whose values are counted."""
     picture_share: float = 1.0
@@ -79,7 +82,7 @@ def collect(config: StatsConfig, source: Source) -> list[Facts]:
     measure = MeasurePicture(ImageLimits(config.reader.max_image_bytes, config.max_pixels), config.watermarks)
     workers = config.work.workers(config.workers)
     meter = Meter(total=source.num_bytes)
-    with tqdm(unit="B", unit_scale=True, disable=None) as bar:
+    with progress(unit="B", unit_scale=True) as bar:
         for items, results in ordered_map(measure, _batches(config, source, meter), workers, _crashed):
             measured = iter(results)
             for split, row, item, is_measured in items:
@@ -157,7 +160,7 @@ def stats(config: StatsConfig) -> dict[str, Any]:
         config.src.name or str(config.src), facts, alike, shown, records, numbers, config.max_text_len
     )
     with writing_file(config.out) as temporary:
-        temporary.write_text(page(report), "utf-8")
+        temporary.write_text(page(report, words_of(config.language, "stats")), "utf-8")
     with writing_file(config.out.with_suffix(".json")) as temporary:
         write_json(temporary, numbers)
     return numbers

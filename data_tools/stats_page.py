@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from common.language import Words
 from data_tools import svg
 from data_tools.facts import FORMATS, PICTURE, Facts, aspects
 from data_tools.images import BadImage, decode, encode, resize
@@ -51,30 +52,36 @@ class Report:
     max_text_len: int
 
 
-def page(report: Report) -> str:
+def page(report: Report, words: Words) -> str:
     """The whole page; every text of the source is escaped."""
     title, facts = html.escape(report.title), report.facts
     body = [
-        f"<h1>{title}</h1><p>Recognised as <b>{report.numbers['format']}</b>. {_what(report)}</p>",
-        _overview(report.numbers),
-        _captions(report.max_text_len, facts),
-        _words(facts),
-        _fields(facts),
-        _sizes(facts),
-        _colours(facts),
-        _faults(report),
-        _likeness(report),
-        "<h2>Samples</h2>" + _gallery(report.shown["sample"], report),
+        f"<h1>{title}</h1><p>{_what(report, words)}</p>",
+        _overview(report.numbers, words),
+        _captions(report.max_text_len, facts, words),
+        _words(facts, words),
+        _fields(facts, words),
+        _sizes(facts, words),
+        _colours(facts, words),
+        _faults(report, words),
+        _likeness(report, words),
+        f"<h2>{words('Samples')}</h2>" + _gallery(report.shown["sample"], report),
     ]
     head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
-    return f'<!doctype html><html lang="zh"><head>{head}</head><body>{"".join(body)}</body></html>\n'
+    return f'<!doctype html><html lang="{words.tag}"><head>{head}</head><body>{"".join(body)}</body></html>\n'
 
 
-def _what(report: Report) -> str:
+def _what(report: Report, words: Words) -> str:
     measured, kept = sum(len(fact.rows) for fact in report.facts), sum(fact.kept for fact in report.facts)
     share = report.numbers["picture_share"]
-    drawn = f" ({share:.1%} of them, by the hash of their keys)" if share < 1 else ""
-    return f"{kept} samples; {measured} pictures measured{drawn}."
+    drawn = words(" ({share} of them, by the hash of their keys)", share=f"{share:.1%}") if share < 1 else ""
+    return words(
+        "Recognised as {format}. {kept} samples; {measured} pictures measured{drawn}.",
+        format=f"<b>{report.numbers['format']}</b>",
+        kept=kept,
+        measured=measured,
+        drawn=drawn,
+    )
 
 
 def _all(facts: Sequence[Facts]) -> np.ndarray:
@@ -91,7 +98,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return f"<table><tr>{cells}</tr>{body}</table>"
 
 
-def _overview(numbers: Mapping[str, Any]) -> str:
+def _overview(numbers: Mapping[str, Any], words: Words) -> str:
     names = list(numbers["splits"])
     rows = []
     for label, value in (
@@ -104,7 +111,7 @@ def _overview(numbers: Mapping[str, Any]) -> str:
         ("caption tokens, median / largest", lambda s: _pair(s["caption_tokens"], "median", "max")),
         (
             "unknown tokens",
-            lambda s: f"{s['unknown_token_share']:.3%}" if s["caption_tokens"] else "not counted",
+            lambda s: f"{s['unknown_token_share']:.3%}" if s["caption_tokens"] else words("not counted"),
         ),
         ("shorter side in pixels, smallest / median", lambda s: _pair(s["shorter_side"], "min", "median")),
         ("mean colour R G B, 0 to 1", lambda s: _rgb(s["mean_rgb"])),
@@ -118,7 +125,7 @@ def _overview(numbers: Mapping[str, Any]) -> str:
         ("ids, missing between them", lambda s: _ids(s["ids"])),
         ("white grounds", lambda s: f"{s['white_grounds']} of {s['pictures']}" if s["pictures"] else "-"),
     ):
-        rows.append([label, *(value(numbers["splits"][name]) for name in names)])
+        rows.append([words(label), *(value(numbers["splits"][name]) for name in names)])
     return _table(["", *names], rows)
 
 
@@ -155,91 +162,124 @@ def _two(*charts: str) -> str:
     return '<div class="two">' + "".join(f"<div>{chart}</div>" for chart in charts if chart) + "</div>"
 
 
-def _captions(max_text_len: int, facts: Sequence[Facts]) -> str:
+def _captions(max_text_len: int, facts: Sequence[Facts], words: Words) -> str:
     chars, tokens = _joined(facts, "chars", np.int64), _joined(facts, "tokens", np.int64)
     if not len(chars):
-        return "<h2>Captions</h2><p>There are none.</p>"
-    charts = [svg.histogram(chars, "characters a caption", limits=(0, float(np.percentile(chars, 99.5))))]
-    note = "<p class=note>Token lengths need --tokenizer.</p>"
+        return f"<h2>{words('Captions')}</h2><p>{words('There are none.')}</p>"
+    charts = [
+        svg.histogram(chars, words("characters a caption"), limits=(0, float(np.percentile(chars, 99.5))))
+    ]
+    note = f"<p class=note>{words('Token lengths need --tokenizer.')}</p>"
     if len(tokens):
         room = max_text_len - 2
         limits = (0, max(float(np.percentile(tokens, 99.5)), room + 2))
         charts.append(
-            svg.histogram(tokens, "tokens a caption; red: the longest that fits", limits=limits, mark=room)
+            svg.histogram(
+                tokens, words("tokens a caption; red: the longest that fits"), limits=limits, mark=room
+            )
         )
         unknown = sum(fact.captions_with_unknown for fact in facts)
         cut = int((tokens > room).sum())
-        note = (
-            f"<p>{cut} captions ({cut / len(tokens):.2%}) have more than {room} tokens and would be cut at "
-            f"max_text_len {max_text_len}; {unknown} ({unknown / len(tokens):.2%}) hold an unknown token.</p>"
+        text = words(
+            "{cut} captions ({share}) have more than {room} tokens and would be cut at max_text_len {most}; {unknown} "
+            "({unknown_share}) hold an unknown token.",
+            cut=cut,
+            share=f"{cut / len(tokens):.2%}",
+            room=room,
+            most=max_text_len,
+            unknown=unknown,
+            unknown_share=f"{unknown / len(tokens):.2%}",
         )
+        note = f"<p>{text}</p>"
     han = _joined(facts, "han", np.float64)
-    charts.append(svg.histogram(han, "Chinese share of the letters", bins=20, limits=(0, 1)))
-    return f"<h2>Captions</h2>{_two(*charts)}{note}"
+    charts.append(svg.histogram(han, words("Chinese share of the letters"), bins=20, limits=(0, 1)))
+    return f"<h2>{words('Captions')}</h2>{_two(*charts)}{note}"
 
 
-def _words(facts: Sequence[Facts]) -> str:
-    words = sum((fact.words for fact in facts), Counter())
+def _words(facts: Sequence[Facts], words: Words) -> str:
+    counted = sum((fact.words for fact in facts), Counter())
     captions = sum(len(fact.chars) for fact in facts)
-    if not words:
+    if not counted:
         return ""
-    parts = [f"<h2>Words and attributes</h2><p>{len(words)} different words.</p>"]
-    charts = ["<h3>Most frequent words</h3>" + svg.bars(words.most_common(TOP), "words", width=520)]
+    parts = [
+        f"<h2>{words('Words and attributes')}</h2><p>{words('{count} different words.', count=len(counted))}</p>"
+    ]
+    charts = [
+        f"<h3>{words('Most frequent words')}</h3>"
+        + svg.bars(counted.most_common(TOP), words("words"), width=520)
+    ]
     named = sum((fact.named for fact in facts), Counter())
     for kind in load_lexicon().classes:
         counts = sum((fact.attributes.get(kind, Counter()) for fact in facts), Counter())
         if counts:
             unknown = 1 - named[kind] / captions
-            title = f"<h3>{kind} <small>named in {1 - unknown:.1%} of captions, unknown in {unknown:.1%}</small></h3>"
+            said = words(
+                "named in {share} of captions, unknown in {rest}",
+                share=f"{1 - unknown:.1%}",
+                rest=f"{unknown:.1%}",
+            )
+            title = f"<h3>{words(kind)} <small>{said}</small></h3>"
             charts.append(title + svg.bars(counts.most_common(TOP), kind, width=520))
     return parts[0] + _two(*charts)
 
 
-def _fields(facts: Sequence[Facts]) -> str:
+def _fields(facts: Sequence[Facts], words: Words) -> str:
     names = list(dict.fromkeys(name for fact in facts for name in fact.fields))
     charts = []
     for name in names:
         counts = sum((fact.fields.get(name, Counter()) for fact in facts), Counter())
-        rest = f", the first {TOP} of them" if len(counts) > TOP else ""
-        title = f"<h3>{html.escape(name)} <small>{len(counts)} values{rest}</small></h3>"
+        rest = words(", the first {top} of them", top=TOP) if len(counts) > TOP else ""
+        values = words("{count} values", count=len(counts))
+        title = f"<h3>{html.escape(name)} <small>{values}{rest}</small></h3>"
         charts.append(title + svg.bars(counts.most_common(TOP), name, width=520))
-    return "<h2>Labels and other fields</h2>" + _two(*charts) if charts else ""
+    return f"<h2>{words('Labels and other fields')}</h2>" + _two(*charts) if charts else ""
 
 
-def _sizes(facts: Sequence[Facts]) -> str:
+def _sizes(facts: Sequence[Facts], words: Words) -> str:
     pictures = _all(facts)
     if not len(pictures):
         return ""
     shorter = np.minimum(pictures["width"], pictures["height"]).astype(np.int64)
     formats = Counter(FORMATS[i] for i in pictures["format"])
     charts = [
-        svg.scatter(pictures["width"], pictures["height"], "width", "height in pixels"),
-        svg.histogram(shorter, "shorter side in pixels", limits=(0, float(np.percentile(shorter, 99.5)))),
-        svg.histogram(np.log2(aspects(pictures)), "log2 of width over height: 0 is square", limits=(-2, 2)),
+        svg.scatter(pictures["width"], pictures["height"], words("width"), words("height in pixels")),
+        svg.histogram(
+            shorter, words("shorter side in pixels"), limits=(0, float(np.percentile(shorter, 99.5)))
+        ),
+        svg.histogram(
+            np.log2(aspects(pictures)), words("log2 of width over height: 0 is square"), limits=(-2, 2)
+        ),
         svg.histogram(
             pictures["bytes"] / 1024,
-            "file size in KiB",
+            words("file size in KiB"),
             limits=(0, np.percentile(pictures["bytes"], 99.5) / 1024),
         ),
-        svg.bars(formats.most_common(), "formats", width=320),
+        svg.bars(formats.most_common(), words("formats"), width=320),
     ]
-    return "<h2>Picture sizes</h2>" + _two(*charts)
+    return f"<h2>{words('Picture sizes')}</h2>" + _two(*charts)
 
 
-def _colours(facts: Sequence[Facts]) -> str:
+def _colours(facts: Sequence[Facts], words: Words) -> str:
     pictures = _all(facts)
     if not len(pictures):
         return ""
     white = (pictures["white"] >= 0.9).mean()
     charts = [
-        "<h3>Mean colours of pictures</h3>" + svg.strip(_palette(pictures["mean"]), "mean colours"),
-        "<h3>Colours of the grounds</h3>" + svg.strip(_palette(pictures["ground"]), "ground colours"),
-        _ground_bars(pictures["ground"]),
-        svg.histogram(pictures["mean"].mean(1) / 255, "mean brightness of a picture, 0 to 1", limits=(0, 1)),
-        svg.histogram(pictures["ground"].mean(1) / 255, "brightness of the ground, 0 to 1", limits=(0, 1)),
-        svg.histogram(pictures["white"], "white share of the outer ring", bins=20, limits=(0, 1)),
+        f"<h3>{words('Mean colours of pictures')}</h3>"
+        + svg.strip(_palette(pictures["mean"]), words("mean colours")),
+        f"<h3>{words('Colours of the grounds')}</h3>"
+        + svg.strip(_palette(pictures["ground"]), words("ground colours")),
+        _ground_bars(pictures["ground"], words),
+        svg.histogram(
+            pictures["mean"].mean(1) / 255, words("mean brightness of a picture, 0 to 1"), limits=(0, 1)
+        ),
+        svg.histogram(
+            pictures["ground"].mean(1) / 255, words("brightness of the ground, 0 to 1"), limits=(0, 1)
+        ),
+        svg.histogram(pictures["white"], words("white share of the outer ring"), bins=20, limits=(0, 1)),
     ]
-    return f"<h2>Colours and grounds</h2><p>{white:.1%} stand on a white ground.</p>{_two(*charts)}"
+    said = words("{share} stand on a white ground.", share=f"{white:.1%}")
+    return f"<h2>{words('Colours and grounds')}</h2><p>{said}</p>{_two(*charts)}"
 
 
 def _palette(colours: np.ndarray, count: int = 140) -> list[svg.RGB]:
@@ -253,38 +293,49 @@ def _palette(colours: np.ndarray, count: int = 140) -> list[svg.RGB]:
     return [tuple(round(float(v)) for v in rgb) for rgb in sorted(picked.tolist(), key=order)]
 
 
-def _ground_bars(grounds: np.ndarray) -> str:
+def _ground_bars(grounds: np.ndarray, words: Words) -> str:
     """The most frequent grounds, in steps of 32 levels."""
     cells, counts = np.unique((grounds // 32).astype(np.int64), axis=0, return_counts=True)
     order = np.argsort(-counts, kind="stable")[:12]
     colours = [svg.colour(np.minimum(cells[i] * 32 + 16, 255)) for i in order]
     rows = [(name, float(counts[i]) / len(grounds)) for name, i in zip(colours, order, strict=True)]
-    return "<h3>Most frequent grounds, as shares</h3>" + svg.bars(rows, "grounds", colours, width=420)
+    return f"<h3>{words('Most frequent grounds, as shares')}</h3>" + svg.bars(
+        rows, words("grounds"), colours, width=420
+    )
 
 
-def _faults(report: Report) -> str:
+def _faults(report: Report, words: Words) -> str:
     meaning = {
         "near_constant": "blank or nearly so",
         "blurred": "blurred or enlarged",
         "watermark": "with a repeated pattern: an overlay, or a print of the goods",
     }
-    parts = ["<h2>Doubtful pictures</h2>"]
+    parts = [f"<h2>{words('Doubtful pictures')}</h2>"]
     for name, count in report.numbers["flags"].items():
-        parts.append(f"<h3>{count} {meaning[name]}</h3>" + _gallery(report.shown[name], report))
-    return "".join(parts) + "<p class=note>data_tools.clean --rules shop flags or drops these.</p>"
+        parts.append(f"<h3>{count} {words(meaning[name])}</h3>" + _gallery(report.shown[name], report))
+    return (
+        "".join(parts) + f"<p class=note>{words('data_tools.clean --rules shop flags or drops these.')}</p>"
+    )
 
 
-def _likeness(report: Report) -> str:
+def _likeness(report: Report, words: Words) -> str:
     alike = report.alike
-    text = (
-        f"{alike.exact} pictures look exactly like another one, {alike.near} pairs nearly so (at most {NEAR} of 64 "
-        f"hash bits and {COLOURS} of 255 levels of colour); {alike.across} pairs lie in different splits."
+    text = words(
+        "{exact} pictures look exactly like another one, {near} pairs nearly so (at most {bits} of 64 hash bits and "
+        "{levels} of 255 levels of colour); {across} pairs lie in different splits.",
+        exact=alike.exact,
+        near=alike.near,
+        bits=NEAR,
+        levels=COLOURS,
+        across=alike.across,
     )
     pairs = []
     for distance, one, other in alike.nearest:
         both = _gallery([one, other], report)
-        pairs.append(f'<div class="pair">{both}<br><small>{distance} bits apart</small></div>')
-    return f"<h2>Duplicates and nearest pairs</h2><p>{text}</p>{''.join(pairs)}"
+        pairs.append(
+            f'<div class="pair">{both}<br><small>{words("{count} bits apart", count=distance)}</small></div>'
+        )
+    return f"<h2>{words('Duplicates and nearest pairs')}</h2><p>{text}</p>{''.join(pairs)}"
 
 
 def _gallery(rows: Sequence[Row], report: Report) -> str:

@@ -24,12 +24,12 @@ from typing import Literal
 
 import tyro
 from PIL import Image
-from tqdm import tqdm
 
 from common.config import command, parse_options
 from common.files import read_lines
 from common.label import kept_arguments
 from common.output import require_replaceable, writing_file
+from common.progress import progress
 from data_tools.images import BadImage, decode, encode, is_plain_rgb, open_plugin, resize, sniff
 from data_tools.readers.texts import read_texts
 
@@ -145,7 +145,7 @@ def _ranks(folder: Path) -> dict[str, int]:
 def finished_pictures(config: SubmitConfig, pictures: dict[str, Path]) -> Iterator[tuple[str, bytes]]:
     """(id, encoded RGB picture) in order. Raises ValueError for one that is damaged or of another size."""
     first: tuple[int, int] | None = None
-    for identifier, path in tqdm(pictures.items(), unit="pictures", disable=None):
+    for identifier, path in progress(pictures.items(), unit="pictures"):
         data = path.read_bytes()
         try:
             picture = decode(data)

@@ -266,7 +266,7 @@ def _expected_shards(options: SyntheticOptions) -> dict[str, int]:
 
 
 def _draw_missing(options: SyntheticOptions) -> None:
-    from tqdm import tqdm
+    from common.progress import progress
 
     expected = _expected_shards(options)
     whole = {name: count for name, count in expected.items() if (options.dst / name).is_file()}
@@ -274,7 +274,7 @@ def _draw_missing(options: SyntheticOptions) -> None:
     workers = options.num_workers or available_cpus()
     draw = functools.partial(make_record, seed=options.seed, image_size=options.image_size)
     with (
-        tqdm(total=total, desc="drawing", unit="picture") as bar,
+        progress(total=total, desc="drawing", unit="picture") as bar,
         multiprocessing.Pool(workers, _set_up_worker, (os.getpid(),)) as pool,
     ):
         for split, first, count in _splits(options):

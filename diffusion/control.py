@@ -20,7 +20,6 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 from PIL import Image
-from tqdm import tqdm
 
 from common import checkpoint
 from common.config import command, parse_options, to_mapping
@@ -29,6 +28,7 @@ from common.label import LabelOptions, labelled
 from common.log import say
 from common.out_directory import OutDirectory, manifest_of
 from common.output import OutputDirectory
+from common.progress import progress
 from data_tools.line_drawings import open_drawing, read_drawing, resize_lines
 from data_tools.lines import drawing_of
 from data_tools.readers import ReaderOptions, open_source
@@ -219,7 +219,7 @@ def follow_all(options: Options, pipeline: ControlPipeline) -> Path:
             )
         with whole.writing(ORIGIN) as temporary:
             write_json(temporary, made_by)
-        for item in tqdm(read_pairs(options.pairs, pipeline.image_size), unit="image", dynamic_ncols=True):
+        for item in progress(read_pairs(options.pairs, pipeline.image_size), unit="image"):
             if isinstance(item, Problem):
                 lost.append(item)
                 continue

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from tqdm import tqdm
 
 from common.config import command, parse_options, to_mapping
 from common.files import sha256_file
@@ -26,6 +25,7 @@ from common.label import LabelOptions
 from common.log import say
 from common.out_directory import OutDirectory, Request
 from common.precision import Precision
+from common.progress import progress
 from data_tools.images import open_file
 from data_tools.prompts import Prompt, Unused, count_prompts, read_prompts, usable
 from diffusion.base import newest_base
@@ -152,7 +152,7 @@ def generate_all(options: Options, pipeline: DiffusionToImage, out: OutDirectory
         make_start(options),
     )
     images = onto_white(images, options.whiten, options.white)
-    for sampled in tqdm(images, total=total, initial=stood, unit="image", dynamic_ncols=True):
+    for sampled in progress(images, total=total, initial=stood, unit="image"):
         out.add(sampled)
     if options.prompts_file:
         unused.report(options.prompts_file)

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from tqdm import tqdm
 
 from common.distributed import World
 from common.files import atomic_path
 from common.image import resize_square, to_tensor
 from common.precision import Precision
+from common.progress import progress
 from data_tools.captions import CaptionChoice
 from data_tools.loader import Batch, CorruptSample
 from diffusion.buckets import LEFT_OUT, crop_to
@@ -67,7 +67,7 @@ class LatentCache:
         for shape in list(rows)[world.rank :: world.size]:
             path = _path(folder, shape)
             if not path.is_file():
-                bar = tqdm(
+                bar = progress(
                     desc=f"latents {shape[0]}x{shape[1]}", total=len(rows[shape]), disable=not world.is_main
                 )
                 parts = []

@@ -20,7 +20,6 @@ from typing import Annotated, Any
 
 import tyro
 from PIL import Image
-from tqdm import tqdm
 
 from common.config import command, parse_options
 from common.files import atomic_path
@@ -28,6 +27,7 @@ from common.image import make_grid
 from common.label import joined_arguments, keep_mark, kept_arguments
 from common.log import say
 from common.output import OutputDirectory
+from common.progress import progress
 from data_tools.images import SUFFIXES, BadImage, decode, open_plugin, sniff
 from diffusion.white_background import Whitener, WhitenOptions
 
@@ -84,7 +84,7 @@ def whiten_folder(source: Path, target: Path, whitener: Whitener) -> dict[str, i
         out.require_ours([*targets.values(), LIST, GRID])
         if (target / LIST).is_file():
             out.remove(LIST)
-        for name in tqdm(names, unit="image", dynamic_ncols=True):
+        for name in progress(names, unit="image"):
             try:
                 image, note, arguments = whiten_file(source / name, whitener)
             except (ValueError, OSError) as error:

@@ -19,6 +19,7 @@ from typing import Any
 import tyro
 
 from common.config import command, parse_options, to_mapping
+from common.language import Language, words_of
 from common.log import say
 from common.output import OutputDirectory
 from common.tables import plain_console
@@ -48,6 +49,8 @@ class Options(MeasuringOptions):
     """What chooses them: likelihood, or the ranker of ranking.json."""
     write_to: Path | None = None
     """Directory for metrics.json and report.html; None: OUT_DIR."""
+    language: Language = "auto"
+    """Of report.html: zh, en, or auto, which follows the locale."""
 
     def __post_init__(self) -> None:
         if self.best_of < 0:
@@ -138,7 +141,8 @@ def report(options: Options, samples: SampleSet, files: OutputDirectory) -> list
     )
     remarks = [*judges, *(f"Left out: {reason}" for reason in left_out)]
     with files.writing(PAGE) as temporary:
-        write_report(temporary, samples, figures, reference, settings, remarks)
+        words = words_of(options.language, "evaluation")
+        write_report(temporary, samples, figures, reference, settings, remarks, words=words)
     say(f"wrote {files.path / METRICS} | {files.path / PAGE}")
     return figures
 

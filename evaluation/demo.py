@@ -1,10 +1,10 @@
-"""From nothing to ranked pictures of a Chinese sentence, on the embedded default, by the commands of the README.
+"""Real goods at once from the model that ships, then the same from nothing on the embedded default.
 
     make demo                                      # or: python -m evaluation.demo
-    python -m evaluation.demo --text "一个蓝色的杯子"
+    python -m evaluation.demo --text "一个蓝色的杯子" --language zh
 
-Every stage is a program of its own, started as a user would start it; what is whole is reused. Ends with one table:
-what was made, where, how long it took, how good it is.
+Every stage is a program of its own, started as a user would start it; what is whole is reused. Ends with one table,
+what was made, where, how long it took and how good it is, and with report.html, which tells the same in images.
 """
 
 import json
@@ -19,10 +19,13 @@ from PIL import Image
 
 from common.config import command, parse_options, read_mapping
 from common.files import read_json, read_lines
+from common.language import Language, Words, words_of
 from common.log import clock, say
+from common.output import OutputDirectory
 from common.tables import plain_console
 
 EMBEDDED = Path("data/synthetic")
+GENERATOR, RANKER = "pretrained/goods-128/generator", "pretrained/goods-128/ranker"
 COLORED = 400  # its training images by which colours are named
 
 
@@ -30,12 +33,20 @@ COLORED = 400  # its training images by which colours are named
 class Options:
     """Run the whole demo."""
 
+    goods: str = "一条蓝色牛仔裤"
+    """The sentence for the model that ships, which knows real goods."""
     text: str = "一件红色的连衣裙"
-    """The sentence to draw."""
+    """The sentence for the model that is trained here, which knows what data_tools.synthetic renders."""
     num_images: int = 8
-    """Pictures to draw and to rank."""
+    """Images to generate and to rank, of each sentence."""
     out: Path = Path("out")
-    """Directory for the pictures."""
+    """Directory for the goods; those of the model that is trained here go into trained/ below it."""
+    language: Language = "auto"
+    """Of report.html: zh, en, or auto, which follows the locale."""
+
+    @property
+    def trained(self) -> Path:
+        return self.out / "trained"
 
 
 @dataclass(frozen=True)
@@ -56,6 +67,7 @@ class Row:
     where: Path
     seconds: float
     quality: str
+    program: tuple[str, ...] = ()
 
 
 def last_validation(run_dir: Path) -> dict[str, float]:
@@ -86,8 +98,10 @@ def data_quality(folder: Path) -> str:
     return f"{read_json(folder / 'dataset.json')['num_samples']} pictures with captions"
 
 
-def pictures_quality(out: Path) -> str:
-    return f"{len(read_lines(out / 'images.jsonl'))} pictures"
+def goods_quality(out: Path) -> str:
+    """Where the best image lies among real ones with their own captions, by the ranker."""
+    best = read_json(out / "ranking.json")["texts"][0]["pictures"][0]
+    return f"the best scores above {best['percentile']:.0f} % of real images with their captions"
 
 
 def ranking_quality(out: Path) -> str:
@@ -115,28 +129,27 @@ def stages(options: Options) -> list[Stage]:
     """The commands of the README, in order."""
     vqgan, dalle = run_dir("configs/demo/vqgan.yaml"), run_dir("configs/demo/dalle.yaml")
     ranker = run_dir("configs/demo/ranker.yaml")
-    draw = (
-        "generate.py",
-        options.text,
-        str(options.num_images),
-        str(options.out),
-        "--checkpoint",
-        str(dalle),
-    )
-    rank = ("rerank.py", str(options.out), "--ranker", str(ranker))
+    made = ("generate.py", options.text, str(options.num_images), str(options.trained))
     return [
-        Stage(
-            "product pictures drawn by us",
-            ("-m", "data_tools.synthetic"),
-            EMBEDDED,
-            data_quality,
-        ),
+        shipped_goods(options),
+        Stage("product-like images rendered here", ("-m", "data_tools.synthetic"), EMBEDDED, data_quality),
         Stage("image tokenizer", ("train_vqgan.py",), vqgan, tokenizer_quality),
         Stage("generator", ("train_dalle.py",), dalle, generator_quality),
         Stage("ranker", ("-m", "rankers.train"), ranker, ranker_quality),
-        Stage(f"pictures of {options.text}", draw, options.out, pictures_quality),
-        Stage("their ranking", rank, options.out / "ranked.png", lambda _: ranking_quality(options.out)),
+        Stage(
+            f"images of {options.text}, ranked",
+            (*made, "--checkpoint", str(dalle), "--rank", "--ranker", str(ranker)),
+            options.trained,
+            ranking_quality,
+        ),
     ]
+
+
+def shipped_goods(options: Options) -> Stage:
+    """The first stage: seconds, since nothing is trained."""
+    made = ("generate.py", options.goods, str(options.num_images), str(options.out))
+    flags = ("--checkpoint", GENERATOR, "--rank", "--ranker", RANKER)
+    return Stage(f"real goods: {options.goods}, ranked", (*made, *flags), options.out, goods_quality)
 
 
 def run(stage: Stage) -> Row:
@@ -148,7 +161,9 @@ def run(stage: Stage) -> Row:
         raise KeyboardInterrupt
     if code:
         raise ValueError(f"`python {' '.join(stage.program)}` ended with code {code}; its last lines say why")
-    return Row(stage.title, stage.where, time.perf_counter() - started, stage.quality(stage.where))
+    return Row(
+        stage.title, stage.where, time.perf_counter() - started, stage.quality(stage.where), stage.program
+    )
 
 
 def show(rows: Sequence[Row]) -> None:
@@ -163,14 +178,95 @@ def show(rows: Sequence[Row]) -> None:
     plain_console().print(table)
 
 
+# --- the page ------------------------------------------------------------------------------------------------------
+
+SHOWN_DATA, SHOWN_STEPS = 16, 4  # training images, and grids of a training from its first to its last
+
+
+def write_demo_page(options: Options, rows: Sequence[Row]) -> Path:
+    """report.html beside the goods: data, reconstructions, samples while training, rankings and times, in images."""
+    from evaluation.report import page
+
+    words = words_of(options.language, "demo")
+    vqgan, dalle = run_dir("configs/demo/vqgan.yaml"), run_dir("configs/demo/dalle.yaml")
+    parts = [
+        _shown(words("Real goods from the model that ships"), options.goods, [options.out / "ranked.png"]),
+        _data(words),
+        _shown(
+            words("Reconstructions by the image tokenizer"),
+            words("Above the originals, below what is left of them after 8 x 8 tokens."),
+            first_to_last(vqgan / "samples"),
+        ),
+        _shown(
+            words("Samples while the generator is trained"),
+            words("The same texts and seeds, from the first steps to the last."),
+            first_to_last(dalle / "samples"),
+        ),
+        _shown(words("What was trained here, best first"), options.text, [options.trained / "ranked.png"]),
+        _times(words, rows),
+    ]
+    with OutputDirectory(options.out) as files:
+        return files.write_text("report.html", page(words("The demo, from data to images"), parts, words.tag))
+
+
+def first_to_last(folder: Path, most: int = SHOWN_STEPS) -> list[Path]:
+    """Grids of a training, evenly from the first to the last."""
+    found = sorted(folder.glob("*.png"))
+    if len(found) <= most:
+        return found
+    return [found[round(i * (len(found) - 1) / (most - 1))] for i in range(most)]
+
+
+def _shown(title: str, text: str, paths: Sequence[Path]) -> str:
+    from evaluation.report import note, picture, section
+
+    shown = []
+    for path in paths:
+        if path.is_file():
+            with Image.open(path) as image:
+                shown.append(f"<p>{picture(image, side=1040)}<small>{path.name}</small></p>")
+    return section(title, note(text), *shown) if shown else ""
+
+
+def _data(words: Words) -> str:
+    from evaluation.reference import ReferencePictures
+    from evaluation.report import figure, section
+
+    train = ReferencePictures.of_split(str(EMBEDDED), "train", 128, limit=SHOWN_DATA)
+    shown = "".join(figure(train.open(i), train.facts(i).caption) for i in range(len(train)))
+    return section(words("The training data: images with Chinese captions"), shown)
+
+
+def _times(words: Words, rows: Sequence[Row]) -> str:
+    from data_tools import svg
+    from evaluation.report import section, table
+
+    header = [words(name) for name in ("what", "where", "time", "how good", "command")]
+    lines = [
+        (words(row.title), row.where, clock(row.seconds), row.quality, f"python {' '.join(row.program)}")
+        for row in rows
+    ]
+    lines.append((words("in all"), "", clock(sum(row.seconds for row in rows)), "", ""))
+    bars = svg.bars([(words(row.title), row.seconds) for row in rows], words("seconds"), width=720)
+    return section(words("What was made, and how long it took"), bars, table(header, lines, (0, 1, 3, 4)))
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> list[Row]:
     options = parse_options(Options, argv, description=__doc__)
     if options.num_images < 1:
         raise ValueError(f"num_images must be at least 1, not {options.num_images}")
-    rows = [run(stage) for stage in stages(options)]
+    first, *others = stages(options)
+    rows = [run(first)]
+    say(f"\nreal goods: {(options.out / 'ranked.png').absolute()}")
+    say("now the same from nothing; look at that file meanwhile")
+    rows += [run(stage) for stage in others]
     show(rows)
-    say(f"look at {options.out / 'ranked.png'}")
+    page = write_demo_page(options, rows)
+    say(f"real goods      {options.out / 'ranked.png'}")
+    say(f"trained here    {options.trained / 'ranked.png'}")
+    say(f"the whole story {page.absolute()}")
+    say(f'more goods: python generate.py "一双黑色的鞋" 8 out/ --rank --checkpoint {GENERATOR}')
     return rows
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from common.log import say
 from common.out_directory import OutDirectory, Request
+from common.progress import progress
 from data_tools.captions import pick_caption
 from data_tools.index import ShardIndex
 from data_tools.prompts import read_prompts
@@ -59,9 +59,7 @@ def draw_into(directory: Path, name: str, system: System, plan: Plan) -> SampleS
         out.require_ours(out.count + len(todo))
         if have and todo:
             say(f"{name}: {total - len(todo)} of {total} pictures stand in {directory}: going on behind them")
-        bar = tqdm(
-            system.generate(todo), name, total, initial=total - len(todo), unit="picture", dynamic_ncols=True
-        )
+        bar = progress(system.generate(todo), desc=name, total=total, initial=total - len(todo), unit="image")
         for picture in bar:
             out.add(picture)
         out.forget_leftovers()  # a damaged tail

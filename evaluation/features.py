@@ -357,13 +357,13 @@ def embed(
     Every batch is stored when it is done, so a run that was killed goes on there. `cluster`: batches of pictures are
     its tasks. Raises ValueError when none can be read.
     """
-    from tqdm import tqdm
+    from common.progress import progress
 
     keys = [pictures.key(i) for i in range(len(pictures))]
     rows = store.get(list(dict.fromkeys(keys))) if store else {}
     first = {key: i for i, key in reversed(list(enumerate(keys)))}
     todo = sorted(i for key, i in first.items() if key not in rows)
-    with tqdm(total=len(todo), desc=f"features of {network.name}", unit=" pictures", disable=None) as bar:
+    with progress(total=len(todo), desc=f"features of {network.name}", unit=" pictures") as bar:
         batches = _readable(pictures, todo, batch_size)
         for places, found in ordered_map(EmbedBatch(network), batches, cluster or 0, _crashed):
             fresh = dict(zip([keys[i] for i in places], found[0], strict=True)) if places else {}

@@ -29,6 +29,7 @@ from PIL import Image
 
 from common.config import command, parse_options
 from common.files import ensure_writable_directory
+from common.language import Language
 from common.lock import locked
 from common.log import say
 from common.tables import plain_console
@@ -59,6 +60,8 @@ class Options:
     """Share of the pairs that come a second time with the sides exchanged."""
     seed: int = 0
     """Seed of which pictures, sides and order."""
+    language: Language = "auto"
+    """Of the page: zh, en, or auto, which follows the locale."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 lets raters in from other machines, without any password."""
     port: int = 8777
@@ -370,7 +373,9 @@ def main(argv: Sequence[str] | None = None) -> list[Result] | None:
     alone = locked(options.choices.parent, f".{options.choices.name}.lock")
     with (
         alone,
-        serve(study := Study(pairs, options.choices, options.seed), options.host, options.port) as server,
+        serve(
+            study := Study(pairs, options.choices, options.seed), options.host, options.port, options.language
+        ) as server,
     ):
         say(f"{len(study.pairs)} questions at http://{options.host}:{server.server_port}/ | ctrl-C ends it")
         say(f"choices go to {options.choices}; python -m evaluation.human --results {options.choices}")

@@ -1,17 +1,21 @@
 """The page of evaluation.human and its server: the standard library's, since a handful of raters is all it gets."""
 
+import html
 import json
+import re
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+from common.language import Language, Words, words_of
+
 MAX_BODY = 4096  # bytes of a choice
 MAX_NAME = 64  # characters of a rater's name
 
 PAGE = """<!doctype html>
-<html lang="zh"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
-<title>哪一张更好</title>
+<html lang="[[en]]"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
+<title>[[Which one is better?]]</title>
 <style>
 body{font:16px/1.5 system-ui,"Noto Sans CJK SC","Noto Sans SC","PingFang SC","Microsoft YaHei",sans-serif;margin:0;
 background:#fafafa;color:#222;text-align:center}
@@ -27,16 +31,15 @@ background:#fff;border-radius:.4rem;cursor:pointer}
 input{font:inherit;padding:.4rem .6rem}progress{width:100%;height:.5rem}small{color:#777}
 [hidden]{display:none!important}
 </style></head><body><main>
-<form id="start"><h1>哪一张更好</h1>
-<p>同一句话，两张图。选与文字相符、画得更好的一张。<br>
-<small>Two pictures of one text: choose the one that shows what it says, and looks better.</small></p>
-<p><input id="name" maxlength="64" placeholder="你的名字 (your name)" required> <button>开始</button></p></form>
+<form id="start"><h1>[[Which one is better?]]</h1>
+<p>[[Two images of one text: choose the one that shows what it says, and looks better.]]</p>
+<p><input id="name" maxlength="64" placeholder="[[your name]]" required> <button>[[Start]]</button></p></form>
 <section id="ask" hidden><progress id="bar"></progress><small id="count"></small><h1 id="text"></h1>
 <div class="two"><button data-choice="left" aria-label="left"><img id="left" alt=""><small>1 / ←</small></button>
 <button data-choice="right" aria-label="right"><img id="right" alt=""><small>2 / →</small></button></div>
-<p class="rest"><button data-choice="equal">一样好 <small>equal (0)</small></button>
-<button data-choice="both_bad">都不行 <small>both bad (-)</small></button></p></section>
-<section id="end" hidden><h1>完成，谢谢！</h1><p><small>All pairs are done, thank you.</small></p></section>
+<p class="rest"><button data-choice="equal">[[Equally good]] <small>0</small></button>
+<button data-choice="both_bad">[[Both are bad]] <small>-</small></button></p></section>
+<section id="end" hidden><h1>[[All pairs are done, thank you.]]</h1></section>
 <p id="error" role="alert"></p>
 </main><script>
 const $ = id => document.getElementById(id);
@@ -88,6 +91,11 @@ document.onkeydown = event => {
 """
 
 
+def page_in(words: Words) -> str:
+    """The page in a language: what stands in [[ ]] is looked up in its words."""
+    return re.sub(r"\[\[(.+?)\]\]", lambda found: html.escape(words(found[1])), PAGE)
+
+
 class Handler(BaseHTTPRequestHandler):
     """Answers for the study of its server."""
 
@@ -98,7 +106,7 @@ class Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         query = {name: values[-1] for name, values in parse_qs(url.query).items()}
         if url.path == "/":
-            self._send(PAGE.encode(), "text/html; charset=utf-8")
+            self._send(page_in(self.server.words).encode(), "text/html; charset=utf-8")
         elif url.path == "/next":
             self._try(lambda: self.server.study.next(_rater(query)))
         elif url.path == "/picture":
@@ -152,15 +160,15 @@ class Handler(BaseHTTPRequestHandler):
 class StudyServer(ThreadingHTTPServer):
     """One study at one address."""
 
-    def __init__(self, study: Any, host: str, port: int) -> None:
-        self.study = study
+    def __init__(self, study: Any, host: str, port: int, words: Words) -> None:
+        self.study, self.words = study, words
         super().__init__((host, port), Handler)
 
 
-def serve(study: Any, host: str, port: int) -> StudyServer:
+def serve(study: Any, host: str, port: int, language: Language = "auto") -> StudyServer:
     """A server of `evaluation.human.Study`, bound and not yet serving. Raises ValueError when it cannot be."""
     try:
-        return StudyServer(study, host, port)
+        return StudyServer(study, host, port, words_of(language, "human"))
     except OSError as error:
         raise ValueError(
             f"cannot listen on {host}:{port} ({error}): choose another --port or --host"

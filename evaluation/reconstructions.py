@@ -133,11 +133,11 @@ class Pairs:
 
 def reconstruct_all(codec: Codec, images: ReferencePictures, options: Options, device: torch.device) -> Pairs:
     """Raises ValueError where no image can be read."""
-    from tqdm import tqdm
+    from common.progress import progress
 
     count = min(len(images), options.limit) if options.limit else len(images)
     facts, originals, reconstructions, noise = [], [], [], []
-    with tqdm(total=count, desc="reconstructing", unit=" images", disable=None) as bar:
+    with progress(total=count, desc="reconstructing", unit=" images") as bar:
         for places, batch in _batches(images, count, options.batch_size):
             pixels = torch.stack([to_tensor(image) for image in batch]).to(device)  # (B, 3, S, S)
             decoded = codec.reconstruct(pixels.contiguous(memory_format=torch.channels_last))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from common.files import atomic_path
+from common.language import Words
 from data_tools.stats_page import STYLE
 from evaluation.sets import Sample, SampleSet
 from evaluation.statistics import Interval
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from evaluation.metrics import Figure
     from evaluation.parts import Reference
 
+ENGLISH = Words({}, "en")
 THUMBNAIL = 128  # pixels, longest side
 OWN_STYLE = """
 figure{width:130px}figure img{max-width:128px}
@@ -45,23 +47,23 @@ class Raw:
     html: str
 
 
-def page(title: str, sections: Iterable[str]) -> str:
-    """The whole document."""
+def page(title: str, sections: Iterable[str], tag: str = "zh") -> str:
+    """The whole document; `tag`: its language, zh or en."""
     name = html.escape(title)
     head = (
         f'<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{name}</title><style>{STYLE}{OWN_STYLE}</style>"
     )
     body = "".join(sections)
-    return f'<!doctype html><html lang="zh"><head>{head}</head><body><h1>{name}</h1>{body}</body></html>\n'
+    return f'<!doctype html><html lang="{tag}"><head>{head}</head><body><h1>{name}</h1>{body}</body></html>\n'
 
 
 METRICS, PAGE = "metrics.json", "report.html"  # of the evaluation and of the arena
 
 
-def write_page(path: Path, title: str, sections: Iterable[str]) -> Path:
+def write_page(path: Path, title: str, sections: Iterable[str], tag: str = "zh") -> Path:
     """Atomically. Raises OSError when the file cannot be written."""
-    text = page(title, sections)
+    text = page(title, sections, tag)
     with atomic_path(path) as temporary:
         temporary.write_text(text, "utf-8")
     return path
@@ -189,18 +191,31 @@ def real(value: float | None) -> str:
     return "-" if value is None else number(value)
 
 
-def figure_table(figures: Sequence["Figure"]) -> str:
+def figure_table(figures: Sequence["Figure"], words: Words = ENGLISH) -> str:
     """One row a figure, with what real pictures get and all that it depends on."""
-    header = ("figure", "value, 95 % interval", "real pictures", "better", "pictures", "by", "remarks")
+    names = ("figure", "value, 95 % interval", "real pictures", "better", "pictures", "by", "remarks")
+    header = tuple(map(words, names))
     rows = [
-        (f.name, interval(f.value), real(f.real), better(f.higher_is_better), f.count, f.network, f.note)
+        (
+            f.name,
+            interval(f.value),
+            real(f.real),
+            words(better(f.higher_is_better)),
+            f.count,
+            f.network,
+            f.note,
+        )
         for f in figures
     ]
     return table(header, rows, (0, 5, 6))
 
 
 def nearest_training(
-    figures: Sequence["Figure"], samples: SampleSet, reference: "Reference", most: int = 16
+    figures: Sequence["Figure"],
+    samples: SampleSet,
+    reference: "Reference",
+    words: Words = ENGLISH,
+    most: int = 16,
 ) -> str:
     """Each generated picture beside the nearest training picture, nearest first, a heading a measure."""
     parts = []
@@ -210,7 +225,7 @@ def nearest_training(
         shown = []
         for pair in found.pairs[:most]:
             sample = samples.samples[pair.sample]
-            remark = f"{pair.distance:.3g}" + (", nearer than the threshold" if pair.is_copy else "")
+            remark = f"{pair.distance:.3g}" + (words(", nearer than the threshold") if pair.is_copy else "")
             made = figure(sample.image, f"{shorten(sample.text, 40)} | {remark}")
             real_one = figure(reference.train.open(pair.row), f"{shorten(pair.caption, 40)} | {pair.key}")
             shown.append(f'<div class="pair">{made}{real_one}</div>')
@@ -226,6 +241,7 @@ def write_report(
     settings: Mapping[str, Any],
     remarks: Sequence[str] = (),
     most_texts: int = 24,
+    words: Words = ENGLISH,
 ) -> Path:
     """The page of one set: settings, figures, pictures, nearest training pictures.
 
@@ -233,17 +249,21 @@ def write_report(
     """
     texts = spread(samples.texts, most_texts)
     sections = [
-        section("What was measured", facts(settings), *(note(line) for line in remarks)),
-        section("Figures", figure_table(figures)),
-        section("Pictures", prompt_grids([samples], texts, 8)),
         section(
-            "Nearest training pictures",
-            nearest_training(figures, samples, reference),
-            note("Left what was drawn, right the training picture that is nearest to it."),
+            words("What was measured"),
+            facts({words(k): v for k, v in settings.items()}),
+            *(note(line) for line in remarks),
         ),
-        section("Pictures that could not be read", *(note(line) for line in samples.corrupt[:50])),
+        section(words("Figures"), figure_table(figures, words)),
+        section(words("Pictures"), prompt_grids([samples], texts, 8)),
+        section(
+            words("Nearest training pictures"),
+            nearest_training(figures, samples, reference, words),
+            note(words("Left what was drawn, right the training picture that is nearest to it.")),
+        ),
+        section(words("Pictures that could not be read"), *(note(line) for line in samples.corrupt[:50])),
     ]
-    return write_page(path, f"Evaluation of {samples.name}", sections)
+    return write_page(path, words("Evaluation of {name}", name=samples.name), sections, words.tag)
 
 
 def spread(items: Sequence[str], most: int) -> list[str]:

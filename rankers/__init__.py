@@ -37,11 +37,14 @@ def load_ranker(name: str | Path, device: str = "auto", precision: str = "auto")
     return _own(name, device, precision)
 
 
-def default_ranker() -> Path:
-    """The newest ranker trained here, else the one that ships. Raises FileNotFoundError saying how to get one."""
+def default_ranker(generator: str = "") -> Path:
+    """The newest ranker trained here, else the one that ships; for images of the generator that ships (`generator`:
+    the sha256 of what made them) the one beside it. Raises FileNotFoundError saying how to get one."""
     from common.checkpoint import newest_run
     from common.files import shipped
 
+    if generator and generator == _shipped_generator():
+        return shipped(DEFAULT_RANKER)
     found = newest_run("ranker")
     if found is None and (shipped(DEFAULT_RANKER) / "config.json").is_file():
         found = shipped(DEFAULT_RANKER)
@@ -51,6 +54,17 @@ def default_ranker() -> Path:
             "`python -m rankers.train`, or name one with --ranker"
         )
     return found
+
+
+def _shipped_generator() -> str | None:
+    """The sha256 of the generator beside the ranker that ships; None where one of them is missing."""
+    from common.files import read_json, shipped
+
+    ranker = shipped(DEFAULT_RANKER)
+    config = ranker.parent / "generator/config.json"
+    if not (config.is_file() and (ranker / "config.json").is_file()):
+        return None
+    return read_json(config).get("sha256")
 
 
 def _own(name: str, device: str, precision: str) -> Any:

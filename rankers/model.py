@@ -18,6 +18,7 @@ from common import checkpoint
 from common.bert_text import CaptionTokenizer
 from common.config import from_mapping, to_mapping
 from rankers.imagenet_tower import ImageNetTower
+from rankers.light_towers import LightClip, ResNet, read_bert, supports
 
 KIND = "ranker"
 TOWERS = "towers"
@@ -60,16 +61,12 @@ class ModelConfig:
 class RankerModel(nn.Module):
     """Pictures and texts into one space; the forward pass of training and of scoring."""
 
-    def __init__(self, config: ModelConfig, towers: Path) -> None:
-        """`towers`: the folder with the text tower's (or the Chinese-CLIP's) config and vocabulary."""
+    def __init__(self, config: ModelConfig, towers: Path, clip: nn.Module | None = None) -> None:
+        """`towers`: the folder with the text tower's (or the Chinese-CLIP's) config and vocabulary; `clip`: the two
+        towers, where they are built already."""
         super().__init__()
         self.config = config
-        if config.architecture == "open_clip":
-            self.clip: nn.Module = build_open_clip(config, towers)
-        elif config.architecture == "chinese_clip":
-            self.clip = build_chinese_clip(towers)
-        else:
-            raise ValueError(f"unknown architecture {config.architecture!r}")
+        self.clip: nn.Module = build_clip(config, towers) if clip is None else clip
         self.clip.logit_scale = one_axis(self.clip.logit_scale)
         self.register_buffer("mean", torch.tensor(config.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config.std).view(1, 3, 1, 1), persistent=False)
@@ -152,12 +149,35 @@ def load_model(directory: Path) -> tuple[RankerModel, CaptionTokenizer]:
     towers = directory / TOWERS
     if not (towers / "config.json").is_file():
         raise FileNotFoundError(f"{towers} holds no config.json: the checkpoint is not whole")
-    model = RankerModel(config, towers)
+    model = RankerModel(config, towers, build_light_clip(config, towers))
     checkpoint.load_weights(model, directory)
     return model.eval(), CaptionTokenizer(towers, config.max_text_len)
 
 
 # --- architectures -------------------------------------------------------------------------------------------------
+
+
+def build_clip(config: ModelConfig, towers: Path) -> nn.Module:
+    """With random weights, to be trained."""
+    if config.architecture == "open_clip":
+        return build_open_clip(config, towers)
+    if config.architecture == "chinese_clip":
+        return build_chinese_clip(towers)
+    raise ValueError(f"unknown architecture {config.architecture!r}")
+
+
+def build_light_clip(config: ModelConfig, towers: Path) -> nn.Module | None:
+    """The same for scoring, without open_clip; None where only open_clip or transformers has these towers."""
+    if config.architecture != "open_clip" or config.image_tower not in (*RESNETS, IMAGENET_TOWER):
+        return None
+    bert = read_bert(towers)
+    if not supports(bert):
+        return None
+    if config.image_tower == IMAGENET_TOWER:
+        trunk: nn.Module = ImageNetTower()
+        return LightClip(trunk, trunk.num_features, config.embed_dim, bert)
+    channels, blocks, stem = RESNETS[config.image_tower]
+    return LightClip(ResNet(channels, blocks, stem), channels[-1], config.embed_dim, bert)
 
 
 def build_open_clip(config: ModelConfig, towers: Path) -> nn.Module:

@@ -1,6 +1,7 @@
 """What generate.py leaves in its out directory, as rankers read it: one line of `images.jsonl` a picture."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,13 @@ def _row(line: str, directory: Path, where: str) -> Row:
         raise FileNotFoundError(f"{where} names {values['file']}, which is not in {directory}")
     likelihoods = (values.get(name) for name in ("log_likelihood", "null_log_likelihood"))
     return Row(values["file"], values["text"], *likelihoods, values)
+
+
+def made_by(rows: Sequence[Row]) -> str:
+    """sha256 of the one generator that made all of them; empty where it is unknown or there are several."""
+    found = {row.values.get("checkpoint") for row in rows}
+    only = found.pop() if len(found) == 1 else None
+    return only if isinstance(only, str) else ""
 
 
 def read_picture(path: Path) -> Image.Image:

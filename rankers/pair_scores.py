@@ -18,11 +18,11 @@ import numpy as np
 import torch
 import tyro
 from PIL import Image
-from tqdm import tqdm
 
 from common.config import command, parse_options
 from common.lock import locked
 from common.log import say
+from common.progress import progress
 from data_tools.images import BadImage, decode
 from data_tools.readers import Meter, ReaderOptions, open_source
 from data_tools.records import Record
@@ -82,7 +82,7 @@ def _batches(options: Options, known: dict[str, float]) -> Iterator[list[tuple[s
     """(key, caption, picture) of samples that are not known yet; what cannot be read is clean's to report."""
     source, meter, rows = open_source(options.src, options.reader), Meter(), []
     meter.total = source.num_bytes
-    with tqdm(unit="B", unit_scale=True, disable=None, desc="scoring") as bar:
+    with progress(unit="B", unit_scale=True, desc="scoring") as bar:
         for part in source.parts:
             for item in source.read(part, meter):
                 bar.total = meter.total

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["LC_ALL"] = "C.UTF-8"  # pages are in English unless a test asks otherwise
 
 import pytest
 import torch

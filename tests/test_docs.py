@@ -1,19 +1,23 @@
 """Every command of the README and of docs/ is read by its own program without a complaint."""
 
 import ast
+import dataclasses
 import importlib
 import re
 import shlex
+import typing
 from pathlib import Path
 
 import pytest
 import tyro
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([*ROOT.glob("README*.md"), *(ROOT / "docs").glob("*.md")])
+CHINESE = sorted((ROOT / "docs" / "zh").glob("*.md"))
+PAGES = sorted([*ROOT.glob("README*.md"), *(ROOT / "docs").glob("*.md"), *CHINESE])
 LAUNCHERS = ("python", "torchrun", "deepspeed")
 WRITTEN_BY_OTHERS = {"out/sweep/winner.yaml"}  # config files that an earlier command of the page makes
-NOT_OURS = {"git", "cd", "pip", "pytest", "export", "tensorboard", "curl"}
+NOT_OURS = {"git", "cd", "pip", "pytest", "export", "source", "tensorboard", "curl"}
+VENV = ".venv/bin/"  # before a command of the first screen, where nothing is activated yet
 PACKAGES = ("data_tools", "vq", "dalle", "rankers", "gan", "evaluation")
 
 
@@ -32,7 +36,7 @@ def commands() -> list[str]:
             found += block.replace("\\\n", " ").splitlines()
         found += re.findall(r"`(python (?!-m [\w.]+`)[^`]+)`", text)  # a bare module is a mention
     lines = (shlex.join(shlex.split(line, comments=True)) for line in found)
-    return sorted({line for line in lines if line})
+    return sorted({line.removeprefix(VENV) for line in lines if line})
 
 
 def program_and_arguments(line: str) -> tuple[str, list[str]]:
@@ -97,3 +101,82 @@ def test_every_program_is_shown():
         if "\n@command\n" in path.read_text("utf-8")
     }
     assert programs - shown <= {"data_tools.synthetic", "evaluation.demo"}, "those that make demo runs"
+
+
+# --- two languages -------------------------------------------------------------------------------------------------
+
+
+def test_every_page_has_a_twin_in_chinese():
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"LOG.md"}
+    assert {path.name for path in CHINESE} == pages
+
+
+def twins() -> list[tuple[Path, Path]]:
+    return [(ROOT / "docs" / page.name, page) for page in CHINESE] + [
+        (ROOT / "README.md", ROOT / "README.zh.md")
+    ]
+
+
+@pytest.mark.parametrize(("english", "chinese"), twins(), ids=lambda page: page.parent.name + "_" + page.stem)
+def test_both_languages_show_the_same_commands_and_headings(english, chinese):
+    found = []
+    for page in (english, chinese):
+        text = page.read_text("utf-8")
+        blocks = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", text, flags=re.S | re.M)
+        if page.stem.startswith("README"):  # comments are translated there
+            blocks = [(kind, re.sub(r" *#.*", "", block)) for kind, block in blocks]
+        prose = re.sub(r"^ *```.*?^ *```$", "", text, flags=re.S | re.M)
+        inline = sorted(re.findall(r"`(python [^`]+)`", prose))
+        headings = [len(marks) for marks in re.findall(r"^(#+) ", prose, flags=re.M)]
+        found.append((blocks, inline, headings))
+    assert found[0][2] == found[1][2], "headings"
+    assert found[0][1] == found[1][1], "commands in running text"
+    for here, there in zip(found[0][0], found[1][0], strict=True):
+        assert here == there
+
+
+def test_links_lead_somewhere():
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
+        for target in re.findall(r"\]\((?!https?:|mailto:|#)([^)#\s]+)", page.read_text("utf-8")):
+            assert (page.parent / target).exists(), f"{page.relative_to(ROOT)}: {target}"
+
+
+# --- command lines of other projects -------------------------------------------------------------------------------
+
+
+def flags_of(options: type, prefix: str = "") -> set[str]:
+    """`--group.field` of a dataclass; a group may go without its name, so both are there."""
+    found = set()
+    for name, kind in typing.get_type_hints(options).items():
+        if dataclasses.is_dataclass(kind):
+            found |= flags_of(kind, f"{prefix}{name}.") | flags_of(kind, prefix)
+        else:
+            found.add(f"--{prefix}{name}".replace("_", "-"))
+    return found
+
+
+def translated_flags() -> list[tuple[str, set[str]]]:
+    """Program of a table's second column, and the flags below it."""
+    tables = []
+    for line in (ROOT / "docs/from_other_projects.md").read_text("utf-8").splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if len(cells) == 3 and cells[1].endswith(" here"):
+            tables.append((cells[1].split("`")[1].removesuffix(".py"), set()))
+        elif len(cells) == 3 and tables:
+            tables[-1][1].update(re.findall(r"`(--[\w.-]+)", cells[1]))
+    return tables
+
+
+def test_flags_that_stand_for_those_of_other_projects_exist():
+    tables = translated_flags()
+    assert len(tables) == 6 and sum(len(flags) for _, flags in tables) > 60
+    for program, flags in tables:
+        module = importlib.import_module(program)
+        unknown = flags - flags_of(getattr(module, "Options", None) or module.DownloadConfig)
+        assert not unknown, f"{program}: {unknown}"
+
+
+def test_every_project_stands_side_by_side_with_ours():
+    text = (ROOT / "docs/from_other_projects.md").read_text("utf-8")
+    for part in text.split("\n## ")[1:]:
+        assert re.search(r"```text\n.*?```\s+```bash\n", part, flags=re.S), part.splitlines()[0]

@@ -1,5 +1,8 @@
 """The models that ship: small, described, and drawing from a fresh clone."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,8 +11,10 @@ from PIL import Image
 import generate
 import rerank
 from common.checkpoint import read_config
+from rankers import default_ranker
 
-SHIPPED = Path(__file__).parent.parent / "pretrained" / "goods-128"
+ROOT = Path(__file__).parent.parent
+SHIPPED = ROOT / "pretrained" / "goods-128"
 
 
 def test_all_of_it_is_at_most_32_mib():
@@ -41,3 +46,35 @@ def test_a_fresh_clone_draws_and_ranks_goods(tmp_path, monkeypatch):
     rows = Image.open(tmp_path / "out" / "rank00.png").convert("RGB").resize((1, 1)).getpixel((0, 0))
     assert Image.open(tmp_path / "out" / "rank00.png").size == (128, 128)
     assert rows[2] > rows[0], "blue"
+
+
+def test_its_images_are_ranked_by_the_ranker_beside_it(tmp_path, monkeypatch):
+    """Also where another was trained here, of other goods."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("common.checkpoint.newest_run", lambda kind, runs=None: Path(f"runs/a_newer_{kind}"))
+    made = read_config(SHIPPED / "generator", "generator")["sha256"]
+    assert default_ranker(made) == SHIPPED / "ranker"
+    assert default_ranker() == default_ranker("of another") == Path("runs/a_newer_ranker")
+
+
+STARTING = """
+import sys
+import generate
+generate.main([sys.argv[1], "2", "out", "--device", "cpu", "--rank"])
+slow = {"transformers", "open_clip", "timm", "torchvision", "diffusers", "scipy", "sympy", "onnxruntime", "matplotlib"}
+print("IMPORTED", *sorted(slow & set(sys.modules)))
+"""
+
+
+def test_nothing_slow_is_imported_to_generate_and_rank(tmp_path):
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", STARTING, "一条蓝色牛仔裤"],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].split() == ["IMPORTED"]
+    assert (tmp_path / "out" / "ranked.png").is_file()

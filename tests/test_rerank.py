@@ -310,3 +310,41 @@ def test_until_does_not_go_on_from_whitened_images(generator_dir, ranker_dir, tm
     with pytest.raises(SystemExit) as stop:
         rank(out, ranker_dir, "--min-percentile", "99.9", "--until", "3")
     assert stop.value.code == 2 and "put on white" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("texts", [TEXTS[:1], TEXTS])
+def test_generate_with_rank_writes_what_both_commands_write(
+    tmp_path, drawn, generator_dir, ranker_dir, texts, monkeypatch
+):
+    """To the byte, the record of what was written included; the clock stands, for images.jsonl holds seconds."""
+    monkeypatch.setattr("dalle.pipeline.time.perf_counter", lambda: 0.0)
+    (tmp_path / "texts.txt").write_text("\n".join(texts), encoding="utf-8")
+    several = ["--prompts-file", str(tmp_path / "texts.txt")] if len(texts) > 1 else []
+    found = []
+    for name, more in (("two", []), ("one", ["--rank", "--ranker", str(ranker_dir)])):
+        out = tmp_path / name
+        text = "" if several else texts[0]
+        given = [text, "3", str(out), *several, "--checkpoint", str(generator_dir), "--device", "cpu"]
+        generate.main([*given, *more])
+        if not more:
+            rerank.main([str(out), "--ranker", str(ranker_dir), "--device", "cpu"])
+        found.append(contents(out))
+    assert found[0] == found[1] and "ranked.png" in found[0]
+
+
+def test_rank_refuses_before_it_generates(tmp_path, generator_dir, ranker_dir, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "ranked.png").write_bytes(b"mine")
+    given = [TEXTS[0], "2", str(out), "--checkpoint", str(generator_dir), "--device", "cpu"]
+    with pytest.raises(SystemExit) as stop:
+        generate.main([*given, "--rank", "--ranker", str(ranker_dir)])
+    assert stop.value.code == 2 and "ranked.png" in capsys.readouterr().err
+    assert contents(out) == {"ranked.png": b"mine"}
+    for name, flags in (
+        ("no-such-ranker", ["--rank", "--ranker", "no-such-ranker"]),
+        ("needs --rank", ["--ranker", "x"]),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            generate.main([*given[:2], str(tmp_path / "other"), *given[3:], *flags])
+        assert stop.value.code == 2 and name in capsys.readouterr().err

@@ -150,13 +150,13 @@ def _perceptual(options: Options, device: torch.device) -> PerceptualDistance | 
 
 
 def _batches(options: Options, image_size: int) -> Iterator[dict[str, Any]]:
-    from tqdm import tqdm
+    from common.progress import progress
 
     folder = options.data if options.folder else ""
     index = open_pictures(options.data, folder, options.split)
     count = min(len(index), options.limit) if options.limit else len(index)
     decode = DecodeImage(image_size, first_caption=True)
-    with tqdm(total=count, desc="evaluating", unit="picture") as bar:
+    with progress(total=count, desc="evaluating", unit="picture") as bar:
         for batch in eval_batches(index, decode, options.batch_size, count):
             yield batch
             bar.update(len(batch["key"]))

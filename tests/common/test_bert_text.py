@@ -44,7 +44,7 @@ def test_long_texts_are_cut_and_counted(tmp_path):
     tokenizer = CaptionTokenizer(tmp_path, 8)
     ids = tokenizer.ids("红" * 10_000)
     assert len(ids) == 8 and tokenizer.num_truncated == 1
-    assert (ids[0], ids[-1]) == (tokenizer.tokenizer.cls_token_id, tokenizer.tokenizer.sep_token_id)
+    assert (ids[0], ids[-1]) == (tokenizer.tokenizer.begin_id, tokenizer.tokenizer.end_id)
     exact = tokenizer.ids("红" * 6)
     assert len(exact) == 8 and tokenizer.num_truncated == 1
     batch = tokenizer.batch(["红色", "红"])

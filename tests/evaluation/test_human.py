@@ -113,7 +113,7 @@ def test_what_is_no_choice_is_refused(sets, tmp_path):
 @pytest.fixture
 def address(sets, tmp_path):
     study = study_of(sets, tmp_path / "c.jsonl")
-    with serve(study, "127.0.0.1", 0) as server:
+    with serve(study, "127.0.0.1", 0, "zh") as server:
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()

@@ -9,12 +9,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny_goods import draw
 from torch.nn import functional as F
+from transformers import BertTokenizer
 
 from common.bert_text import TextTowerConfig, write_text_tower
 from common.checkpoint import read_config, read_weights, save_weights, write_model
 from rankers import load_ranker
 from rankers.chinese_clip import load_folder
-from rankers.model import IMAGE_TOWERS, KIND, RESNETS, ModelConfig, RankerModel
+from rankers.model import IMAGE_TOWERS, KIND, RESNETS, TOWERS, ModelConfig, RankerModel
 
 TEXT = "红色的杯子"
 
@@ -31,7 +32,7 @@ def test_score_equals_the_bare_open_clip_model(ranker_dir):
     )
     with torch.no_grad():
         image = F.normalize(model.encode_image(pixels / 127.5 - 1), dim=1)
-        ids = ranker.towers.tokenizer.tokenizer(TEXT, return_tensors="pt")["input_ids"]
+        ids = BertTokenizer.from_pretrained(str(ranker_dir / TOWERS))(TEXT, return_tensors="pt")["input_ids"]
         text = F.normalize(model.encode_text(ids), dim=1)
     torch.testing.assert_close(ranker.score(TEXT, images), (image @ text.T)[:, 0], atol=1e-5, rtol=0)
 

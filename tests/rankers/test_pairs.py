@@ -36,7 +36,8 @@ def test_a_sample_and_its_wrong_twin(shards, tokenizer):
         assert pair["text_ids"].shape == (2, 16) and pair["facts"].shape == (2, 2)
         assert names.labels[int(pair["label"])] in pair["text"]
         words = [
-            "".join(tokenizer.tokenizer.decode(r, skip_special_tokens=True).split()) for r in pair["text_ids"]
+            "".join(tokenizer.tokenizer.tokenizer.decode(r.tolist(), skip_special_tokens=True).split())
+            for r in pair["text_ids"]
         ]
         assert words[0] == pair["text"]
         if pair["has_twin"]:
@@ -62,7 +63,7 @@ def test_unknown_words_go_in_but_nothing_goes_out(shards, tokenizer):
         assert (with_unknown == tokenizer.unk_id).sum() == 1
         kept = with_unknown[with_unknown != tokenizer.unk_id]
         assert torch.equal(kept, without[: len(kept)])
-        assert with_unknown[0] == tokenizer.tokenizer.cls_token_id
+        assert with_unknown[0] == tokenizer.tokenizer.begin_id
 
 
 def test_swapping_a_colour():
