@@ -29,7 +29,7 @@ LINE = frozenset(
         "text",
     )
 )
-MORE = frozenset(("engine", "key", "negative", "source", "weights"))
+MORE = frozenset(("engine", "kernels", "key", "negative", "source", "weights"))
 RANKING_KEYS = frozenset(("ranker", "encoders", "calibration", "top_k", "min_percentile", "texts"))
 CLOCK = 2.0  # seconds: some file systems count in twos
 FIRST = b'{"checkpoint": '
