@@ -73,7 +73,7 @@ def create_app(options: ServeOptions, dispatcher: Dispatcher) -> FastAPI:
 
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> JSONResponse:
-        service.refuse(request, None, None, time.perf_counter(), error)
+        service.refuse(request, getattr(request.state, "key", None), None, time.perf_counter(), error)
         return JSONResponse(error.body(), error.status, error.headers())
 
     @app.exception_handler(ValidationError)

@@ -9,6 +9,8 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from h11 import LocalProtocolError
+
 from serve.schemas import ApiError
 
 SECURITY_HEADERS = {
@@ -49,7 +51,9 @@ class Guard:
                     for name, value in SECURITY_HEADERS.items()
                     if name.encode() not in present
                 ]
-            await send(message)
+            # found by fuzzing: a client that breaks HTTP in the middle of its body can be sent no answer
+            with contextlib.suppress(LocalProtocolError):
+                await send(message)
 
         try:
             self._refuse_announced(scope)

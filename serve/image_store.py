@@ -8,6 +8,7 @@ from pathlib import Path
 from common.files import atomic_path, ensure_writable_directory
 
 _NAME = re.compile(r"[A-Za-z0-9_\-]{32}\.(png|jpeg|webp)")
+_LEFT = re.compile(rf"\.{_NAME.pattern}\.\d+\.tmp")  # half written when the process was killed
 
 
 class ImageStore:
@@ -42,5 +43,6 @@ class ImageStore:
             return
         self._swept, now = passed, time.time()
         for path in self.directory.iterdir():
-            if _NAME.fullmatch(path.name) and now - path.stat().st_mtime > self.seconds:
+            is_ours = _NAME.fullmatch(path.name) or _LEFT.fullmatch(path.name)
+            if is_ours and now - path.stat().st_mtime > self.seconds:
                 path.unlink(missing_ok=True)

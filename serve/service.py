@@ -58,6 +58,7 @@ class Service:
             raise ApiError(401, "Incorrect API key provided.", "invalid_api_key")
         if scope not in key.scopes:
             raise ApiError(403, f"This key may not {scope}.", "insufficient_scope")
+        request.state.key = key
         return key
 
     def check_text(self, text: str, param: str) -> None:

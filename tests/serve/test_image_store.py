@@ -21,11 +21,13 @@ def test_an_image_is_kept_for_its_time_under_its_name_alone(tmp_path):
 def test_what_is_old_is_removed_and_what_is_not_ours_stays(tmp_path):
     store = ImageStore(tmp_path, 1.0)
     name = store.put(b"image", "png")
+    left = tmp_path / f".{name}.123.tmp"
+    left.write_bytes(b"ima")  # of a process that was killed
     (tmp_path / "notes.txt").write_text("mine")
     for path in tmp_path.iterdir():
         os.utime(path, (1, 1))
     ImageStore(tmp_path, 1.0).put(b"other", "webp")
-    assert not (tmp_path / name).exists() and (tmp_path / "notes.txt").exists()
+    assert not (tmp_path / name).exists() and not left.exists() and (tmp_path / "notes.txt").exists()
 
 
 def test_a_clock_that_is_put_back_loses_no_image_and_stops_no_sweeping(tmp_path, monkeypatch):
