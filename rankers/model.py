@@ -99,6 +99,8 @@ class RankerModel(nn.Module):
 
     @property
     def pad_id(self) -> int:
+        if isinstance(self.clip, LightClip):
+            return self.clip.text.pad_id
         is_open_clip = self.config.architecture == "open_clip"
         config = self.clip.text.config if is_open_clip else self.clip.config.text_config
         return config.pad_token_id
