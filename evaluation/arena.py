@@ -25,12 +25,12 @@ import numpy as np
 import tyro
 
 from common.config import command, parse_options, to_mapping
+from common.language import Language, Words, words_of
 from common.log import say
 from common.memory import peak_memory
 from common.output import OutputDirectory
 from common.tables import plain_console
 from dalle.sampling import SamplingOptions
-from evaluation.arena_words import Language, Words, words_of
 from evaluation.attributes import Lexicon
 from evaluation.choice import Curve, check_independent, curve, judged, score_pictures, scorer_of
 from evaluation.costs import COSTS, Costs, read_costs
@@ -361,7 +361,7 @@ def show(match: Match) -> None:
         values = [getattr(system.costs, name) for system in match.systems]
         table.add_row(name.replace("_", " "), *("-" if v is None else f"{v:,.4g}" for v in values))
     plain_console().print(table)
-    say(match.winners(words_of("en")))
+    say(match.winners(words_of("en", "arena")))
 
 
 def join_systems(argv: Sequence[str] | None) -> list[str] | None:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from common.language import Words, words_of
 from data_tools import svg
 from evaluation import report
 from evaluation.arena_plots import Plot
 from evaluation.arena_table import best_of, header_of, hours_notes, summary
-from evaluation.arena_words import Words, words_of
 from evaluation.choice import ALL_NAMED
 from evaluation.sets import LIKELIHOOD
 from evaluation.statistics import Interval
@@ -30,7 +30,7 @@ NEIGHBOURS = 10  # pairs of each measure of memorisation
 
 def write_arena_page(path: Path, match: "Match", plots: Mapping[str, Plot]) -> Path:
     """One self-contained file."""
-    words = words_of(match.options.language)
+    words = words_of(match.options.language, "arena")
     shown = report.spread(match.texts, match.options.show_prompts)
     parts = {
         "Summary": (_summary(match, words), report.note(match.winners(words))),
@@ -269,7 +269,7 @@ def _apart(match: "Match", words: Words) -> str:
 def _neighbours(match: "Match", words: Words) -> str:
     parts = []
     for system in match.systems:
-        found = report.nearest_training(system.figures, system.samples, match.reference, NEIGHBOURS)
+        found = report.nearest_training(system.figures, system.samples, match.reference, words, NEIGHBOURS)
         parts.append(f"<h3>{html.escape(system.spec.name)}</h3>{found}" if found else "")
     text = "Left what was generated, right the training image that is nearest to it; the nearest pairs of each system."
     return report.note(words(text)) + "".join(parts) if any(parts) else ""

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.language import Words, words_of
 from common.output import OutputDirectory
 from data_tools.svg import SERIES
-from evaluation.arena_words import Words, words_of
 
 if TYPE_CHECKING:
     from evaluation.arena import Match
@@ -60,7 +60,7 @@ def pareto(points: Sequence[Point], higher_is_better: bool) -> list[int]:
 
 def write_plots(files: OutputDirectory, match: "Match") -> dict[str, Plot]:
     """The plots that can be made, by file name: two systems and more must record the cost."""
-    words = words_of(match.options.language)
+    words = words_of(match.options.language, "arena")
     costs = {
         HOURS: ("training hours", {s.spec.name: s.costs.training_hours for s in match.systems}),
         SECONDS: ("seconds an image", {s.spec.name: s.seconds for s in match.systems}),
@@ -92,7 +92,7 @@ def plot(match: "Match", metrics: Sequence[str], costs: dict[str, float], label:
     from matplotlib.figure import Figure
 
     font = _chinese_font()
-    shown = words if font else words_of("en")
+    shown = words if font else words_of("en", "arena")
     with rc_context({"font.family": [font, "DejaVu Sans"]} if font else {}):
         figure = Figure(figsize=(5.2 * len(metrics), 4.2), layout="constrained")
         for axis, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):

@@ -15,7 +15,7 @@ import tyro
 
 from common.config import command, parse_options
 from common.files import read_json
-from evaluation.arena_words import Language, Words, words_of
+from common.language import Language, Words, words_of
 
 METRICS = "metrics.json"
 SHARES = ("category right", "colour right", "colour right, pixels", "all that is named right")
@@ -169,7 +169,7 @@ def read_arena(out: Path) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> str:
     """Prints the table; returns it."""
     options = parse_options(Options, argv, description=__doc__)
-    text = to_markdown(read_arena(options.out), words_of(options.language))
+    text = to_markdown(read_arena(options.out), words_of(options.language, "arena"))
     print(text, end="")
     return text
 

@@ -113,7 +113,9 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def training_state(directory: Path) -> dict[str, Any]:
-    return torch.load(directory / "latest" / "training_state" / "state.pt", weights_only=True)
+    """What a run goes on from, but for the seconds that it took."""
+    state = torch.load(directory / "latest" / "training_state" / "state.pt", weights_only=True)
+    return {name: value for name, value in state.items() if name != "seconds"}
 
 
 def difference(a: Any, b: Any) -> float:

@@ -122,7 +122,7 @@ def test_a_checkpoint_records_hours_and_images_over_all_starts(tmp_path):
         "half a second a step; evaluations and checkpoints left out"
     )
     train(LineTask(at=sleepy.at), config(tmp_path, num_steps=8, keep_last=0))
-    assert costs(8)[1] == 32 and costs(6)[0] + 0.9 < costs(8)[0]
+    assert costs(8)[1] == 32 and costs(6)[0] + 0.6 < costs(8)[0]  # hours have four decimals: 0.36 s
     state = checkpoint.read_training_state(tmp_path / "step_00000008")
     del state["seconds"]  # of a version that counted none
     torch.save(state, tmp_path / "step_00000008" / "training_state" / "state.pt")

@@ -5,12 +5,12 @@ from types import SimpleNamespace
 
 import torch
 
+from common.language import words_of
 from common.out_directory import Request
 from diffusion.base import save_base
 from diffusion.networks import AutoencoderConfig, TextConfig, UnetConfig
 from diffusion.unet_task import make_base_scheduler
 from evaluation.arena import Difference, Match, join_systems
-from evaluation.arena_words import words_of
 from evaluation.costs import Costs, read_costs
 from evaluation.statistics import Interval
 from evaluation.systems import Setting, SystemSpec, open_system
@@ -77,10 +77,11 @@ def test_one_line_says_which_system_wins_at_what():
     ]
     match = SimpleNamespace(systems=systems, differences=differences)
     assert (
-        Match.winners(match, words_of("en")) == "ar wins at kind_right, seconds an image; sd wins at frechet"
+        Match.winners(match, words_of("en", "arena"))
+        == "ar wins at kind_right, seconds an image; sd wins at frechet"
     )
     nothing = SimpleNamespace(systems=systems[:1], differences=())
-    assert Match.winners(nothing, words_of("en")) == "no system wins at anything beyond doubt"
+    assert Match.winners(nothing, words_of("en", "arena")) == "no system wins at anything beyond doubt"
 
 
 def test_systems_and_arms_are_one_list():
