@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from test_ranker_train import arguments, losses
-from test_reconstructions import write_tokenizer
+from test_ranker_reconstructions import write_tokenizer
 from tiny_goods import draw
 
 from common.bert_text import TextTowerConfig, write_text_tower
