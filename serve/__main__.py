@@ -8,6 +8,7 @@ Takes the generator and ranker that were trained last, else those that ship.
 """
 
 import multiprocessing
+import signal
 import socket
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -91,6 +92,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     dispatcher.on_failed = end
     host, port = listener.getsockname()[:2]
     say(f"serving at http://{host}:{port}" + (" without keys" if options.open else ""))
+    # uvicorn drains at SIGTERM and then raises it again for the handler that it found: a drained end is no failure
+    signal.signal(signal.SIGTERM, lambda *_: None)
     server.run(sockets=[listener])
     if dispatcher.reason:
         raise ValueError(dispatcher.reason)
