@@ -13,13 +13,14 @@ TEXT = "一件红色的连衣裙"
 
 def test_fuzzed_requests_are_answered_or_refused_and_the_service_goes_on(service):
     host, port = service.url.removeprefix("http://").split(":")
+    restarts = service.dispatcher.restarts  # the service of all tests here, some of which kill its worker
     found = fuzz(Target(host, int(port), service.key), requests=250, clients=4, seed=1)
     assert found.bad == []
     assert found.statuses["200"] and found.statuses["400"] and found.statuses["401"], found.statuses
     headers = {"Authorization": f"Bearer {service.key}"}
     body = {"prompt": TEXT}
     answer = httpx.post(f"{service.url}/v1/images/generations", json=body, headers=headers, timeout=300)
-    assert answer.status_code == 200 and service.dispatcher.restarts == 0
+    assert answer.status_code == 200 and service.dispatcher.restarts == restarts
     assert verify(service.folder / "audit") > 0
     secret = service.key.split("-", 2)[2].encode()
     assert not any(secret in path.read_bytes() for path in (service.folder / "audit").iterdir())
@@ -40,7 +41,7 @@ def test_what_is_wrong_is_found(tmp_path):
     (tmp_path / "stray").write_text("")
     path = next((tmp_path / "audit").glob("audit_*"))
     path.write_text(path.read_text().replace("00", "01", 1))
-    found = "; ".join(problems_of(tmp_path, "pp-id-secret", [("a.png", "ff")]))
+    found = "; ".join(problems_of(tmp_path, "pp-id-secret", [("a.png", "f" * 64)]))
     for said in (
         "stray",
         "traceback",
