@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_ranker_train import arguments, losses
 from test_ranker_reconstructions import write_tokenizer
+from test_ranker_train import arguments, losses
 from tiny_goods import draw
 
 from common.bert_text import TextTowerConfig, write_text_tower
