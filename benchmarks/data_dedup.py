@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     near = subset[copies] ^ (np.uint64(1) << np.arange(len(copies), dtype=np.uint64) % np.uint64(64))
     subset = np.unique(np.concatenate([subset[: -len(near)], near]))
     share, true, indexed, brute = recall(subset, options.distance)
-    # of two pictures that are near one is dropped
+    # of two images that are near one is dropped
     found = float((twins[planted] >= 0).any(axis=1).mean())
     result = {
         "hashes": options.count,

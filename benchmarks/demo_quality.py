@@ -150,7 +150,7 @@ def draw(
         texts, options.num_images, options.seed, options.sampling, batch_size=options.batch_size
     )
     total = len(texts) * options.num_images
-    images = [p.image for p in progress(stream, desc="drawing", total=total, unit="picture")]
+    images = [p.image for p in progress(stream, desc="generating", total=total, unit="image")]
     return [images[i : i + options.num_images] for i in range(0, total, options.num_images)]
 
 

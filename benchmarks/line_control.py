@@ -10,6 +10,7 @@ drawing and one without, of the same seed. Category by the judge's first guess w
 training images, where the caption's colour is known. `--like`: garments of the validation split in five colours.
 """
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -93,7 +94,7 @@ def read_samples(options: Options, size: int) -> list[Sample]:
     """The first held-out samples at `size` pixels."""
     if options.pairs:
         found = (item for item in open_source(options.pairs) if isinstance(item, Record) and drawing_of(item))
-        return [_pair(record, size) for record, _ in zip(found, range(options.num_samples), strict=False)]
+        return [_pair(record, size) for record in itertools.islice(found, options.num_samples)]
     index = ShardIndex.open(options.shards, "val").require(*IMAGE_SUFFIXES)
     samples = [_sample(index, i, size) for i in range(len(index))]
     if options.like:

@@ -150,7 +150,7 @@ class Fuzzer:
         simple = (
             None, True, False, 0, 1, -1, 2, 16, 17, 2**31, 2**53, 2**63, 10**400, 0.5, -0.0, 1e308, float("nan"),
             float("inf"), "", "x", TEXT, "\x00", "\ud800", "♞" * 3, "红" * 2001, "256x256", "1x1", "auto", "b64_json",
-            "../../etc/passwd", "' or 1=1 --", "{{7*7}}", "13812345678", "A" * 5000, self.picture_base64(),
+            "../../etc/passwd", "' or 1=1 --", "{{7*7}}", "13812345678", "A" * 5000, self.image_base64(),
         )  # fmt: skip
         if depth < 4 and rng.random() < 0.2:
             inner = [self.value(depth + 1) for _ in range(rng.randint(0, 4))]
@@ -193,7 +193,7 @@ class Fuzzer:
         body = self.damaged(body) if rng.random() < 0.15 else body
         return self.post(rng.choice((GENERATIONS,) * 5 + (EDITS, VARIATIONS)), media, body)
 
-    def picture(self) -> bytes:
+    def image_file(self) -> bytes:
         """An image file, sound or not."""
         rng = self.rng
         size = rng.choice(((40, 40), (64, 48), (1, 1), (1, 300), (128, 128), (500, 3)))
@@ -213,8 +213,8 @@ class Fuzzer:
             return data[:16] + struct.pack(">II", rng.choice((30_000, 2**31)), 30_000) + data[24:]
         return rng.randbytes(200) if kind < 0.45 else data
 
-    def picture_base64(self) -> str:
-        text = base64.b64encode(self.picture()).decode()
+    def image_base64(self) -> str:
+        text = base64.b64encode(self.image_file()).decode()
         return self.rng.choice((text, "data:image/png;base64," + text, text[:-1], text + "\n", "data:,"))
 
     def form_request(self) -> bytes:
@@ -225,9 +225,9 @@ class Fuzzer:
             parts.append((f'name="{name}"', text.encode("utf-8", "surrogatepass")))
         for name in rng.sample(("image", "mask", "image[]", "line", "x"), rng.randint(0, 3)):
             filename = rng.choice(("a.png", "../../x.png", "\x00", "a" * 300, 'q".png', ""))
-            parts.append((f'name="{name}"; filename="{filename}"', self.picture()))
+            parts.append((f'name="{name}"; filename="{filename}"', self.image_file()))
         if rng.random() < 0.6:
-            parts.append(('name="image"; filename="i.png"', self.picture()))
+            parts.append(('name="image"; filename="i.png"', self.image_file()))
         rng.shuffle(parts)
         mark = boundary.strip('"').encode("latin-1")
         body = b"".join(

@@ -1,9 +1,9 @@
 """What 16-bit and 8-bit weights change: tokens, images and scores against float32, on the same prompts and seeds.
 
     python -m benchmarks.weights_quality
-    python -m benchmarks.weights_quality --num-images 4 --contenders native_int8
+    python -m benchmarks.weights_quality --num-images 4 --contenders cpu_kernel_int8
 
-Three comparisons with the plain engine in float32. Agreement: the share of tokens that are the same where both read the
+Three comparisons with the torch engine in float32. Agreement: the share of tokens that are the same where both read the
 tokens of float32 (each position alone, the same noise). Own images: PSNR between the images that each samples for
 itself; after the first token that differs they are other images of the same text, so this says how far a seed is
 reproduced, not how good it is. Score: mean of the ranker, which says whether they are as good.
@@ -57,7 +57,9 @@ PROMPTS = (
     ),
     *("橙子", "西红柿", "一双红色的凉鞋", "一件灰色的毛衣", "黄瓜", "一顶黑色的帽子"),
 )
-Contender = Literal["plain_bfloat16", "packed_bfloat16", "packed_int8", "native_bfloat16", "native_int8"]
+Contender = Literal[
+    "torch_bfloat16", "packed_bfloat16", "packed_int8", "cpu_kernel_bfloat16", "cpu_kernel_int8"
+]
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,8 @@ class Options:
     """Generator; empty: the newest of runs/, else the one that ships."""
     ranker: str = ""
     """Ranker of the scores; empty: the newest one, else the one that ships; none: no scores."""
-    contenders: tuple[Contender, ...] = ("native_bfloat16", "native_int8")
-    """Engine and weights, compared with plain float32."""
+    contenders: tuple[Contender, ...] = ("cpu_kernel_bfloat16", "cpu_kernel_int8")
+    """Engine and weights, compared with torch in float32."""
     num_images: int = 2
     """Images of each of the 20 prompts."""
     prompts: int = len(PROMPTS)
@@ -117,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     """Compare; returns agreement, psnr, same_images and score of each contender."""
     options = parse_options(Options, argv, description=__doc__)
     checkpoint, sampling = options.checkpoint or default_checkpoint(), SamplingOptions()
-    pipeline = TextToImage.from_pretrained(checkpoint, "cpu", FastOptions("plain", "float32"))
+    pipeline = TextToImage.from_pretrained(checkpoint, "cpu", FastOptions("torch", "float32"))
     model = Dalle.from_pretrained(pipeline.directory)
     ranker = None if options.ranker == "none" else load_ranker(options.ranker or default_ranker(), "cpu")
     texts = PROMPTS[: options.prompts]
@@ -128,9 +130,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
         return float(np.mean([ranker.score(p.text, [p.image]).item() for p in pictures]))
 
     expected = list(pipeline.generate(texts, options.num_images, 0, sampling))
-    found = {"plain_float32": {"agreement": 1.0, "psnr": 60.0, "same_images": 1.0, "score": scored(expected)}}
+    found = {"torch_float32": {"agreement": 1.0, "psnr": 60.0, "same_images": 1.0, "score": scored(expected)}}
     for contender in options.contenders:
-        engine, weights = contender.split("_")
+        engine, weights = contender.rsplit("_", 1)
         pipeline.generator = prepare(model.eval(), FastOptions(engine, weights))
         own = list(pipeline.generate(texts, options.num_images, 0, sampling))
         batches = [expected[i : i + 8] for i in range(0, len(expected), 8)]

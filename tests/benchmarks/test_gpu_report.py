@@ -1,6 +1,7 @@
 """The report on GPUs: its logic on a CPU with a tiny model, its pages, and one sentence where there is no GPU."""
 
 import json
+from typing import get_args
 
 import pytest
 import torch
@@ -65,7 +66,7 @@ def test_a_tiny_model_goes_through_and_what_breaks_is_a_line(tmp_path, monkeypat
     found = {line.what: line for line in lines}
     assert found["3m, bf16, torch.compile"].value == 4.0 and found["3m, float32"].value > 0
     assert found[gpu_report.TOKENS].goal == 8000 and found[gpu_report.TOKENS].value > 0
-    assert found["before"].value == 1.0 and found["ranked"].verdict == "failed"
+    assert found["before"].value == 1.0 and [x.what for x in lines if x.failed] == ["ranked"]
     assert (
         found["ranked"].note == "RuntimeError: no model" and "nothing to reduce" in found["all-reduce"].note
     )
@@ -74,3 +75,16 @@ def test_a_tiny_model_goes_through_and_what_breaks_is_a_line(tmp_path, monkeypat
     assert (tmp_path / "report.html").is_file() and "GPU report" in (tmp_path / "report.md").read_text(
         "utf-8"
     )
+
+
+def test_what_a_gpu_samples_with_are_contenders_of_the_benchmark(monkeypatch):
+    asked = []
+
+    def measured(options, size, batch_size, cfg_scale):
+        asked.extend(options.contenders)
+        return dict.fromkeys(options.contenders, 0.5)
+
+    monkeypatch.setattr(gpu_report.decode_speed, "measure", measured)
+    lines = list(gpu_report.sampling(Options(device="cuda")))
+    assert not any(line.failed for line in lines) and lines[-1].value == 16
+    assert len(asked) > 1 and set(asked) <= set(get_args(gpu_report.decode_speed.Contender))

@@ -23,7 +23,7 @@ def small(tmp_path_factory):
 
 
 def test_an_engine_that_reads_its_own_tokens_chooses_them(small):
-    pipeline = TextToImage.from_pretrained(small, "cpu", FastOptions("plain", "float32"))
+    pipeline = TextToImage.from_pretrained(small, "cpu", FastOptions("torch", "float32"))
     for options in (SamplingOptions(), SamplingOptions(cfg_scale=1.0)):
         pictures = list(pipeline.generate(CAPTIONS[:2], 2, 3, options))
         found = tokens_after(pipeline.generator, pipeline, pictures, options)
@@ -33,8 +33,8 @@ def test_an_engine_that_reads_its_own_tokens_chooses_them(small):
 def test_the_table(small, monkeypatch):
     monkeypatch.setattr(weights_quality, "PROMPTS", tuple(CAPTIONS))
     flags = ["--checkpoint", str(small), "--ranker", "none", "--prompts", "2", "--num-images", "2"]
-    found = main([*flags, "--contenders", "plain_bfloat16"])
-    row = found["plain_bfloat16"]
+    found = main([*flags, "--contenders", "torch_bfloat16"])
+    row = found["torch_bfloat16"]
     assert 0.5 < row["agreement"] <= 1 and 0 < row["psnr"] <= 60 and 0 <= row["same_images"] <= 1
 
 
