@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from evaluation.goods_judge import GoodsJudge
 from PIL import Image
 
 from common.config import command, parse_options
@@ -40,6 +39,7 @@ from data_tools.records import Record
 from diffusion.control_pipeline import ControlPipeline
 from diffusion.sampling import SamplingOptions as DiffusionSampling
 from evaluation.edges import edge_score
+from evaluation.judge import GoodsJudge
 from evaluation.pixel_colors import ColorHistogram, PixelColors
 
 Follow = Callable[[str, np.ndarray | None, int], Image.Image]
@@ -113,7 +113,9 @@ def _sample(index: ShardIndex, i: int, size: int) -> Sample:
     data = next(d for n, d in members.items() if n in IMAGE_SUFFIXES)
     image = resize_square(decode(data), size)
     text = members["txt"].decode().splitlines()[0]
-    return Sample(text, image, extract(image, "canny"), meta.get("coarse") or "", meta.get("color_zh") or "")
+    return Sample(
+        text, image, extract(image, "canny"), meta.get("label_zh") or "", meta.get("color_zh") or ""
+    )
 
 
 def colors_of_reference(shards: str) -> PixelColors:
@@ -170,11 +172,11 @@ def score(
         result["color"] = float(np.mean([f == samples[i].color for f, i in zip(found, named, strict=True)]))
     if options.judge:
         judge = GoodsJudge.from_pretrained(options.judge)
-        kinds = judge.probabilities(judge.features(images)).argmax(1)
-        known = [i for i, s in enumerate(samples) if s.category in judge.words.kinds]
-        if known:
-            right = [judge.words.kinds[kinds[i]] == samples[i].category for i in known]
-            result["category"] = float(np.mean(right))
+        named = judge.top_categories(judge.features(images))
+        known = [i for i, s in enumerate(samples) if s.category in judge.words.categories]
+        if not known:
+            raise ValueError(f"{options.judge} knows no category of the drawings: leave --judge out")
+        result["category"] = float(np.mean([named[i] == [samples[i].category] for i in known]))
     return result
 
 
