@@ -44,8 +44,8 @@ from dalle.pipeline import TextToImage, default_checkpoint
 from dalle.sampling import SamplingOptions
 from dalle.spread import DrawBatches, draw_on
 from data_tools.engine import EngineOptions
-from data_tools.images import open_file as open_picture
-from data_tools.line_drawings import LineMethod, extract, open_drawing
+from data_tools.images.decode import open_file as open_picture
+from data_tools.images.line_drawings import LineMethod, extract, open_drawing
 from data_tools.prompts import Prompt, Unused, count_prompts, read_prompts, usable
 from diffusion.white_background import WhitenOptions, onto_white, require_whiten, whiten_origin
 from rankers import default_ranker, load_ranker

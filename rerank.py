@@ -168,7 +168,7 @@ def rank_all(options: Options, out: OutDirectory) -> dict[str, list[Ranked]]:
     if options.min_percentile and ranker.calibration is None:
         raise ValueError(
             f"the ranker {name} has no calibration, so --min-percentile means nothing: make one with "
-            f"`python -m rankers.calibration --ranker {name}`"
+            f"`python -m rankers.calibrate --ranker {name}`"
         )
     if options.until:
         draw_until(options, ranker, out)

@@ -30,23 +30,25 @@ from torch import Tensor
 
 from common.checkpoint import resolve, write_model
 from common.config import command, parse_options, to_mapping
-from common.distributed import BatchPlan, World, batch_plan, make_engine, start_world, stop_world
+from common.distributed import BatchPlan, World, batch_plan, start_world, stop_world
+from common.engine import make_engine
 from common.files import write_json
 from common.image import make_grid
 from common.log import say
 from common.loop import fit
 from common.optim import Ema, learning_rate, load_saved_weights_, make_optimizer
 from common.precision import autocast
-from dalle import line_training, sequence
-from dalle.captions import drop_captions, insert_unknown
+from dalle import sequence
 from dalle.engines import FastOptions
-from dalle.from_pictures import names_pictures, prepare_pictures
 from dalle.losses import CrossEntropy, LossConfig, dalle_loss, position_losses
 from dalle.model import KIND, TRAINING_ONLY, Dalle, config_mapping
 from dalle.pipeline import TextToImage
 from dalle.plan import measure_peak_flops, train_flops
-from dalle.train_data import TrainData, captions, require_data, require_tokenizers_of
-from dalle.train_options import Options
+from dalle.training import lines as line_training
+from dalle.training.captions import drop_captions, insert_unknown
+from dalle.training.data import TrainData, captions, require_data, require_tokenizers_of
+from dalle.training.from_images import names_pictures, prepare_pictures
+from dalle.training.options import Options
 from kernels import OFF, accelerate
 from vq.encoding import ImageEncoder
 

@@ -26,21 +26,21 @@ from common.log import say
 from common.tables import plain_console
 from dalle.pipeline import default_checkpoint
 from dalle.sampling import SamplingOptions
-from data_tools.index import ShardIndex
-from data_tools.loader import IMAGE_SUFFIXES
+from data_tools.shards.index import ShardIndex
+from data_tools.shards.loader import IMAGE_SUFFIXES
 from evaluation import report
-from evaluation.attributes import Lexicon
-from evaluation.choice import Curve, check_independent, chosen_set, curve, judged, score_pictures
-from evaluation.drawing import Plan, common_texts, draw_into, some_of
-from evaluation.features import CACHE
-from evaluation.judge import KIND, GoodsJudge
-from evaluation.metrics import networks_note
-from evaluation.parts import Networks, generated_part, pixel_colors_of
+from evaluation.compare.choice import Curve, check_independent, chosen_set, curve, judged, score_pictures
+from evaluation.compare.generating import Plan, common_texts, draw_into, some_of
+from evaluation.compare.parts import Networks, generated_part, pixel_colors_of
+from evaluation.compare.systems import Setting, SystemSpec, open_system
+from evaluation.judges.goods import KIND, GoodsJudge
+from evaluation.metrics.attributes import Lexicon
+from evaluation.metrics.compute import networks_note
+from evaluation.metrics.features import CACHE
 from evaluation.reference import Facts, ReferencePictures
 from evaluation.sets import SampleSet
-from evaluation.systems import Setting, SystemSpec, open_system
 from rankers import default_ranker, load_ranker
-from rankers.pairs import AttributeConfig
+from rankers.training.pairs import AttributeConfig
 
 FEWEST = 200  # prompts that a result needs
 
@@ -187,7 +187,7 @@ def verdicts(curves: Sequence[Curve]) -> list[str]:
 
 
 def write_page(options: Options, scored: SampleSet, ranker: Any, curves: Sequence[Curve]) -> Path:
-    from data_tools import svg
+    from data_tools.report import svg
 
     series = [
         (c.name, [(p.width, p.value.value, p.value.low, p.value.high) for p in c.points]) for c in curves

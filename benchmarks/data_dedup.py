@@ -21,7 +21,7 @@ import numpy as np
 
 from common.config import command, parse_options
 from data_tools.dedup import close_pairs, first_twins
-from data_tools.phash import distances, near_pairs
+from data_tools.images.phash import distances, near_pairs
 
 LIMITS = {1_000_000: (120.0, 2.0), 10_000_000: (600.0, 4.0)}  # hashes at most: seconds, GiB
 LIMIT_RECALL = 0.999

@@ -30,9 +30,9 @@ from PIL import Image
 
 from common.config import command, parse_options
 from common.files import write_json
+from data_tools.ingest.records import Record
 from data_tools.parallel import cpu_count
 from data_tools.readers import open_source
-from data_tools.records import Record
 
 ROOT = Path(__file__).resolve().parents[1]
 QUALITY, SIDE, BATCH_SIDE = 90, 256, 128
@@ -166,8 +166,8 @@ def run_loader(shards: Path, rows: int, workers: int) -> dict:
     import torch
 
     from common.distributed import World
-    from data_tools.index import ShardIndex
-    from data_tools.loader import DecodeImage, train_batches
+    from data_tools.shards.index import ShardIndex
+    from data_tools.shards.loader import DecodeImage, train_batches
 
     torch.set_num_threads(1)
     world = World(0, 1, 0, torch.device("cpu"), "none")

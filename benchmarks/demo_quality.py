@@ -3,10 +3,11 @@
     python -m benchmarks.demo_quality                       # after make demo; also: make bench-demo
     python -m benchmarks.demo_quality --num-images 8 --cfg-scale 4 --checkpoint runs/dalle
 
-Every image is judged twice: evaluation.judge, fitted to the training images, names the category, and the colour is
-measured in the pixels. The target is 90 % for each after reranking. Shares come with Wilson's 95 % intervals, and with
-those of the images before reranking and of synthetic ones, which show what is judged wrong. Writes sheet.png, where the
-mistakes are framed, and results.json. Without a judge, one is trained first: five minutes on a core of a CPU.
+Every image is judged twice: evaluation.judges.goods, fitted to the training images, names the category, and the
+colour is measured in the pixels. The target is 90 % for each after reranking. Shares come with Wilson's 95 %
+intervals, and with those of the images before reranking and of synthetic ones, which show what is judged wrong.
+Writes sheet.png, where the mistakes are framed, and results.json. Without a judge, one is trained first: five
+minutes on a core of a CPU.
 """
 
 from collections.abc import Sequence
@@ -24,13 +25,13 @@ from common.progress import progress
 from common.tables import plain_console
 from dalle.pipeline import TextToImage
 from dalle.sampling import SamplingOptions
-from data_tools.synthetic import COLORS, KINDS, draw_sample, prompt
+from data_tools.synthetic.shards import COLORS, KINDS, draw_sample, prompt
 from evaluation import train_judge
-from evaluation.judge import GoodsJudge
-from evaluation.parts import pixel_colors_of
-from evaluation.pixel_colors import ColorHistogram, PixelColors
+from evaluation.compare.parts import pixel_colors_of
+from evaluation.judges.goods import GoodsJudge
+from evaluation.metrics.pixel_colors import ColorHistogram, PixelColors
+from evaluation.metrics.statistics import wilson
 from evaluation.reference import ReferencePictures
-from evaluation.statistics import wilson
 from rankers import load_ranker
 
 TARGET = 0.9

@@ -19,10 +19,10 @@ from common.config import command, from_mapping, parse_options, read_mapping
 from common.log import say
 from common.precision import autocast
 from diffusion.base import DiffusionBase
-from diffusion.base_options import Options as BaseOptions
 from diffusion.objective import NoiseSchedule, diffusion_loss
 from diffusion.pipeline import DiffusionToImage, Identity
-from diffusion.unet_task import Denoiser, make_base_scheduler
+from diffusion.scratch.options import Options as BaseOptions
+from diffusion.scratch.unet_task import Denoiser, make_base_scheduler
 
 HEAVY = ("convolution", "mkldnn", "addmm", "::mm", "bmm", "linear", "attention")
 

@@ -29,18 +29,18 @@ from dalle import inpaint
 from dalle.lines import LineControl
 from dalle.pipeline import TextToImage
 from dalle.sampling import SamplingOptions
-from data_tools.images import decode
-from data_tools.index import ShardIndex
-from data_tools.line_drawings import LINE_MEMBER, extract, fit_lines, read_drawing
+from data_tools.images.decode import decode
+from data_tools.images.line_drawings import LINE_MEMBER, extract, fit_lines, read_drawing
+from data_tools.ingest.records import Record
 from data_tools.lines import drawing_of
-from data_tools.loader import IMAGE_SUFFIXES
 from data_tools.readers import open_source
-from data_tools.records import Record
-from diffusion.control_pipeline import ControlPipeline
+from data_tools.shards.index import ShardIndex
+from data_tools.shards.loader import IMAGE_SUFFIXES
+from diffusion.controlnet.pipeline import ControlPipeline
 from diffusion.sampling import SamplingOptions as DiffusionSampling
-from evaluation.edges import edge_score
-from evaluation.judge import GoodsJudge
-from evaluation.pixel_colors import ColorHistogram, PixelColors
+from evaluation.judges.goods import GoodsJudge
+from evaluation.metrics.edges import edge_score
+from evaluation.metrics.pixel_colors import ColorHistogram, PixelColors
 
 Follow = Callable[[str, np.ndarray | None, int], Image.Image]
 """(text, drawing (S, S) uint8 or None, index of the seed) -> an image."""

@@ -29,11 +29,11 @@ import torch
 
 from common.config import command, parse_options
 from common.distributed import World
-from data_tools.index import ShardIndex
-from data_tools.loader import DecodeTokens, train_batches
-from data_tools.records import Record
-from data_tools.remote import RemoteOptions, RemoteShard
-from data_tools.shards import ShardWriter
+from data_tools.ingest.records import Record
+from data_tools.shards.image_shards import ShardWriter
+from data_tools.shards.index import ShardIndex
+from data_tools.shards.loader import DecodeTokens, train_batches
+from data_tools.shards.remote import RemoteOptions, RemoteShard
 
 GOAL = 0.05
 

@@ -23,9 +23,9 @@ import torch
 from common.config import command, parse_options
 from common.distributed import World
 from common.log import say
-from data_tools.index import ShardIndex
-from data_tools.loader import DecodeTokens, train_batches
-from data_tools.views import read_views
+from data_tools.shards.index import ShardIndex
+from data_tools.shards.loader import DecodeTokens, train_batches
+from data_tools.shards.views import read_views
 
 GOAL = 20_000
 CAPTION = "一件红色的连衣裙 夏季新款"

@@ -126,7 +126,7 @@ def write_untrained(directory: Path) -> None:
     """A perceptual network with random weights: what training it is worth."""
     import torch
 
-    from vq.perceptual import FeatureConfig, PerceptualDistance
+    from vq.losses.perceptual import FeatureConfig, PerceptualDistance
 
     if not (directory / "config.json").is_file():
         directory.mkdir(parents=True, exist_ok=True)

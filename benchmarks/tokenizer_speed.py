@@ -34,18 +34,18 @@ from common.log import say
 from common.loop import LoopConfig
 from common.optim import OptimConfig
 from dalle.plan import measure_peak_flops
-from data_tools.crops import CropFlip
-from data_tools.index import ShardIndex
-from data_tools.loader import IMAGE_SUFFIXES, DecodeImage, eval_batches, train_batches
+from data_tools.images.crops import CropFlip
+from data_tools.shards.index import ShardIndex
+from data_tools.shards.loader import IMAGE_SUFFIXES, DecodeImage, eval_batches, train_batches
 from kernels import accelerate
-from vq.adversary import AdversaryConfig
-from vq.discriminator import DiscriminatorConfig
 from vq.encoding import ImageEncoder
-from vq.losses import LossConfig, psnr
+from vq.losses.adversary import AdversaryConfig
+from vq.losses.discriminator import DiscriminatorConfig
+from vq.losses.perceptual import FeatureConfig, PerceptualDistance, load_perceptual
+from vq.losses.reconstruction import LossConfig, psnr
 from vq.model import ImageTokenizer, TokenizerConfig
 from vq.options import Options as TrainOptions
-from vq.perceptual import FeatureConfig, PerceptualDistance, load_perceptual
-from vq.taming import TamingConfig
+from vq.published.taming import TamingConfig
 from vq.task import TokenizerTask
 
 Contender = Literal["fast", "taming", "taming_published", "taming_full"]

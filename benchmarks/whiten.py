@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from common.config import command, parse_options
-from data_tools.synthetic import COLORS, KINDS, PATTERNS, draw_masked
+from data_tools.synthetic.shards import COLORS, KINDS, PATTERNS, draw_masked
 from diffusion.saliency import open_saliency
 from diffusion.white_background import Whitener, WhitenOptions
 

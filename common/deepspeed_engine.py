@@ -10,25 +10,30 @@ DeepSpeed's own checkpoints.
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from common.distributed import (
-    BatchPlan,
-    DeepSpeedConfig,
-    World,
-    optimizer_name,
-    require_optimizer,
-    split_batch,
-)
+from common.distributed import BatchPlan, World
 from common.muon import Muon
+from common.plain_engine import optimizer_name, require_optimizer, split_batch
 from common.zero_muon import matrix_shards
 
 # Elements that travel at once. A GPU's links want 200 MB; on a CPU 20 MB stay warm, and save a tenth of a small step.
 BUCKET = {"cuda": 50_000_000, "cpu": 5_000_000}
+
+
+@dataclass(frozen=True)
+class DeepSpeedConfig:
+    """How DeepSpeed trains, when it does."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """What is sharded over processes: 0 nothing (DDP), 1 the optimizer, 2 the gradients too, 3 the weights too."""
+    cpu_offload: bool = False
+    """Keep the optimizer's moments in host memory and update there: for a GPU that is too small."""
 
 
 class DeepSpeedEngine:

@@ -31,8 +31,8 @@ from dalle.losses import CrossEntropy, position_losses
 from dalle.model import KIND, Dalle, config_mapping
 from dalle.release import LEFT_OUT
 from dalle.text_tokenizer import TextTokenizer
-from dalle.train_data import captions, open_shards
-from data_tools.loader import DecodeTokens, eval_batches
+from dalle.training.data import captions, open_shards
+from data_tools.shards.loader import DecodeTokens, eval_batches
 from kernels import accelerate
 from vq.model import ImageTokenizer
 

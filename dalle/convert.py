@@ -24,10 +24,10 @@ from common.config import command, parse_options, to_mapping
 from common.files import sha256_file
 from common.log import say
 from common.output import new_directory, require_new
-from dalle.dalle_pytorch import KIND, BareTextTokenizer, DallePytorch, DallePytorchConfig
+from dalle.published.dalle_pytorch import KIND, BareTextTokenizer, DallePytorch, DallePytorchConfig
 from vq.convert import guess_kind, tokenizer_from_dalle_pytorch, tokenizer_from_taming
-from vq.foreign import read_foreign, require_finite, unwrapped
 from vq.model import ImageTokenizer
+from vq.published.foreign import read_foreign, require_finite, unwrapped
 
 CHINESE_VOCAB = 21128  # of bert-base-chinese and of hfl/chinese-roberta-wwm-ext, which differ in case alone
 BLOCK = re.compile(

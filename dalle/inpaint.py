@@ -17,7 +17,7 @@ from torch import Tensor
 
 from common.image import resize_square, to_tensor
 from dalle.sampling import Canvas
-from data_tools.border import border_matte, is_plausible
+from data_tools.images.border import border_matte, is_plausible
 from vq.model import ImageTokenizer
 
 LEAST_COVER = 0.1  # of a pixel of a token: what the product covers less is background

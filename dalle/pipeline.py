@@ -24,10 +24,11 @@ from common.distributed import pick_device
 from common.files import read_json, shipped
 from common.image import to_image
 from common.out_directory import Request
-from dalle import dalle_pytorch, model, sequence
+from dalle import model, sequence
 from dalle.engines import FastOptions, prepare, resolve_options
 from dalle.inpaint import Source
 from dalle.lines import LineControl, LineEncoder, LineFeatures, encode_control
+from dalle.published import dalle_pytorch
 from dalle.sampling import SamplingOptions, picture_generator, sample_ids
 from dalle.text_tokenizer import TextTokenizer
 from vq.decode_each import decode_each

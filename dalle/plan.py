@@ -17,20 +17,21 @@ from torch import nn
 
 from common import checkpoint
 from common.config import command, parse_options
-from common.distributed import DeepSpeedConfig, batch_plan, pick_device
+from common.deepspeed_engine import DeepSpeedConfig
+from common.distributed import batch_plan, pick_device
 from common.log import clock, say
 from common.loop import LoopConfig
 from common.memory import free_memory
 from common.optim import make_optimizer
 from common.precision import Precision, autocast
 from dalle import sequence
-from dalle.from_pictures import names_pictures
 from dalle.losses import CrossEntropy, dalle_loss
 from dalle.model import SIZES, Dalle, DalleConfig
 from dalle.text_tokenizer import TextTokenizer
-from dalle.train_data import captions
-from dalle.train_options import Options
-from data_tools.index import ShardIndex
+from dalle.training.data import captions
+from dalle.training.from_images import names_pictures
+from dalle.training.options import Options
+from data_tools.shards.index import ShardIndex
 from kernels import accelerate
 from vq.model import KIND as TOKENIZER_KIND
 

@@ -19,7 +19,7 @@ from common.log import say
 from common.output import new_directory, require_new
 from common.progress import progress
 from dalle.text_tokenizer import TextTokenizer
-from data_tools.index import ShardIndex
+from data_tools.shards.index import ShardIndex
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ import tyro
 from PIL import Image
 
 from common.config import command, parse_options, read_mapping
+from data_tools.ingest.records import Record
 from data_tools.readers import ReaderOptions, open_source
 from data_tools.readers.base import hash64
-from data_tools.records import Record
 from data_tools.rules import PRESETS
 from data_tools.rules.lexicon import Lexicon, Word, load_lexicon
 

@@ -26,17 +26,17 @@ from PIL import Image
 from common.config import command, parse_options, to_mapping
 from common.files import read_lines, sha256_file
 from data_tools.engine import EngineOptions
-from data_tools.images import BadImage, ImageLimits, decode, image_size
+from data_tools.images.decode import BadImage, ImageLimits, decode, image_size
+from data_tools.ingest.records import HINTS, Problem, Record, problem
+from data_tools.ingest.rewrite import Steps, print_report, rewrite
+from data_tools.ingest.shard_run import announce, say
 from data_tools.readers import ReaderOptions, open_source
 from data_tools.readers.base import KeyTable
-from data_tools.records import HINTS, Problem, Record, problem
-from data_tools.rewrite import Steps, print_report, rewrite
+from data_tools.report.token_count import token_counter
 from data_tools.rules import CaptionRules, PictureRules, Rules, keyword_path, rules_path
 from data_tools.rules.captions import CAPTION_REASONS, CaptionJudge
 from data_tools.rules.pictures import SIDE, check_shape, measure_flags
 from data_tools.shard import files_of
-from data_tools.shard_run import announce, say
-from data_tools.token_count import token_counter
 
 Score = Callable[[str, list[Image.Image]], Sequence[float]]
 """A ranker's `score(text, images)`: higher is better; a tensor (N,) will do."""

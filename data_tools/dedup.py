@@ -27,16 +27,16 @@ from common.config import command, parse_options, to_mapping
 from common.files import atomic_path, ensure_writable_directory, read_json, write_json
 from common.lock import locked
 from data_tools.engine import EngineOptions
-from data_tools.images import ImageLimits
+from data_tools.images.decode import ImageLimits
+from data_tools.images.phash import MAX_DISTANCE, components, near_pairs
+from data_tools.ingest.records import HINTS, Problem, Record, problem
+from data_tools.ingest.rewrite import Steps, print_report, rewrite
+from data_tools.ingest.shard_run import REPORT_FILE, announce, say
+from data_tools.ingest.signatures import Sign, sign_source
 from data_tools.parallel import Workers
-from data_tools.phash import MAX_DISTANCE, components, near_pairs
 from data_tools.readers import ReaderOptions, Source, open_source
-from data_tools.records import HINTS, Problem, Record, problem
-from data_tools.rewrite import Steps, print_report, rewrite
 from data_tools.shard import files_of
-from data_tools.shard_run import REPORT_FILE, announce, say
-from data_tools.signatures import Sign, sign_source
-from data_tools.targets import JOURNAL
+from data_tools.shards.targets import JOURNAL
 
 WORK = ".signatures"
 GROUPS_FILE = "groups.tsv"

@@ -19,7 +19,9 @@ import tyro
 from common.config import command, parse_options
 from common.files import write_json
 from common.language import Language, Words, words_of
-from data_tools.checks import (
+from data_tools.ingest.shard_run import announce
+from data_tools.readers import ReaderOptions, Source, open_source
+from data_tools.report.checks import (
     Finding,
     Wants,
     check_captions,
@@ -29,12 +31,10 @@ from data_tools.checks import (
     check_rows,
     read_wants,
 )
-from data_tools.facts import Facts
-from data_tools.likeness import likeness
-from data_tools.readers import ReaderOptions, Source, open_source
-from data_tools.shard_run import announce
+from data_tools.report.facts import Facts
+from data_tools.report.likeness import likeness
+from data_tools.report.token_count import token_counter
 from data_tools.stats import StatsConfig, collect
-from data_tools.token_count import token_counter
 
 LEVELS = ("stop", "spoil", "note")
 MEANING = {

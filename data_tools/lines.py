@@ -21,8 +21,8 @@ import tyro
 
 from common.config import command, parse_options, to_mapping
 from data_tools.engine import EngineOptions
-from data_tools.images import BadImage, decode
-from data_tools.line_drawings import (
+from data_tools.images.decode import BadImage, decode
+from data_tools.images.line_drawings import (
     LINE_MEMBER,
     LineMethod,
     encode_lines,
@@ -32,12 +32,12 @@ from data_tools.line_drawings import (
     resize_lines,
     same_aspect,
 )
-from data_tools.prepare import PictureOptions, Prepare
+from data_tools.ingest.prepare import PictureOptions, Prepare
+from data_tools.ingest.records import HINTS, Problem, Record, problem
+from data_tools.ingest.rewrite import Steps, print_report, rewrite
+from data_tools.ingest.shard_run import say
 from data_tools.readers import ReaderOptions, open_source
-from data_tools.records import HINTS, Problem, Record, problem
-from data_tools.rewrite import Steps, print_report, rewrite
 from data_tools.shard import files_of
-from data_tools.shard_run import say
 
 REASONS: dict[str, str] = HINTS | {
     "no_drawing": "the row has no drawing; --method canny, xdog or contour makes one of the image",

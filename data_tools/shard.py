@@ -22,16 +22,16 @@ import tyro
 
 from common.config import command, parse_options, to_mapping
 from common.files import sha256_file
-from data_tools.color_profiles import BROKEN
 from data_tools.engine import EngineOptions
-from data_tools.prepare import PictureOptions, Prepare
+from data_tools.images.color_profiles import BROKEN
+from data_tools.ingest.prepare import PictureOptions, Prepare
+from data_tools.ingest.records import HINTS, Problem, Record, problem
+from data_tools.ingest.shard_run import DROPPED_FILE, ShardRun, announce, reason_lines, say
 from data_tools.readers import Part, ReaderOptions, Source, open_source
 from data_tools.readers.inventory import Inventory
-from data_tools.records import HINTS, Problem, Record, problem
-from data_tools.shard_run import DROPPED_FILE, ShardRun, announce, reason_lines, say
-from data_tools.shards import FORMAT
+from data_tools.shards.image_shards import FORMAT
+from data_tools.shards.targets import Target, open_target
 from data_tools.split import hash_split, read_pairs, split_unit
-from data_tools.targets import Target, open_target
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ import tyro
 from common.config import command, parse_options
 from common.files import read_lines
 from common.output import require_replaceable, writing_file
+from data_tools.ingest.records import Record
 from data_tools.readers import ReaderOptions, open_source
-from data_tools.records import Record
 
 Shares = Mapping[str, float]
 

@@ -23,17 +23,17 @@ from common.language import Language, words_of
 from common.output import require_replaceable, writing_file
 from common.progress import progress
 from data_tools.engine import EngineOptions
-from data_tools.facts import Facts, MeasurePicture
-from data_tools.images import ImageLimits
-from data_tools.likeness import Row, examples, flag_counts, likeness
+from data_tools.images.decode import ImageLimits
+from data_tools.ingest.records import Problem, Record, problem
+from data_tools.ingest.shard_run import announce
 from data_tools.parallel import ordered_map
 from data_tools.readers import Meter, ReaderOptions, Source, open_source
-from data_tools.records import Problem, Record, problem
+from data_tools.report.facts import Facts, MeasurePicture
+from data_tools.report.likeness import Row, examples, flag_counts, likeness
+from data_tools.report.stats_page import Report, page
+from data_tools.report.token_count import token_counter
 from data_tools.rules.lexicon import load_lexicon
-from data_tools.shard_run import announce
 from data_tools.split import fraction
-from data_tools.stats_page import Report, page
-from data_tools.token_count import token_counter
 
 BATCH = 16
 

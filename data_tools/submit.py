@@ -30,7 +30,7 @@ from common.files import read_lines
 from common.label import kept_arguments
 from common.output import require_replaceable, writing_file
 from common.progress import progress
-from data_tools.images import BadImage, decode, encode, is_plain_rgb, open_plugin, resize, sniff
+from data_tools.images.decode import BadImage, decode, encode, is_plain_rgb, open_plugin, resize, sniff
 from data_tools.readers.texts import read_texts
 
 PICTURE_NAMES = ("{}.png", "{}.jpg", "{}.jpeg", "{}.webp", "{}/rank00.png", "{}/0000.png")

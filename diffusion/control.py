@@ -29,12 +29,12 @@ from common.log import say
 from common.out_directory import OutDirectory, manifest_of
 from common.output import OutputDirectory
 from common.progress import progress
-from data_tools.line_drawings import open_drawing, read_drawing, resize_lines
+from data_tools.images.line_drawings import open_drawing, read_drawing, resize_lines
+from data_tools.ingest.records import Problem
 from data_tools.lines import drawing_of
 from data_tools.readers import ReaderOptions, open_source
-from data_tools.records import Problem
-from diffusion.control_pipeline import ControlPipeline
-from diffusion.controlnet import KIND
+from diffusion.controlnet.model import KIND
+from diffusion.controlnet.pipeline import ControlPipeline
 from diffusion.sampling import SamplingOptions
 from diffusion.white_background import Whitener, WhitenOptions, require_whiten, whiten_origin
 

@@ -17,7 +17,7 @@ import tyro
 from common.config import command, parse_options
 from common.log import say
 from diffusion.base import load_base
-from diffusion.lora_formats import Layout, find_file, named_for, read_lora, write_lora
+from diffusion.lora.formats import Layout, find_file, named_for, read_lora, write_lora
 
 
 @dataclass(frozen=True)

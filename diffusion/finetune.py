@@ -25,9 +25,9 @@ from common.files import read_json, write_json
 from common.loop import LoopConfig
 from common.optim import OptimConfig
 from diffusion.base import KIND, DiffusionBase, base_sha256, save_base
-from diffusion.tune_options import DataOptions, TuneOptions
-from diffusion.tune_run import open_base, run
-from diffusion.tune_samples import sample_grid
+from diffusion.tuning.options import DataOptions, TuneOptions
+from diffusion.tuning.run import open_base, run
+from diffusion.tuning.samples import sample_grid
 
 
 def _optim() -> OptimConfig:

@@ -18,7 +18,7 @@ from common.config import command, parse_options
 from common.files import atomic_directory
 from common.log import say
 from diffusion.base import load_base, save_base
-from diffusion.lora import LoraSpec, fuse_
+from diffusion.lora.adapters import LoraSpec, fuse_
 
 
 @dataclass(frozen=True)

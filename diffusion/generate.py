@@ -26,7 +26,7 @@ from common.log import say
 from common.out_directory import OutDirectory, Request
 from common.precision import Precision
 from common.progress import progress
-from data_tools.images import open_file
+from data_tools.images.decode import open_file
 from data_tools.prompts import Prompt, Unused, count_prompts, read_prompts, usable
 from diffusion.base import newest_base
 from diffusion.pipeline import DiffusionToImage, Prompting, Start

@@ -25,9 +25,9 @@ from common.image import resize_square, to_image, to_tensor
 from common.out_directory import Request
 from common.precision import Precision, has_native_bf16
 from diffusion.base import KIND, DiffusionBase, base_sha256, load_base
-from diffusion.latents import encode_moments
 from diffusion.objective import sample_generator
 from diffusion.sampling import SamplingOptions, make_scheduler, sample_latents
+from diffusion.scratch.latents import encode_moments
 from diffusion.text import count_truncated, text_conditions
 
 Punctuation = Literal["ascii", "keep"]
@@ -141,7 +141,7 @@ class DiffusionToImage:
         base = load_base(name, "cpu", text_len, config)
         identity = Identity(_sha256(base.path))
         if loras:
-            from diffusion.lora import LoraSpec, fuse_
+            from diffusion.lora.adapters import LoraSpec, fuse_
 
             specs = [LoraSpec.parse(text) for text in loras]
             fuse_(base, specs)

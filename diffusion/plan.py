@@ -4,8 +4,8 @@
     python -m diffusion.plan --method lora --micro-batch-size 4 --precision fp16
     python -m diffusion.plan --base runs/sd_base --resolution 128 --micro-batch-size 8 --gpu-memory 24
 
-Counted on tensors without data from the real networks (see diffusion.memory), with gradient checkpointing and without.
-diffusion.finetune and diffusion.train_lora make the same plan before their first step.
+Counted on tensors without data from the real networks (see diffusion.tuning.memory), with gradient checkpointing
+and without. diffusion.finetune and diffusion.train_lora make the same plan before their first step.
 """
 
 from collections.abc import Sequence
@@ -20,10 +20,10 @@ from common.config import command, parse_options
 from common.files import read_json
 from common.log import say
 from diffusion.base import find_base
-from diffusion.lora import LoraOptions, add_adapter
-from diffusion.memory import GIB, Networks, StepMemory, plan_step
-from diffusion.quantize import BaseBits
-from diffusion.tune_options import TunePrecision
+from diffusion.lora.adapters import LoraOptions, add_adapter
+from diffusion.tuning.memory import GIB, Networks, StepMemory, plan_step
+from diffusion.tuning.options import TunePrecision
+from diffusion.tuning.quantize import BaseBits
 
 # Stable Diffusion 1.5 as its repository configures it; Taiyi has the same UNet and autoencoder.
 SD15_UNET: dict[str, Any] = {

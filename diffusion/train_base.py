@@ -25,17 +25,16 @@ from common.distributed import World, batch_plan, start_world, stop_world
 from common.files import atomic_directory, ensure_writable_directory, read_json, write_json
 from common.log import say
 from common.loop import fit
-from data_tools.captions import CaptionChoice, pick_caption
-from data_tools.encode import Views
-from data_tools.holdout import open_splits
-from data_tools.index import ShardIndex, ShardSource
-from data_tools.loader import IMAGE_SUFFIXES, DecodeImage, eval_batches, train_batches
-from data_tools.synthetic import ensure_synthetic
-from diffusion.autoencoder_task import KIND as AUTOENCODER_KIND
-from diffusion.autoencoder_task import AutoencoderTask, StageA, require_same_config
+from data_tools.shards.captions import CaptionChoice, pick_caption
+from data_tools.shards.encode import Views
+from data_tools.shards.holdout import open_splits
+from data_tools.shards.index import ShardIndex, ShardSource
+from data_tools.shards.loader import IMAGE_SUFFIXES, DecodeImage, eval_batches, train_batches
+from data_tools.synthetic.shards import ensure_synthetic
 from diffusion.base import quiet
-from diffusion.base_options import Options
-from diffusion.latents import (
+from diffusion.scratch.autoencoder_task import KIND as AUTOENCODER_KIND
+from diffusion.scratch.autoencoder_task import AutoencoderTask, StageA, require_same_config
+from diffusion.scratch.latents import (
     DecodeLatents,
     autoencoder_sha256,
     channel_statistics,
@@ -44,7 +43,8 @@ from diffusion.latents import (
     fold_statistics_,
     require_latents,
 )
-from diffusion.unet_task import StageC, UnetTask, describe
+from diffusion.scratch.options import Options
+from diffusion.scratch.unet_task import StageC, UnetTask, describe
 
 SYNTHETIC = Path("data/synthetic")
 STATISTICS_IMAGES = 512  # that mean and deviation of the latents are taken of

@@ -17,13 +17,13 @@ from common.distributed import World, batch_plan, start_world, stop_world
 from common.files import ensure_writable_directory
 from common.log import say
 from common.loop import fit
-from data_tools.index import ShardIndex
-from data_tools.loader import eval_batches, train_batches
+from data_tools.shards.index import ShardIndex
+from data_tools.shards.loader import eval_batches, train_batches
 from diffusion.base import load_base, newest_base
-from diffusion.control_data import DecodePairs, image_shards, prepare_pairs
-from diffusion.control_options import Options
-from diffusion.control_task import ControlTask, Pairs
-from diffusion.controlnet import load_controlnet, new_controlnet
+from diffusion.controlnet.data import DecodePairs, image_shards, prepare_pairs
+from diffusion.controlnet.model import load_controlnet, new_controlnet
+from diffusion.controlnet.options import Options
+from diffusion.controlnet.task import ControlTask, Pairs
 
 
 def train(options: Options, world: World) -> dict[str, float]:

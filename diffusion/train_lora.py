@@ -26,14 +26,14 @@ from common.log import say
 from common.loop import LoopConfig
 from common.optim import OptimConfig
 from diffusion.base import DiffusionBase, make_pipeline
-from diffusion.lora import LoraOptions, add_adapter, base_norm, parts_of, trained_norm
-from diffusion.lora_formats import WEIGHTS_FILE, Layout, write_lora
-from diffusion.prior import Prior, PriorOptions
-from diffusion.quantize import BaseBits, quantize_base_
+from diffusion.lora.adapters import LoraOptions, add_adapter, base_norm, parts_of, trained_norm
+from diffusion.lora.formats import WEIGHTS_FILE, Layout, write_lora
 from diffusion.sampling import SamplingOptions
-from diffusion.tune_options import DataOptions, TuneOptions
-from diffusion.tune_run import open_base, run
-from diffusion.tune_samples import sample_images
+from diffusion.tuning.options import DataOptions, TuneOptions
+from diffusion.tuning.prior import Prior, PriorOptions
+from diffusion.tuning.quantize import BaseBits, quantize_base_
+from diffusion.tuning.run import open_base, run
+from diffusion.tuning.samples import sample_images
 
 KIND = "lora"
 KOHYA_FILE = "lora_kohya.safetensors"

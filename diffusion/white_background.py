@@ -16,8 +16,9 @@ from PIL import Image
 
 from common.files import sha256_file
 from common.log import say
-from data_tools.border import PLAUSIBLE
-from diffusion.saliency import OnnxPreset, Saliency, SaliencyName, open_saliency
+from data_tools.images.border import PLAUSIBLE
+from diffusion.saliency import Saliency, SaliencyName, open_saliency
+from diffusion.saliency.onnx import OnnxPreset
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from common.label import joined_arguments, keep_mark, kept_arguments
 from common.log import say
 from common.output import OutputDirectory
 from common.progress import progress
-from data_tools.images import SUFFIXES, BadImage, decode, open_plugin, sniff
+from data_tools.images.decode import SUFFIXES, BadImage, decode, open_plugin, sniff
 from diffusion.white_background import Whitener, WhitenOptions
 
 LIST, GRID = "images.jsonl", "grid.png"

@@ -23,7 +23,7 @@ from common.language import Language, words_of
 from common.log import say
 from common.output import OutputDirectory
 from common.tables import plain_console
-from evaluation.metrics import (
+from evaluation.metrics.compute import (
     Figure,
     measure_all,
     networks_note,

@@ -7,11 +7,11 @@
     python -m evaluation.arena --reference DIR --system ours=out theirs=out_other --num-images 4    # made before
 
 A system is a checkpoint of any kind that makes images, with sampling options of its own behind a question mark; a
-pipeline of diffusers; a directory of images that exist already; or a function in Python: see evaluation/systems.py. The
-ranker chooses the best of 1, 4, 8; the judge, another network, says what that is worth. Images that stand in OUT are
-kept: killed, the same command goes on. Writes OUT/report.html, OUT/metrics.json, the plots of quality against training
-hours and seconds an image, and OUT/systems/NAME/, each an out directory of generate.py. Then:
-python -m evaluation.arena_table OUT, and python -m evaluation.human OUT.
+pipeline of diffusers; a directory of images that exist already; or a function in Python: see
+evaluation/compare/systems.py. The ranker chooses the best of 1, 4, 8; the judge, another network, says what that is
+worth. Images that stand in OUT are kept: killed, the same command goes on. Writes OUT/report.html,
+OUT/metrics.json, the plots of quality against training hours and seconds an image, and OUT/systems/NAME/, each an
+out directory of generate.py. Then: python -m evaluation.arena_table OUT, and python -m evaluation.human OUT.
 """
 
 import itertools
@@ -21,35 +21,39 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import tyro
 
-from common.config import command, parse_options, to_mapping
-from common.language import Language, Words, words_of
+from common.config import command, parse_options
+from common.language import Language, words_of
 from common.log import say
 from common.memory import peak_memory
 from common.output import OutputDirectory
 from common.tables import plain_console
 from dalle.sampling import SamplingOptions
-from evaluation.attributes import Lexicon
-from evaluation.choice import Curve, check_independent, curve, judged, score_pictures, scorer_of
-from evaluation.costs import COSTS, Costs, read_costs
-from evaluation.drawing import SYSTEMS, Plan, caption_texts, draw_into, prompt_texts, readable_texts
-from evaluation.metrics import (
-    Figure,
+from evaluation.compare.arena_results import Difference, Match, SystemResult
+from evaluation.compare.choice import check_independent, curve, judged, score_pictures, scorer_of
+from evaluation.compare.costs import COSTS, Costs, read_costs
+from evaluation.compare.generating import (
+    SYSTEMS,
+    Plan,
+    caption_texts,
+    draw_into,
+    prompt_texts,
+    readable_texts,
+)
+from evaluation.compare.parts import generated_part, pixel_colors_of
+from evaluation.compare.systems import Setting, SystemSpec, open_system
+from evaluation.metrics.attributes import Lexicon
+from evaluation.metrics.compute import (
     Networks,
     Reference,
     measure_all,
     networks_note,
     paired_difference,
-    settings_of,
 )
 from evaluation.options import MeasuringOptions
-from evaluation.parts import generated_part, pixel_colors_of
 from evaluation.released import complete
 from evaluation.sets import SampleSet
-from evaluation.statistics import Interval
-from evaluation.systems import Setting, SystemSpec, open_system
 from rankers import load_ranker
 from rankers.outdir import LIST
 
@@ -96,104 +100,6 @@ class Options(MeasuringOptions):
     def setting(self) -> Setting:
         """What all systems share."""
         return Setting(self.seed, self.sampling, self.batch_size, self.device, self.reference, self.split)
-
-
-@dataclass(frozen=True)
-class SystemResult:
-    """One system, measured."""
-
-    spec: SystemSpec
-    samples: SampleSet
-    figures: tuple[Figure, ...]
-    curves: tuple[Curve, ...]
-    left_out: tuple[str, ...]
-    values: dict[str, Any]
-    """What the judge says of each image, by name, in the order of the samples."""
-    costs: Costs
-
-    @property
-    def seconds(self) -> float | None:
-        """Median seconds an image; None where they were not recorded."""
-        found = [s.seconds for s in self.samples.samples if s.seconds is not None]
-        return float(np.median(found)) if found else None
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "what": self.spec.what,
-            "settings": settings_of(self.samples) | {"drawn": self.samples.settings},
-            "seconds_per_image": self.seconds,
-            "costs": self.costs.to_json(),
-            "metrics": [figure.to_json() for figure in self.figures],
-            "best_of": {
-                c.name: {"scorer": c.scorer, "points": [p.to_json() for p in c.points]} for c in self.curves
-            },
-            "left_out": list(self.left_out),
-        }
-
-
-@dataclass(frozen=True)
-class Difference:
-    """One figure of two systems on the same prompts."""
-
-    figure: str
-    first: str
-    second: str
-    value: Interval
-    """Of the second minus that of the first."""
-    higher_is_better: bool | None
-
-    @property
-    def is_sure(self) -> bool:
-        """Whether the 95 % interval leaves out zero."""
-        return self.value.low > 0 or self.value.high < 0
-
-    def to_json(self) -> dict[str, Any]:
-        return {**vars(self), "value": vars(self.value), "is_sure": self.is_sure}
-
-
-@dataclass(frozen=True)
-class Match:
-    """All that the page and metrics.json are made of."""
-
-    options: Options
-    texts: tuple[str, ...]
-    unusable: tuple[str, ...]
-    """Why prompts were left out."""
-    systems: tuple[SystemResult, ...]
-    differences: tuple[Difference, ...]
-    reference: Reference
-    judges: tuple[str, ...]
-    """What is known of those who judge."""
-    networks: dict[str, str]
-
-    def winners(self, words: Words) -> str:
-        """Which system wins at what beyond doubt (95 % intervals of paired differences), and which is fastest."""
-        won: dict[str, list[str]] = {}
-        for name in dict.fromkeys(d.figure for d in self.differences if d.higher_is_better is not None):
-            beaten, best = set(), set()
-            for d in (d for d in self.differences if d.figure == name and d.is_sure):
-                second_wins = (d.value.low > 0) == d.higher_is_better
-                best.add(d.second if second_wins else d.first)
-                beaten.add(d.first if second_wins else d.second)
-            for system in sorted(best - beaten):
-                won.setdefault(system, []).append(name.split("[")[0])
-        timed = {s.spec.name: s.seconds for s in self.systems if s.seconds is not None}
-        if len(timed) > 1:
-            won.setdefault(min(timed, key=timed.get), []).append(words("seconds an image"))
-        form = words("{system} wins at {names}")
-        parts = [form.format(system=s, names=", ".join(dict.fromkeys(n))) for s, n in won.items()]
-        return "; ".join(parts) or words("no system wins at anything beyond doubt")
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "prompts": len(self.texts),
-            "unusable_prompts": list(self.unusable),
-            "systems": {system.spec.name: system.to_json() for system in self.systems},
-            "differences": [difference.to_json() for difference in self.differences],
-            "judges": list(self.judges),
-            "networks": self.networks,
-            "options": to_mapping(self.options),
-        }
 
 
 # --- generating ----------------------------------------------------------------------------------------------------
@@ -385,8 +291,8 @@ def join_systems(argv: Sequence[str] | None) -> list[str] | None:
 @command
 def main(argv: Sequence[str] | None = None) -> Match:
     """Compare; returns what the page is made of."""
-    from evaluation.arena_page import write_arena_page
-    from evaluation.arena_plots import PLOTS, write_plots
+    from evaluation.compare.arena_page import write_arena_page
+    from evaluation.compare.arena_plots import PLOTS, write_plots
     from evaluation.report import METRICS, PAGE
 
     options = complete(parse_options(Options, join_systems(argv), description=__doc__))

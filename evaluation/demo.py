@@ -106,8 +106,8 @@ def goods_quality(out: Path) -> str:
 
 def ranking_quality(out: Path) -> str:
     """How many of the best four show the colour that the sentence names, by the nearest training images."""
-    from evaluation.parts import pixel_colors_of
-    from evaluation.pixel_colors import ColorHistogram
+    from evaluation.compare.parts import pixel_colors_of
+    from evaluation.metrics.pixel_colors import ColorHistogram
     from evaluation.reference import ReferencePictures
 
     text = json.loads(read_lines(out / "images.jsonl")[0])["text"]
@@ -238,7 +238,7 @@ def _data(words: Words) -> str:
 
 
 def _times(words: Words, rows: Sequence[Row]) -> str:
-    from data_tools import svg
+    from data_tools.report import svg
     from evaluation.report import section, table
 
     header = [words(name) for name in ("what", "where", "time", "how good", "command")]

@@ -17,7 +17,7 @@ import tyro
 from common.config import command, parse_options
 from common.log import say
 from data_tools.engine import EngineOptions
-from evaluation.features import FeatureStore, Pictures, SamplePictures, embed
+from evaluation.metrics.features import FeatureStore, Pictures, SamplePictures, embed
 from evaluation.options import MeasuringOptions
 from evaluation.sets import SampleSet
 

@@ -33,10 +33,10 @@ from common.language import Language
 from common.lock import locked
 from common.log import say
 from common.tables import plain_console
-from evaluation.drawing import SYSTEMS
+from evaluation.compare.generating import SYSTEMS
+from evaluation.compare.systems import SystemSpec
+from evaluation.metrics.statistics import Interval, wilson
 from evaluation.sets import Sample, SampleSet
-from evaluation.statistics import Interval, wilson
-from evaluation.systems import SystemSpec
 from rankers.outdir import LIST
 
 Choice = Literal["left", "right", "equal", "both_bad"]

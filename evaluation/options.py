@@ -4,12 +4,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.checkpoint import newest_run
-from data_tools.index import ShardIndex
-from evaluation.features import CACHE
-from evaluation.judge import KIND
-from evaluation.parts import MeasureOptions, Networks, Reference
+from data_tools.shards.index import ShardIndex
+from evaluation.compare.parts import MeasureOptions, Networks, Reference
+from evaluation.judges.goods import KIND
+from evaluation.metrics.features import CACHE
 from evaluation.sets import SampleSet
-from rankers.pairs import AttributeConfig
+from rankers.training.pairs import AttributeConfig
 
 
 def judge_name() -> str:

@@ -28,21 +28,21 @@ from common.log import say
 from common.output import OutputDirectory
 from common.precision import Precision
 from common.tables import plain_console
-from data_tools.images import BadImage
-from data_tools.loader import CorruptSample
+from data_tools.images.decode import BadImage
+from data_tools.shards.loader import CorruptSample
 from evaluation.codecs import Codec, open_codec
-from evaluation.distribution import Frechet
-from evaluation.features import CACHE, FeatureNetwork, ListedPictures
-from evaluation.figures import name_on
-from evaluation.metrics import networks_note
+from evaluation.compare.parts import Networks, Part, pixel_colors_of
+from evaluation.metrics.compute import networks_note
+from evaluation.metrics.distribution import Frechet
+from evaluation.metrics.features import CACHE, FeatureNetwork, ListedPictures
+from evaluation.metrics.pixel_colors import ColorHistogram, PixelColors
+from evaluation.metrics.resampling import Estimate, Resampling, interval_of, mean_estimate
+from evaluation.metrics.rows import name_on
+from evaluation.metrics.statistics import Interval
 from evaluation.options import judge_name
-from evaluation.parts import Networks, Part, pixel_colors_of
-from evaluation.pixel_colors import ColorHistogram, PixelColors
 from evaluation.reference import Facts, ReferencePictures
-from evaluation.resampling import Estimate, Resampling, interval_of, mean_estimate
-from evaluation.statistics import Interval
-from rankers.pairs import AttributeConfig
-from vq.losses import psnr
+from rankers.training.pairs import AttributeConfig
+from vq.losses.reconstruction import psnr
 
 COLUMNS = 12  # of the grid
 

@@ -9,10 +9,10 @@ from typing import Any
 from PIL import Image
 
 from common.image import resize_square
-from data_tools.captions import pick_caption
-from data_tools.index import ShardIndex
-from data_tools.loader import IMAGE_SUFFIXES, CorruptSample, open_image
-from rankers.pairs import AttributeConfig, read_meta, value_of
+from data_tools.shards.captions import pick_caption
+from data_tools.shards.index import ShardIndex
+from data_tools.shards.loader import IMAGE_SUFFIXES, CorruptSample, open_image
+from rankers.training.pairs import AttributeConfig, read_meta, value_of
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from typing import get_args
 import numpy as np
 
 from common.image import resize_square
-from data_tools.captions import pick_caption
-from data_tools.index import ShardIndex
-from data_tools.line_drawings import LineMethod, extract
-from data_tools.loader import IMAGE_SUFFIXES, open_image
+from data_tools.images.line_drawings import LineMethod, extract
+from data_tools.shards.captions import pick_caption
+from data_tools.shards.index import ShardIndex
+from data_tools.shards.loader import IMAGE_SUFFIXES, open_image
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from common.files import read_json, shipped
 from common.log import say
 from common.run_dir import latest_step
 from dalle.model import KIND as GENERATOR
-from data_tools.synthetic import ensure_synthetic
+from data_tools.synthetic.shards import ensure_synthetic
 from diffusion.base import KIND as DIFFUSION
 from diffusion.train_lora import KIND as LORA
-from evaluation.judge import KIND as JUDGE
+from evaluation.judges.goods import KIND as JUDGE
 from gan.model import KIND as GAN
 from rankers.model import KIND as RANKER
 

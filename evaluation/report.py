@@ -16,13 +16,13 @@ from PIL import Image
 
 from common.files import atomic_path
 from common.language import Words
-from data_tools.stats_page import STYLE
+from data_tools.report.stats_page import STYLE
+from evaluation.metrics.statistics import Interval
 from evaluation.sets import Sample, SampleSet
-from evaluation.statistics import Interval
 
 if TYPE_CHECKING:
-    from evaluation.metrics import Figure
-    from evaluation.parts import Reference
+    from evaluation.compare.parts import Reference
+    from evaluation.metrics.compute import Figure
 
 ENGLISH = Words({}, "en")
 THUMBNAIL = 128  # pixels, longest side

@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from common.files import read_json, read_lines
-from data_tools.images import SUFFIXES, BadImage, decode
+from data_tools.images.decode import SUFFIXES, BadImage, decode
 from rankers.outdir import LIST, Row, read_out_directory
 
 LIKELIHOOD = "likelihood"

@@ -4,7 +4,8 @@
 
 The judge is a linear head on frozen ImageNet features (EfficientNet-Lite1, which no training here uses), fitted on
 images of the style against photos, apart from every generator; its accuracy on images that it has not seen stands
-beside the result. The colour is measured in the pixels, by the photos whose colour is known (evaluation.pixel_colors).
+beside the result. The colour is measured in the pixels, by the photos whose colour is known
+(evaluation.metrics.pixel_colors).
 """
 
 import hashlib
@@ -24,12 +25,12 @@ from common.config import command, parse_options
 from common.files import write_json
 from common.image import resize_square, to_tensor
 from common.log import say
-from data_tools.images import decode
-from diffusion.caption_folder import CaptionFolder
-from evaluation.pixel_colors import ColorHistogram, PixelColors
+from data_tools.images.decode import decode
+from diffusion.tuning.caption_folder import CaptionFolder
+from evaluation.metrics.pixel_colors import ColorHistogram, PixelColors
+from evaluation.metrics.statistics import Interval, wilson
 from evaluation.reference import ReferencePictures
 from evaluation.sets import SampleSet
-from evaluation.statistics import Interval, wilson
 
 SIDE = 128  # pixels a side that images are judged at
 WHITE, WHITE_SHARE = (
@@ -122,7 +123,7 @@ class StyleReport:
 
 def lite_features() -> Features:
     """Of the network that is kept for judging."""
-    from vq.imagenet_features import JUDGE_NETWORK, load_imagenet_features
+    from vq.losses.imagenet_features import JUDGE_NETWORK, load_imagenet_features
 
     network = load_imagenet_features(JUDGE_NETWORK)
 

@@ -14,7 +14,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import yaml
 
@@ -23,20 +23,17 @@ from common.log import say
 from common.output import OutputDirectory
 from dalle.pipeline import default_checkpoint
 from dalle.sampling import SamplingOptions
-from evaluation.arena import Difference
-from evaluation.drawing import Plan, caption_texts, common_texts, draw_into, prompt_texts
-from evaluation.figures import PLAIN
-from evaluation.metrics import (
+from evaluation.compare.arena_results import Difference
+from evaluation.compare.generating import Plan, caption_texts, common_texts, draw_into, prompt_texts
+from evaluation.compare.sweep_results import KNOBS, Stage, Sweep, Trial, flags, mean_ranks, setting_name
+from evaluation.compare.systems import OwnSystem, Setting, SystemSpec, open_system
+from evaluation.metrics.compute import (
     Figure,
     measure_all,
     paired_difference,
 )
 from evaluation.options import MeasuringOptions
 from evaluation.sets import SampleSet
-from evaluation.systems import OwnSystem, Setting, SystemSpec, open_system
-
-KNOBS = ("cfg_scale", "temperature", "top_k", "top_p")
-FLAGS = {name: f"--{name.replace('_', '-')}" for name in KNOBS}
 
 
 @dataclass(frozen=True)
@@ -97,63 +94,6 @@ class Options(MeasuringOptions):
         return [SamplingOptions(**dict(zip(KNOBS, values, strict=True))) for values in combinations]
 
 
-@dataclass(frozen=True)
-class Trial:
-    """One setting and its figures by name."""
-
-    sampling: SamplingOptions
-    figures: dict[str, Figure]
-
-    @property
-    def name(self) -> str:
-        return setting_name(self.sampling)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Settings that were compared with each other."""
-
-    knob: str
-    """What varies; "" for all combinations."""
-    trials: tuple[Trial, ...]
-    winner: Trial
-
-
-def setting_name(sampling: SamplingOptions) -> str:
-    """A directory name, such as cfg3-t1-k0-p1."""
-    s = sampling
-    return f"cfg{s.cfg_scale:g}-t{s.temperature:g}-k{s.top_k}-p{s.top_p:g}"
-
-
-def flags(sampling: SamplingOptions) -> str:
-    """As generate.py takes them."""
-    return " ".join(f"{flag} {getattr(sampling, name):g}" for name, flag in FLAGS.items())
-
-
-def objective_figure(figures: dict[str, Figure], objective: str) -> Figure:
-    """The first figure of that name, on whatever network. Raises ValueError for one that cannot decide."""
-    found = next((f for n, f in figures.items() if objective in (n, n.split("[")[0])), None)
-    found = found or figures.get(PLAIN.get(objective, ""))
-    if found is None:
-        raise ValueError(f"no figure {objective!r} was measured (there are {', '.join(figures)})")
-    if found.higher_is_better is None:
-        raise ValueError(f"{found.name} is neither better high nor low: it cannot be an objective")
-    return found
-
-
-def mean_ranks(trials: Sequence[Trial], objectives: Sequence[str]) -> list[float]:
-    """Place of every trial, 0 the best, mean over the objectives; equal figures share theirs."""
-    totals = [0.0] * len(trials)
-    for objective in objectives:
-        figures = [objective_figure(trial.figures, objective) for trial in trials]
-        values = [f.value.value if f.higher_is_better else -f.value.value for f in figures]
-        for i, value in enumerate(values):
-            better = sum(other > value for other in values)
-            equal = sum(other == value for other in values) - 1
-            totals[i] += (better + equal / 2) / len(objectives)
-    return totals
-
-
 def search(options: Options, evaluate: Callable[[SamplingOptions], dict[str, Figure]]) -> list[Stage]:
     """Stages, the last of which ends with the winner; `evaluate` is asked once a setting."""
     known: dict[SamplingOptions, Trial] = {}
@@ -181,39 +121,6 @@ def _start(name: str, values: Sequence[float]) -> float:
     """The default where it is among the values, else the value nearest to it."""
     default = getattr(SamplingOptions(), name)
     return min(values, key=lambda value: abs(value - default))
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """All that the page and sweep.json are made of."""
-
-    options: Options
-    stages: tuple[Stage, ...]
-    winner: SamplingOptions
-    report: tuple[tuple[str, SampleSet, tuple[Figure, ...]], ...]
-    """Name, pictures and figures of the defaults and of the winner, on prompts that the search has not seen."""
-    differences: tuple[Difference, ...]
-    """Winner minus defaults."""
-    num_texts: tuple[int, int]
-    """Prompts of the search and of the report."""
-
-    def to_json(self) -> dict[str, Any]:
-        def trial(one: Trial) -> dict[str, Any]:
-            figures = [f.to_json() for f in one.figures.values()]
-            return {"sampling": to_mapping(one.sampling), "figures": figures}
-
-        return {
-            "winner": to_mapping(self.winner),
-            "flags": flags(self.winner),
-            "stages": [
-                {"knob": s.knob, "winner": s.winner.name, "trials": [trial(t) for t in s.trials]}
-                for s in self.stages
-            ],
-            "report": {name: [f.to_json() for f in figures] for name, _, figures in self.report},
-            "differences": [d.to_json() for d in self.differences],
-            "prompts": {"search": self.num_texts[0], "report": self.num_texts[1]},
-            "options": to_mapping(self.options),
-        }
 
 
 def split_texts(options: Options, system: OwnSystem) -> tuple[Plan, Plan]:
@@ -284,7 +191,7 @@ def _differences(report: Sequence[tuple[str, SampleSet, tuple[Figure, ...]]]) ->
 @command
 def main(argv: Sequence[str] | None = None) -> Sweep:
     """Sweep; returns what sweep.json holds."""
-    from evaluation.sweep_page import show, write_sweep_page
+    from evaluation.compare.sweep_page import show, write_sweep_page
 
     options = parse_options(Options, argv, description=__doc__)
     with OutputDirectory(options.out) as files:

@@ -26,16 +26,16 @@ from common.files import ensure_writable_directory, write_json
 from common.image import make_grid
 from common.lock import locked
 from common.log import say
-from data_tools.holdout import open_splits
-from data_tools.index import ShardIndex
-from data_tools.loader import IMAGE_SUFFIXES
-from data_tools.synthetic import ensure_synthetic
-from evaluation.features import CACHE, INPUT_SIZE, FeatureStore, JudgeNetwork, embed
-from evaluation.judge import GoodsJudge, JudgeHeads, Vocabulary, save_judge
+from data_tools.shards.holdout import open_splits
+from data_tools.shards.index import ShardIndex
+from data_tools.shards.loader import IMAGE_SUFFIXES
+from data_tools.synthetic.shards import ensure_synthetic
+from evaluation.judges.goods import GoodsJudge, JudgeHeads, Vocabulary, save_judge
+from evaluation.metrics.features import CACHE, INPUT_SIZE, FeatureStore, JudgeNetwork, embed
+from evaluation.metrics.statistics import wilson
 from evaluation.reference import Facts, ReferencePictures
-from evaluation.statistics import wilson
-from rankers.pairs import AttributeConfig
-from vq.labels import LABEL_KEYS
+from rankers.training.pairs import AttributeConfig
+from vq.losses.labels import LABEL_KEYS
 
 EMBEDDED = Path("data/synthetic")
 MAX_CATEGORIES = 5000

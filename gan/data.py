@@ -19,15 +19,15 @@ from common.distributed import World
 from common.files import atomic_directory, read_json, write_json
 from common.log import say
 from common.run_dir import claim
-from data_tools.captions import CaptionChoice, pick_caption
-from data_tools.holdout import open_splits
-from data_tools.index import ShardIndex
-from data_tools.loader import IMAGE_SUFFIXES, DecodeImage, eval_batches, train_batches
-from data_tools.synthetic import ensure_synthetic
+from data_tools.shards.captions import CaptionChoice, pick_caption
+from data_tools.shards.holdout import open_splits
+from data_tools.shards.index import ShardIndex
+from data_tools.shards.loader import IMAGE_SUFFIXES, DecodeImage, eval_batches, train_batches
+from data_tools.synthetic.shards import ensure_synthetic
 from gan.options import Options
 from gan.text import FOLDER, copy_text_folder, is_known, open_tokenizer, ranker_text
 from vq.data import small_pictures
-from vq.labels import label_of
+from vq.losses.labels import label_of
 
 SYNTHETIC = Path("data/synthetic")
 LABELS_FILE = "labels.json"

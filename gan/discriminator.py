@@ -22,7 +22,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from gan.model import SLOPE
 from gan.text import TextTower
 from vq.autoencoder import to_bands
-from vq.imagenet_features import TRAINING_NETWORK, load_imagenet_features
+from vq.losses.imagenet_features import TRAINING_NETWORK, load_imagenet_features
 
 LAST_SIDE = 4  # of the logit maps
 TAPS = (

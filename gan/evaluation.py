@@ -6,19 +6,17 @@ without augmentation.
 """
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from common.precision import autocast
-from data_tools.index import ShardIndex
+from data_tools.shards.index import ShardIndex
+from gan.conditions import Condition
+from gan.pipeline import GanModel
 from gan.validation import frechet_distance, mean_pair_distance
-from vq.imagenet_features import TRAINING_NETWORK, load_imagenet_features
-
-if TYPE_CHECKING:
-    from gan.pipeline import GanModel
-    from gan.task import Condition, GanTask
+from vq.losses.imagenet_features import TRAINING_NETWORK, load_imagenet_features
 
 BATCH = 16
 WIDTH = 1280  # of the features
@@ -29,14 +27,15 @@ SEED = 20_000  # of the noise of evaluations
 class Evaluation:
     """Keeps what does not change from one evaluation to the next: the features of real images."""
 
-    def __init__(self, task: "GanTask") -> None:
-        """Raises FileNotFoundError where the weights of the feature network are not installed."""
+    def __init__(self, task: Any) -> None:
+        """`task`: the gan.task.GanTask that holds this. Raises FileNotFoundError where the weights of the feature
+        network are not installed."""
         self.task, self.world = task, task.world
         self.network = load_imagenet_features(TRAINING_NETWORK, task.world.device)
         self.real: Tensor | None = None
 
     @torch.no_grad()
-    def run(self, model: "GanModel") -> dict[str, float]:
+    def run(self, model: GanModel) -> dict[str, float]:
         """With the weights that are saved, and the discriminator as it is; the same on every process."""
         task = self.task
         task.discriminator.eval()
@@ -61,7 +60,7 @@ class Evaluation:
         with autocast(self.world.device, self.task.options.precision):
             return self.network.pooled(images.to(self.world.device))
 
-    def _validation(self, model: "GanModel") -> tuple[Tensor, float, float]:
+    def _validation(self, model: GanModel) -> tuple[Tensor, float, float]:
         """Features of an image generated for each validation caption; mean logits of validation and generated ones."""
         task, z_dim = self.task, self.task.config.generator.z_dim
         noise = torch.randn(task.options.val_images, z_dim, generator=torch.Generator().manual_seed(SEED))
@@ -81,7 +80,7 @@ class Evaluation:
 
         return float(self._spread(compute, index, 1).mean())
 
-    def logits(self, images: Tensor, condition: "Condition") -> Tensor:
+    def logits(self, images: Tensor, condition: Condition) -> Tensor:
         """(B, 3, S, S) -> (B,): the mean logit of each."""
         task = self.task
         with torch.no_grad(), autocast(self.world.device, task.options.precision):
@@ -90,7 +89,7 @@ class Evaluation:
             embedded = task.discriminator.embed(vectors, condition.labels, condition.has_text)
             return task.discriminator.score(inputs, embedded).float().mean(1)
 
-    def _within_captions(self, model: "GanModel") -> list[Tensor]:
+    def _within_captions(self, model: GanModel) -> list[Tensor]:
         """Features of several images of each sample caption."""
         task, found = self.task, []
         z = torch.randn(

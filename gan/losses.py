@@ -1,10 +1,10 @@
-"""The discriminator's loss over right and wrong captions; the terms of one pair are those of vq.losses."""
+"""The discriminator's loss over right and wrong captions; the terms of a pair: vq.losses.reconstruction."""
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from gan.discriminator import Logits
-from vq.losses import AdversarialLoss, discriminator_loss
+from vq.losses.reconstruction import AdversarialLoss, discriminator_loss
 
 
 def matching_aware_loss(kind: AdversarialLoss, logits: Logits, has_other: Tensor, weight: float) -> Tensor:

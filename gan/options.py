@@ -8,13 +8,13 @@ from common.bert_text import TextTowerConfig
 from common.loop import LoopConfig
 from common.optim import OptimConfig
 from common.precision import Precision
-from data_tools.captions import FactCaptions
-from data_tools.crops import CropFlip
-from data_tools.remote import RemoteOptions
+from data_tools.images.crops import CropFlip
+from data_tools.shards.captions import FactCaptions
+from data_tools.shards.remote import RemoteOptions
 from gan.augment import AugmentConfig
 from gan.discriminator import DiscriminatorConfig
 from gan.model import GeneratorConfig
-from vq.losses import AdversarialLoss
+from vq.losses.reconstruction import AdversarialLoss
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ its update.
 
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from PIL import Image
@@ -15,12 +15,14 @@ from torch import Tensor
 
 from common import checkpoint
 from common.config import to_mapping
-from common.distributed import BatchPlan, World, make_engine
+from common.distributed import BatchPlan, World
+from common.engine import make_engine
 from common.image import make_grid, to_image
 from common.log import say
 from common.optim import Ema, OptimConfig, adamw, learning_rate
 from common.precision import autocast
 from gan.augment import Strength, augment, uniform
+from gan.conditions import Condition
 from gan.data import TrainData
 from gan.discriminator import Discriminator, make_trunk, others_of, r1_penalty
 from gan.evaluation import Evaluation
@@ -29,15 +31,7 @@ from gan.model import KIND
 from gan.options import Options
 from gan.pipeline import GanConfig, GanModel, build_model
 from gan.text import FOLDER, load_ranker_weights, ranker_text, tokens_of
-from vq.losses import generator_loss
-
-
-class Condition(NamedTuple):
-    """What images are made for."""
-
-    text_ids: Tensor  # (B, T) long
-    labels: Tensor  # (B,) long, 0 without category
-    has_text: Tensor  # (B,) bool
+from vq.losses.reconstruction import generator_loss
 
 
 class GanTask:

@@ -86,7 +86,7 @@ def _chinese_clip(name: str, device: str, precision: str) -> Any:
 
 
 def _brivl(name: str, device: str, precision: str) -> Any:
-    from rankers.brivl import brivl_ranker
+    from rankers.brivl.ranker import brivl_ranker
 
     return brivl_ranker(name, device, precision)
 

@@ -1,10 +1,8 @@
 """What a score means: its place among the scores of real pictures with their own captions and with others'.
 
-    python -m rankers.calibration --ranker OFA-Sys/chinese-clip-vit-base-patch16 --data ../shared/data/goods
-
 A bare cosine says little (0.4 is a match for one ranker and a mismatch for another), so reports show the share of real
 matched pairs that score lower, and the margin over hard negatives: the same title with another colour or another
-kind of goods. `rankers.train` writes `calibration.json` beside the weights; this command makes one for any ranker.
+kind of goods. `rankers.train` writes `calibration.json` beside the weights; rankers.calibrate makes one for any ranker.
 """
 
 import functools
@@ -15,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from common.config import command, from_mapping, parse_options, to_mapping
+from common.config import from_mapping, to_mapping
 from common.files import read_json, write_json
 
 FILE = "calibration.json"
@@ -90,7 +88,7 @@ def quantiles(values: Any) -> tuple[float, ...]:
 
 
 def find_calibration(name: str, directory: Path | None = None) -> Calibration | None:
-    """Beside the weights, else what `python -m rankers.calibration` left for that name, else None."""
+    """Beside the weights, else what `python -m rankers.calibrate` left for that name, else None."""
     beside = directory / FILE if directory else None
     for path in (beside, cache_path(name)):
         if path and path.is_file():
@@ -175,46 +173,3 @@ def _margins(ranker: Any, pairs: Any, lexicon: Lexicon, matched: np.ndarray, lim
             scores = ranker.score_matrix(wrong, [pairs.images[i]])
             margins.append(float(matched[i] - scores.max()))
     return margins
-
-
-@dataclass(frozen=True)
-class Options:
-    """Calibrate a ranker on real pictures with captions."""
-
-    ranker: str = ""
-    """Name of the ranker; empty: the newest one trained here, else the one that ships."""
-    data: str = "../shared/data/goods"
-    """Folder of image shards with a validation split."""
-    limit: int = 1000
-    """Pictures at most."""
-    out: Path | None = None
-    """Where to write; None: where load_ranker looks for it."""
-
-
-@command
-def main(argv: Sequence[str] | None = None) -> Calibration:
-    from data_tools.index import ShardIndex
-    from rankers import default_ranker, load_ranker
-    from rankers.pairs import AttributeConfig, scan_names
-    from rankers.retrieval import load_pairs
-
-    options = parse_options(Options, argv, description=__doc__)
-    name = options.ranker or str(default_ranker())
-    ranker = load_ranker(name)
-    if not hasattr(ranker, "score_matrix"):
-        raise ValueError(
-            f"the ranker {name} has no score between any text and any picture: nothing to calibrate"
-        )
-    index = ShardIndex.open(options.data, "val")
-    pairs = load_pairs(index, AttributeConfig(), options.limit)
-    names = scan_names(index, AttributeConfig())
-    lexicon = Lexicon(names.colors, names.kinds) if names.kinds else default_lexicon()
-    found = calibrate(ranker, pairs, lexicon, options.data)
-    path = options.out or cache_path(ranker.name)
-    found.save(path)
-    print(f"{len(pairs.captions)} pictures of {options.data}: wrote {path}", flush=True)
-    return found
-
-
-if __name__ == "__main__":
-    main()

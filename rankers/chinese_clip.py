@@ -17,7 +17,7 @@ from rankers.base import TwoTowerRanker
 from rankers.calibration import find_calibration
 from rankers.clip import RankerTowers
 from rankers.model import ModelConfig, RankerModel, one_axis
-from vq.foreign import read_tensors, require_finite, unwrapped
+from vq.published.foreign import read_tensors, require_finite, unwrapped
 
 MAX_TEXT_LEN = 52  # [CLS] and [SEP] included: what all published models were trained with
 TOWER_FILES = (

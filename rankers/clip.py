@@ -23,7 +23,7 @@ from common.precision import autocast
 from rankers.base import TwoTowerRanker
 from rankers.calibration import find_calibration
 from rankers.model import RankerModel, load_model
-from vq.foreign import read_tensors, require_finite, unwrapped
+from vq.published.foreign import read_tensors, require_finite, unwrapped
 
 
 class RankerTowers:

@@ -21,9 +21,8 @@ from common.files import write_json
 from common.log import say
 from common.output import require_replaceable, writing_file
 from common.tables import plain_console
-from data_tools.index import ShardIndex
+from data_tools.shards.index import ShardIndex
 from rankers import default_ranker, load_ranker
-from rankers.pairs import AttributeConfig, scan_names
 from rankers.retrieval import (
     KS,
     Pairs,
@@ -33,6 +32,7 @@ from rankers.retrieval import (
     load_pairs,
     retrieval_figures,
 )
+from rankers.training.pairs import AttributeConfig, scan_names
 
 
 @dataclass(frozen=True)

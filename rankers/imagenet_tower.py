@@ -8,7 +8,7 @@ behind it is what a training learns. The weights are part of a checkpoint, so th
 import torch
 from torch import Tensor, nn
 
-from vq.imagenet_features import (
+from vq.losses.imagenet_features import (
     CONFIGS,
     SHALLOW_STAGES,
     TRAINING_NETWORK,

@@ -23,9 +23,9 @@ from common.config import command, parse_options
 from common.lock import locked
 from common.log import say
 from common.progress import progress
-from data_tools.images import BadImage, decode
+from data_tools.images.decode import BadImage, decode
+from data_tools.ingest.records import Record
 from data_tools.readers import Meter, ReaderOptions, open_source
-from data_tools.records import Record
 from rankers import load_ranker
 from rankers.base import TwoTowerRanker
 

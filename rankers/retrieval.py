@@ -9,10 +9,10 @@ from PIL import Image
 from torch import Tensor
 
 from common.log import say
-from data_tools.captions import pick_caption
-from data_tools.index import ShardIndex
-from data_tools.loader import IMAGE_SUFFIXES, CorruptSample, open_image
-from rankers.pairs import AttributeConfig, describes, facts_of, number, read_meta, value_of
+from data_tools.shards.captions import pick_caption
+from data_tools.shards.index import ShardIndex
+from data_tools.shards.loader import IMAGE_SUFFIXES, CorruptSample, open_image
+from rankers.training.pairs import AttributeConfig, describes, facts_of, number, read_meta, value_of
 
 KS = (1, 5, 10)
 
@@ -26,7 +26,7 @@ class Pairs:
     labels: list[str]
     colors: list[str]
     facts: Tensor
-    """(N, F) long, see `rankers.pairs.facts_of`."""
+    """(N, F) long, see `rankers.training.pairs.facts_of`."""
 
     def describes(self) -> Tensor:
         """Whether caption j is true of picture i, (N, N) bool."""

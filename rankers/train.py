@@ -22,36 +22,29 @@ from torch.nn import functional as F
 
 from common.bert_text import TextTowerConfig
 from common.config import command, parse_options, to_mapping
-from common.distributed import (
-    BatchPlan,
-    DeepSpeedConfig,
-    EngineName,
-    World,
-    batch_plan,
-    make_engine,
-    split_batch,
-    start_world,
-    stop_world,
-)
+from common.deepspeed_engine import DeepSpeedConfig
+from common.distributed import BatchPlan, World, batch_plan, start_world, stop_world
+from common.engine import EngineName, make_engine
 from common.image import make_grid, resize_square
 from common.log import say
 from common.loop import LoopConfig, fit
 from common.optim import Ema, OptimConfig, learning_rate, make_optimizer
+from common.plain_engine import split_batch
 from common.precision import Precision, autocast
-from data_tools.loader import train_batches
-from data_tools.remote import RemoteOptions
+from data_tools.shards.loader import train_batches
+from data_tools.shards.remote import RemoteOptions
 from rankers.base import TwoTowerRanker
 from rankers.calibration import FILE as CALIBRATION
 from rankers.calibration import Lexicon, calibrate, default_lexicon
 from rankers.clip import RankerTowers
-from rankers.feature_views import open_views
-from rankers.growing import at_size, check_train_sizes, train_size
 from rankers.model import IMAGENET_TOWER, RankerModel, save_ranker, takes_any_size
-from rankers.objective import TARGETS, Features, LossWeights, large_batch_step
-from rankers.pairs import AttributeConfig, CropAugment, pair_decoder
-from rankers.reconstructions import ReconstructionConfig, Reconstructions
 from rankers.retrieval import Pairs, retrieval_figures
-from rankers.train_data import RankerData
+from rankers.training.data import RankerData
+from rankers.training.feature_views import open_views
+from rankers.training.growing import at_size, check_train_sizes, train_size
+from rankers.training.objective import TARGETS, Features, LossWeights, large_batch_step
+from rankers.training.pairs import AttributeConfig, CropAugment, pair_decoder
+from rankers.training.reconstructions import ReconstructionConfig, Reconstructions
 
 
 @dataclass(frozen=True)
@@ -195,7 +188,7 @@ class RankerTask:
         return at_size(images, size)
 
     def frozen_features(self, images: Tensor, seed: int) -> Tensor:
-        """Augmented images (B, 3, S, S) -> (B, F), see `rankers.feature_views`."""
+        """Augmented images (B, 3, S, S) -> (B, F), see `rankers.training.feature_views`."""
         size = self.train_size(0)
         with torch.inference_mode(), autocast(self.world.device, self.options.precision):
             return self.model.frozen_features(self.seen(images.to(self.world.device), size, seed))

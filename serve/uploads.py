@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image
 
 from common.image import resize_square
-from data_tools.images import BadImage, ImageLimits, decode, encode
-from data_tools.line_drawings import encode_lines, extract, fit_lines, read_drawing
+from data_tools.images.decode import BadImage, ImageLimits, decode, encode
+from data_tools.images.line_drawings import encode_lines, extract, fit_lines, read_drawing
 from serve.messages import LineDrawing, ModelInfo, SourceImage
 from serve.schemas import ApiError
 

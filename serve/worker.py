@@ -25,8 +25,8 @@ from dalle import inpaint
 from dalle.batching import ContinuousBatcher, Finished, Job
 from dalle.lines import LineControl
 from dalle.pipeline import Request, TextToImage
-from data_tools.images import decode
-from data_tools.line_drawings import decode_lines
+from data_tools.images.decode import decode
+from data_tools.images.line_drawings import decode_lines
 from rankers import load_ranker
 from serve.messages import (
     Cancel,

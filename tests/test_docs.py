@@ -53,13 +53,19 @@ def programs_lines() -> list[str]:
     return [line for line in commands() if line.split()[0] in LAUNCHERS]
 
 
+def program_module(name: str):
+    """What `python -m NAME` runs: a module, or a package's __main__."""
+    is_package = (ROOT / name.replace(".", "/")).is_dir()
+    return importlib.import_module(f"{name}.__main__" if is_package else name)
+
+
 @pytest.mark.parametrize("line", programs_lines())
 def test_a_command_is_read_by_its_program(line, monkeypatch):
     name, arguments = program_and_arguments(line)
     monkeypatch.chdir(ROOT)
     at = [i for i, word in enumerate(arguments) if word in WRITTEN_BY_OTHERS]
     arguments = [word for i, word in enumerate(arguments) if i not in at and i + 1 not in at]
-    module = importlib.import_module(f"{name}.__main__" if (ROOT / name).is_dir() else name)
+    module = program_module(name)
     parse = tyro.cli
 
     def read(*args, **kwargs):
@@ -171,7 +177,8 @@ def test_flags_that_stand_for_those_of_other_projects_exist():
     tables = translated_flags()
     assert len(tables) == 6 and sum(len(flags) for _, flags in tables) > 60
     for program, flags in tables:
-        module = importlib.import_module(program)
+        main = program_module(program).main
+        module = importlib.import_module(main.__module__)
         unknown = flags - flags_of(getattr(module, "Options", None) or module.DownloadConfig)
         assert not unknown, f"{program}: {unknown}"
 

@@ -5,8 +5,8 @@
     python -m vq.convert vae-final.pt runs/dvae                                # DALLE-pytorch DiscreteVAE
 
 The kind and all sizes are read off the weights; the yaml adds the training size and is checked against them. Foreign
-classes in a pickle are never imported (vq/foreign.py). Every weight must find its place: a leftover is an error.
-Gumbel tokenizers encode with the most likely code, where the original draws one even when encoding.
+classes in a pickle are never imported (vq/published/foreign.py). Every weight must find its place: a leftover is an
+error. Gumbel tokenizers encode with the most likely code, where the original draws one even when encoding.
 """
 
 import re
@@ -25,10 +25,10 @@ from common.config import command, expand_home, read_mapping, to_mapping
 from common.files import sha256_file
 from common.log import say
 from common.output import new_directory, require_new
-from vq.dvae import DvaeConfig
-from vq.foreign import read_foreign, require_finite, tensors_of, unwrapped
 from vq.model import KIND, ImageTokenizer, TokenizerConfig
-from vq.taming import TamingConfig
+from vq.published.dvae import DvaeConfig
+from vq.published.foreign import read_foreign, require_finite, tensors_of, unwrapped
+from vq.published.taming import TamingConfig
 
 SourceKind = Literal["auto", "taming", "llamagen", "dalle_pytorch"]
 Weights = dict[str, Tensor]

@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 
 from common.image import resize_square, to_tensor
-from data_tools.holdout import open_splits
-from data_tools.images import DECODE_ERRORS
-from data_tools.index import ShardIndex
-from data_tools.loader import IMAGE_SUFFIXES, Augment, CorruptSample, DecodeImage, open_image
-from data_tools.remote import RemoteOptions
+from data_tools.images.decode import DECODE_ERRORS
+from data_tools.shards.holdout import open_splits
+from data_tools.shards.index import ShardIndex
+from data_tools.shards.loader import IMAGE_SUFFIXES, Augment, CorruptSample, DecodeImage, open_image
+from data_tools.shards.remote import RemoteOptions
 from vq.image_folder import ImageFolder
 
 MASK_SUFFIX = "mask.png"

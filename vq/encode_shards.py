@@ -30,18 +30,18 @@ from common.log import say
 from common.output import RECORD, OutputDirectory
 from common.precision import Precision, autocast
 from data_tools.augment import Chain, PictureAugment
-from data_tools.crops import CropFlip
-from data_tools.encode import Views
-from data_tools.encode import encode_shards as encode_image_shards
 from data_tools.engine import EngineOptions
-from data_tools.index import ShardIndex, ShardSource
-from data_tools.line_views import LineSource
-from data_tools.loader import IMAGE_SUFFIXES, open_image
-from data_tools.remote import RemoteOptions
-from data_tools.shards import DATASET_FILE
+from data_tools.images.crops import CropFlip
+from data_tools.shards.encode import Views
+from data_tools.shards.encode import encode_shards as encode_image_shards
+from data_tools.shards.image_shards import DATASET_FILE
+from data_tools.shards.index import ShardIndex, ShardSource
+from data_tools.shards.line_views import LineSource
+from data_tools.shards.loader import IMAGE_SUFFIXES, open_image
+from data_tools.shards.remote import RemoteOptions
 from kernels import OFF, Kernels, Report, accelerate
 from vq.encoding import ImageEncoder
-from vq.losses import psnr
+from vq.losses.reconstruction import psnr
 from vq.model import ImageTokenizer
 
 TOKENIZER_FILE, ROUNDTRIP = "tokenizer.json", "roundtrip.png"

@@ -3,9 +3,9 @@
     python -m vq.evaluate runs/goods_128_vqgan ../shared/data/goods
     python -m vq.evaluate runs/goods_128_vqgan ../shared/data/goods --perceptual runs/perceptual_eval
 
-PSNR (also over the goods alone, as vq.foreground guesses them) and SSIM of 8-bit levels; LPIPS, or the named features
-of vq.train_perceptual in its place; use of the codebook; colour shift; pictures a second. Writes figures.json and
-index.html (one file, pictures inside). Whether goods are still recognised, and rFID: python -m
+PSNR (also over the goods alone, as vq.losses.foreground guesses them) and SSIM of 8-bit levels; LPIPS, or the named
+features of vq.train_perceptual in its place; use of the codebook; colour shift; pictures a second. Writes
+figures.json and index.html (one file, pictures inside). Whether goods are still recognised, and rFID: python -m
 evaluation.reconstructions.
 """
 
@@ -30,14 +30,14 @@ from common.image import to_image
 from common.log import say
 from common.output import OutputDirectory
 from common.precision import Precision, autocast
-from data_tools.loader import DecodeImage, eval_batches
+from data_tools.shards.loader import DecodeImage, eval_batches
 from kernels import Kernels, accelerate
 from vq.data import open_pictures
 from vq.encoding import ImageEncoder
-from vq.foreground import border_mask
-from vq.losses import color_shift, psnr
+from vq.losses.foreground import border_mask
+from vq.losses.perceptual import PerceptualDistance, load_perceptual
+from vq.losses.reconstruction import color_shift, psnr
 from vq.model import ImageTokenizer
-from vq.perceptual import PerceptualDistance, load_perceptual
 from vq.quantizer import CodeUsage
 
 

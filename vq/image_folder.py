@@ -1,6 +1,6 @@
 """A plain folder of pictures in the place of shards, for training the image tokenizer without packing first.
 
-It answers like `data_tools.index.ShardIndex`. A caption is the `.txt` of the same stem, if there is one. The
+It answers like `data_tools.shards.index.ShardIndex`. A caption is the `.txt` of the same stem, if there is one. The
 validation pictures are a fixed share by the hash of the file name, so they stay the same when pictures are added.
 """
 
@@ -8,9 +8,9 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_tools.images import PLUGINS, sniff
-from data_tools.index import Sample
+from data_tools.images.decode import PLUGINS, sniff
 from data_tools.readers.inventory import read_head, take_inventory
+from data_tools.shards.index import Sample
 
 
 class ImageFolder:

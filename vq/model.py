@@ -19,7 +19,8 @@ from common import checkpoint
 from common.config import from_mapping, to_mapping
 from common.files import atomic_directory
 from vq.autoencoder import Decoder, Encoder, FastConfig, coarse_bands
-from vq.dvae import DvaeConfig, DvaeDecoder, DvaeEncoder
+from vq.published.dvae import DvaeConfig, DvaeDecoder, DvaeEncoder
+from vq.published.taming import TamingConfig, TamingDecoder, TamingEncoder
 from vq.quantizer import (
     EmaQuantizer,
     FiniteScalarQuantizer,
@@ -28,7 +29,6 @@ from vq.quantizer import (
     Quantized,
     VectorQuantizer,
 )
-from vq.taming import TamingConfig, TamingDecoder, TamingEncoder
 
 KIND = "image_tokenizer"
 

@@ -10,10 +10,10 @@ from common.loop import LoopConfig
 from common.optim import OptimConfig
 from common.precision import Precision
 from data_tools.augment import PictureAugment
-from data_tools.crops import CropFlip
-from data_tools.remote import RemoteOptions
-from vq.adversary import AdversaryConfig
-from vq.losses import LossConfig
+from data_tools.images.crops import CropFlip
+from data_tools.shards.remote import RemoteOptions
+from vq.losses.adversary import AdversaryConfig
+from vq.losses.reconstruction import LossConfig
 from vq.model import KIND, TokenizerConfig
 
 CHANGEABLE = {"image_size", "code_depth", "level_dropout"}  # sizes that may differ from those of --init

@@ -18,17 +18,18 @@ from PIL import Image
 from torch import Tensor
 
 from common import checkpoint
-from common.distributed import BatchPlan, World, make_engine
+from common.distributed import BatchPlan, World
+from common.engine import make_engine
 from common.image import stack_rows, to_image
 from common.log import say
 from common.optim import Ema, learning_rate, make_optimizer
 from common.precision import autocast
-from vq.adversary import Adversary
-from vq.foreground import pixel_weights
-from vq.losses import color_shift, grid_loss, pixel_loss, psnr, shifted, shrunk_or_cropped
+from vq.losses.adversary import Adversary
+from vq.losses.foreground import pixel_weights
+from vq.losses.perceptual import PerceptualDistance, load_perceptual
+from vq.losses.reconstruction import color_shift, grid_loss, pixel_loss, psnr, shifted, shrunk_or_cropped
 from vq.model import KIND, ImageTokenizer
 from vq.options import Options
-from vq.perceptual import PerceptualDistance, load_perceptual
 from vq.quantizer import CodeUsage, kmeans
 
 SMALLEST_VIEW = 32  # pixels a side; smaller pictures are seen whole

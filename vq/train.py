@@ -9,8 +9,8 @@ from common.distributed import batch_plan, start_world, stop_world
 from common.log import say
 from common.loop import fit
 from data_tools.augment import Chain
-from data_tools.loader import DecodeImage, eval_batches, train_batches
-from data_tools.synthetic import ensure_synthetic
+from data_tools.shards.loader import DecodeImage, eval_batches, train_batches
+from data_tools.synthetic.shards import ensure_synthetic
 from vq.data import open_train_and_val, small_pictures, train_decoder
 from vq.options import Options
 from vq.task import TokenizerTask

@@ -19,18 +19,19 @@ from PIL import Image
 from torch import Tensor, nn
 
 from common.config import command, parse_options, to_mapping
-from common.distributed import BatchPlan, World, batch_plan, make_engine, start_world, stop_world
+from common.distributed import BatchPlan, World, batch_plan, start_world, stop_world
+from common.engine import make_engine
 from common.log import say
 from common.loop import LoopConfig, fit
 from common.optim import OptimConfig, learning_rate, make_optimizer
 from common.precision import Precision, autocast
-from data_tools.crops import CropFlip
-from data_tools.holdout import open_splits
-from data_tools.index import ShardIndex
-from data_tools.loader import IMAGE_SUFFIXES, DecodeImage, eval_batches, train_batches
-from data_tools.synthetic import ensure_synthetic
-from vq.labels import TargetKind, Targets, find_targets
-from vq.perceptual import DEFAULT_DIRECTORY, FeatureConfig, FeatureNet, PerceptualDistance
+from data_tools.images.crops import CropFlip
+from data_tools.shards.holdout import open_splits
+from data_tools.shards.index import ShardIndex
+from data_tools.shards.loader import IMAGE_SUFFIXES, DecodeImage, eval_batches, train_batches
+from data_tools.synthetic.shards import ensure_synthetic
+from vq.losses.labels import TargetKind, Targets, find_targets
+from vq.losses.perceptual import DEFAULT_DIRECTORY, FeatureConfig, FeatureNet, PerceptualDistance
 
 
 @dataclass(frozen=True)

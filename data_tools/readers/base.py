@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from data_tools.file_kinds import UTF16, what_is
-from data_tools.images import sniff
+from data_tools.images.decode import sniff
+from data_tools.ingest.file_kinds import UTF16, what_is
+from data_tools.ingest.records import Problem, Record, encodable, encode_key, one_line, problem
 from data_tools.readers.inventory import Inventory
-from data_tools.records import Problem, Record, encodable, encode_key, one_line, problem
 
 Item = Record | Problem
 FormatName = Literal[

@@ -7,6 +7,7 @@ and a picture to several texts. https://github.com/OFA-Sys/Chinese-CLIP, section
 from collections.abc import Iterator
 from typing import Any
 
+from data_tools.ingest.records import Problem, problem
 from data_tools.readers.base import (
     Item,
     Line,
@@ -18,7 +19,6 @@ from data_tools.readers.base import (
     parse_json_line,
 )
 from data_tools.readers.join import TextIndex, join, read_base64_rows
-from data_tools.records import Problem, problem
 
 META = {"source": "chinese_clip"}
 

@@ -108,7 +108,7 @@ def _names(reading: Reading) -> str:
 
 
 def _count_samples(path: Path) -> int:
-    from data_tools.index import scan_tar
+    from data_tools.shards.index import scan_tar
 
     try:
         return len(scan_tar(path, 0)[0])

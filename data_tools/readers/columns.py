@@ -11,7 +11,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from data_tools.images import SUFFIXES, sniff
+from data_tools.images.decode import SUFFIXES, sniff
+from data_tools.ingest.records import Problem, encodable, problem
 from data_tools.readers.base import (
     WHITE_SPACE,
     Item,
@@ -34,7 +35,6 @@ from data_tools.readers.column_names import (
     find_column,
     normal,
 )
-from data_tools.records import Problem, encodable, problem
 
 _SPACES = dict.fromkeys(WHITE_SPACE)
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from data_tools.ingest.records import Problem, problem
 from data_tools.readers import (
     chinese_clip,
     easynlp,
@@ -32,7 +33,6 @@ from data_tools.readers.choice import Reading, choose
 from data_tools.readers.finders import FINDERS, SPLITS, Folder
 from data_tools.readers.inventory import Entry, Inventory, take_inventory
 from data_tools.readers.lists import why_not
-from data_tools.records import Problem, problem
 
 READERS: dict[str, Reader] = {
     "ecommerce_t2i": ecommerce_t2i.read,

@@ -5,6 +5,7 @@ https://github.com/alibaba/EasyNLP, examples/text2image_generation.
 
 from collections.abc import Iterator
 
+from data_tools.ingest.records import Problem, problem
 from data_tools.readers.base import (
     Item,
     Line,
@@ -16,7 +17,6 @@ from data_tools.readers.base import (
     make_record,
 )
 from data_tools.readers.join import base64_image
-from data_tools.records import Problem, problem
 
 META = {"source": "easynlp"}
 

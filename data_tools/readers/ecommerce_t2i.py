@@ -6,6 +6,7 @@ joined by id, a 32-digit hex string in the published files and any text here, in
 
 from collections.abc import Iterator
 
+from data_tools.ingest.records import Problem, problem
 from data_tools.readers.base import (
     Item,
     Line,
@@ -17,7 +18,6 @@ from data_tools.readers.base import (
     make_record,
 )
 from data_tools.readers.join import TextIndex, join, read_base64_rows
-from data_tools.records import Problem, problem
 
 META = {"source": "ecommerce_t2i"}
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.files import split_lines
+from data_tools.ingest.records import Problem, problem
 from data_tools.readers.base import (
     Item,
     Meter,
@@ -25,7 +26,6 @@ from data_tools.readers.base import (
 from data_tools.readers.column_names import CAPTIONS, find_column
 from data_tools.readers.columns import caption_list, plain
 from data_tools.readers.inventory import Inventory, image_stems, take_inventory
-from data_tools.records import Problem, problem
 
 META = {"source": "folder"}
 MAX_CAPTION_BYTES = 1 << 20

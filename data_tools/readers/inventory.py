@@ -12,13 +12,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from data_tools.file_kinds import what_is
-from data_tools.images import SUFFIXES, sniff
+from data_tools.images.decode import SUFFIXES, sniff
+from data_tools.ingest.file_kinds import what_is
 
 Kind = Literal["image", "caption", "json", "list", "tar", "other", "hidden"]
 CAPTION_SUFFIXES = (".txt", ".caption")
 LIST_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet", ".xlsx", ".xls", ".ods", ".ndjson")
-OWN_RESULT = "dataset.json"  # of data_tools.shards, beside the tars
+OWN_RESULT = "dataset.json"  # of data_tools.shards.image_shards, beside the tars
 WORK_FOLDERS = (".journal", ".download")  # of the package, beside what it writes
 _HEAD = 512  # bytes
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from data_tools.ingest.records import Problem, problem
 from data_tools.readers.base import (
     Item,
     Line,
@@ -22,7 +23,6 @@ from data_tools.readers.base import (
     iter_lines,
     make_record,
 )
-from data_tools.records import Problem, problem
 
 # Parses one line of the texts to (ids of its pictures, caption), or says why not.
 TextParser = Callable[[Line, str], tuple[list[str], str] | Problem]

@@ -5,10 +5,10 @@ A line is read by the names in it, so lines of one file may differ; see `columns
 
 from collections.abc import Iterator
 
+from data_tools.ingest.records import Problem, encode_key, problem
 from data_tools.readers.base import Item, Meter, Part, ReaderOptions, iter_lines, parse_json_line
 from data_tools.readers.column_names import has_known_columns, is_line_drawing
 from data_tools.readers.columns import RowReader
-from data_tools.records import Problem, encode_key, problem
 
 
 def read(part: Part, options: ReaderOptions, meter: Meter) -> Iterator[Item]:

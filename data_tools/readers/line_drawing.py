@@ -10,7 +10,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_tools.images import SUFFIXES, sniff
+from data_tools.images.decode import SUFFIXES, sniff
+from data_tools.ingest.records import Problem, problem
 from data_tools.readers import jsonl, parquet
 from data_tools.readers.base import (
     Item,
@@ -23,7 +24,6 @@ from data_tools.readers.base import (
     read_image_file,
 )
 from data_tools.readers.inventory import image_stems, is_image_file
-from data_tools.records import Problem, problem
 
 DRAWING_FOLDERS = (
     "line_drawing",

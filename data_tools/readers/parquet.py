@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from data_tools.ingest.records import encode_key, problem
 from data_tools.readers.base import Item, Meter, Part, ReaderOptions
 from data_tools.readers.column_names import has_known_columns, is_line_drawing
 from data_tools.readers.columns import RowReader
-from data_tools.records import encode_key, problem
 
 BATCH = 64  # rows
 

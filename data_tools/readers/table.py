@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from data_tools.images import SUFFIXES
+from data_tools.images.decode import SUFFIXES
+from data_tools.ingest.records import Problem, encode_key, problem
 from data_tools.readers.base import Item, Line, Meter, Part, ReaderOptions, decode_text, iter_lines
 from data_tools.readers.column_names import has_known_columns
 from data_tools.readers.columns import RowReader
-from data_tools.records import Problem, encode_key, problem
 
 MAX_LINES = 10_000  # of one quoted field that hold a separator, as wrapped base64 does not
 URL_CAPTION, PATH_CAPTION = ["url", "caption"], ["file_name", "caption"]  # of lists without a header

@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_tools.file_kinds import what_is
+from data_tools.ingest.file_kinds import what_is
+from data_tools.ingest.records import Problem
 from data_tools.readers.base import Line, Meter, ReaderOptions, decode_text, iter_lines
 from data_tools.readers.column_names import CAPTIONS, KEYS, find_column, normal
 from data_tools.readers.inventory import read_head
 from data_tools.readers.table import find_delimiter, iter_rows
-from data_tools.records import Problem
 
 OPTIONS = ReaderOptions()
 _KNOWN = {normal(name) for name in (*KEYS, *CAPTIONS)}

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from common.files import split_lines
-from data_tools.images import SUFFIXES
+from data_tools.images.decode import SUFFIXES
+from data_tools.ingest.records import Problem, problem
 from data_tools.readers.base import Item, Meter, Part, ReaderOptions, decode_text, make_record
 from data_tools.readers.column_names import CAPTIONS, find_column
 from data_tools.readers.columns import caption_list, plain
-from data_tools.records import Problem, problem
 
 MAX_MEMBERS = 64  # of one sample
 

@@ -5,9 +5,9 @@ import unicodedata
 from typing import NamedTuple
 
 from common.files import read_lines
+from data_tools.report.token_count import CountTokens
 from data_tools.rules import CaptionRules, keyword_path
 from data_tools.rules.titles import TitleNormaliser
-from data_tools.token_count import CountTokens
 
 CAPTION_REASONS: dict[str, str] = {
     "caption_forbidden": "holds a character that the rules forbid",

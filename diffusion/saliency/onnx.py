@@ -6,12 +6,12 @@ Each preset is a side, what the levels become, and what the output is: U2-Net (Q
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
-from diffusion.saliency import OnnxPreset
+OnnxPreset = Literal["auto", "u2net", "isnet", "birefnet"]
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

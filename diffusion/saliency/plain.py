@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-from data_tools.border import border_matte, is_plausible
+from data_tools.images.border import border_matte, is_plausible
 
 ROUNDS = 4  # of GrabCut
 MARGIN = 0.03  # of the shorter side: taken for background where the flood has found no product

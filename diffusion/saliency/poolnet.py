@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from vq.foreign import read_tensors
+from vq.published.foreign import read_tensors
 
 MEANS = (104.00699, 116.66877, 122.67892)  # B, G, R
 WIDTHS = (128, 256, 256, 512, 512)  # of the converted features c0..c4

@@ -15,9 +15,9 @@ from common.config import to_mapping
 from dalle.model import KIND, Dalle, ModelOptions
 from dalle.pipeline import TextToImage
 from dalle.text_tokenizer import TextTokenizer
-from data_tools.synthetic import COLORS, KINDS, draw_goods, ensure_synthetic, prompt
+from data_tools.synthetic.shards import COLORS, KINDS, draw_goods, ensure_synthetic, prompt
 from evaluation import train_judge
-from evaluation.judge import GoodsJudge
+from evaluation.judges.goods import GoodsJudge
 from rankers import load_ranker
 from rankers.model import ModelConfig, RankerModel, save_ranker
 from vq.autoencoder import FastConfig
@@ -129,8 +129,8 @@ def test_main_samples_ranks_judges_and_writes(tmp_path, generator_dir, ranker_di
 
 @pytest.fixture
 def judge_of_others(tmp_path):
-    from evaluation.features import JudgeNetwork
-    from evaluation.judge import JudgeHeads, Vocabulary, save_judge
+    from evaluation.judges.goods import JudgeHeads, Vocabulary, save_judge
+    from evaluation.metrics.features import JudgeNetwork
 
     folder = tmp_path / "others"
     folder.mkdir()

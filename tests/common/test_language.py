@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 
 from common.language import CHINESE, Words, is_chinese_locale, words_of
-from data_tools.records import HINTS
+from data_tools.ingest.records import HINTS
 from data_tools.rules.lexicon import load_lexicon
 from evaluation.human_page import PAGE, page_in
 
 ROOT = Path(__file__).parents[2]
 SOURCES = {
     "demo": ["evaluation/demo.py"],
-    "inspect": ["data_tools/inspect.py", "data_tools/records.py"],
-    "stats": ["data_tools/stats_page.py"],
-    "evaluation": ["evaluation/report.py", "evaluation/metrics.py"],
+    "inspect": ["data_tools/inspect.py", "data_tools/ingest/records.py"],
+    "stats": ["data_tools/report/stats_page.py"],
+    "evaluation": ["evaluation/report.py", "evaluation/metrics/compute.py"],
     "human": ["evaluation/human_page.py"],
 }
 HAN = re.compile(r"[\u4e00-\u9fff]")
@@ -74,7 +74,7 @@ def rendered(node: ast.AST, names: dict[str, str]) -> str:
 def doctor_sentences() -> set[str]:
     """Of every Finding in checks.py, with the strings that its function assigned before."""
     found = set()
-    for function in ast.walk(ast.parse((ROOT / "data_tools/checks.py").read_text("utf-8"))):
+    for function in ast.walk(ast.parse((ROOT / "data_tools/report/checks.py").read_text("utf-8"))):
         if not isinstance(function, ast.FunctionDef):
             continue
         names: dict[str, str] = {}

@@ -14,7 +14,8 @@ from PIL import Image
 from torch import nn
 
 from common import checkpoint
-from common.distributed import BatchPlan, World, make_engine
+from common.distributed import BatchPlan, World
+from common.engine import make_engine
 from common.loop import LoopConfig, NonFiniteLoss, fit
 from common.optim import OptimConfig, adamw
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from common.distributed import BatchPlan, World, make_engine
+from common.distributed import BatchPlan, World
+from common.engine import make_engine
 from common.muon import MOMENTUM, NEWTON_SCHULZ, ROUNDS, UPDATE_SIZE, Muon, orthogonalized
 from common.optim import OptimConfig, adamw, make_optimizer
 

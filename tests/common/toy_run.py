@@ -21,19 +21,13 @@ from torch import Tensor, nn
 
 from common.checkpoint import write_model
 from common.config import command, parse_options, to_mapping
-from common.distributed import (
-    DeepSpeedConfig,
-    EngineName,
-    World,
-    batch_plan,
-    make_engine,
-    start_world,
-    stop_world,
-)
+from common.deepspeed_engine import DeepSpeedConfig
+from common.distributed import World, batch_plan, start_world, stop_world
+from common.engine import EngineName, make_engine
 from common.loop import LoopConfig, fit
 from common.optim import Ema, OptimConfig, learning_rate, make_optimizer
-from data_tools.index import ShardIndex
-from data_tools.loader import DecodeTokens, train_batches
+from data_tools.shards.index import ShardIndex
+from data_tools.shards.loader import DecodeTokens, train_batches
 
 VOCAB = 33
 

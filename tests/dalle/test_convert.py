@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from dalle.convert import import_checkpoint, main
-from dalle.dalle_pytorch import DallePytorch
 from dalle.pipeline import Request, TextToImage
+from dalle.published.dalle_pytorch import DallePytorch
 from dalle.sampling import SamplingOptions
 from vq.model import ImageTokenizer, TokenizerConfig
-from vq.taming import TamingConfig
+from vq.published.taming import TamingConfig
 
 DATA = Path(__file__).parent / "data"
 GOLDEN = np.load(DATA / "dalle_pytorch_1_6_6.npz")

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from tiny_generator import tiny_ids, tiny_model
 
 from dalle import sequence
-from dalle.captions import drop_captions
 from dalle.losses import LossConfig, dalle_loss, position_losses
 from dalle.model import DalleOutput
+from dalle.training.captions import drop_captions
 
 
 def uniform_output(batch_size: int, num_text: int) -> DalleOutput:

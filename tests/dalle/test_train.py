@@ -19,13 +19,13 @@ from common.checkpoint import read_weights
 from common.config import from_mapping, read_mapping
 from common.distributed import start_world
 from dalle.pipeline import TextToImage
-from dalle.train_data import TrainData
-from dalle.train_options import Options
-from data_tools.captions import CaptionChoice
-from data_tools.index import ShardIndex
-from data_tools.loader import DecodeImage
-from data_tools.records import Record
-from data_tools.shards import ShardWriter
+from dalle.training.data import TrainData
+from dalle.training.options import Options
+from data_tools.ingest.records import Record
+from data_tools.shards.captions import CaptionChoice
+from data_tools.shards.image_shards import ShardWriter
+from data_tools.shards.index import ShardIndex
+from data_tools.shards.loader import DecodeImage
 from vq.model import ImageTokenizer
 
 ROOT = Path(train_dalle.__file__).parent

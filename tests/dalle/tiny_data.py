@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from common.distributed import start_world
-from data_tools.records import Record
-from data_tools.shards import ShardWriter
+from data_tools.ingest.records import Record
+from data_tools.shards.image_shards import ShardWriter
 from vq.autoencoder import FastConfig
 from vq.encode_shards import Options, encode_shards
 from vq.model import ImageTokenizer, TokenizerConfig

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data_tools.records import Record
-from data_tools.shards import ShardWriter
+from data_tools.ingest.records import Record
+from data_tools.shards.image_shards import ShardWriter
 
 CAPTIONS = ["一件红色连衣裙", "超市里的青苹果", "黑色皮鞋", "儿童连帽卫衣 商品图片", "一条长裤的照片"]
 

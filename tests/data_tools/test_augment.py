@@ -7,14 +7,14 @@ from PIL import Image, ImageDraw
 
 from common.distributed import World
 from data_tools.augment import Chain, PictureAugment, TextAugment, load_tables, main
-from data_tools.captions import CaptionChoice
-from data_tools.crops import CropFlip
-from data_tools.images import encode
-from data_tools.index import ShardIndex
-from data_tools.loader import DecodeImage, train_batches
-from data_tools.records import Record
+from data_tools.images.crops import CropFlip
+from data_tools.images.decode import encode
+from data_tools.ingest.records import Record
 from data_tools.rules.lexicon import load_lexicon
-from data_tools.shards import ShardWriter
+from data_tools.shards.captions import CaptionChoice
+from data_tools.shards.image_shards import ShardWriter
+from data_tools.shards.index import ShardIndex
+from data_tools.shards.loader import DecodeImage, train_batches
 
 CAPTIONS = [
     "一件红色的连衣裙",

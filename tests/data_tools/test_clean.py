@@ -17,15 +17,15 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from data_tools.clean import CleanConfig, clean, preset_to_config
 from data_tools.clean import main as clean_main
+from data_tools.ingest.records import Record
+from data_tools.ingest.shard_run import DROPPED_FILE
 from data_tools.readers import open_source
-from data_tools.records import Record
+from data_tools.report.token_count import token_counter
 from data_tools.rules import CaptionRules, PictureRules, load_rules, rules_path
 from data_tools.rules.captions import CaptionJudge, han_share, special_characters
 from data_tools.rules.lexicon import load_lexicon
 from data_tools.rules.pictures import check_shape, grey256, sharpness, thumbnail_size, tiling
 from data_tools.rules.titles import TitleNormaliser
-from data_tools.shard_run import DROPPED_FILE
-from data_tools.token_count import token_counter
 
 SHARED = Path(__file__).parents[3] / "shared"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared")
@@ -437,7 +437,7 @@ def test_an_interrupted_run_ends_in_the_same_bytes(tmp_path, monkeypatch):
     whole = clean(config("whole"))
     expected = {p.name: p.read_bytes() for p in (tmp_path / "whole").iterdir() if p.is_file()}
     assert whole["kept"] >= 8 and len(whole["reasons"]) == 3
-    from data_tools.shards import ShardWriter
+    from data_tools.shards.image_shards import ShardWriter
 
     write = ShardWriter.write
     for stop in range(1, whole["kept"]):

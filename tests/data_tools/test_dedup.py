@@ -11,10 +11,10 @@ from PIL import Image, ImageDraw, ImageEnhance
 
 from data_tools.dedup import DedupConfig, close_pairs, dedup, first_twins
 from data_tools.dedup import main as dedup_main
-from data_tools.phash import components, dct_hash, distances, near_pairs, picture_signature
+from data_tools.images.phash import components, dct_hash, distances, near_pairs, picture_signature
+from data_tools.ingest.records import Record
 from data_tools.readers import open_source
-from data_tools.records import Record
-from data_tools.shards import ShardWriter
+from data_tools.shards.image_shards import ShardWriter
 from data_tools.split import read_pairs
 
 
@@ -207,8 +207,8 @@ class TestDedup:
 
         assert 17 <= dedup(config("whole"))["kept"] < 20
         expected = {p.name: p.read_bytes() for p in (tmp_path / "whole").iterdir()}
-        from data_tools import signatures
-        from data_tools.signatures import Sign
+        from data_tools.ingest import signatures
+        from data_tools.ingest.signatures import Sign
 
         for method, owner, stops in (
             (Sign.__call__, Sign, (1, 2)),

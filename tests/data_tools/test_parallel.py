@@ -2,9 +2,9 @@
 
 from crashing_work import crash_on_three
 
+from data_tools.ingest.records import Record
+from data_tools.ingest.shard_run import crashed
 from data_tools.parallel import ordered_map
-from data_tools.records import Record
-from data_tools.shard_run import crashed
 
 
 def test_a_crashing_decoder_costs_one_record():

@@ -18,9 +18,9 @@ from make_sources import (
     write_t2i,
 )
 
+from data_tools.ingest.records import HINTS, Problem, Record, validate_key
 from data_tools.readers import ReaderOptions, open_source
 from data_tools.readers.base import KeyTable, decode_base64, iter_lines
-from data_tools.records import HINTS, Problem, Record, validate_key
 
 RAW = Path(__file__).parents[3] / "shared" / "data" / "raw"
 

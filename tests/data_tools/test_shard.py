@@ -25,11 +25,11 @@ from make_sources import (
 )
 
 from data_tools import shard as module
-from data_tools.images import decode
+from data_tools.images.decode import decode
 from data_tools.readers import open_source
 from data_tools.shard import main
+from data_tools.shards.targets import LocalTarget
 from data_tools.split import hash_split, split_unit
-from data_tools.targets import LocalTarget
 
 ROOT = Path(__file__).parents[2]
 T2I = ROOT.parent / "shared" / "data" / "raw" / "ecommerce_t2i"
@@ -128,7 +128,7 @@ def crash_at(monkeypatch, operation, before):
 
     monkeypatch.setattr(os, "replace", breaking(os.replace))
     monkeypatch.setattr(LocalTarget, "remove", breaking(LocalTarget.remove))
-    monkeypatch.setattr("data_tools.shards.ShardWriter.abort", lambda self: None)
+    monkeypatch.setattr("data_tools.shards.image_shards.ShardWriter.abort", lambda self: None)
 
 
 @pytest.mark.parametrize("before", [True, False])

@@ -11,12 +11,12 @@ from make_sources import encoded
 from PIL import Image, ImageDraw
 from test_dedup import photo, write_shards
 
-from data_tools import svg
-from data_tools.facts import Facts, MeasurePicture, ring_pixels, words_of
-from data_tools.images import ImageLimits
-from data_tools.records import Record
+from data_tools.images.decode import ImageLimits
+from data_tools.ingest.records import Record
+from data_tools.report import svg
+from data_tools.report.facts import Facts, MeasurePicture, ring_pixels, words_of
 from data_tools.rules.lexicon import load_lexicon
-from data_tools.shards import ShardWriter
+from data_tools.shards.image_shards import ShardWriter
 from data_tools.stats import main
 
 
@@ -133,7 +133,7 @@ def test_an_empty_source_is_one_sentence(tmp_path, capsys):
 
 class TestMeasure:
     def test_ground_and_mean(self):
-        from data_tools.facts import PICTURE
+        from data_tools.report.facts import PICTURE
 
         record = Record("k", product("red", "#f5f5f5"), "png", ("x",), {})
         found = np.frombuffer(MeasurePicture(ImageLimits()).one(record), PICTURE)[0]
@@ -152,7 +152,7 @@ class TestMeasure:
         assert words_of("金锚牌 红色连衣裙，abc!", load_lexicon()) == ["金锚牌", "红色", "连衣裙", "abc"]
 
     def test_memory_of_rare_words_is_bounded(self, monkeypatch):
-        monkeypatch.setattr("data_tools.facts.MOST_WORDS", 100)
+        monkeypatch.setattr("data_tools.report.facts.MOST_WORDS", 100)
         facts = Facts("train")
         for i in range(1000):
             facts.add_record(Record(f"{i}", b"", "", (f"裙子 w{i:06d}",), {}), load_lexicon(), None, ())

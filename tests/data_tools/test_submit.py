@@ -11,7 +11,7 @@ from make_sources import CAPTIONS, picture
 from PIL import Image
 
 from common.label import LabelOptions, labelled, read_labels, read_manifest
-from data_tools.images import decode, sniff
+from data_tools.images.decode import decode, sniff
 from data_tools.readers import open_source
 from data_tools.submit import main, read_ids, validate
 

@@ -119,7 +119,7 @@ def test_an_image_and_its_strength_are_recorded(folder, tmp_path):
 def test_loras_are_merged_and_recorded(folder, tmp_path):
     import torch
 
-    from diffusion.lora_formats import LoraLayer, write_lora
+    from diffusion.lora.formats import LoraLayer, write_lora
 
     generator = torch.Generator().manual_seed(0)
     name = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"

@@ -7,10 +7,10 @@ from tiny_tuning import write_base
 from torch.profiler import ProfilerActivity, profile
 
 from diffusion import plan
-from diffusion.lora import LoraOptions, add_adapter
-from diffusion.memory import GIB, LiveBytes, Networks, StepMemory, plan_step, shortage
+from diffusion.lora.adapters import LoraOptions, add_adapter
 from diffusion.plan import SD15_UNET
-from diffusion.tune_options import TuneOptions
+from diffusion.tuning.memory import GIB, LiveBytes, Networks, StepMemory, plan_step, shortage
+from diffusion.tuning.options import TuneOptions
 
 UNET = {
     "sample_size": 16,

@@ -18,9 +18,9 @@ import common.config
 from data_tools.shard import ShardConfig, shard
 from diffusion import finetune
 from diffusion.base import load_base
-from diffusion.distance import kernel_distance
-from diffusion.tune_data import TuneData
-from diffusion.tune_options import DataOptions
+from diffusion.tuning.data import TuneData
+from diffusion.tuning.distance import kernel_distance
+from diffusion.tuning.options import DataOptions
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
@@ -33,7 +33,7 @@ def material(tmp_path_factory):
 
 @pytest.fixture
 def train(tmp_path, material, monkeypatch):
-    monkeypatch.setattr("diffusion.tune_run.require_memory", lambda *arguments: None)
+    monkeypatch.setattr("diffusion.tuning.run.require_memory", lambda *arguments: None)
     monkeypatch.chdir(tmp_path)
 
     def run(name="run", *flags, steps=4):
@@ -131,7 +131,7 @@ def test_several_resolutions_in_one_run(train, material):
 
 
 def test_the_distance_is_measured_every_so_many_steps(train, monkeypatch):
-    monkeypatch.setattr("diffusion.tune_task.image_distance", lambda *arguments: 0.5)
+    monkeypatch.setattr("diffusion.tuning.task.image_distance", lambda *arguments: 0.5)
     flags = ["--loop.eval-every", "1", "--distance-every", "2"]
     run = train("run", *flags)
     assert [row.get("kid") for row in rows(run, "val")] == [None, 0.5, None, 0.5]
@@ -168,7 +168,7 @@ def test_bad_input(train, capsys, flags, sentence):
 
 
 def test_too_little_memory_is_said_before_the_first_step(material, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("diffusion.memory.free_memory", lambda device: 1000.0)
+    monkeypatch.setattr("diffusion.tuning.memory.free_memory", lambda device: 1000.0)
     base, data = material
     flags = ["--base", str(base), "--data.source", str(data), "--loop.run-dir", str(tmp_path / "run"), *FLAGS]
     with pytest.raises(SystemExit):

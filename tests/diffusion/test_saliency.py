@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 
 from benchmarks.whiten import Options as MeasureOptions
 from benchmarks.whiten import measure
-from data_tools.border import background_light, border_matte
+from data_tools.images.border import background_light, border_matte
 from diffusion.saliency import open_saliency
 from diffusion.saliency.onnx import PRESETS, OnnxSaliency, preset_of
 from diffusion.saliency.poolnet import MEANS, PoolNet, PoolNetSaliency

@@ -17,8 +17,8 @@ from tiny_shards import write_image_shards, write_vocab
 from common.files import read_json
 from diffusion import train_base
 from diffusion.base import load_base
-from diffusion.networks import AutoencoderConfig, TextConfig, UnetConfig
 from diffusion.objective import NoiseSchedule
+from diffusion.scratch.networks import AutoencoderConfig, TextConfig, UnetConfig
 
 # Not forked from this process: where autograd has run in a test before, a forked child cannot run it again.
 CONTEXT = multiprocessing.get_context("forkserver")

@@ -12,9 +12,9 @@ from tiny_tuning import FLAGS, rows, write_base, write_images
 
 from common.checkpoint import step_directories
 from diffusion import train_lora
-from diffusion.lora import LoraOptions, add_adapter, base_norm
-from diffusion.lora_formats import WEIGHTS_FILE, read_lora
-from diffusion.quantize import quantize_base_
+from diffusion.lora.adapters import LoraOptions, add_adapter, base_norm
+from diffusion.lora.formats import WEIGHTS_FILE, read_lora
+from diffusion.tuning.quantize import quantize_base_
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def material(tmp_path_factory):
 @pytest.fixture
 def train(tmp_path, material, monkeypatch):
     # planning takes longer than these runs; test_plan.py has it
-    monkeypatch.setattr("diffusion.tune_run.require_memory", lambda *arguments: None)
+    monkeypatch.setattr("diffusion.tuning.run.require_memory", lambda *arguments: None)
 
     def run(name="run", *flags, steps=4):
         base, data = material
@@ -112,7 +112,7 @@ def test_nan_is_refused_and_the_checkpoint_stands(train, monkeypatch, capsys):
     run = train("run", "--loop.save-every", "2", steps=2)
     plain = train_lora.LoraMethod.metrics
     monkeypatch.setattr(
-        "diffusion.tune_task.step_loss", lambda *a: torch.tensor(float("nan"), requires_grad=True)
+        "diffusion.tuning.task.step_loss", lambda *a: torch.tensor(float("nan"), requires_grad=True)
     )
     with pytest.raises(SystemExit) as stop:
         train("run", "--loop.save-every", "2", steps=4)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from tiny_goods import COLORS, KINDS, draw
 
-from data_tools.records import Record
-from data_tools.shards import ShardWriter
+from data_tools.ingest.records import Record
+from data_tools.shards.image_shards import ShardWriter
 
 MARKS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 

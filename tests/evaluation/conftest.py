@@ -33,7 +33,7 @@ def judge_dir(shards, tmp_path_factory) -> Path:
     from test_train_judge import arguments
 
     from evaluation.train_judge import main
-    from vq.imagenet_features import JUDGE_NETWORK, imagenet_weights
+    from vq.losses.imagenet_features import JUDGE_NETWORK, imagenet_weights
 
     try:
         imagenet_weights(JUDGE_NETWORK)

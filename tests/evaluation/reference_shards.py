@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from tiny_goods import COLORS, KINDS, draw
 
-from data_tools.records import Record
-from data_tools.shards import ShardWriter
+from data_tools.ingest.records import Record
+from data_tools.shards.image_shards import ShardWriter
 
 WORDS = {"杯子": "马克杯"}  # the noun that captions use for a kind, where it is another one
 

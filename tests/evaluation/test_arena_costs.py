@@ -14,14 +14,14 @@ from common.language import words_of
 from common.log import logged_hours
 from common.memory import peak_memory
 from common.output import OutputDirectory
-from evaluation import arena_page
-from evaluation.arena_plots import Point, pareto, write_plots
 from evaluation.arena_table import main as table
 from evaluation.arena_table import to_markdown
-from evaluation.costs import Costs, read_costs
-from evaluation.figures import Figure
+from evaluation.compare import arena_page
+from evaluation.compare.arena_plots import Point, pareto, write_plots
+from evaluation.compare.costs import Costs, read_costs
 from evaluation.human import Result, standings
-from evaluation.statistics import Interval
+from evaluation.metrics.rows import Figure
+from evaluation.metrics.statistics import Interval
 
 ROOT = Path(arena_page.__file__).parent
 

@@ -22,11 +22,11 @@ from common.out_directory import Request
 from dalle.lines import LineControl
 from dalle.model import KIND as GENERATOR
 from dalle.model import Dalle
-from data_tools.line_drawings import canny
-from data_tools.shards import ShardWriter
+from data_tools.images.line_drawings import canny
+from data_tools.shards.image_shards import ShardWriter
 from evaluation import released
+from evaluation.compare.systems import Setting, SystemSpec, open_system
 from evaluation.reference_drawings import ReferenceDrawings
-from evaluation.systems import Setting, SystemSpec, open_system
 from gan.model import KIND as GAN
 from gan.model import GeneratorConfig
 from gan.pipeline import GanConfig, TextToGan, build_model

@@ -5,11 +5,11 @@ import json
 import pytest
 
 from benchmarks.best_of_n import choose_prompts, main, verdicts
-from evaluation.attributes import Lexicon
-from evaluation.choice import ALL_NAMED, Curve, Point
-from evaluation.judge import GoodsJudge
+from evaluation.compare.choice import ALL_NAMED, Curve, Point
+from evaluation.judges.goods import GoodsJudge
+from evaluation.metrics.attributes import Lexicon
+from evaluation.metrics.statistics import Interval
 from evaluation.reference import Facts
-from evaluation.statistics import Interval
 
 
 def arguments(tmp_path, shards, judge_dir, ranker_dir, generator_dir, **changed):

@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 
 from evaluation.codecs import Codec
-from evaluation.parts import Networks
+from evaluation.compare.parts import Networks
+from evaluation.metrics.resampling import Resampling, mean_estimate
 from evaluation.reconstructions import Options, _ratio, main, measure, named_right, reconstruct_all
 from evaluation.reference import ReferencePictures
-from evaluation.resampling import Resampling, mean_estimate
 from vq.autoencoder import FastConfig
 from vq.model import ImageTokenizer, TokenizerConfig
 

@@ -6,10 +6,10 @@ import numpy as np
 from drawn_pictures import write_out_dir
 from PIL import Image
 
-from data_tools import svg
+from data_tools.report import svg
 from evaluation import report
+from evaluation.metrics.statistics import Interval
 from evaluation.sets import SampleSet
-from evaluation.statistics import Interval
 
 EVIL = '<script>alert("x")</script> & 红'
 

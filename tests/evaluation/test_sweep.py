@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from dalle.sampling import SamplingOptions
-from evaluation.figures import Figure
-from evaluation.statistics import Interval
+from evaluation.metrics.rows import Figure
+from evaluation.metrics.statistics import Interval
 from evaluation.sweep import (
     KNOBS,
     Options,

@@ -13,10 +13,10 @@ from reference_shards import record
 from tiny_goods import COLORS, KINDS, draw
 
 from common.checkpoint import read_config
-from data_tools.records import Record
-from data_tools.shards import ShardWriter
-from evaluation.features import FeatureStore, JudgeNetwork
-from evaluation.judge import GoodsJudge
+from data_tools.ingest.records import Record
+from data_tools.shards.image_shards import ShardWriter
+from evaluation.judges.goods import GoodsJudge
+from evaluation.metrics.features import FeatureStore, JudgeNetwork
 from evaluation.reference import Facts
 from evaluation.train_judge import fit_head, main, scan_vocabulary
 from rankers import load_ranker

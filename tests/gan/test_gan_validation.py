@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation import statistics
-from evaluation.distribution import Frechet
-from evaluation.resampling import Resampling
+from evaluation.metrics import statistics
+from evaluation.metrics.distribution import Frechet
+from evaluation.metrics.resampling import Resampling
 from gan.validation import frechet_distance, mean_pair_distance
 
 

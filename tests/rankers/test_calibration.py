@@ -3,8 +3,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from data_tools.index import ShardIndex
+from data_tools.shards.index import ShardIndex
 from rankers import load_ranker
+from rankers.calibrate import main
 from rankers.calibration import (
     Calibration,
     Lexicon,
@@ -12,12 +13,11 @@ from rankers.calibration import (
     calibrate,
     default_lexicon,
     hard_negatives,
-    main,
     place_among,
     quantiles,
 )
-from rankers.pairs import AttributeConfig
 from rankers.retrieval import load_pairs
+from rankers.training.pairs import AttributeConfig
 
 LEXICON = Lexicon(("红色", "酒红色", "蓝色"), ("连衣裙", "裙", "红西柚", "鞋子"))
 

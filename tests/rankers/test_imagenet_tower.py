@@ -16,15 +16,15 @@ from tiny_goods import draw
 
 from common.bert_text import TextTowerConfig, write_text_tower
 from common.checkpoint import read_weights
-from data_tools.index import ShardIndex
-from data_tools.loader import CorruptSample
+from data_tools.shards.index import ShardIndex
+from data_tools.shards.loader import CorruptSample
 from rankers import load_ranker
-from rankers.feature_views import FeatureViews
 from rankers.imagenet_tower import ImageNetTower
 from rankers.model import IMAGENET_TOWER, ModelConfig, RankerModel
-from rankers.pairs import CropAugment
 from rankers.train import main
-from vq.imagenet_features import imagenet_weights
+from rankers.training.feature_views import FeatureViews
+from rankers.training.pairs import CropAugment
+from vq.losses.imagenet_features import imagenet_weights
 
 ROOT = Path(__file__).parents[2]
 LITE = ("--model.image-tower", IMAGENET_TOWER)

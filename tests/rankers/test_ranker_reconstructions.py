@@ -13,8 +13,8 @@ from tiny_goods import draw
 from common.checkpoint import read_weights
 from common.image import to_tensor
 from rankers import train
-from rankers.reconstructions import ReconstructionConfig, Reconstructions
 from rankers.train import main
+from rankers.training.reconstructions import ReconstructionConfig, Reconstructions
 from vq.autoencoder import FastConfig
 from vq.model import ImageTokenizer, TokenizerConfig
 

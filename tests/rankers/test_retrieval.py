@@ -4,10 +4,10 @@ import pytest
 import torch
 from tiny_goods import COLORS, KINDS, draw
 
-from data_tools.index import ShardIndex
+from data_tools.shards.index import ShardIndex
 from rankers import load_ranker
-from rankers.pairs import AttributeConfig
 from rankers.retrieval import Pairs, caption_matches, chance_recall, load_pairs, recall_at, retrieval_figures
+from rankers.training.pairs import AttributeConfig
 
 
 def test_recall_by_hand():
@@ -70,8 +70,8 @@ def test_figures_of_a_perfect_and_of_a_random_ranker(shards, ranker_dir):
 def test_unreadable_samples_are_left_out(tmp_path, capsys):
     import io
 
-    from data_tools.records import Record
-    from data_tools.shards import ShardWriter
+    from data_tools.ingest.records import Record
+    from data_tools.shards.image_shards import ShardWriter
 
     buffer = io.BytesIO()
     draw("杯子", "红色", 0).save(buffer, "PNG")

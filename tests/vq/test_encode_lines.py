@@ -8,14 +8,14 @@ from PIL import Image, ImageDraw
 from common.distributed import start_world
 from common.image import resize_square
 from data_tools.augment import Chain, PictureAugment
-from data_tools.crops import CropFlip
-from data_tools.images import encode
-from data_tools.index import ShardIndex
-from data_tools.line_drawings import canny, decode_lines, encode_lines, extract
-from data_tools.line_views import draw_views, move_lines
-from data_tools.loader import CorruptSample, DecodeTokens, view_lines
-from data_tools.records import Record
-from data_tools.shards import ShardWriter
+from data_tools.images.crops import CropFlip
+from data_tools.images.decode import encode
+from data_tools.images.line_drawings import canny, decode_lines, encode_lines, extract
+from data_tools.ingest.records import Record
+from data_tools.shards.image_shards import ShardWriter
+from data_tools.shards.index import ShardIndex
+from data_tools.shards.line_views import draw_views, move_lines
+from data_tools.shards.loader import CorruptSample, DecodeTokens, view_lines
 from vq.autoencoder import FastConfig
 from vq.encode_shards import Options, encode_shards
 from vq.model import ImageTokenizer, TokenizerConfig

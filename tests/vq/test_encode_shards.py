@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 
 from common.checkpoint import new_step_directory
-from data_tools.index import ShardIndex
-from data_tools.loader import DecodeImage, eval_batches
-from data_tools.records import Record
-from data_tools.shards import ShardWriter
+from data_tools.ingest.records import Record
+from data_tools.shards.image_shards import ShardWriter
+from data_tools.shards.index import ShardIndex
+from data_tools.shards.loader import DecodeImage, eval_batches
 from vq.autoencoder import FastConfig
 from vq.encode_shards import main
 from vq.model import ImageTokenizer, TokenizerConfig

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 
 from vq import enlarge
 from vq.autoencoder import FastConfig, coarse_bands, to_bands
-from vq.dvae import DvaeConfig
 from vq.enlarge import enlarged
 from vq.model import ImageTokenizer, TokenizerConfig
+from vq.published.dvae import DvaeConfig
 
 SMALL = TokenizerConfig(
     image_size=16,

@@ -5,9 +5,9 @@ from PIL import Image
 
 from common.files import read_json
 from vq.evaluate import levels, main
-from vq.losses import psnr
+from vq.losses.perceptual import FeatureConfig, PerceptualDistance
+from vq.losses.reconstruction import psnr
 from vq.model import ImageTokenizer
-from vq.perceptual import FeatureConfig, PerceptualDistance
 
 
 @pytest.fixture
@@ -53,8 +53,8 @@ def test_figures_and_page_worst_first(checkpoint, network, shards, tmp_path):
 
 
 def test_psnr_is_that_of_the_8_bit_pictures(checkpoint, shards, tmp_path, small_model):
-    from data_tools.index import ShardIndex
-    from data_tools.loader import DecodeImage, eval_batches
+    from data_tools.shards.index import ShardIndex
+    from data_tools.shards.loader import DecodeImage, eval_batches
 
     flags = ["--out", str(tmp_path / "out"), "--perceptual", "none", "--device", "cpu", "--precision", "fp32"]
     figures = main([str(checkpoint), str(shards), *flags])

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vq.layers import WRITTEN_OUT_PLACES, GroupNorm, attend
-from vq.perceptual import _UnitDistance
+from vq.losses.perceptual import _UnitDistance
 
 
 def channels_last(*shape, dtype=torch.float32):

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 
 from common.files import read_json
 from vq.convert import main
-from vq.foreign import Inert, read_foreign
 from vq.model import ImageTokenizer
+from vq.published.foreign import Inert, read_foreign
 
 CHANNELS, MULTS, Z, DIM, SIZE = 32, (1, 1, 2), 16, 8, 40
 LEVELS = len(MULTS)

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vq.losses import (
+from vq.losses.reconstruction import (
     adaptive_weight,
     color_shift,
     discriminator_loss,

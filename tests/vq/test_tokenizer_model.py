@@ -7,11 +7,11 @@ from common.config import from_mapping, to_mapping
 from common.files import read_json, write_json
 from vq import levels
 from vq.autoencoder import FastConfig, from_bands, haar, to_bands
-from vq.dvae import DvaeConfig
 from vq.levels import first_levels
 from vq.model import ImageTokenizer, TokenizerConfig
+from vq.published.dvae import DvaeConfig
+from vq.published.taming import TamingConfig
 from vq.quantizer import GumbelConfig
-from vq.taming import TamingConfig
 
 FAST = FastConfig(haar_levels=1, channels=(32, 32), encoder_blocks=(0, 1), decoder_blocks=(1, 0))
 TAMING = TamingConfig(

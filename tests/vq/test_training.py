@@ -19,11 +19,11 @@ from PIL import Image
 import train_vqgan
 from common import checkpoint
 from common.checkpoint import read_weights
-from data_tools.index import ShardIndex
-from vq.adversary import Adversary
+from data_tools.shards.index import ShardIndex
 from vq.data import DecodeMasked, small_pictures
-from vq.foreground import border_mask, pixel_weights
 from vq.image_folder import ImageFolder
+from vq.losses.adversary import Adversary
+from vq.losses.foreground import border_mask, pixel_weights
 from vq.model import ImageTokenizer
 from vq.task import TokenizerTask
 
@@ -339,7 +339,7 @@ def test_masks_from_data_go_through_the_same_crop_and_mirror(tmp_path, make_tar,
         members[suffix] = buffer.getvalue()
     make_tar(tmp_path / "train-00000.tar", [members, {"png": make_sample(0)["png"]}])
     index = ShardIndex.open(tmp_path)
-    from data_tools.crops import CropFlip
+    from data_tools.images.crops import CropFlip
 
     for seed in range(4):
         found = DecodeMasked(24, CropFlip(0.7))(index, 0, np.random.default_rng(seed))

@@ -1,0 +1,1 @@
+"""Generators that others published: DALLE-pytorch's layers and layout."""

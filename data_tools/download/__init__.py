@@ -1,0 +1,1 @@
+"""Lists of URLs to image shards."""

@@ -1,0 +1,1 @@
+"""One image: decoding within limits, colour profiles, crops, borders, line drawings, perceptual hashes."""

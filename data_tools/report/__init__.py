@@ -1,0 +1,1 @@
+"""What is measured of a source, and the page that shows it."""

@@ -1,0 +1,1 @@
+"""The embedded default: images of products rendered by ourselves, with Chinese captions."""

@@ -1,0 +1,1 @@
+"""ControlNet: the network, its data, its training step, its pipeline."""

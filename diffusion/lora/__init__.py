@@ -1,0 +1,1 @@
+"""LoRA adapters and the layouts of their files."""

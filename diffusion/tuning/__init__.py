@@ -1,0 +1,1 @@
+"""What fine-tuning a base and training a LoRA share: data, buckets, latents, the step, its memory."""

@@ -1,0 +1,1 @@
+"""Systems, what they cost, and the pages that compare them."""

@@ -1,0 +1,1 @@
+"""Networks and rules that name what an image shows."""

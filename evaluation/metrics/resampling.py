@@ -1,0 +1,138 @@
+"""Intervals by bootstrap over prompts: the pictures of one prompt are no independent trials, the prompts are.
+
+Every figure is computed on the same drawings of prompts, which depend on the set of prompts and the seed alone, so the
+difference of two arms on the same prompts has a paired interval, whatever the figure. Efron and Tibshirani 1993,
+chapters 8 (units that are drawn) and 10 (bias).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evaluation.metrics.statistics import Interval, wilson
+
+Floats = NDArray[np.float64]
+
+
+class Resampling:
+    """How often every picture counts in each of `draws` drawings of the prompts, with replacement.
+
+    A set with a single prompt draws pictures instead.
+    """
+
+    def __init__(self, texts: Sequence[str], draws: int = 1000, seed: int = 0) -> None:
+        """`texts` (N,): the prompt of every picture."""
+        if not len(texts):
+            raise ValueError("no pictures to measure")
+        self.texts, self.draws, self.seed = list(texts), draws, seed
+        self.prompts = sorted(set(texts))  # the order of the pictures does not matter
+        place = {text: i for i, text in enumerate(self.prompts)}
+        self.prompt_of = np.array([place[text] for text in texts])
+        if len(self.prompts) == 1:
+            self.unit_of, units = np.arange(len(texts)), len(texts)
+        else:
+            self.unit_of, units = self.prompt_of, len(self.prompts)
+        rng = np.random.default_rng([seed, units])
+        drawn = rng.integers(0, units, (draws, units))
+        counts = np.zeros((draws, units), np.int64)
+        np.add.at(counts, (np.arange(draws)[:, None], drawn), 1)
+        self.counts = counts  # (draws, units)
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @property
+    def unit(self) -> str:
+        return "pictures" if len(self.prompts) == 1 else "prompts"
+
+    def weights(self, rows: NDArray | None = None, draws: int | None = None) -> Floats:
+        """(draws, N): how often each picture counts; `rows`: of these pictures only."""
+        units = self.unit_of if rows is None else self.unit_of[rows]
+        return self.counts[: draws or self.draws][:, units].astype(np.float64)
+
+    def by_prompt(self, values: Floats) -> dict[str, float]:
+        """Mean of the finite values (N,) of every prompt that has one."""
+        known = np.isfinite(values)
+        sums = np.bincount(self.prompt_of[known], values[known], len(self.prompts))
+        counts = np.bincount(self.prompt_of[known], minlength=len(self.prompts))
+        return {p: float(s / c) for p, s, c in zip(self.prompts, sums, counts, strict=True) if c}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure before it has a name."""
+
+    interval: Interval
+    count: int
+    """Pictures that it is over."""
+    drawn: Floats = field(repr=False, compare=False)
+    """The figure on each drawing; NaN where a drawing has no picture that counts."""
+    by_prompt: dict[str, float] = field(default_factory=dict, repr=False)
+    """Its mean over the pictures of each prompt, for figures that are means."""
+
+
+def interval_of(value: float, drawn: Floats, least: float = -np.inf, most: float = np.inf) -> Interval:
+    """95 %: the quantiles of the drawings moved so that their mean is the value, within [least, most].
+
+    The move takes the bias out: a drawing holds fewer different pictures than the set, which makes a Frechet distance
+    larger and a coverage smaller; for means it does nothing.
+    """
+    known = drawn[np.isfinite(drawn)]
+    if len(known) < 2:
+        return Interval(value, float("nan"), float("nan"))
+    low, high = np.quantile(known, [0.025, 0.975]) + (value - known.mean())
+    return Interval(value, float(np.clip(low, least, most)), float(np.clip(high, least, most)))
+
+
+def mean_estimate(values: Floats, resampling: Resampling, is_share: bool = False) -> Estimate | None:
+    """Mean of the finite ones of (N,) values, None where there is none.
+
+    `is_share`: values are 0 or 1, and where all are equal, so that drawings differ in nothing, the interval is
+    Wilson's over the units.
+    """
+    values = np.asarray(values, np.float64)
+    rows = np.flatnonzero(np.isfinite(values))
+    if not len(rows):
+        return None
+    weights, known = resampling.weights(rows), values[rows]
+    totals = weights.sum(1)
+    with np.errstate(invalid="ignore"):
+        drawn = np.where(totals > 0, weights @ known / totals, np.nan)
+    value = float(known.mean())
+    interval = interval_of(value, drawn, *((0.0, 1.0) if is_share else ()))
+    units = len(set(resampling.unit_of[rows].tolist()))
+    if units == 1 and not is_share:
+        interval = Interval(value, float("nan"), float("nan"))
+    elif is_share and (value in (0.0, 1.0) or units == 1):
+        found = wilson(round(value * units), units)
+        interval = Interval(value, max(0.0, min(found.low, value)), min(1.0, max(found.high, value)))
+    return Estimate(interval, len(rows), drawn, resampling.by_prompt(values))
+
+
+def set_estimate(
+    statistic: Callable[[Floats], float],
+    resampling: Resampling,
+    draws: int,
+    least: float = -np.inf,
+    most: float = np.inf,
+    rows: NDArray | None = None,
+) -> Estimate:
+    """A statistic of a whole set, `statistic(weights (N,)) -> float`, on the first `draws` drawings.
+
+    `rows`: the pictures that it looks at; all where None.
+    """
+    count = len(resampling) if rows is None else len(rows)
+    value = statistic(np.ones(count))
+    drawn = np.array([statistic(weights) for weights in resampling.weights(rows, draws)])
+    return Estimate(interval_of(value, drawn, least, most), count, drawn)
+
+
+def difference(value_a: float, drawn_a: Floats, value_b: float, drawn_b: Floats) -> Interval:
+    """a - b over the same drawings of the same prompts. Raises ValueError for other numbers of drawings."""
+    if len(drawn_a) != len(drawn_b):
+        raise ValueError(
+            f"{len(drawn_a)} and {len(drawn_b)} drawings do not pair: measure both with the same options"
+        )
+    return interval_of(value_a - value_b, drawn_a - drawn_b)

@@ -1,0 +1,91 @@
+"""A line of the table of evaluation, and what two lines differ by."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evaluation.metrics.features import FeatureNetwork
+from evaluation.metrics.resampling import Estimate, difference
+from evaluation.metrics.statistics import Interval
+
+PUBLISHED = "inception-v3"
+PLAIN = {"frechet_distance": "FID", "kernel_distance": "KID", "inception_score": "IS"}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A sample beside its nearest training picture."""
+
+    sample: int
+    """Place in the sample set."""
+    row: int
+    """Place in the training pictures: `reference.train.open(row)`."""
+    key: str
+    caption: str
+    distance: float
+    is_copy: bool
+    """Nearer than the threshold."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One line of the table."""
+
+    name: str
+    value: Interval
+    higher_is_better: bool | None
+    """None where neither is: too much diversity is no merit."""
+    network: str
+    """What computed the features or judged."""
+    count: int
+    """Pictures that it is over."""
+    note: str = ""
+    real: float | None = None
+    """The same figure of real pictures; None where there is none."""
+    by_prompt: dict[str, float] = field(default_factory=dict, repr=False)
+    """Means over the pictures of each prompt, for figures that are means."""
+    draws: NDArray | None = field(default=None, repr=False, compare=False)
+    """The figure on each drawing of the prompts; see `paired_difference`."""
+    pairs: tuple[Pair, ...] = field(default=(), repr=False)
+    """Of memorisation figures: the nearest pairs."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Without drawings; an unknown end of the interval is null."""
+        ends = {"low": self.value.low, "high": self.value.high}
+        values = {name: None if np.isnan(end) else end for name, end in ends.items()}
+        names = ("name", "higher_is_better", "network", "count", "note", "real")
+        return {n: getattr(self, n) for n in names} | {"value": self.value.value} | values
+
+
+def paired_difference(a: Figure, b: Figure) -> Interval:
+    """a - b with a 95 % interval over the prompts, which both sets share.
+
+    Raises ValueError for different figures, or figures that were measured with other drawings.
+    """
+    if a.name != b.name or a.draws is None or b.draws is None or set(a.by_prompt) != set(b.by_prompt):
+        raise ValueError(
+            f"{a.name} and {b.name}, or their prompts, are not the same: they have no paired difference"
+        )
+    return difference(a.value.value, a.draws, b.value.value, b.draws)
+
+
+def name_on(name: str, network: FeatureNetwork) -> str:
+    """FID, KID, IS on the published Inception; the statistic with the network's name on any other."""
+    if network.name == PUBLISHED and name in PLAIN:
+        return PLAIN[name]
+    return f"{name}[{network.name}]"
+
+
+def figure_of(
+    name: str,
+    estimate: Estimate,
+    higher: bool | None,
+    network: str,
+    note: str = "",
+    real: Estimate | None = None,
+) -> Figure:
+    value = None if real is None else real.interval.value
+    interval, count = estimate.interval, estimate.count
+    return Figure(name, interval, higher, network, count, note, value, estimate.by_prompt, estimate.drawn)

@@ -1,0 +1,1 @@
+"""BriVL (WenLan): the model, and the ranker on it."""

@@ -1,0 +1,1 @@
+"""What rankers.train is made of: options, pairs, views, the objective."""

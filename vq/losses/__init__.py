@@ -1,0 +1,1 @@
+"""What a reconstruction is compared by: pixels, features of networks, an adversary."""
