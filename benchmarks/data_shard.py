@@ -32,7 +32,7 @@ from common.config import command, parse_options
 from common.files import write_json
 from data_tools.ingest.records import Record
 from data_tools.parallel import cpu_count
-from data_tools.readers import open_source
+from data_tools.readers.detect import open_source
 
 ROOT = Path(__file__).resolve().parents[1]
 QUALITY, SIDE, BATCH_SIDE = 90, 256, 128

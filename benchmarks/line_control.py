@@ -33,7 +33,7 @@ from data_tools.images.decode import decode
 from data_tools.images.line_drawings import LINE_MEMBER, extract, fit_lines, read_drawing
 from data_tools.ingest.records import Record
 from data_tools.lines import drawing_of
-from data_tools.readers import open_source
+from data_tools.readers.detect import open_source
 from data_tools.shards.index import ShardIndex
 from data_tools.shards.loader import IMAGE_SUFFIXES
 from diffusion.controlnet.pipeline import ControlPipeline

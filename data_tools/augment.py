@@ -22,8 +22,8 @@ from PIL import Image
 
 from common.config import command, parse_options, read_mapping
 from data_tools.ingest.records import Record
-from data_tools.readers import ReaderOptions, open_source
-from data_tools.readers.base import hash64
+from data_tools.readers.base import ReaderOptions, hash64
+from data_tools.readers.detect import open_source
 from data_tools.rules import PRESETS
 from data_tools.rules.lexicon import Lexicon, Word, load_lexicon
 

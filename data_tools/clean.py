@@ -30,8 +30,8 @@ from data_tools.images.decode import BadImage, ImageLimits, decode, image_size
 from data_tools.ingest.records import HINTS, Problem, Record, problem
 from data_tools.ingest.rewrite import Steps, print_report, rewrite
 from data_tools.ingest.shard_run import announce, say
-from data_tools.readers import ReaderOptions, open_source
-from data_tools.readers.base import KeyTable
+from data_tools.readers.base import KeyTable, ReaderOptions
+from data_tools.readers.detect import open_source
 from data_tools.report.token_count import token_counter
 from data_tools.rules import CaptionRules, PictureRules, Rules, keyword_path, rules_path
 from data_tools.rules.captions import CAPTION_REASONS, CaptionJudge

@@ -34,7 +34,8 @@ from data_tools.ingest.rewrite import Steps, print_report, rewrite
 from data_tools.ingest.shard_run import REPORT_FILE, announce, say
 from data_tools.ingest.signatures import Sign, sign_source
 from data_tools.parallel import Workers
-from data_tools.readers import ReaderOptions, Source, open_source
+from data_tools.readers.base import ReaderOptions
+from data_tools.readers.detect import Source, open_source
 from data_tools.shard import files_of
 from data_tools.shards.targets import JOURNAL
 

@@ -20,7 +20,8 @@ from common.config import command, parse_options
 from common.files import write_json
 from common.language import Language, Words, words_of
 from data_tools.ingest.shard_run import announce
-from data_tools.readers import ReaderOptions, Source, open_source
+from data_tools.readers.base import ReaderOptions
+from data_tools.readers.detect import Source, open_source
 from data_tools.report.checks import (
     Finding,
     Wants,

@@ -26,7 +26,8 @@ from common.output import require_replaceable, writing_file
 from common.progress import progress
 from data_tools.images.decode import SUFFIXES, BadImage, ImageLimits, decode, encode, image_size, resize
 from data_tools.ingest.records import HINTS, Problem, Record, problem
-from data_tools.readers import Meter, ReaderOptions, Source, open_source
+from data_tools.readers.base import Meter, ReaderOptions
+from data_tools.readers.detect import Source, open_source
 from data_tools.split import fraction
 
 THUMBNAIL = 160  # pixels, longest side

@@ -36,7 +36,8 @@ from data_tools.ingest.prepare import PictureOptions, Prepare
 from data_tools.ingest.records import HINTS, Problem, Record, problem
 from data_tools.ingest.rewrite import Steps, print_report, rewrite
 from data_tools.ingest.shard_run import say
-from data_tools.readers import ReaderOptions, open_source
+from data_tools.readers.base import ReaderOptions
+from data_tools.readers.detect import open_source
 from data_tools.shard import files_of
 
 REASONS: dict[str, str] = HINTS | {

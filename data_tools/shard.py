@@ -27,7 +27,8 @@ from data_tools.images.color_profiles import BROKEN
 from data_tools.ingest.prepare import PictureOptions, Prepare
 from data_tools.ingest.records import HINTS, Problem, Record, problem
 from data_tools.ingest.shard_run import DROPPED_FILE, ShardRun, announce, reason_lines, say
-from data_tools.readers import Part, ReaderOptions, Source, open_source
+from data_tools.readers.base import Part, ReaderOptions
+from data_tools.readers.detect import Source, open_source
 from data_tools.readers.inventory import Inventory
 from data_tools.shards.image_shards import FORMAT
 from data_tools.shards.targets import Target, open_target

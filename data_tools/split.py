@@ -19,7 +19,8 @@ from common.config import command, parse_options
 from common.files import read_lines
 from common.output import require_replaceable, writing_file
 from data_tools.ingest.records import Record
-from data_tools.readers import ReaderOptions, open_source
+from data_tools.readers.base import ReaderOptions
+from data_tools.readers.detect import open_source
 
 Shares = Mapping[str, float]
 

@@ -27,7 +27,8 @@ from data_tools.images.decode import ImageLimits
 from data_tools.ingest.records import Problem, Record, problem
 from data_tools.ingest.shard_run import announce
 from data_tools.parallel import ordered_map
-from data_tools.readers import Meter, ReaderOptions, Source, open_source
+from data_tools.readers.base import Meter, ReaderOptions
+from data_tools.readers.detect import Source, open_source
 from data_tools.report.facts import Facts, MeasurePicture
 from data_tools.report.likeness import Row, examples, flag_counts, likeness
 from data_tools.report.stats_page import Report, page

@@ -32,7 +32,8 @@ from common.progress import progress
 from data_tools.images.line_drawings import open_drawing, read_drawing, resize_lines
 from data_tools.ingest.records import Problem
 from data_tools.lines import drawing_of
-from data_tools.readers import ReaderOptions, open_source
+from data_tools.readers.base import ReaderOptions
+from data_tools.readers.detect import open_source
 from diffusion.controlnet.model import KIND
 from diffusion.controlnet.pipeline import ControlPipeline
 from diffusion.sampling import SamplingOptions

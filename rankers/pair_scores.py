@@ -25,7 +25,8 @@ from common.log import say
 from common.progress import progress
 from data_tools.images.decode import BadImage, decode
 from data_tools.ingest.records import Record
-from data_tools.readers import Meter, ReaderOptions, open_source
+from data_tools.readers.base import Meter, ReaderOptions
+from data_tools.readers.detect import open_source
 from rankers import load_ranker
 from rankers.base import TwoTowerRanker
 

@@ -20,7 +20,7 @@ from dalle.text_tokenizer import TextTokenizer
 from dalle.training.options import Options
 from data_tools.images.line_drawings import LINE_MEMBER
 from data_tools.ingest.prepare import PictureOptions
-from data_tools.readers import ReaderOptions
+from data_tools.readers.base import ReaderOptions
 from data_tools.shards.captions import CaptionChoice, pick_caption
 from data_tools.shards.holdout import open_splits
 from data_tools.shards.index import ShardIndex

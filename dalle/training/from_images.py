@@ -22,7 +22,7 @@ from dalle.training.data import has_shards
 from dalle.training.options import Options
 from data_tools.ingest.records import HINTS
 from data_tools.ingest.shard_run import REPORT_FILE, reason_lines
-from data_tools.readers import Source, open_source
+from data_tools.readers.detect import Source, open_source
 from data_tools.readers.inventory import take_inventory
 from data_tools.shard import ShardConfig, shard
 from data_tools.shards.image_shards import DATASET_FILE

@@ -19,7 +19,7 @@ from dalle.sampling import SamplingOptions
 from data_tools.augment import TextAugment
 from data_tools.images.crops import CropFlip
 from data_tools.ingest.prepare import PictureOptions
-from data_tools.readers import ReaderOptions
+from data_tools.readers.base import ReaderOptions
 from data_tools.shards.captions import FactCaptions
 from data_tools.shards.remote import RemoteOptions
 

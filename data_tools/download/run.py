@@ -42,7 +42,8 @@ from data_tools.images.decode import sniff
 from data_tools.ingest.records import Problem, Record
 from data_tools.ingest.rewrite import print_report
 from data_tools.ingest.shard_run import DROPPED_FILE, REPORT_FILE, announce, is_shard, say
-from data_tools.readers import Meter, ReaderOptions, Source, open_source
+from data_tools.readers.base import Meter, ReaderOptions
+from data_tools.readers.detect import Source, open_source
 from data_tools.rules import load_rules
 from data_tools.rules.captions import CAPTION_REASONS, CaptionJudge
 from data_tools.shards.image_shards import DATASET_FILE, describe_shards

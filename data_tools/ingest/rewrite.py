@@ -7,7 +7,7 @@ from typing import Any
 from data_tools.ingest.records import HINTS, Problem, Record
 from data_tools.ingest.shard_run import Row, ShardRun, reason_lines, say
 from data_tools.parallel import Work, Workers
-from data_tools.readers import Source
+from data_tools.readers.detect import Source
 from data_tools.shards.targets import open_target
 
 

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 from common.progress import progress
 from data_tools.ingest.records import Problem, Record, problem
 from data_tools.parallel import Work, Workers, ordered_map
-from data_tools.readers import Meter, Part, Source
+from data_tools.readers.base import Meter, Part
+from data_tools.readers.detect import Source
 from data_tools.shards.image_shards import DATASET_FILE, ShardWriter
 from data_tools.shards.targets import DROPPED_FILE, JOB_FILE, JOURNAL, REPORT_FILE, Journal, Target
 

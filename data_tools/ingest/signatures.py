@@ -12,7 +12,8 @@ from data_tools.images.decode import BadImage, ImageLimits, decode, image_size
 from data_tools.images.phash import picture_signature
 from data_tools.ingest.records import Problem, Record, problem
 from data_tools.parallel import Workers, ordered_map
-from data_tools.readers import Meter, Source
+from data_tools.readers.base import Meter
+from data_tools.readers.detect import Source
 
 BATCH = 16
 SIGNATURE = np.dtype(

@@ -18,7 +18,8 @@ from common.image import resize_square, to_levels
 from common.log import say
 from data_tools.augment import Chain
 from data_tools.ingest.prepare import PictureOptions
-from data_tools.readers import ReaderOptions, open_source
+from data_tools.readers.base import ReaderOptions
+from data_tools.readers.detect import open_source
 from data_tools.shard import ShardConfig, shard
 from data_tools.shards.captions import CaptionChoice
 from data_tools.shards.holdout import open_splits

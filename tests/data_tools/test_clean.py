@@ -19,7 +19,7 @@ from data_tools.clean import CleanConfig, clean, preset_to_config
 from data_tools.clean import main as clean_main
 from data_tools.ingest.records import Record
 from data_tools.ingest.shard_run import DROPPED_FILE
-from data_tools.readers import open_source
+from data_tools.readers.detect import open_source
 from data_tools.report.token_count import token_counter
 from data_tools.rules import CaptionRules, PictureRules, load_rules, rules_path
 from data_tools.rules.captions import CaptionJudge, han_share, special_characters

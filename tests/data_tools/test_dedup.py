@@ -13,7 +13,7 @@ from data_tools.dedup import DedupConfig, close_pairs, dedup, first_twins
 from data_tools.dedup import main as dedup_main
 from data_tools.images.phash import components, dct_hash, distances, near_pairs, picture_signature
 from data_tools.ingest.records import Record
-from data_tools.readers import open_source
+from data_tools.readers.detect import open_source
 from data_tools.shards.image_shards import ShardWriter
 from data_tools.split import read_pairs
 

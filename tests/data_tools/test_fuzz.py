@@ -21,7 +21,8 @@ from make_sources import SOURCES
 
 from data_tools.ingest.prepare import PictureOptions
 from data_tools.ingest.records import HINTS, Problem, Record, validate_key
-from data_tools.readers import ReaderOptions, open_source
+from data_tools.readers.base import ReaderOptions
+from data_tools.readers.detect import open_source
 from data_tools.shard import ShardConfig, shard
 from data_tools.shards.image_shards import meta_bytes
 

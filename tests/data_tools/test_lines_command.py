@@ -26,7 +26,7 @@ from data_tools.images.line_drawings import (
 from data_tools.ingest.records import Record
 from data_tools.lines import LinesConfig, lines
 from data_tools.lines import main as lines_main
-from data_tools.readers import open_source
+from data_tools.readers.detect import open_source
 
 
 def product(size: int = 96, colour=(200, 40, 40), background=(255, 255, 255)) -> Image.Image:

@@ -19,8 +19,8 @@ from make_sources import (
 )
 
 from data_tools.ingest.records import HINTS, Problem, Record, validate_key
-from data_tools.readers import ReaderOptions, open_source
-from data_tools.readers.base import KeyTable, decode_base64, iter_lines
+from data_tools.readers.base import KeyTable, ReaderOptions, decode_base64, iter_lines
+from data_tools.readers.detect import open_source
 
 RAW = Path(__file__).parents[3] / "shared" / "data" / "raw"
 

@@ -26,7 +26,7 @@ from make_sources import (
 
 from data_tools import shard as module
 from data_tools.images.decode import decode
-from data_tools.readers import open_source
+from data_tools.readers.detect import open_source
 from data_tools.shard import main
 from data_tools.shards.targets import LocalTarget
 from data_tools.split import hash_split, split_unit

@@ -16,8 +16,9 @@ from data_tools.images.color_profiles import profile_state
 from data_tools.images.decode import decode
 from data_tools.ingest.records import Problem, Record
 from data_tools.inspect import main as inspect_main
-from data_tools.readers import ReaderOptions, open_source
+from data_tools.readers.base import ReaderOptions
 from data_tools.readers.column_names import CAPTIONS, KEYS, PATHS, find_column
+from data_tools.readers.detect import open_source
 from data_tools.readers.table import split_row
 from data_tools.readers.texts import read_texts
 from data_tools.shard import ShardConfig, shard

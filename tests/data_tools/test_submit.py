@@ -12,7 +12,7 @@ from PIL import Image
 
 from common.label import LabelOptions, labelled, read_labels, read_manifest
 from data_tools.images.decode import decode, sniff
-from data_tools.readers import open_source
+from data_tools.readers.detect import open_source
 from data_tools.submit import main, read_ids, validate
 
 IDS = ["ff02", "0a", "24808", "裙"]

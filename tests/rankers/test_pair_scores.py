@@ -4,7 +4,7 @@ import pytest
 
 from data_tools.clean import main as clean_main
 from data_tools.images.decode import decode
-from data_tools.readers import open_source
+from data_tools.readers.detect import open_source
 from rankers import load_ranker
 from rankers.pair_scores import main
 

@@ -33,7 +33,7 @@ from data_tools.download.run import DownloadConfig, download
 from data_tools.download.run import main as download_main
 from data_tools.download.spool import Spool
 from data_tools.ingest.records import Record
-from data_tools.readers import open_source
+from data_tools.readers.detect import open_source
 
 WUKONG = Path(__file__).parents[4] / "shared/data/raw/wukong"
 
