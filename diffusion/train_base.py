@@ -25,6 +25,7 @@ from common.distributed import World, batch_plan, start_world, stop_world
 from common.files import atomic_directory, ensure_writable_directory, read_json, write_json
 from common.log import say
 from common.loop import fit
+from common.training_state import require_same_config
 from data_tools.captions import CaptionChoice, pick_caption
 from data_tools.encode import Views
 from data_tools.holdout import open_splits
@@ -32,7 +33,7 @@ from data_tools.index import ShardIndex, ShardSource
 from data_tools.loader import IMAGE_SUFFIXES, DecodeImage, eval_batches, train_batches
 from data_tools.synthetic import ensure_synthetic
 from diffusion.autoencoder_task import KIND as AUTOENCODER_KIND
-from diffusion.autoencoder_task import AutoencoderTask, StageA, require_same_config
+from diffusion.autoencoder_task import AutoencoderTask, StageA
 from diffusion.base import quiet
 from diffusion.base_options import Options
 from diffusion.latents import (
