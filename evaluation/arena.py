@@ -25,6 +25,7 @@ import numpy as np
 import tyro
 
 from common.config import command, parse_options, to_mapping
+from common.image_list import LIST
 from common.language import Language, Words, words_of
 from common.log import say
 from common.memory import peak_memory
@@ -51,7 +52,6 @@ from evaluation.sets import SampleSet
 from evaluation.statistics import Interval
 from evaluation.systems import Setting, SystemSpec, open_system
 from rankers import load_ranker
-from rankers.outdir import LIST
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from PIL import Image
 from common import checkpoint
 from common.config import from_mapping, to_mapping
 from common.files import read_json, sha256_file
+from common.image_list import LIST
 from dalle import dalle_pytorch, model
 from dalle.lines import LineControl
 from dalle.pipeline import Request, TextToImage
@@ -47,7 +48,6 @@ from evaluation.diffusion_system import (
 from evaluation.gan_system import GanSystem
 from evaluation.reference_drawings import ReferenceDrawings
 from gan.model import KIND as GAN
-from rankers.outdir import LIST
 
 Pipeline = Callable[..., list[Image.Image]]
 Loader = Callable[[Path, str], Pipeline]
