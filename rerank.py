@@ -20,6 +20,7 @@ from typing import Any
 import tyro
 
 from common.config import command, from_mapping, parse_options
+from common.image_list import ORIGIN
 from common.label import LabelOptions
 from common.log import say
 from common.out_directory import OutDirectory, Request
@@ -109,11 +110,7 @@ def wanted(options: Options, texts: dict[str, list[Ranked]], rows: Sequence[Row]
 
 def common_origin(rows: Sequence[Row], out: Path) -> dict[str, Any]:
     """What all pictures share: seed, sampling, checkpoint. Raises ValueError where one run did not draw all."""
-    names = (
-        *("seed", "sampling", "negative", "source", "engine", "weights", "kernels", "checkpoint"),
-        *("label", "whiten"),
-    )
-    origins = [{name: row.values.get(name) for name in names} for row in rows]
+    origins = [{name: row.values.get(name) for name in ORIGIN} for row in rows]
     if any(origin != origins[0] for origin in origins) or "index" not in rows[0].values:
         raise ValueError(
             f"the pictures of {out} were not drawn by one run of generate.py: --until cannot go on"

@@ -31,13 +31,13 @@ from torch import Tensor
 from common.checkpoint import resolve, write_model
 from common.config import command, parse_options, to_mapping
 from common.distributed import BatchPlan, World, batch_plan, start_world, stop_world
-from common.engine import make_engine
 from common.files import write_json
 from common.image import make_grid
 from common.log import say
 from common.loop import fit
-from common.optim import Ema, learning_rate, load_saved_weights_, make_optimizer
+from common.optim import learning_rate
 from common.precision import autocast
+from common.training_state import TrainingState, require_same_config
 from dalle import sequence
 from dalle.engines import FastOptions
 from dalle.losses import CrossEntropy, LossConfig, dalle_loss, position_losses
@@ -76,7 +76,6 @@ class GeneratorTask:
         if options.init:
             require_tokenizers_of(options.init, data, options.new_codes)
             line_training.load_init(model, resolve(options.init))
-        self.ema = Ema(model, options.ema_decay) if options.ema_decay else None
         self.finished = Dalle(self.config).to(world.device).eval()  # what evaluation and sample grids look at
         self.cross_entropy, self.kernels = CrossEntropy(), OFF
         if options.kernels == "auto":
@@ -86,15 +85,9 @@ class GeneratorTask:
             accelerate(self.finished)  # evaluates without gradients, which leaves its blocks to PyTorch
         if options.compile:
             model.compile_blocks()
-        self.engine = make_engine(
-            model,
-            make_optimizer(model, options.optim),
-            world,
-            plan,
-            options.optim.grad_clip,
-            options.engine,
-            options.deepspeed,
-        )
+        engine = (options.engine, options.deepspeed)
+        self.training = TrainingState(model, options.optim, world, plan, options.ema_decay, *engine)
+        self.engine = self.training.engine
         self.peak_flops = measure_peak_flops(world.device, options.precision)
         self.sample_texts = self._known_texts() if options.sample_images else ()
         self.curve_bits: Tensor | None = None
@@ -142,9 +135,7 @@ class GeneratorTask:
             for name, value in losses.metrics().items():
                 totals[name] = totals.get(name, 0.0) + value / self.plan.accumulation
         totals["grad_norm"] = self.engine.step()
-        if self.ema:
-            with self.engine.full_weights() as model:
-                self.ema.update(model)
+        self.training.update_average()
         return totals | {"lr": lr} | self._speed(text_lens, time.perf_counter() - started)
 
     def _encode_texts(self, texts: Sequence[str]) -> Tensor:
@@ -180,7 +171,7 @@ class GeneratorTask:
     @torch.no_grad()
     def evaluate(self, step: int) -> dict[str, float]:
         """Over the validation samples, dealt over processes, with the weights that are saved."""
-        load_saved_weights_(self.finished, self.ema, self.engine)
+        self.training.load_saved_weights_(self.finished)
         sums = torch.zeros(
             5, dtype=torch.float64
         )  # text loss, text targets, image loss without text, without drawing, samples
@@ -239,7 +230,7 @@ class GeneratorTask:
     def sample(self, step: int) -> dict[str, Image.Image]:
         """A row of pictures a caption, drawn as generate.py draws them, and the bits of every image position."""
         options = self.options
-        load_saved_weights_(self.finished, self.ema, self.engine)
+        self.training.load_saved_weights_(self.finished)
         if not self.world.is_main:
             return {}
         pictures = {} if self.curve_bits is None else {"position_bits": heat_map(self.curve_bits)}
@@ -256,17 +247,12 @@ class GeneratorTask:
         return pictures
 
     def state(self) -> dict[str, Any]:
-        state = {
-            "config": config_mapping(self.config),
-            "weights": self.engine.weights(),
-            "engine": self.engine.state(),
-            "num_samples": len(self.data.train),
-            "data": self.data.train.fingerprint,
-        }
-        return state | ({"ema": self.ema.state()} if self.ema else {})
+        data = self.data.train
+        own = {"config": config_mapping(self.config), "num_samples": len(data), "data": data.fingerprint}
+        return own | self.training.state()
 
     def save(self, directory: Path, step: int, state: dict[str, Any]) -> None:
-        weights = self.ema.shadow if self.ema else state["weights"]
+        weights = self.training.saved_weights(state)
         tokenizer = {"image_tokenizer_sha256": self.image_tokenizer.sha256}
         write_model(directory, KIND, state["config"], weights, step, **tokenizer)
         self.text_tokenizer.save(directory)
@@ -274,25 +260,14 @@ class GeneratorTask:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Raises ValueError when the run directory holds another model, or one without moving average."""
-        before, now, run_dir = state["config"], config_mapping(self.config), self.options.loop.run_dir
-        changed = [n for n in now if now[n] != before.get(n) and n not in TRAINING_ONLY]
-        if changed:
-            raise ValueError(
-                f"{run_dir} holds a model with {changed[0]} {before.get(changed[0])}, not {now[changed[0]]}: choose "
-                "another --loop.run-dir, or the options that it was started with"
-            )
-        if self.ema and "ema" not in state:
-            raise ValueError(f"{run_dir} was trained without a moving average: set --ema-decay 0 to go on")
-        if not self.ema and "ema" in state:
-            raise ValueError(f"{run_dir} was trained with a moving average: --ema-decay 0 would lose it")
+        now = {n: v for n, v in config_mapping(self.config).items() if n not in TRAINING_ONLY}
+        require_same_config(self.options.loop.run_dir, state["config"], now)
         before, now = state.get("num_samples", len(self.data.train)), len(self.data.train)
         fingerprint = self.data.train.fingerprint
         if state.get("data", fingerprint) != fingerprint and self.world.is_main:
             others = "others" if before == now else f"{now}, and were {before} before"
             say(f"note: the samples of the data are {others}: the run goes on in a new order")
-        self.engine.load_state(state["weights"], state["engine"])
-        if self.ema:
-            self.ema.load_state(state["ema"])
+        self.training.load_state(state, self.options.loop.run_dir)
 
 
 def heat_map(curve: Tensor, side: int = 256) -> Image.Image:

@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 
 from common.image import make_grid
+from common.image_list import GRID, LIST, MAX_GRID, RANKED, RANKING, image_name
 
-LIST, GRID, RANKING, RANKED = "images.jsonl", "grid.png", "ranking.json", "ranked.png"
 LINE = frozenset(
     (
         "checkpoint",
@@ -63,7 +63,7 @@ def _lines(data: bytes) -> tuple[list[dict[str, Any]] | None, bool]:
             return None, False
         if not isinstance(line, dict) or not LINE <= set(line) <= LINE | MORE:
             return None, False
-        if line["file"] != f"{number:04d}.png" or text.decode() != json.dumps(
+        if line["file"] != image_name(number) or text.decode() != json.dumps(
             line, sort_keys=True, ensure_ascii=False
         ):
             return None, False
@@ -76,7 +76,7 @@ def _lines(data: bytes) -> tuple[list[dict[str, Any]] | None, bool]:
 def _images(directory: Path, count: int, newest: float) -> list[str]:
     names, size = [], None
     for i in range(count):
-        path = directory / f"{i:04d}.png"
+        path = directory / image_name(i)
         found = _plain_png(path, newest)
         size = size or found
         if found and found == size:
@@ -101,7 +101,7 @@ def _grid(directory: Path, images: list[str], count: int) -> str:
     path = directory / GRID
     if not os.path.lexists(path):
         return "absent"
-    shown = [f"{i:04d}.png" for i in range(min(count, 64))]
+    shown = [image_name(i) for i in range(min(count, MAX_GRID))]
     if path.is_symlink() or not set(shown) <= set(images):
         return "other"
     try:

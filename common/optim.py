@@ -139,15 +139,3 @@ class Ema:
         self.num_updates = int(state["num_updates"])
         for name, tensor in self.shadow.items():
             tensor.copy_(state[f"shadow.{name}"])
-
-
-def load_saved_weights_(finished: nn.Module, ema: Ema | None, engine: Any) -> None:
-    """Give `finished` the weights that a checkpoint would hold: the average where there is one, else the engine's.
-
-    All processes must call it: under ZeRO the weights are gathered.
-    """
-    if ema:
-        finished.load_state_dict(ema.shadow)
-        return
-    with engine.full_weights() as model:
-        finished.load_state_dict(model.state_dict())

@@ -21,12 +21,10 @@ from common.config import to_mapping
 from common.earlier_out import earlier_files
 from common.files import DISK_FULL
 from common.image import make_grid
+from common.image_list import GRID, LIST, MAX_GRID, RANKED, RANKING, image_name, whole_lines
 from common.label import LabelOptions, joined_arguments, labelled
 from common.output import RECORD, OutputDirectory
 
-LIST, GRID = "images.jsonl", "grid.png"
-MAX_GRID = 64  # images that grid.png shows
-RANKING, RANKED = "ranking.json", "ranked.png"
 COPY = re.compile(r"rank\d{2,}(_text\d{2,})?\.png")  # of the best, which rerank.py makes
 
 
@@ -48,10 +46,6 @@ class Made(Protocol):
     index: int
     seconds: float
     key: str | None
-
-
-def image_name(number: int) -> str:
-    return f"{number:04d}.png"
 
 
 def manifest_of(origin: dict[str, Any], text: str, index: int) -> dict[str, Any]:
@@ -112,7 +106,7 @@ class OutDirectory:
 
     def continue_from(self, requests: Iterator[Request]) -> Iterator[Request]:
         """What is left of `requests` after those whose images stand already, made with the same `origin`."""
-        lines = self._lines()
+        lines = whole_lines(self.path)
         for request in requests:
             line, end = next(lines, ({}, 0))
             if not self._is_done(line, request):
@@ -123,12 +117,12 @@ class OutDirectory:
 
     def continue_behind_all(self) -> None:
         """Go on behind every image of an earlier run."""
-        for _, end in self._lines():
+        for _, end in whole_lines(self.path):
             self.count, self._kept = self.count + 1, end
 
     def num_leftovers(self) -> int:
         """Images of an earlier run that the first new one replaces."""
-        return 0 if self._kept is None else sum(1 for _ in self._lines(self._kept))
+        return 0 if self._kept is None else sum(1 for _ in whole_lines(self.path, self._kept))
 
     def forget_leftovers(self) -> None:
         """Remove what an earlier run listed behind the images that stay, and what was written about the whole.
@@ -191,21 +185,6 @@ class OutDirectory:
     def _label_of_lines(self) -> dict[str, Any]:
         return {} if self.label.label == "off" else {"label": to_mapping(self.label)}
 
-    def _lines(self, start: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
-        """Whole lines of an earlier run from byte `start` on, each with the byte it ends at, up to a damaged one."""
-        if not (self.path / LIST).is_file():
-            return
-        with (self.path / LIST).open("rb") as file:
-            file.seek(start)
-            for text in file:
-                try:
-                    line = json.loads(text)
-                except ValueError:
-                    return
-                if not isinstance(line, dict) or not text.endswith(b"\n"):
-                    return
-                yield line, file.tell()
-
     def _is_done(self, line: dict[str, Any], request: Request) -> bool:
         name = image_name(self.count)
         wanted = self.origin | {"label": None} | self._label_of_lines()
@@ -216,7 +195,7 @@ class OutDirectory:
     def _forget_from(self, kept: int) -> None:
         """Removes the images listed behind byte `kept`, those lines, and what was written about the whole."""
         self.files.require_ours([LIST])
-        for line, _ in self._lines(kept):
+        for line, _ in whole_lines(self.path, kept):
             name = str(line.get("file"))
             if name == Path(name).name and name.endswith(".png"):
                 self.files.remove(name)

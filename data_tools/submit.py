@@ -13,7 +13,6 @@ one, else the first. Written whole or not at all.
 
 import base64
 import binascii
-import json
 import math
 import sys
 import zipfile
@@ -26,7 +25,7 @@ import tyro
 from PIL import Image
 
 from common.config import command, parse_options
-from common.files import read_lines
+from common.image_list import LIST, image_name, read_list, read_ranking
 from common.label import kept_arguments
 from common.output import require_replaceable, writing_file
 from common.progress import progress
@@ -112,34 +111,18 @@ def find_pictures(folder: Path, ids: Sequence[str]) -> dict[str, Path]:
 
 def _listed(folder: Path) -> dict[str, Path]:
     """Key to its best picture from `images.jsonl` of generate.py: line i is the picture `file`, or number i."""
-    path = folder / "images.jsonl"
     found: dict[str, Path] = {}
-    if not path.is_file():
+    if not (folder / LIST).is_file():
         return found
-    ranks = _ranks(folder)
-    for number, line in enumerate(read_lines(path)):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number + 1} is no JSON: {error}") from error
-        picture = folder / Path(str(row.get("file", f"{number:04d}.png"))).name
+    texts = read_ranking(folder).get("texts", ())
+    ranks = {Path(row["file"]).name: int(row["rank"]) for text in texts for row in text["pictures"]}
+    for number, (_, row) in enumerate(read_list(folder)):
+        picture = folder / Path(str(row.get("file", image_name(number)))).name
         if "key" in row and picture.is_file():
             before = found.setdefault(str(row["key"]), picture)
             if ranks.get(picture.name, math.inf) < ranks.get(before.name, math.inf):
                 found[str(row["key"])] = picture
     return found
-
-
-def _ranks(folder: Path) -> dict[str, int]:
-    """Picture's name to its place among those of its text, as rerank.py wrote it; empty without a ranking."""
-    path = folder / "ranking.json"
-    if not path.is_file():
-        return {}
-    try:
-        texts = json.loads(path.read_text("utf-8"))["texts"]
-        return {Path(row["file"]).name: int(row["rank"]) for text in texts for row in text["pictures"]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no ranking of rerank.py: rank again, or delete it") from error
 
 
 def finished_pictures(config: SubmitConfig, pictures: dict[str, Path]) -> Iterator[tuple[str, bytes]]:

@@ -25,6 +25,7 @@ from common.distributed import World, batch_plan, start_world, stop_world
 from common.files import atomic_directory, ensure_writable_directory, read_json, write_json
 from common.log import say
 from common.loop import fit
+from common.training_state import require_same_config
 from data_tools.shards.captions import CaptionChoice, pick_caption
 from data_tools.shards.encode import Views
 from data_tools.shards.holdout import open_splits
@@ -33,7 +34,7 @@ from data_tools.shards.loader import IMAGE_SUFFIXES, DecodeImage, eval_batches, 
 from data_tools.synthetic.shards import ensure_synthetic
 from diffusion.base import quiet
 from diffusion.scratch.autoencoder_task import KIND as AUTOENCODER_KIND
-from diffusion.scratch.autoencoder_task import AutoencoderTask, StageA, require_same_config
+from diffusion.scratch.autoencoder_task import AutoencoderTask, StageA
 from diffusion.scratch.latents import (
     DecodeLatents,
     autoencoder_sha256,

@@ -13,7 +13,7 @@ the background at exactly 255.
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,6 +24,7 @@ from PIL import Image
 from common.config import command, parse_options
 from common.files import atomic_path
 from common.image import make_grid
+from common.image_list import GRID, LIST, MAX_GRID, read_list
 from common.label import joined_arguments, keep_mark, kept_arguments
 from common.log import say
 from common.output import OutputDirectory
@@ -31,8 +32,6 @@ from common.progress import progress
 from data_tools.images.decode import SUFFIXES, BadImage, decode, open_plugin, sniff
 from diffusion.white_background import Whitener, WhitenOptions
 
-LIST, GRID = "images.jsonl", "grid.png"
-MAX_GRID = 64  # images that grid.png shows
 SHOWN = 5  # notes that are said one by one
 
 
@@ -70,7 +69,11 @@ def whiten_folder(source: Path, target: Path, whitener: Whitener) -> dict[str, i
     Returns how many were written, left as they are, and unreadable. Raises ValueError for a folder without images, and
     where `target` holds files of the user's under the same names.
     """
-    lines = dict(_lines(source))
+    listed = [line for _, line in read_list(source)] if (source / LIST).is_file() else []
+    named = {Path(str(line.get("file", ""))).name: line for line in listed}
+    lines = {
+        name: line for name, line in named.items() if name == line.get("file") and (source / name).is_file()
+    }
     names = list(lines) or [p.name for p in sorted(source.iterdir()) if p.suffix[1:].lower() in SUFFIXES]
     if not names:
         raise ValueError(f"{source} holds no images")
@@ -104,19 +107,6 @@ def whiten_folder(source: Path, target: Path, whitener: Whitener) -> dict[str, i
             raise ValueError(f"none of the {len(names)} images of {source} can be read")
         _write_grid(out, [targets[name] for name in names])
     return counts
-
-
-def _lines(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(file, line) of the images that images.jsonl lists; names that leave the directory are none of them."""
-    path = source / LIST
-    for text in path.read_text("utf-8").split("\n") if path.is_file() else ():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        name = str(line.get("file", "")) if isinstance(line, dict) else ""
-        if name and name == Path(name).name and (source / name).is_file():
-            yield name, line
 
 
 def _write_grid(out: OutputDirectory, names: Sequence[str]) -> None:

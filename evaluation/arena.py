@@ -24,6 +24,7 @@ from typing import Annotated, Any
 import tyro
 
 from common.config import command, parse_options
+from common.image_list import LIST
 from common.language import Language, words_of
 from common.log import say
 from common.memory import peak_memory
@@ -55,7 +56,6 @@ from evaluation.options import MeasuringOptions
 from evaluation.released import complete
 from evaluation.sets import SampleSet
 from rankers import load_ranker
-from rankers.outdir import LIST
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from PIL import Image
 
 from common.config import command, parse_options
 from common.files import ensure_writable_directory
+from common.image_list import LIST
 from common.language import Language
 from common.lock import locked
 from common.log import say
@@ -37,7 +38,6 @@ from evaluation.compare.generating import SYSTEMS
 from evaluation.compare.systems import SystemSpec
 from evaluation.metrics.statistics import Interval, wilson
 from evaluation.sets import Sample, SampleSet
-from rankers.outdir import LIST
 
 Choice = Literal["left", "right", "equal", "both_bad"]
 CHOICES = ("left", "right", "equal", "both_bad")

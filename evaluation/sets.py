@@ -12,13 +12,12 @@ from typing import Any
 
 from PIL import Image
 
-from common.files import read_json, read_lines
+from common.files import read_lines
+from common.image_list import LIST, SETTINGS, read_ranking
 from data_tools.images.decode import SUFFIXES, BadImage, decode
-from rankers.outdir import LIST, Row, read_out_directory
+from rankers.outdir import Row, read_out_directory
 
 LIKELIHOOD = "likelihood"
-SETTINGS = ("seed", "sampling", "negative", "source", "weights", "checkpoint")  # of a line of images.jsonl
-RANKING = "ranking.json"
 _NO_SAMPLE = re.compile(r"(grid|ranked|rank\d+(_text\d+)?)\.png")  # what our scripts write beside the samples
 
 
@@ -164,7 +163,7 @@ def _reason(error: BadImage) -> str:
 
 def _listed(path: Path) -> tuple[list[Sample], dict[str, Any]]:
     rows = read_out_directory(path)
-    ranking = _ranking(path / RANKING)
+    ranking = read_ranking(path)
     settings = _common(rows)
     if ranking:
         settings["ranking"] = {name: value for name, value in ranking.items() if name != "texts"}
@@ -199,15 +198,6 @@ def _common(rows: Sequence[Row]) -> dict[str, Any]:
         values = list(found.values())
         settings[name] = values[0] if len(values) == 1 else {"several": values}
     return {name: value for name, value in settings.items() if value not in (None, "")}
-
-
-def _ranking(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    ranking = read_json(path)
-    if not isinstance(ranking, dict) or "ranker" not in ranking or "texts" not in ranking:
-        raise ValueError(f"{path} is no ranking: remove it, or run python rerank.py {path.parent} again")
-    return ranking
 
 
 # --- any folder ----------------------------------------------------------------------------------------------------

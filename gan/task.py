@@ -21,6 +21,7 @@ from common.image import make_grid, to_image
 from common.log import say
 from common.optim import Ema, OptimConfig, adamw, learning_rate
 from common.precision import autocast
+from common.training_state import require_same_average, require_same_config
 from gan.augment import Strength, augment, uniform
 from gan.conditions import Condition
 from gan.data import TrainData
@@ -237,17 +238,9 @@ class GanTask:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Raises ValueError where the run directory holds another model, or one trained otherwise."""
-        before, now, run_dir = state["config"], to_mapping(self.config), self.options.loop.run_dir
-        changed = [name for name in now if now[name] != before.get(name)]
-        if changed:
-            raise ValueError(
-                f"{run_dir} holds a GAN with {changed[0]} {before.get(changed[0])}, not {now[changed[0]]}: choose "
-                "another --loop.run-dir, or the options that it was started with"
-            )
-        if bool(self.ema) != ("ema" in state):
-            raise ValueError(
-                f"{run_dir} was trained {'with' if 'ema' in state else 'without'} a moving average"
-            )
+        run_dir = self.options.loop.run_dir
+        require_same_config(run_dir, state["config"], to_mapping(self.config), "a GAN")
+        require_same_average(run_dir, self.ema, state)
         for engine, name in ((self.g, "generator"), (self.d, "discriminator")):
             self._require_shapes(engine.weights(), state[name]["weights"], name)
             engine.load_state(state[name]["weights"], state[name]["engine"])

@@ -1,6 +1,5 @@
 """What generate.py leaves in its out directory, as rankers read it: one line of `images.jsonl` a picture."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-LIST = "images.jsonl"
+from common.image_list import LIST, read_list
 
 
 @dataclass(frozen=True)
@@ -28,22 +27,15 @@ def read_out_directory(directory: Path) -> list[Row]:
     path = directory / LIST
     if not path.is_file():
         raise FileNotFoundError(f"no {LIST} in {directory}: python generate.py makes it with the pictures")
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if line.strip():
-            rows.append(_row(line, directory, f"{path}:{number}"))
+    rows = [_row(line, directory, where) for where, line in read_list(directory)]
     if not rows:
         raise ValueError(f"{path} lists no pictures: python generate.py makes some")
     return rows
 
 
-def _row(line: str, directory: Path, where: str) -> Row:
-    try:
-        values = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not valid JSON: {error}") from error
+def _row(values: dict[str, Any], directory: Path, where: str) -> Row:
     for name in ("file", "text"):
-        if not isinstance(values, dict) or not isinstance(values.get(name), str) or not values[name]:
+        if not isinstance(values.get(name), str) or not values[name]:
             raise ValueError(f"{where} has no {name}")
     if Path(values["file"]).name != values["file"]:
         raise ValueError(f"{where}: {values['file']!r} is no plain file name")

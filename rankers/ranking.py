@@ -13,9 +13,10 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from common.image import make_grid, resize_square
+from common.image_list import RANKED, RANKING
 from common.label import joined_arguments
 from common.log import say
-from common.out_directory import COPY, RANKED, RANKING
+from common.out_directory import COPY
 from common.output import OutputDirectory
 from common.progress import progress
 from common.tables import plain_console, shortened

@@ -24,13 +24,14 @@ from common.bert_text import TextTowerConfig
 from common.config import command, parse_options, to_mapping
 from common.deepspeed_engine import DeepSpeedConfig
 from common.distributed import BatchPlan, World, batch_plan, start_world, stop_world
-from common.engine import EngineName, make_engine
+from common.engine import EngineName
 from common.image import make_grid, resize_square
 from common.log import say
 from common.loop import LoopConfig, fit
-from common.optim import Ema, OptimConfig, learning_rate, make_optimizer
+from common.optim import OptimConfig, learning_rate
 from common.plain_engine import split_batch
 from common.precision import Precision, autocast
+from common.training_state import TrainingState, require_same_config
 from data_tools.shards.loader import train_batches
 from data_tools.shards.remote import RemoteOptions
 from rankers.base import TwoTowerRanker
@@ -132,17 +133,10 @@ class RankerTask:
         self.options, self.world, self.plan, self.data = options, world, plan, data
         self.model = data.build_model(options.loop.seed).to(world.device)
         _check_sizes(options, self.model)
-        self.ema = Ema(self.model, options.ema_decay) if options.ema_decay else None
         self.finished = RankerModel(self.model.config, data.towers).to(world.device)
-        self.engine = make_engine(
-            self.model,
-            make_optimizer(self.model, options.optim),
-            world,
-            plan,
-            options.optim.grad_clip,
-            options.engine,
-            options.deepspeed,
-        )
+        engine = (options.engine, options.deepspeed)
+        self.training = TrainingState(self.model, options.optim, world, plan, options.ema_decay, *engine)
+        self.engine = self.training.engine
         self.label_ids = data.tokenizer.batch(data.names.labels) if data.names.labels else None
         self.reconstructions = (
             Reconstructions(options.reconstructions, world.device, options.precision)
@@ -170,9 +164,7 @@ class RankerTask:
             self.engine, micro_batches, self._label_ids(), options.loss, self.world, seed, self.forward
         )
         metrics["grad_norm"] = self.engine.step()
-        if self.ema:
-            with self.engine.full_weights() as model:
-                self.ema.update(model)
+        self.training.update_average()
         return metrics | {"lr": lr}
 
     @property
@@ -221,13 +213,10 @@ class RankerTask:
         """The ranker as it is saved, for the step. All processes must call it: under ZeRO the weights are gathered."""
         if self.evaluated is not None and self.evaluated[0] == step:
             return self.evaluated[1]
-        if self.ema:
-            return self._ranker_with(self.ema.shadow, step)
-        with self.engine.full_weights() as model:
-            return self._ranker_with(model.state_dict(), step)
+        self.training.load_saved_weights_(self.finished)
+        return self._finished_ranker(step)
 
-    def _ranker_with(self, weights: dict[str, Tensor], step: int) -> TwoTowerRanker:
-        self.finished.load_state_dict(weights)
+    def _finished_ranker(self, step: int) -> TwoTowerRanker:
         towers = RankerTowers(
             str(self.options.loop.run_dir),
             self.finished,
@@ -262,20 +251,17 @@ class RankerTask:
         return {"best_matches": make_grid(images, columns=order.shape[1])}
 
     def state(self) -> dict[str, Any]:
-        state = {
-            "config": self._identity(),
-            "weights": self.engine.weights(),
-            "engine": self.engine.state(),
-        }
-        return state | ({"ema": self.ema.state()} if self.ema else {})
+        return {"config": self._identity()} | self.training.state()
 
     def save(self, directory: Path, step: int, state: dict[str, Any]) -> None:
-        weights = self.ema.shadow if self.ema else state["weights"]
+        weights = self.training.saved_weights(state)
         save_ranker(directory, self.model.config, weights, self.data.towers, step)
         names = self.data.names
         lexicon = Lexicon(names.colors, names.kinds) if names.kinds else default_lexicon()
         fresh = self.evaluated is not None and self.evaluated[0] == step
-        ranker = self.evaluated[1] if fresh else self._ranker_with(weights, step)
+        if not fresh:
+            self.finished.load_state_dict(weights)
+        ranker = self.evaluated[1] if fresh else self._finished_ranker(step)
         calibrate(ranker, self.data.pairs, lexicon, self.data.source).save(directory / CALIBRATION)
 
     def _identity(self) -> dict[str, Any]:
@@ -291,18 +277,8 @@ class RankerTask:
         """Raises ValueError when the run directory holds another model, one without moving average, or one that saw
         other reconstructions."""
         before, run_dir = state["config"], self.options.loop.run_dir
-        now = self._identity()
-        changed = [n for n in {**now, **before} if now.get(n) != before.get(n)]
-        if changed:
-            raise ValueError(
-                f"{run_dir} holds a ranker with {changed[0]} {before.get(changed[0])}, not {now.get(changed[0])}: "
-                "choose another --loop.run-dir, or the options that it was started with"
-            )
-        if bool(self.ema) != ("ema" in state):
-            raise ValueError(f"{run_dir} was started with another --ema-decay: go on with the one it had")
-        self.engine.load_state(state["weights"], state["engine"])
-        if self.ema:
-            self.ema.load_state(state["ema"])
+        require_same_config(run_dir, before, dict.fromkeys(before) | self._identity(), "a ranker")
+        self.training.load_state(state, run_dir)
         self.evaluated = None
 
 

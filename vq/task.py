@@ -19,11 +19,11 @@ from torch import Tensor
 
 from common import checkpoint
 from common.distributed import BatchPlan, World
-from common.engine import make_engine
 from common.image import stack_rows, to_image
 from common.log import say
-from common.optim import Ema, learning_rate, make_optimizer
+from common.optim import learning_rate
 from common.precision import autocast
+from common.training_state import TrainingState
 from vq.losses.adversary import Adversary
 from vq.losses.foreground import pixel_weights
 from vq.losses.perceptual import PerceptualDistance, load_perceptual
@@ -54,9 +54,8 @@ class TokenizerTask:
         self._prepare()
         self._train_mode()
         self.model.to(world.device, memory_format=torch.channels_last)
-        optimizer = make_optimizer(self.model, options.optim)
-        self.engine = make_engine(self.model, optimizer, world, plan, options.optim.grad_clip, name="plain")
-        self.ema = Ema(self.model, options.ema_decay) if options.ema_decay else None
+        self.training = TrainingState(self.model, options.optim, world, plan, options.ema_decay)
+        self.engine, self.ema = self.training.engine, self.training.ema
         self.usage = CodeUsage(self.config.codebook_size, self.config.code_depth)
         self.perceptual = self._perceptual()
         self.adversary = None
@@ -159,8 +158,7 @@ class TokenizerTask:
         totals["grad_norm"] = self.engine.step()
         if self.config.quantizer == "ema" and not self.options.freeze_codes:
             self.model.quantizer.update_(self.world)
-        if self.ema:
-            self.ema.update(self.model)
+        self.training.update_average()
         if self.adversary:
             real, fake = self._view(batch["image"].to(self.world.device), step), torch.cat(reconstructions)
             totals |= self.adversary.train_step(
@@ -379,19 +377,15 @@ class TokenizerTask:
         self._train_mode()
 
     def state(self) -> dict[str, Any]:
-        state = {"weights": self.engine.weights(), "engine": self.engine.state(), "usage": self.usage.counts}
-        state |= {"best": self.best, "rollbacks": self.rollbacks}
-        if self.ema:
-            state["ema"] = self.ema.state()
+        state = {"usage": self.usage.counts, "best": self.best, "rollbacks": self.rollbacks}
+        state |= self.training.state()
         if self.adversary:
             state["adversary"] = self.adversary.state()
         return state
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.engine.load_state(state["weights"], state["engine"])
+        self.training.load_state(state, self.options.loop.run_dir)
         self.usage.counts.copy_(state["usage"])
         self.best, self.rollbacks = dict(state.get("best", self.best)), int(state.get("rollbacks", 0))
-        if self.ema:
-            self.ema.load_state(state["ema"])
         if self.adversary and "adversary" in state:
             self.adversary.load_state(state["adversary"])

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from common.config import command, parse_options, to_mapping
 from common.distributed import BatchPlan, World, batch_plan, start_world, stop_world
-from common.engine import make_engine
 from common.log import say
 from common.loop import LoopConfig, fit
-from common.optim import OptimConfig, learning_rate, make_optimizer
+from common.optim import OptimConfig, learning_rate
 from common.precision import Precision, autocast
+from common.training_state import TrainingState
 from data_tools.images.crops import CropFlip
 from data_tools.shards.holdout import open_splits
 from data_tools.shards.index import ShardIndex
@@ -115,14 +115,8 @@ class PerceptualTask:
         self.options, self.world, self.plan, self.val, self.targets = options, world, plan, val, targets
         model = Classifier(options.channels, len(targets.names))
         self.model = model.to(world.device, memory_format=torch.channels_last)
-        self.engine = make_engine(
-            self.model,
-            make_optimizer(self.model, options.optim),
-            world,
-            plan,
-            options.optim.grad_clip,
-            name="plain",
-        )
+        self.training = TrainingState(self.model, options.optim, world, plan)
+        self.engine = self.training.engine
 
     def train_step(self, batch: dict[str, Any], step: int) -> dict[str, float]:
         options = self.options
@@ -172,10 +166,10 @@ class PerceptualTask:
         distance.write(directory, step)
 
     def state(self) -> dict[str, Any]:
-        return {"weights": self.engine.weights(), "engine": self.engine.state()}
+        return self.training.state()
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.engine.load_state(state["weights"], state["engine"])
+        self.training.load_state(state, self.options.loop.run_dir)
 
 
 @command

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from common import checkpoint
 from common.distributed import BatchPlan, World
-from common.engine import make_engine
 from common.files import write_json
 from common.image import make_grid
-from common.optim import Ema, learning_rate, load_saved_weights_, make_optimizer
+from common.optim import learning_rate
 from common.precision import autocast
+from common.training_state import TrainingState, require_same_config
 from data_tools.shards.captions import hides_caption, uniform
 from diffusion.base import DiffusionBase
 from diffusion.controlnet.model import FOLDER, KIND, ControlledDenoiser, to_hint
@@ -57,16 +57,9 @@ class ControlTask:
         self.latent_shape = (self.base.latent_channels, side, side)
         model = self._build().train()
         self.finished = self._build().eval().requires_grad_(False)
-        self.engine = make_engine(
-            model,
-            make_optimizer(model, options.optim),
-            self.world,
-            self.plan,
-            options.optim.grad_clip,
-            options.engine,
-            options.deepspeed,
-        )
-        self.ema = Ema(model, options.ema_decay) if options.ema_decay else None
+        how = (self.world, self.plan, options.ema_decay, options.engine, options.deepspeed)
+        self.training = TrainingState(model, options.optim, *how)
+        self.engine = self.training.engine
 
     def _build(self) -> ControlledDenoiser:
         locked = self.options.sd_locked
@@ -95,9 +88,7 @@ class ControlTask:
             self.engine.backward(loss)
             totals["loss"] = totals.get("loss", 0.0) + float(loss.detach()) / self.plan.accumulation
         totals["grad_norm"] = self.engine.step()
-        if self.ema:
-            with self.engine.full_weights() as model:
-                self.ema.update(model)
+        self.training.update_average()
         return totals | {"lr": lr}
 
     def _prompt(self, text: str) -> str:
@@ -127,7 +118,7 @@ class ControlTask:
     def evaluate(self, step: int) -> dict[str, float]:
         """Error over the validation pairs, always at the same noise and timesteps; `line_gain`: by what share it grows
         where the drawing is empty."""
-        load_saved_weights_(self.finished, self.ema, self.engine)
+        self.training.load_saved_weights_(self.finished)
         sums = torch.zeros(3, dtype=torch.float64)  # error, error without drawings, samples
         for number, batch in enumerate(self.pairs.val_batches(self.options.val_samples)):
             if number % self.world.size != self.world.rank:
@@ -147,7 +138,7 @@ class ControlTask:
     def sample(self, step: int) -> dict[str, Image.Image]:
         """A row for each of the first validation drawings: the drawing, then images of its title that follow it."""
         options = self.options
-        load_saved_weights_(self.finished, self.ema, self.engine)
+        self.training.load_saved_weights_(self.finished)
         if not self.world.is_main or not options.sample_images:
             return {}
         prompting = Prompting(options.prompt_suffix, options.negative)
@@ -162,12 +153,7 @@ class ControlTask:
         return {"samples": make_grid(cells, columns=1 + options.sample_images)}
 
     def state(self) -> dict[str, Any]:
-        state = {
-            "config": self._config(),
-            "weights": self.engine.weights(),
-            "engine": self.engine.state(),
-        }
-        return state | ({"ema": self.ema.state()} if self.ema else {})
+        return {"config": self._config()} | self.training.state()
 
     def _config(self) -> dict[str, Any]:
         """What weights and checkpoints belong to."""
@@ -183,7 +169,7 @@ class ControlTask:
 
     def save(self, directory: Path, step: int, state: dict[str, Any]) -> None:
         """controlnet/ in diffusers' layout, unet/ too where its decoder was trained, and config.json."""
-        self.finished.load_state_dict(self.ema.shadow if self.ema else state["weights"])
+        self.finished.load_state_dict(self.training.saved_weights(state))
         self.finished.controlnet.save_pretrained(str(directory / FOLDER))
         if not self.options.sd_locked:
             self.finished.unet.save_pretrained(str(directory / "unet"))
@@ -192,18 +178,9 @@ class ControlTask:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Raises ValueError when the run directory holds a ControlNet of another base or recipe."""
-        before, now, run_dir = state["config"], self._config(), self.options.loop.run_dir
-        for name in now:
-            if before.get(name) != now[name]:
-                raise ValueError(
-                    f"{run_dir} was trained with {name} {before.get(name)}, not {now[name]}: choose another "
-                    "--loop.run-dir"
-                )
-        if (self.ema is not None) != ("ema" in state):
-            raise ValueError(f"{run_dir} was trained with another --ema-decay: choose another --loop.run-dir")
-        self.engine.load_state(state["weights"], state["engine"])
-        if self.ema:
-            self.ema.load_state(state["ema"])
+        run_dir = self.options.loop.run_dir
+        require_same_config(run_dir, state["config"], self._config(), "a ControlNet")
+        self.training.load_state(state, run_dir)
 
 
 def hide_lines(lines: Tensor, keys: list[str], share: float, salt: tuple[int, int]) -> Tensor:

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from common import checkpoint
 from common.config import to_mapping
 from common.distributed import BatchPlan, World
-from common.engine import make_engine
 from common.image import stack_rows, to_image
 from common.log import say
-from common.optim import Ema, learning_rate, load_saved_weights_, make_optimizer
+from common.optim import learning_rate
 from common.precision import autocast
+from common.training_state import TrainingState, require_same_config
 from diffusion.objective import sample_noise
 from diffusion.scratch.options import Options
 from vq.losses.perceptual import load_perceptual
@@ -92,16 +92,9 @@ class AutoencoderTask:
         self.model.to(
             self.world.device
         )  # activations alone are channels_last: DeepSpeed broadcasts plain strides
-        self.engine = make_engine(
-            self.model,
-            make_optimizer(self.model, self.config.optim),
-            self.world,
-            self.plan,
-            self.config.optim.grad_clip,
-            options.engine,
-            options.deepspeed,
-        )
-        self.ema = Ema(self.model, self.config.ema_decay) if self.config.ema_decay else None
+        how = (self.world, self.plan, self.config.ema_decay, options.engine, options.deepspeed)
+        self.training = TrainingState(self.model, self.config.optim, *how)
+        self.engine = self.training.engine
         self.finished = Reconstruct(options.autoencoder.build())
         self.finished.to(self.world.device, memory_format=torch.channels_last).eval()
         self.seconds = 0.0  # of training steps, over all starts of the run
@@ -127,9 +120,7 @@ class AutoencoderTask:
             for name, value in metrics.items():
                 totals[name] = totals.get(name, 0.0) + float(value.detach()) / self.plan.accumulation
         totals["grad_norm"] = self.engine.step()
-        if self.ema:
-            with self.engine.full_weights() as model:
-                self.ema.update(model)
+        self.training.update_average()
         self.seconds += time.perf_counter() - started
         return totals | {"lr": lr}
 
@@ -172,7 +163,7 @@ class AutoencoderTask:
     @torch.no_grad()
     def evaluate(self, step: int) -> dict[str, float]:
         """Over the validation images, with the weights that are saved."""
-        load_saved_weights_(self.finished, self.ema, self.engine)
+        self.training.load_saved_weights_(self.finished)
         sums: dict[str, float] = {}
         count = 0
         for batch in self.stage.val_batches(self.config.val_images):
@@ -189,7 +180,7 @@ class AutoencoderTask:
 
     def sample(self, step: int) -> dict[str, Image.Image]:
         """Originals above their reconstructions."""
-        load_saved_weights_(self.finished, self.ema, self.engine)
+        self.training.load_saved_weights_(self.finished)
         if not self.world.is_main:
             return {}
         images = next(iter(self.stage.val_batches(12)))["image"]
@@ -198,16 +189,11 @@ class AutoencoderTask:
         return {"reconstructions": stack_rows(rows)}
 
     def state(self) -> dict[str, Any]:
-        state = {
-            "config": to_mapping(self.options.autoencoder),
-            "weights": self.engine.weights(),
-            "engine": self.engine.state(),
-            "seconds": self.seconds,
-        }
-        return state | ({"ema": self.ema.state()} if self.ema else {})
+        own = {"config": to_mapping(self.options.autoencoder), "seconds": self.seconds}
+        return own | self.training.state()
 
     def save(self, directory: Path, step: int, state: dict[str, Any]) -> None:
-        weights = self.ema.shadow if self.ema else state["weights"]
+        weights = self.training.saved_weights(state)
         plain = {name.removeprefix("vae."): tensor for name, tensor in weights.items()}
         costs = {"training_hours": self.seconds / 3600, "images_seen": step * self.plan.global_batch_size}
         checkpoint.write_model(directory, KIND, state["config"], plain, step, **costs)
@@ -215,25 +201,5 @@ class AutoencoderTask:
     def load_state(self, state: dict[str, Any]) -> None:
         """Raises ValueError when the run directory holds another autoencoder."""
         require_same_config(self.stage.run_dir, state["config"], to_mapping(self.options.autoencoder))
-        require_same_average(self.stage.run_dir, self.ema is not None, "ema" in state)
-        self.engine.load_state(state["weights"], state["engine"])
+        self.training.load_state(state, self.stage.run_dir)
         self.seconds = float(state["seconds"])
-        if self.ema:
-            self.ema.load_state(state["ema"])
-
-
-def require_same_config(run_dir: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises ValueError naming the first option of the model that is another than the run was started with."""
-    for name, value in now.items():
-        if before.get(name) != value:
-            raise ValueError(
-                f"{run_dir} holds a model with {name} {before.get(name)}, not {value}: choose another --loop.run-dir, "
-                "or the options that it was started with"
-            )
-
-
-def require_same_average(run_dir: Path, wanted: bool, found: bool) -> None:
-    """Raises ValueError where a run goes on with a moving average and was started without, or the other way round."""
-    if wanted != found:
-        with_or_without = "with" if found else "without"
-        raise ValueError(f"{run_dir} was trained {with_or_without} a moving average: keep its ema_decay")

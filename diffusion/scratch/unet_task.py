@@ -13,16 +13,15 @@ from torch import Tensor, nn
 from common import checkpoint
 from common.config import to_mapping
 from common.distributed import BatchPlan, World
-from common.engine import make_engine
 from common.files import write_json
 from common.image import make_grid, to_image
-from common.optim import Ema, learning_rate, load_saved_weights_, make_optimizer
+from common.optim import learning_rate
 from common.precision import autocast
+from common.training_state import TrainingState, require_same_config
 from data_tools.shards.captions import hides_caption
 from diffusion.base import KIND, DiffusionBase, base_sha256, save_base
 from diffusion.objective import NoiseSchedule, diffusion_loss, sample_generator, sample_noise
 from diffusion.sampling import SamplingOptions, make_scheduler, sample_latents
-from diffusion.scratch.autoencoder_task import require_same_average, require_same_config
 from diffusion.scratch.latents import sample_posterior
 from diffusion.scratch.options import Options
 from diffusion.text import count_truncated, encode_texts, hidden_states
@@ -92,16 +91,9 @@ class UnetTask:
             options.autoencoder.latent_size,
         )
         model = self._build().train()
-        self.engine = make_engine(
-            model,
-            make_optimizer(model, options.optim),
-            self.world,
-            self.plan,
-            options.optim.grad_clip,
-            options.engine,
-            options.deepspeed,
-        )
-        self.ema = Ema(model, options.ema_decay) if options.ema_decay else None
+        how = (self.world, self.plan, options.ema_decay, options.engine, options.deepspeed)
+        self.training = TrainingState(model, options.optim, *how)
+        self.engine = self.training.engine
         self.finished = self._build().eval().requires_grad_(False)
         self.seconds = 0.0  # of training steps, over all starts of the run
 
@@ -135,9 +127,7 @@ class UnetTask:
             for name, value in metrics.items():
                 totals[name] = totals.get(name, 0.0) + float(value.detach()) / self.plan.accumulation
         totals["grad_norm"] = self.engine.step()
-        if self.ema:
-            with self.engine.full_weights() as model:
-                self.ema.update(model)
+        self.training.update_average()
         self.seconds += time.perf_counter() - started
         return totals | {"lr": lr}
 
@@ -164,7 +154,7 @@ class UnetTask:
     def evaluate(self, step: int) -> dict[str, float]:
         """Unweighted error over the validation samples, dealt over processes, always at the same noise and timesteps;
         `text_gain`: by what share it grows where the caption is hidden."""
-        load_saved_weights_(self.finished, self.ema, self.engine)
+        self.training.load_saved_weights_(self.finished)
         sums = torch.zeros(3, dtype=torch.float64)  # error, error without text, samples
         for number, batch in enumerate(self.stage.val_batches(self.options.val_samples)):
             if number % self.world.size != self.world.rank:
@@ -189,7 +179,7 @@ class UnetTask:
     def sample(self, step: int) -> dict[str, Image.Image]:
         """A row of images a caption, sampled as diffusion.generate samples them."""
         options, stage = self.options, self.stage
-        load_saved_weights_(self.finished, self.ema, self.engine)
+        self.training.load_saved_weights_(self.finished)
         if not self.world.is_main or not options.sample_images:
             return {}
         sampling = SamplingOptions(cfg_scale=options.guidance)
@@ -217,14 +207,8 @@ class UnetTask:
         return {"samples": make_grid(images, columns=options.sample_images)}
 
     def state(self) -> dict[str, Any]:
-        state = {
-            "config": self._config(),
-            "vae": self.stage.vae_sha256,
-            "weights": self.engine.weights(),
-            "engine": self.engine.state(),
-            "seconds": self.seconds,
-        }
-        return state | ({"ema": self.ema.state()} if self.ema else {})
+        own = {"config": self._config(), "vae": self.stage.vae_sha256, "seconds": self.seconds}
+        return own | self.training.state()
 
     def _config(self) -> dict[str, Any]:
         """Sizes that weights and objective depend on."""
@@ -241,7 +225,7 @@ class UnetTask:
 
     def save(self, directory: Path, step: int, state: dict[str, Any]) -> None:
         """A StableDiffusionPipeline folder, and config.json with what it cost."""
-        weights = self.ema.shadow if self.ema else state["weights"]
+        weights = self.training.saved_weights(state)
         whole = self._build().eval()
         whole.load_state_dict(weights)
         text_len, tokenizer = self.options.text.text_len, self.stage.tokenizer
@@ -274,11 +258,8 @@ class UnetTask:
             raise ValueError(
                 f"{run_dir} was trained on the latents of another autoencoder: choose another --loop.run-dir"
             )
-        require_same_average(run_dir, self.ema is not None, "ema" in state)
-        self.engine.load_state(state["weights"], state["engine"])
+        self.training.load_state(state, run_dir)
         self.seconds = float(state["seconds"])
-        if self.ema:
-            self.ema.load_state(state["ema"])
 
 
 def write_model_config(directory: Path, state: dict[str, Any], step: int, costs: dict[str, Any]) -> None:

@@ -13,9 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from common.distributed import BatchPlan, World
-from common.engine import make_engine
 from common.log import say
-from common.optim import Ema, learning_rate, make_optimizer
+from common.optim import learning_rate
+from common.training_state import TrainingState
 from diffusion.base import DiffusionBase
 from diffusion.objective import NoiseSchedule, diffusion_loss, sample_noise
 from diffusion.text import count_truncated
@@ -74,10 +74,9 @@ class TuneTask:
         if options.gradient_checkpointing:
             base.unet.enable_gradient_checkpointing()
         self.trained = {n: p for n, p in self.denoiser.named_parameters() if p.requires_grad}
-        self.ema = Ema(self.denoiser, ema_decay) if ema_decay else None
-        optimizer = make_optimizer(self.denoiser, options.optim)
-        clip, names = options.optim.grad_clip, (options.engine, options.deepspeed)
-        self.engine = make_engine(self.denoiser, optimizer, world, plan, clip, *names)
+        how = (world, plan, ema_decay, options.engine, options.deepspeed)
+        self.training = TrainingState(self.denoiser, options.optim, *how)
+        self.engine, self.ema = self.training.engine, self.training.ema
         fp16 = options.precision == "fp16"
         self.scale = LossScale(list(self.trained.values())) if fp16 else None
         self.sample_texts = options.sample_texts or data.first_texts(4)
@@ -108,9 +107,7 @@ class TuneTask:
             for name, value in (losses | {"loss": total}).items():
                 totals[name] = totals.get(name, 0.0) + float(value.detach()) / self.plan.accumulation
         totals |= self._step_weights()
-        if self.ema:
-            with self.engine.full_weights() as model:
-                self.ema.update(model)
+        self.training.update_average()
         logged = (step + 1) % options.loop.log_every == 0 or step == 0
         return totals | {"lr": lr} | (self.method.metrics() if logged else {})
 
@@ -212,15 +209,11 @@ class TuneTask:
                 f"note: {self.num_truncated} captions were longer than {self.base.text_len} tokens and were cut"
             )
             self.num_truncated = 0
-        weights = self.engine.weights()
-        state = {
-            "weights": {n: t for n, t in weights.items() if n in self.trained},
-            "engine": self.engine.state(),
-            "data": self.data.train.fingerprint,
-        }
+        state = self.training.state() | {"data": self.data.train.fingerprint}
+        state["weights"] = {n: t for n, t in state["weights"].items() if n in self.trained}
         if self.scale:
             state["scale"] = self.scale.state()
-        return state | ({"ema": self.ema.state()} if self.ema else {})
+        return state
 
     def save(self, directory: Path, step: int, state: dict[str, Any]) -> None:
         with self.saved_weights():
@@ -238,17 +231,12 @@ class TuneTask:
                 f"{run_dir} trains other weights ({changed} is {before.get(changed)}, not {shapes.get(changed)}): "
                 "choose another --loop.run-dir, or the options that it was started with"
             )
-        if bool(self.ema) != ("ema" in state):
-            began = "without" if self.ema else "with"
-            raise ValueError(f"{run_dir} was started {began} a moving average: go on as it began")
         if state["data"] != self.data.train.fingerprint and self.world.is_main:
             say("note: the training images are others than before: the run goes on in a new order")
         full = {n: t for n, t in self.denoiser.state_dict().items() if n not in self.trained}
-        self.engine.load_state(full | state["weights"], state["engine"])
+        self.training.load_state(state | {"weights": full | state["weights"]}, run_dir)
         if self.scale and "scale" in state:
             self.scale.load_state(state["scale"])
-        if self.ema:
-            self.ema.load_state(state["ema"])
 
 
 @torch.no_grad()

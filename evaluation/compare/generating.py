@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from common.image_list import LIST, whole_lines
 from common.log import say
 from common.out_directory import OutDirectory, Request
 from common.progress import progress
@@ -16,7 +17,6 @@ from data_tools.shards.captions import pick_caption
 from data_tools.shards.index import ShardIndex
 from evaluation.compare.systems import System
 from evaluation.sets import SampleSet
-from rankers.outdir import LIST
 
 SYSTEMS = "systems"  # folder of an arena's directory: an out directory a system
 
@@ -117,22 +117,17 @@ def some_of(texts: Sequence[str], count: int, seed: int) -> list[str]:
 
 def _standing(directory: Path, origin: dict[str, Any]) -> list[Request]:
     """What whole lines of the directory record. Raises ValueError when they tell of another origin."""
-    if not (directory / LIST).is_file():
-        return []
     requests = []
-    for number, text in enumerate((directory / LIST).read_bytes().split(b"\n")[:-1], 1):
-        try:
-            line = json.loads(text)
-            request = Request(line["text"], line["index"])
-        except (ValueError, KeyError, TypeError):
-            break  # what follows a damaged line is drawn again
+    for number, (line, _) in enumerate(whole_lines(directory), 1):
+        if not {"text", "index"} <= set(line):
+            break  # as behind a damaged line, what follows is drawn again
         other = [key for key, value in origin.items() if line.get(key) != value]
         if other:
             raise ValueError(
                 f"{directory / LIST}:{number} was drawn with {other[0]} {line.get(other[0])!r} and not "
                 f"{origin[other[0]]!r}: choose another --out, or remove {directory}"
             )
-        requests.append(request)
+        requests.append(Request(line["text"], line["index"]))
     return requests
 
 

@@ -31,6 +31,7 @@ from PIL import Image
 from common import checkpoint
 from common.config import from_mapping, to_mapping
 from common.files import read_json, sha256_file
+from common.image_list import LIST
 from dalle import model
 from dalle.lines import LineControl
 from dalle.pipeline import Request, TextToImage
@@ -48,7 +49,6 @@ from evaluation.compare.diffusion_system import (
 from evaluation.compare.gan_system import GanSystem
 from evaluation.reference_drawings import ReferenceDrawings
 from gan.model import KIND as GAN
-from rankers.outdir import LIST
 
 Pipeline = Callable[..., list[Image.Image]]
 Loader = Callable[[Path, str], Pipeline]

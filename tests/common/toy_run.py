@@ -23,9 +23,10 @@ from common.checkpoint import write_model
 from common.config import command, parse_options, to_mapping
 from common.deepspeed_engine import DeepSpeedConfig
 from common.distributed import World, batch_plan, start_world, stop_world
-from common.engine import EngineName, make_engine
+from common.engine import EngineName
 from common.loop import LoopConfig, fit
-from common.optim import Ema, OptimConfig, learning_rate, make_optimizer
+from common.optim import OptimConfig, learning_rate
+from common.training_state import TrainingState
 from data_tools.shards.index import ShardIndex
 from data_tools.shards.loader import DecodeTokens, train_batches
 
@@ -100,10 +101,10 @@ class ToyTask:
         torch.manual_seed(options.loop.seed)
         self.options, self.world = options, world
         model = ToyModel(options.dropout)
-        self.ema = Ema(model, options.ema_decay)
         self.plan = batch_plan(options.loop.global_batch_size, world.size, options.loop.micro_batch_size)
-        optimizer, clip = make_optimizer(model, options.optim), options.optim.grad_clip
-        self.engine = make_engine(model, optimizer, world, self.plan, clip, options.engine, options.deepspeed)
+        how = (world, self.plan, options.ema_decay, options.engine, options.deepspeed)
+        self.training = TrainingState(model, options.optim, *how)
+        self.engine = self.training.engine
 
     def train_step(self, batch: dict[str, Any], step: int) -> dict[str, float]:
         time.sleep(self.options.pause)
@@ -114,8 +115,7 @@ class ToyTask:
             self.engine.backward(loss)
             total += loss.item() / self.plan.accumulation
         norm = self.engine.step()
-        with self.engine.full_weights() as model:
-            self.ema.update(model)
+        self.training.update_average()
         return {"loss": total, "grad_norm": norm}
 
     def _loss(self, ids: Tensor) -> Tensor:
@@ -133,15 +133,13 @@ class ToyTask:
         return {"grey": Image.new("RGB", (4, 4), (step, step, step))}
 
     def state(self) -> dict[str, Any]:
-        engine = {"weights": self.engine.weights(), "engine": self.engine.state()}
-        return engine | {"ema": self.ema.state()}
+        return self.training.state()
 
     def save(self, directory: Path, step: int, state: dict[str, Any]) -> None:
         write_model(directory, "toy", {}, state["weights"], step)
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.engine.load_state(state["weights"], state["engine"])
-        self.ema.load_state(state["ema"])
+        self.training.load_state(state, self.options.loop.run_dir)
 
 
 def write_token_shards(folder: Path, samples: int, shards: int = 3) -> None:

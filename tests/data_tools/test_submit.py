@@ -79,9 +79,9 @@ def test_the_best_picture_of_a_key_by_the_ranking(work):
         (work / "out" / f"{i:04d}.png").write_bytes(picture(i, (32, 32), "png"))
     lines = [{"key": "0a", "text": "x", "file": f"{i:04d}.png"} for i in range(3)]
     (work / "out" / "images.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    ranking = [{"rank": rank, "file": f"{i:04d}.png"} for rank, i in enumerate((2, 0, 1))]
+    ranking = [{"rank": rank, "file": f"{i:04d}.png", "score": -rank} for rank, i in enumerate((2, 0, 1))]
     for texts, best in (([], 0), ([{"text": "x", "pictures": ranking}], 2)):
-        (work / "out" / "ranking.json").write_text(json.dumps({"texts": texts}))
+        (work / "out" / "ranking.json").write_text(json.dumps({"ranker": "r", "texts": texts}))
         line = submit(work).read_text("utf-8").splitlines()[IDS.index("0a")]
         assert base64.b64decode(line.split("\t")[1]) == picture(best, (32, 32), "png")
     (work / "out" / "ranking.json").write_text("[]")

@@ -62,6 +62,7 @@ def test_the_first_stage_is_one_command_on_what_ships():
 
 
 def test_how_good_the_best_is_comes_from_the_ranking(tmp_path):
-    best = {"texts": [{"text": "x", "pictures": [{"percentile": 38.6}, {"percentile": 1.0}]}]}
+    rows = [{"file": f"{i}.png", "rank": i, "score": -i, "percentile": p} for i, p in enumerate((38.6, 1.0))]
+    best = {"ranker": "r", "texts": [{"text": "x", "pictures": rows}]}
     (tmp_path / "ranking.json").write_text(json.dumps(best))
     assert demo.goods_quality(tmp_path) == "the best scores above 39 % of real images with their captions"

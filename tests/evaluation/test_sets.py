@@ -50,7 +50,7 @@ def test_scores_go_to_their_own_pictures_in_any_order(tmp_path):
 
 def test_a_ranking_is_read_with_the_pictures(tmp_path):
     path = out_dir(tmp_path / "out", texts=("a",))
-    pictures = [{"file": f"{i:04d}.png", "score": 0.1 * i} for i in range(3)]
+    pictures = [{"file": f"{i:04d}.png", "rank": 2 - i, "score": 0.1 * i} for i in range(3)]
     write_json(
         path / "ranking.json",
         {"ranker": "runs/r", "sha": "1", "texts": [{"text": "a", "pictures": pictures}]},

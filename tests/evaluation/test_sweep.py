@@ -6,19 +6,10 @@ import pytest
 import yaml
 
 from dalle.sampling import SamplingOptions
+from evaluation.compare.sweep_results import KNOBS, Trial, flags, mean_ranks, objective_figure, setting_name
 from evaluation.metrics.rows import Figure
 from evaluation.metrics.statistics import Interval
-from evaluation.sweep import (
-    KNOBS,
-    Options,
-    Trial,
-    flags,
-    main,
-    mean_ranks,
-    objective_figure,
-    search,
-    setting_name,
-)
+from evaluation.sweep import Options, main, search
 
 
 def figure(name: str, value: float, higher: bool | None = True) -> Figure:

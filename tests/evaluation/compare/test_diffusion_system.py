@@ -10,7 +10,8 @@ from common.out_directory import Request
 from diffusion.base import save_base
 from diffusion.scratch.networks import AutoencoderConfig, TextConfig, UnetConfig
 from diffusion.scratch.unet_task import make_base_scheduler
-from evaluation.arena import Difference, Match, join_systems
+from evaluation.arena import join_systems
+from evaluation.compare.arena_results import Difference, Match
 from evaluation.compare.costs import Costs, read_costs
 from evaluation.compare.systems import Setting, SystemSpec, open_system
 from evaluation.metrics.statistics import Interval
