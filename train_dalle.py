@@ -46,8 +46,7 @@ from dalle.pipeline import TextToImage
 from dalle.plan import measure_peak_flops, train_flops
 from dalle.training import lines as line_training
 from dalle.training.captions import drop_captions, insert_unknown
-from dalle.training.data import TrainData, captions, require_data, require_tokenizers_of
-from dalle.training.from_images import names_pictures, prepare_pictures
+from dalle.training.data import TrainData, captions, names_pictures, require_data, require_tokenizers_of
 from dalle.training.options import Options
 from kernels import OFF, accelerate
 from vq.encoding import ImageEncoder
@@ -301,6 +300,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         require_data(options)
         options = options.with_init_tokenizers()
         if names_pictures(options.data):
+            from dalle.training.from_images import prepare_pictures  # the readers of all formats
+
             options = prepare_pictures(options, world)
         data = TrainData.prepare(
             loop.run_dir, options.data, options.image_tokenizer, options.text_tokenizer, world, options.remote

@@ -28,7 +28,6 @@ from dalle import model, sequence
 from dalle.engines import FastOptions, prepare, resolve_options
 from dalle.inpaint import Source
 from dalle.lines import LineControl, LineEncoder, LineFeatures, encode_control
-from dalle.published import dalle_pytorch
 from dalle.sampling import SamplingOptions, picture_generator, sample_ids
 from dalle.text_tokenizer import TextTokenizer
 from vq.decode_each import decode_each
@@ -38,6 +37,8 @@ if TYPE_CHECKING:
     from dalle.release import Card
 
 PRETRAINED = "pretrained/goods-128/generator"
+
+IMPORTED = "dalle_pytorch"  # the kind of checkpoints that dalle.convert writes
 
 
 @dataclass(frozen=True)
@@ -260,9 +261,10 @@ def load_generator(directory: Path) -> tuple[nn.Module, TextTokenizer, dict[str,
     """The model of a checkpoint directory by its kind, its text tokenizer, and its config.json."""
     config = read_json(directory / "config.json")
     kind = config.get("kind") if isinstance(config, dict) else None
-    if kind == dalle_pytorch.KIND:
-        generator = dalle_pytorch.DallePytorch.from_pretrained(directory)
-        return generator, dalle_pytorch.BareTextTokenizer.from_pretrained(directory), config
+    if kind == IMPORTED:
+        from dalle.published.dalle_pytorch import BareTextTokenizer, DallePytorch
+
+        return DallePytorch.from_pretrained(directory), BareTextTokenizer.from_pretrained(directory), config
     generator = model.Dalle.from_pretrained(directory)
     text_tokenizer = TextTokenizer.from_pretrained(directory)
     if text_tokenizer.vocab_size != generator.config.text_vocab_size:

@@ -28,8 +28,7 @@ from dalle import sequence
 from dalle.losses import CrossEntropy, dalle_loss
 from dalle.model import SIZES, Dalle, DalleConfig
 from dalle.text_tokenizer import TextTokenizer
-from dalle.training.data import captions
-from dalle.training.from_images import names_pictures
+from dalle.training.data import captions, names_pictures
 from dalle.training.options import Options
 from data_tools.shards.index import ShardIndex
 from kernels import accelerate

@@ -23,7 +23,6 @@ from PIL import Image
 from common.config import command, parse_options, read_mapping
 from data_tools.ingest.records import Record
 from data_tools.readers.base import ReaderOptions, hash64
-from data_tools.readers.detect import open_source
 from data_tools.rules import PRESETS
 from data_tools.rules.lexicon import Lexicon, Word, load_lexicon
 
@@ -279,6 +278,8 @@ class ShowConfig:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """The command of this module."""
+    from data_tools.readers.detect import open_source
+
     config = parse_options(ShowConfig, argv, description=__doc__)
     shown = 0
     for item in open_source(config.src, config.reader):

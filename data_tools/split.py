@@ -20,7 +20,6 @@ from common.files import read_lines
 from common.output import require_replaceable, writing_file
 from data_tools.ingest.records import Record
 from data_tools.readers.base import ReaderOptions
-from data_tools.readers.detect import open_source
 
 Shares = Mapping[str, float]
 
@@ -154,6 +153,8 @@ def read_pairs(path: Path) -> dict[str, str]:
 
 def split_source(config: SplitConfig) -> dict[str, str]:
     """Key to split of every readable record of the source."""
+    from data_tools.readers.detect import open_source
+
     shares = parse_shares(config.shares)
     keys, labels, units = [], [], []
     groups = read_pairs(config.group_file) if config.group_file else {}

@@ -32,9 +32,7 @@ from data_tools.shards.loader import (
     train_batches,
 )
 from data_tools.shards.remote import RemoteOptions, is_remote
-from data_tools.synthetic.shards import ensure_synthetic
-from vq.encode_shards import Options as EncodeOptions
-from vq.encode_shards import encode_shards, require_tokenizer
+from vq.encode_shards import require_tokenizer
 from vq.model import KIND as TOKENIZER_KIND
 from vq.model import ImageTokenizer
 
@@ -170,6 +168,12 @@ def require_data(options: Options) -> None:
         )
 
 
+def names_pictures(data: str) -> bool:
+    """Whether `data` is a folder or a file on this machine that holds no shards."""
+    path = Path(data)
+    return bool(data) and path.exists() and not has_shards(path)
+
+
 def has_shards(path: Path) -> bool:
     """Whether a folder holds training shards."""
     return path.is_dir() and any(p.name.startswith("train-") and p.suffix == ".tar" for p in path.iterdir())
@@ -222,6 +226,9 @@ def require_tokenizers_of(init: str, data: TrainData, new_codes: bool = False) -
 
 def synthetic_tokens(tokenizer: ImageTokenizer, world: World) -> str:
     """The embedded default as token shards of `tokenizer`, made where it is missing."""
+    from data_tools.synthetic.shards import ensure_synthetic
+    from vq.encode_shards import Options, encode_shards
+
     target = Path(f"data/synthetic_tokens_{tokenizer.codes_sha256[:8]}")
     if world.is_main:
         say(
@@ -229,7 +236,7 @@ def synthetic_tokens(tokenizer: ImageTokenizer, world: World) -> str:
         )
         ensure_synthetic(SYNTHETIC, image_size=tokenizer.image_size)
     world.barrier()
-    encode_shards(tokenizer, EncodeOptions("", SYNTHETIC, target, views=2), world)
+    encode_shards(tokenizer, Options("", SYNTHETIC, target, views=2), world)
     return str(target)
 
 

@@ -18,7 +18,6 @@ from common.distributed import World
 from common.files import read_json, write_json
 from common.log import say
 from dalle.text_tokenizer import TextTokenizer
-from dalle.training.data import has_shards
 from dalle.training.options import Options
 from data_tools.ingest.records import HINTS
 from data_tools.ingest.shard_run import REPORT_FILE, reason_lines
@@ -60,12 +59,6 @@ class Names:
     @property
     def run_dir(self) -> Path:
         return Path(f"runs/{self.name}_vqgan")
-
-
-def names_pictures(data: str) -> bool:
-    """Whether `data` is a folder or a file on this machine that holds no shards."""
-    path = Path(data)
-    return bool(data) and path.exists() and not has_shards(path)
 
 
 def prepare_pictures(options: Options, world: World) -> Options:
