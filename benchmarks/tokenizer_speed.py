@@ -38,6 +38,7 @@ from data_tools.images.crops import CropFlip
 from data_tools.shards.index import ShardIndex
 from data_tools.shards.loader import IMAGE_SUFFIXES, DecodeImage, eval_batches, train_batches
 from kernels import accelerate
+from train_vqgan import TokenizerTask
 from vq.encoding import ImageEncoder
 from vq.losses.adversary import AdversaryConfig
 from vq.losses.discriminator import DiscriminatorConfig
@@ -46,7 +47,6 @@ from vq.losses.reconstruction import LossConfig, psnr
 from vq.model import ImageTokenizer, TokenizerConfig
 from vq.options import Options as TrainOptions
 from vq.published.taming import TamingConfig
-from vq.task import TokenizerTask
 
 Contender = Literal["fast", "taming", "taming_published", "taming_full"]
 PUBLISHED_JUDGE = DiscriminatorConfig(haar_levels=0, channels=64, layers=3, norm="batch")

@@ -8,8 +8,6 @@ what was made, where, how long it took and how good it is, and with report.html,
 """
 
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from common.files import read_json, read_lines
 from common.language import Language, Words, words_of
 from common.log import clock, say
 from common.output import OutputDirectory
+from common.programs import run_program
 from common.tables import plain_console
 
 EMBEDDED = Path("data/synthetic")
@@ -156,7 +155,7 @@ def run(stage: Stage) -> Row:
     """Start the stage's program. Raises ValueError with its command when it fails."""
     say(f"\n== {stage.title}: python {' '.join(stage.program)}")
     started = time.perf_counter()
-    code = subprocess.run([sys.executable, *stage.program]).returncode
+    code = run_program(stage.program)
     if code == 130:
         raise KeyboardInterrupt
     if code:

@@ -17,6 +17,7 @@ from common.config import parse_options, read_mapping, to_mapping
 from common.distributed import World
 from common.files import read_json, write_json
 from common.log import say
+from common.programs import run_program
 from dalle.text_tokenizer import TextTokenizer
 from dalle.training.options import Options
 from data_tools.ingest.records import HINTS
@@ -30,8 +31,8 @@ from vq.encode_shards import Options as EncodeOptions
 from vq.model import KIND as TOKENIZER_KIND
 from vq.model import ImageTokenizer
 from vq.options import Options as TokenizerOptions
-from vq.train import train
 
+SCRIPT = Path(__file__).parents[2] / "train_vqgan.py"
 RECIPE = Path(__file__).parents[2] / "configs/own_128/vqgan.yaml"
 VAL_SHARE = 0.05
 VIEWS = 6
@@ -216,4 +217,6 @@ def _train_tokenizer(options: Options, shards: Path, run_dir: Path) -> None:
         return
     flags = ["--config", str(recipe), "--data", str(shards), "--loop.run-dir", str(run_dir)]
     flags += ["--device", options.device, "--precision", options.precision]
-    train(parse_options(TokenizerOptions, flags))
+    code = run_program([str(SCRIPT), *flags])
+    if code:
+        raise SystemExit(code)  # it has said why

@@ -9,12 +9,12 @@ import train_vqgan
 from common import checkpoint
 from common.distributed import batch_plan, start_world
 from common.loop import LoopConfig
+from train_vqgan import TokenizerTask
 from vq.losses.adversary import AdversaryConfig
 from vq.losses.discriminator import DiscriminatorConfig
 from vq.losses.reconstruction import LossConfig
 from vq.model import ImageTokenizer
 from vq.options import Options
-from vq.task import TokenizerTask
 from vq.train_perceptual import main as train_perceptual
 
 LOOP = [

@@ -20,12 +20,12 @@ import train_vqgan
 from common import checkpoint
 from common.checkpoint import read_weights
 from data_tools.shards.index import ShardIndex
+from train_vqgan import TokenizerTask
 from vq.data import DecodeMasked, small_pictures
 from vq.image_folder import ImageFolder
 from vq.losses.adversary import Adversary
 from vq.losses.foreground import border_mask, pixel_weights
 from vq.model import ImageTokenizer
-from vq.task import TokenizerTask
 
 ROOT = Path(train_vqgan.__file__).parent
 COMMON = [
@@ -302,7 +302,7 @@ import sys, time
 import torch
 torch.set_num_threads(1)
 import train_vqgan
-from vq.task import TokenizerTask
+from train_vqgan import TokenizerTask
 plain = TokenizerTask.train_step
 def slow(self, batch, step):
     time.sleep(0.3 if step >= 4 else 0)
@@ -378,7 +378,7 @@ def test_compiled_training_gives_the_plain_losses(train):
 
 
 def test_compile_without_a_compiler_is_said(train, monkeypatch, capsys):
-    monkeypatch.setattr("vq.task.shutil.which", lambda name: None)
+    monkeypatch.setattr("train_vqgan.shutil.which", lambda name: None)
     with pytest.raises(SystemExit):
         train("compiled", "--compile", "True")
     assert "compile needs the C++ compiler g++" in capsys.readouterr().err

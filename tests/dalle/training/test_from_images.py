@@ -14,7 +14,8 @@ import train_dalle
 from common.checkpoint import read_weights
 from common.distributed import start_world
 from common.files import write_json
-from dalle.training.from_images import names_of, names_pictures, prepare_pictures
+from dalle.training.data import names_pictures
+from dalle.training.from_images import names_of, prepare_pictures
 from dalle.training.options import Options
 from data_tools.shards.index import ShardIndex
 
