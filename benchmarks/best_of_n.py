@@ -203,12 +203,12 @@ def write_page(options: Options, scored: SampleSet, ranker: Any, curves: Sequenc
         report.section("What was measured", report.facts(to_mapping(options))),
         report.section(
             "Choosing by the ranker, judged by the judge",
-            svg.curves(series, "best of", "share right", log_x=True),
+            report.side_by_side([("", svg.curves(series, "best of", "share right", log_x=True))]),
             report.table(("measure", "best of", "prompts", "share", "gain over random"), rows),
         ),
         report.section("Pictures", report.prompt_grids([first, best], report.spread(scored.texts, 60), 1)),
     ]
-    return report.write_page(options.out / "report.html", "Best of n by the ranker", sections)
+    return report.write_page(options.out / "report.html", "Best of n by the ranker", sections, report.ENGLISH)
 
 
 @command

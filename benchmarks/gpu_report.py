@@ -11,7 +11,6 @@ Goals: 45 % of the GPU's bf16 peak by its data sheet in training; 8,000 image to
 """
 
 import datetime
-import html
 import json
 import os
 import platform
@@ -34,6 +33,8 @@ import tyro
 from benchmarks import decode_speed, text_to_ranked, train_speed
 from common.config import command, parse_options
 from common.files import write_json
+from common.html import render
+from common.language import Words
 from common.log import say
 from common.output import OutputDirectory
 from dalle.model import SIZES, SizeName
@@ -337,22 +338,9 @@ def markdown(lines: Sequence[Line], about: Sequence[str]) -> str:
 
 def page(lines: Sequence[Line], about: Sequence[str]) -> str:
     """The same as HTML that loads nothing."""
-    style = (
-        "body{font:15px/1.5 system-ui;max-width:70em;margin:2em auto;padding:0 1em}table{border-collapse:collapse}"
-        "td,th{border-bottom:1px solid #ddd;padding:.3em .8em;text-align:left;vertical-align:top}"
-        ".reached{color:#137333;font-weight:600}.missed,.failed{color:#b3261e;font-weight:600}"
-    )
-    rows = []
-    for line in lines:
-        filled = [f"<td>{html.escape(cell)}</td>" for cell in cells(line)]
-        filled[4] = f'<td class="{line.verdict}">{line.verdict}</td>'
-        rows.append(f"<tr>{''.join(filled)}</tr>")
-    heads = "".join(f"<th>{heading}</th>" for heading in HEADINGS)
-    said = "".join(f"<li>{html.escape(line)}</li>" for line in about)
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>GPU report</title><style>{style}</style>'
-        f"<h1>GPU report</h1><ul>{said}</ul><table><tr>{heads}</tr>{''.join(rows)}</table></html>\n"
-    )
+    rows = [(line.verdict, cells(line)) for line in lines]
+    words = Words({}, "en")
+    return render("benchmarks/templates/gpu_report.html", words, about=about, headings=HEADINGS, rows=rows)
 
 
 @command

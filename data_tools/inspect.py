@@ -7,9 +7,7 @@ Writes one HTML page that needs nothing beside it, and prints the same counts. N
 urls are shown as text, pictures are decoded here and drawn small.
 """
 
-import base64
 import heapq
-import html
 import json
 import statistics
 import sys
@@ -21,6 +19,7 @@ from pathlib import Path
 import tyro
 
 from common.config import command, parse_options
+from common.html import data_url, render
 from common.language import Language, Words, words_of
 from common.output import require_replaceable, writing_file
 from common.progress import progress
@@ -73,6 +72,10 @@ class Findings:
     """Characters of the first caption of each row."""
     shown: list[tuple[float, int, Record]] = field(default_factory=list)
     """The rows drawn: minus the hash of the key, number, record; a heap."""
+
+    @property
+    def bad(self) -> int:
+        return self.read - self.kept
 
     def lose(self, item: Problem) -> None:
         """Count a problem and keep the first few of its kind."""
@@ -133,7 +136,7 @@ def summary(source: Source, found: Sequence[Findings]) -> list[str]:
     lines = source.describe()
     for part in found:
         first = "" if part.complete else "the first "
-        line = f"  {part.split}: {first}{part.read} rows, {part.kept} good, {part.read - part.kept} bad"
+        line = f"  {part.split}: {first}{part.read} rows, {part.kept} good, {part.bad} bad"
         if part.without_picture:
             line += f", {part.without_picture} without a picture in the source (urls or a test split)"
         lines.append(line)
@@ -162,96 +165,39 @@ def size_text(sizes: Sequence[tuple[int, int]]) -> str:
 
 # --- the page --------------------------------------------------------------------------------------------------
 
-STYLE = """
-body{font:15px/1.5 system-ui,"Noto Sans CJK SC","Microsoft YaHei",sans-serif;margin:2rem auto;max-width:72rem;
-padding:0 1rem;color:#222;background:#fff}
-h1{font-size:1.5rem;margin:0}h2{font-size:1.15rem;margin:2rem 0 .5rem;border-bottom:1px solid #ddd}
-table{border-collapse:collapse;width:100%}td,th{padding:.4rem .6rem;text-align:left;vertical-align:top;
-border-bottom:1px solid #eee;overflow-wrap:anywhere}th{color:#666;font-weight:500;white-space:nowrap}
-table{margin-bottom:1.5rem}figure{display:inline-block;margin:0 6px 4px 0}figcaption,small{font-size:12px;color:#777}
-img{display:block;background:#f4f4f4;border:1px solid #ddd}
-pre{margin:0;font-size:12px;white-space:pre-wrap;color:#555}.n{text-align:right}.bad{color:#b00020}.ok{color:#0a7a33}
-.rows td:nth-child(2){min-width:12rem}.rows td:nth-child(3){min-width:10rem}
-.hint{color:#555}.none{color:#999}small{color:#777}
-"""
+
+@dataclass(frozen=True)
+class Thumbnail:
+    """A picture of the page: its address, "" where it cannot be decoded for `reason`."""
+
+    url: str = ""
+    width: int = 0
+    height: int = 0
+    reason: str = ""
+    size: tuple[int, int] = (0, 0)
+    """Of the picture itself."""
 
 
 def page(source: Source, found: Sequence[Findings], words: Words) -> str:
-    """The whole page; every text of the source is escaped."""
-    title = html.escape(f"{source.path.name or source.path}")
-    what = words(
-        "Recognised as {format}, {count} split(s).", format=f"<b>{source.format}</b>", count=len(found)
+    """The whole page."""
+    return render(
+        "data_tools/templates/inspect.html",
+        words,
+        title=source.path.name or str(source.path),
+        source=source,
+        found=found,
+        hints=HINTS,
+        rows=_rows,
+        meta=lambda record: json.dumps(record.meta, ensure_ascii=False, sort_keys=True)[:2000],
+        size_text=size_text,
+        spread=spread,
     )
-    body = [f"<h1>{title}</h1><p>{what}</p>"]
-    for part in found:
-        body.append(f"<h2>{html.escape(part.split)} <small>{html.escape(_names(part.files))}</small></h2>")
-        body += [_counts(part, words), _problems(part, words), _rows(part, words)]
-    head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
-    return f'<!doctype html><html lang="{words.tag}"><head>{head}</head><body>{"".join(body)}</body></html>\n'
 
 
-def _names(files: Sequence[str]) -> str:
-    return ", ".join(files[:4]) + (f" and {len(files) - 4} more" if len(files) > 4 else "")
-
-
-def _counts(part: Findings, words: Words) -> str:
-    more = words("(reading ended at --limit; more rows follow)")
-    note = "" if part.complete else f" <small>{more}</small>"
-    bad = part.read - part.kept
-    kind = "bad" if bad else "ok"
-    rows = [("rows read", f"{part.read}{note}"), ("good", part.kept), ("bad", f'<b class="{kind}">{bad}</b>')]
-    if part.without_picture:
-        rows.append(
-            ("without picture", f"{part.without_picture} {words('(urls to download, or a test split)')}")
-        )
-    if part.sizes:
-        rows.append(("pictures", words.sentence(size_text(part.sizes))))
-    if part.lengths:
-        rows.append(
-            ("caption, characters", f"{spread(part.lengths)} {words('(smallest / median / largest)')}")
-        )
-    return f"<table>{''.join(f'<tr><th>{words(name)}</th><td>{value}</td></tr>' for name, value in rows)}</table>"
-
-
-def _problems(part: Findings, words: Words) -> str:
-    if not part.reasons:
-        return f'<p class="ok">{words("Nothing wrong was found.")}</p>'
-    rows = []
-    for reason, count in part.reasons.most_common():
-        examples = "".join(map(_example, part.examples[reason]))
-        hint = html.escape(words(HINTS[reason]))
-        rows.append(
-            f'<tr><td class="n bad">{count}</td><td>{reason}</td><td class="hint">{hint}</td><td>{examples}</td></tr>'
-        )
-    header = _header(words, "rows", "what is wrong", "what to do", "where")
-    return f"<table>{header}{''.join(rows)}</table>"
-
-
-def _example(item: Problem) -> str:
-    place, key = html.escape(item.where), html.escape(item.key[:60])
-    return f'<div title="{html.escape(item.detail)}">{place} <small>{key}</small></div>'
-
-
-def _header(words: Words, *names: str) -> str:
-    return f"<tr>{''.join(f'<th>{words(name)}</th>' for name in names)}</tr>"
-
-
-def _rows(part: Findings, words: Words) -> str:
+def _rows(part: Findings) -> list[tuple[Record, list[Thumbnail]]]:
+    """The rows to show, each with its pictures, small."""
     shown = [record for _, _, record in sorted(part.shown, reverse=True, key=lambda entry: entry[:2])]
-    rows = []
-    for record in shown:
-        pictures = (
-            "".join(_thumbnail(data) for data in _pictures(record))
-            or f'<span class="none">{words("no picture")}</span>'
-        )
-        captions = "".join(f"<div>{html.escape(text)}</div>" for text in record.captions[:10])
-        meta = html.escape(json.dumps(record.meta, ensure_ascii=False, sort_keys=True))
-        key = f"{html.escape(record.key)}<br><small>{html.escape(record.where)}</small>"
-        rows.append(
-            f"<tr><td>{pictures}</td><td>{captions}</td><td>{key}</td><td><pre>{meta[:2000]}</pre></td></tr>"
-        )
-    header = _header(words, "picture", "caption", "key", "meta")
-    return f'<table class="rows">{header}{"".join(rows)}</table>'
+    return [(record, [_thumbnail(data) for data in _pictures(record)]) for record in shown]
 
 
 def _pictures(record: Record) -> list[bytes]:
@@ -259,18 +205,12 @@ def _pictures(record: Record) -> list[bytes]:
     return ([record.image] if record.image else []) + extra
 
 
-def _thumbnail(data: bytes) -> str:
+def _thumbnail(data: bytes) -> Thumbnail:
     try:
-        picture = decode(data, near=THUMBNAIL)
+        small = resize(decode(data, near=THUMBNAIL), "longest", THUMBNAIL)
     except BadImage as error:
-        return f'<span class="bad">{error.reason}</span>'
-    width, height = image_size(data)
-    small = resize(picture, "longest", THUMBNAIL)
-    text = base64.b64encode(encode(small, "webp", 80)).decode()
-    return (
-        f'<figure><img src="data:image/webp;base64,{text}" width="{small.width}" height="{small.height}" '
-        f'alt=""><figcaption>{width} x {height}</figcaption></figure>'
-    )
+        return Thumbnail(reason=error.reason)
+    return Thumbnail(data_url(encode(small, "webp", 80)), *small.size, size=image_size(data))
 
 
 @command

@@ -17,6 +17,7 @@ from PIL import Image
 
 from common.config import command, parse_options, read_mapping
 from common.files import read_json, read_lines
+from common.image_list import read_list, read_ranking
 from common.language import Language, Words, words_of
 from common.log import clock, say
 from common.output import OutputDirectory
@@ -99,7 +100,7 @@ def data_quality(folder: Path) -> str:
 
 def goods_quality(out: Path) -> str:
     """Where the best image lies among real ones with their own captions, by the ranker."""
-    best = read_json(out / "ranking.json")["texts"][0]["pictures"][0]
+    best = read_ranking(out)["texts"][0]["pictures"][0]
     return f"the best scores above {best['percentile']:.0f} % of real images with their captions"
 
 
@@ -109,7 +110,7 @@ def ranking_quality(out: Path) -> str:
     from evaluation.metrics.pixel_colors import ColorHistogram
     from evaluation.reference import ReferencePictures
 
-    text = json.loads(read_lines(out / "images.jsonl")[0])["text"]
+    text = read_list(out)[0][1]["text"]
     train = ReferencePictures.of_split(str(EMBEDDED), "train", 64, limit=COLORED)
     measured = pixel_colors_of(train, range(len(train)), None)
     named = [color for color in measured.colors if color in text] if measured else []
@@ -205,7 +206,7 @@ def write_demo_page(options: Options, rows: Sequence[Row]) -> Path:
         _times(words, rows),
     ]
     with OutputDirectory(options.out) as files:
-        return files.write_text("report.html", page(words("The demo, from data to images"), parts, words.tag))
+        return files.write_text("report.html", page(words("The demo, from data to images"), parts, words))
 
 
 def first_to_last(folder: Path, most: int = SHOWN_STEPS) -> list[Path]:
@@ -217,13 +218,9 @@ def first_to_last(folder: Path, most: int = SHOWN_STEPS) -> list[Path]:
 
 
 def _shown(title: str, text: str, paths: Sequence[Path]) -> str:
-    from evaluation.report import note, picture, section
+    from evaluation.report import named_picture, note, section
 
-    shown = []
-    for path in paths:
-        if path.is_file():
-            with Image.open(path) as image:
-                shown.append(f"<p>{picture(image, side=1040)}<small>{path.name}</small></p>")
+    shown = [named_picture(path, side=1040) for path in paths if path.is_file()]
     return section(title, note(text), *shown) if shown else ""
 
 
@@ -232,13 +229,13 @@ def _data(words: Words) -> str:
     from evaluation.report import figure, section
 
     train = ReferencePictures.of_split(str(EMBEDDED), "train", 128, limit=SHOWN_DATA)
-    shown = "".join(figure(train.open(i), train.facts(i).caption) for i in range(len(train)))
-    return section(words("The training data: images with Chinese captions"), shown)
+    shown = [figure(train.open(i), train.facts(i).caption) for i in range(len(train))]
+    return section(words("The training data: images with Chinese captions"), *shown)
 
 
 def _times(words: Words, rows: Sequence[Row]) -> str:
     from data_tools.report import svg
-    from evaluation.report import section, table
+    from evaluation.report import section, side_by_side, table
 
     header = [words(name) for name in ("what", "where", "time", "how good", "command")]
     lines = [
@@ -247,7 +244,8 @@ def _times(words: Words, rows: Sequence[Row]) -> str:
     ]
     lines.append((words("in all"), "", clock(sum(row.seconds for row in rows)), "", ""))
     bars = svg.bars([(words(row.title), row.seconds) for row in rows], words("seconds"), width=720)
-    return section(words("What was made, and how long it took"), bars, table(header, lines, (0, 1, 3, 4)))
+    times = side_by_side([("", bars)])
+    return section(words("What was made, and how long it took"), times, table(header, lines, (0, 1, 3, 4)))
 
 
 @command

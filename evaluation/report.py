@@ -1,24 +1,21 @@
 """The pieces that pages of evaluation are made of, each one self-contained HTML: tables, plots, pictures in the page.
 
-Text stays text, so that the reader's own fonts draw Chinese; every text from outside is escaped.
+Text stays text, so that the reader's own fonts draw Chinese. The HTML stands in templates/: what these functions return
+is markup that goes into a page as it is, and everything else is escaped there.
 """
 
-import base64
-import html
-import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from common.files import atomic_path
+from common.html import data_url, image_url, macros, render
 from common.language import Words
-from data_tools.report.stats_page import STYLE
 from evaluation.metrics.statistics import Interval
-from evaluation.sets import Sample, SampleSet
+from evaluation.sets import SampleSet
 
 if TYPE_CHECKING:
     from evaluation.compare.parts import Reference
@@ -26,44 +23,21 @@ if TYPE_CHECKING:
 
 ENGLISH = Words({}, "en")
 THUMBNAIL = 128  # pixels, longest side
-OWN_STYLE = """
-figure{width:130px}figure img{max-width:128px}
-.prompt{margin:.9rem 0 .2rem;font-size:1.05rem;overflow-wrap:anywhere}
-.prompt small{overflow-wrap:anywhere}
-.arms{display:flex;flex-wrap:wrap;gap:.4rem 1.6rem}.arms h4{margin:0 0 .2rem;font-size:12px;font-weight:500;color:#777}
-table{margin:.4rem 0 .8rem}td,th{vertical-align:top}td small{white-space:nowrap}
-td.text,th.text{text-align:left;max-width:30rem;overflow-wrap:anywhere}
-.best{font-weight:600}.sure{color:#22763a;font-weight:600}.worse{color:#b3261e;font-weight:600}.unsure{color:#777}
-.wide{overflow-x:auto}
-img.best{outline:3px solid #54a24b}
-@media print{h2{break-after:avoid}figure,.arms>div{break-inside:avoid}}
-"""
-
-
-@dataclass(frozen=True)
-class Raw:
-    """HTML that is put into a table as it is."""
-
-    html: str
-
-
-def page(title: str, sections: Iterable[str], tag: str = "zh") -> str:
-    """The whole document; `tag`: its language, zh or en."""
-    name = html.escape(title)
-    head = (
-        f'<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{name}</title><style>{STYLE}{OWN_STYLE}</style>"
-    )
-    body = "".join(sections)
-    return f'<!doctype html><html lang="{tag}"><head>{head}</head><body><h1>{name}</h1>{body}</body></html>\n'
-
-
 METRICS, PAGE = "metrics.json", "report.html"  # of the evaluation and of the arena
 
 
-def write_page(path: Path, title: str, sections: Iterable[str], tag: str = "zh") -> Path:
+def _parts() -> Any:
+    return macros("evaluation/templates/parts.html")
+
+
+def page(title: str, sections: Iterable[str], words: Words) -> str:
+    """The whole document."""
+    return render("evaluation/templates/report.html", words, title=title, sections=sections)
+
+
+def write_page(path: Path, title: str, sections: Iterable[str], words: Words) -> Path:
     """Atomically. Raises OSError when the file cannot be written."""
-    text = page(title, sections, tag)
+    text = page(title, sections, words)
     with atomic_path(path) as temporary:
         temporary.write_text(text, "utf-8")
     return path
@@ -72,28 +46,27 @@ def write_page(path: Path, title: str, sections: Iterable[str], tag: str = "zh")
 def section(title: str, *parts: str) -> str:
     """A heading and what stands below; "" without parts."""
     kept = [part for part in parts if part]
-    return f"<h2>{html.escape(title)}</h2>{''.join(kept)}" if kept else ""
+    return _parts().section(title, kept) if kept else ""
+
+
+def group(title: str, *parts: str) -> str:
+    """The same one level down, where a title of "" leaves the heading out."""
+    kept = [part for part in parts if part]
+    return _parts().group(title, kept) if kept else ""
 
 
 def note(text: str) -> str:
-    return f'<p class="note">{html.escape(text)}</p>' if text else ""
+    return _parts().note(text)
 
 
-def side_by_side(*charts: str) -> str:
-    return '<div class="two">' + "".join(f"<div>{chart}</div>" for chart in charts if chart) + "</div>"
+def side_by_side(charts: Sequence[tuple[str, str]]) -> str:
+    """(title, SVG) of each chart."""
+    return _parts().side_by_side([chart for chart in charts if chart[1]])
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]], text_columns: Sequence[int] = (0,)) -> str:
-    """Cells are escaped unless they are Raw; `text_columns` are set flush left and may break."""
-
-    def cell(tag: str, column: int, value: Any) -> str:
-        kind = ' class="text"' if column in text_columns else ""
-        shown = value.html if isinstance(value, Raw) else html.escape(str(value))
-        return f"<{tag}{kind}>{shown}</{tag}>"
-
-    head = "".join(cell("th", i, name) for i, name in enumerate(header))
-    body = "".join("<tr>" + "".join(cell("td", i, v) for i, v in enumerate(row)) + "</tr>" for row in rows)
-    return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
+    """`text_columns` are set flush left and may break."""
+    return _parts().table(header, rows, text_columns)
 
 
 def facts(values: Mapping[str, Any]) -> str:
@@ -113,41 +86,47 @@ def number(value: float) -> str:
     return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
 
 
-def interval(value: Interval, best: bool = False) -> Raw:
+def marked(text: str, is_best: bool) -> str:
+    return _parts().marked(text, "best" if is_best else "")
+
+
+def interval(value: Interval, best: bool = False) -> str:
     """The value over its interval."""
-    kind = ' class="best"' if best else ""
-    low, high = number(value.low), number(value.high)
-    return Raw(f"<span{kind}>{number(value.value)}</span><br><small>{low} .. {high}</small>")
+    below = f"{number(value.low)} .. {number(value.high)}"
+    return _parts().marked(number(value.value), "best" if best else "", below)
 
 
-def difference(value: Interval, higher_is_better: bool | None = None) -> Raw:
+def difference(value: Interval, higher_is_better: bool | None = None) -> str:
     """A difference: green where its interval leaves out zero on the good side, red on the other, grey with zero."""
     kind = "unsure"
     if (value.low > 0 or value.high < 0) and higher_is_better is not None:
         kind = "sure" if (value.low > 0) == higher_is_better else "worse"
-    shown = f"{value.value:+.4g}"
-    return Raw(f'<span class="{kind}">{shown}</span><br><small>{value.low:+.3g} .. {value.high:+.3g}</small>')
+    return _parts().marked(f"{value.value:+.4g}", kind, f"{value.low:+.3g} .. {value.high:+.3g}")
 
 
 # --- pictures ------------------------------------------------------------------------------------------------------
 
 
-def picture(image: Image.Image, side: int = THUMBNAIL, kind: str = "") -> str:
+def picture(image: Image.Image, side: int = THUMBNAIL) -> str:
     """An <img> with the picture inside, its longer side at most `side` pixels."""
     small = image.convert("RGB")
     small.thumbnail((side, side), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    small.save(buffer, "WEBP", quality=82)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    name = f' class="{kind}"' if kind else ""
-    return (
-        f'<img alt=""{name} width="{small.width}" height="{small.height}" loading="lazy" '
-        f'src="data:image/webp;base64,{data}">'
-    )
+    return _parts().picture(image_url(small, 82), *small.size)
 
 
-def figure(image: Image.Image, caption: str, kind: str = "") -> str:
-    return f"<figure>{picture(image, kind=kind)}{html.escape(caption)}</figure>"
+def figure(image: Image.Image, caption: str) -> str:
+    return _parts().figure(picture(image), caption)
+
+
+def named_picture(path: Path, side: int) -> str:
+    """An image file over its name."""
+    with Image.open(path) as image:
+        return _parts().shown(picture(image, side), path.name)
+
+
+def plot(path: Path) -> str:
+    """A PNG file, in the page."""
+    return _parts().plot(data_url(path.read_bytes(), "png"), path.name)
 
 
 def prompt_grids(
@@ -159,20 +138,14 @@ def prompt_grids(
     """The first pictures of every text, the sets side by side; `marks`: a remark below a picture, by its path."""
     marks = marks or {}
     groups = [found.by_prompt() for found in sets]
-    parts = []
+    rows = []
     for text in texts:
-        arms = []
+        systems = []
         for found, by_text in zip(sets, groups, strict=True):
-            shown = "".join(_sample(sample, marks) for sample in by_text.get(text, [])[:per_text])
-            arms.append(f"<div><h4>{html.escape(found.name)}</h4>{shown or '-'}</div>")
-        parts.append(
-            f'<p class="prompt">{html.escape(shorten(text))}</p><div class="arms">{"".join(arms)}</div>'
-        )
-    return "".join(parts)
-
-
-def _sample(sample: Sample, marks: Mapping[Path, str]) -> str:
-    return figure(sample.image, marks.get(sample.path, ""))
+            samples = by_text.get(text, [])[:per_text]
+            systems.append((found.name, [figure(s.image, marks.get(s.path, "")) for s in samples]))
+        rows.append((shorten(text), systems))
+    return _parts().prompt_grids(rows)
 
 
 def shorten(text: str, most: int = 200) -> str:
@@ -228,9 +201,9 @@ def nearest_training(
             remark = f"{pair.distance:.3g}" + (words(", nearer than the threshold") if pair.is_copy else "")
             made = figure(sample.image, f"{shorten(sample.text, 40)} | {remark}")
             real_one = figure(reference.train.open(pair.row), f"{shorten(pair.caption, 40)} | {pair.key}")
-            shown.append(f'<div class="pair">{made}{real_one}</div>')
-        parts.append(f"<h3>{html.escape(found.name)}</h3>{note(found.note)}{''.join(shown)}")
-    return "".join(parts)
+            shown.append(_parts().pair(made, real_one))
+        parts.append(group(found.name, note(found.note), *shown))
+    return group("", *parts)
 
 
 def write_report(
@@ -263,7 +236,7 @@ def write_report(
         ),
         section(words("Pictures that could not be read"), *(note(line) for line in samples.corrupt[:50])),
     ]
-    return write_page(path, words("Evaluation of {name}", name=samples.name), sections, words.tag)
+    return write_page(path, words("Evaluation of {name}", name=samples.name), sections, words)
 
 
 def spread(items: Sequence[str], most: int) -> list[str]:

@@ -9,9 +9,6 @@ figures.json and index.html (one file, pictures inside). Whether goods are still
 evaluation.reconstructions.
 """
 
-import base64
-import html
-import io
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +23,9 @@ from torch import Tensor
 from common.config import command, parse_options
 from common.distributed import pick_device
 from common.files import atomic_path
+from common.html import image_url, render
 from common.image import to_image
+from common.language import Words
 from common.log import say
 from common.output import OutputDirectory
 from common.precision import Precision, autocast
@@ -205,48 +204,16 @@ def _clock(device: torch.device) -> float:
 
 def write_page(path: Path, figures: dict[str, Any], rows: Sequence[Row], title: str) -> None:
     """One HTML file: the figures, then original | reconstruction of `rows` in their order."""
-    shown = "".join(
-        f"<tr><td>{html.escape(name.replace('_', ' '))}</td><td>{html.escape(_short(value))}</td></tr>"
-        for name, value in figures.items()
+    shown = [(name.replace("_", " "), _short(value)) for name, value in figures.items()]
+    page = render(
+        "vq/templates/evaluate.html", Words({}, "en"), title=title, figures=shown, rows=rows, url=image_url
     )
-    cards = "".join(_card(i, row) for i, row in enumerate(rows, start=1))
-    page = PAGE.format(title=html.escape(title), figures=shown, cards=cards, count=len(rows))
     with atomic_path(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
 
 
-def _card(number: int, row: Row) -> str:
-    distance = "" if row.perceptual is None else f" · perceptual {row.perceptual:.3f}"
-    pictures = "".join(
-        f'<img src="{_data_url(image)}" alt="">' for image in (row.original, row.reconstruction)
-    )
-    words = f"{row.psnr:.1f} dB · SSIM {row.ssim:.3f}{distance}"
-    return (
-        f"<figure>{pictures}<figcaption><b>{number}. {html.escape(row.key)}</b> {words}<br>"
-        f"{html.escape(row.text)}</figcaption></figure>"
-    )
-
-
-def _data_url(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, "WEBP", quality=92)
-    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
 def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else "not measured" if value is None else str(value)
-
-
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
-body {{ font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #222 }}
-table {{ border-collapse: collapse }} td {{ padding: .15rem 1.2rem .15rem 0; border-bottom: 1px solid #ddd }}
-main {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(17.5rem, 1fr)); gap: 1.2rem }}
-figure {{ margin: 0 }} img {{ width: 49.5%; image-rendering: pixelated }} img + img {{ margin-left: 1% }}
-figcaption {{ font-size: 12px; color: #555 }}
-</style></head><body><h1>{title}</h1><table>{figures}</table>
-<p>Original left, reconstruction right; {count} pictures, worst first.</p><main>{cards}</main></body></html>
-"""
 
 
 @command

@@ -1,8 +1,6 @@
 """The page of evaluation.arena: summary, plots, metrics, differences, what choosing is worth, images, nearest training
 images; in English or Chinese."""
 
-import base64
-import html
 import itertools
 import time
 from collections.abc import Mapping, Sequence
@@ -48,14 +46,14 @@ def write_arena_page(path: Path, match: Match, plots: Mapping[str, Plot]) -> Pat
     }
     sections = [report.section(words(title), *found) for title, found in parts.items()]
     names = ", ".join(system.spec.name for system in match.systems)
-    return report.write_page(path, f"{words('Arena')}: {names}", sections)
+    return report.write_page(path, f"{words('Arena')}: {names}", sections, words)
 
 
 def _summary(match: Match, words: Words) -> str:
     found = match.to_json()
     rows = []
     for row in summary(found, words):
-        cells = [_cell(cell, i in row.best) for i, cell in enumerate(row.cells)]
+        cells = [report.marked(cell or "-", i in row.best) for i, cell in enumerate(row.cells)]
         rows.append((row.name, *cells, row.real or ""))
     text = words("Bold: the best of the systems. Behind each value its 95 % interval over prompts.")
     notes = hours_notes(found)
@@ -63,25 +61,17 @@ def _summary(match: Match, words: Words) -> str:
     return report.note(text) + report.table(header_of(found, words), rows, (0,)) + report.note(hours)
 
 
-def _cell(text: str | None, is_best: bool) -> report.Raw:
-    kind = ' class="best"' if is_best else ""
-    return report.Raw(f"<span{kind}>{html.escape(text or '-')}</span>")
-
-
 def _plots(plots: Mapping[str, Plot], words: Words) -> str:
     if not plots:
         return ""
     parts = []
     for plot in plots.values():
-        data = base64.b64encode(plot.path.read_bytes()).decode()
         missing = words("Not shown, since it is not recorded: {names}.").format(names=", ".join(plot.missing))
-        name = html.escape(plot.path.name)
-        image = f'<img style="max-width:100%" alt="{name}" src="data:image/png;base64,{data}">'
-        parts.append(f"<div>{image}</div>" + report.note(missing if plot.missing else ""))
+        parts += [report.plot(plot.path), report.note(missing if plot.missing else "")]
     text = words(
         "Ringed: on the Pareto front, no other system is both better and cheaper. Bars: 95 % intervals over prompts."
     )
-    return report.note(text) + "".join(parts)
+    return report.group("", report.note(text), *parts)
 
 
 def _settings(match: Match, words: Words) -> str:
@@ -167,7 +157,7 @@ def _differences(match: Match, words: Words) -> str:
 
 def _left_out(match: Match, words: Words) -> str:
     reasons = dict.fromkeys(reason for system in match.systems for reason in system.left_out)
-    return "".join(report.note(f"{words('Left out')}: {reason}") for reason in reasons)
+    return report.group("", *(report.note(f"{words('Left out')}: {reason}") for reason in reasons))
 
 
 # --- choosing and time ---------------------------------------------------------------------------------------------
@@ -189,17 +179,16 @@ def _curves(match: Match, words: Words) -> str:
                 chosen = words("likelihood") if found.scorer == LIKELIHOOD else found.scorer
                 shown = (words(name), system.spec.name, p.width, report.interval(p.value))
                 rows.append((*shown, gain, p.prompts, chosen))
-        title = f"<h3>{html.escape(words(name))}</h3>"
-        charts.append(title + svg.curves(series, words("best of"), words("share"), log_x=True))
+        charts.append((words(name), svg.curves(series, words("best of"), words("share"), log_x=True)))
     if not rows:
-        return report.side_by_side(*charts)
+        return report.side_by_side(charts)
     header = ("by the judge", "system", "best of", "value", "gain over random", "prompts", "chosen by")
     text = (
         "Width 1 is the mean of all images of a prompt, which a random choice would get; the others are means over "
         "choices among different images of the prompt."
     )
     table = report.table(tuple(map(words, header)), rows, (0, 1, 6))
-    return report.note(words(text)) + report.side_by_side(*charts) + table
+    return report.note(words(text)) + report.side_by_side(charts) + table
 
 
 def _ends(value: Interval) -> tuple[float, float, float]:
@@ -267,9 +256,9 @@ def _neighbours(match: Match, words: Words) -> str:
     parts = []
     for system in match.systems:
         found = report.nearest_training(system.figures, system.samples, match.reference, words, NEIGHBOURS)
-        parts.append(f"<h3>{html.escape(system.spec.name)}</h3>{found}" if found else "")
+        parts.append(report.group(system.spec.name, found))
     text = "Left what was generated, right the training image that is nearest to it; the nearest pairs of each system."
-    return report.note(words(text)) + "".join(parts) if any(parts) else ""
+    return report.group("", report.note(words(text)), *parts) if any(parts) else ""
 
 
 def _lost(match: Match, words: Words) -> list[str]:

@@ -59,7 +59,7 @@ def write_sweep_page(path: Path, sweep: Sweep) -> Path:
         report.section("On prompts that the search has not seen", _compared(sweep)),
         report.section("Pictures of these prompts", report.prompt_grids(sets, texts, PER_PROMPT)),
     ]
-    return report.write_page(path, "Sweep of sampling options", sections)
+    return report.write_page(path, "Sweep of sampling options", sections, report.ENGLISH)
 
 
 def _objectives(sweep: Sweep, trial: Trial) -> list[Figure]:
@@ -75,7 +75,7 @@ def _stage(sweep: Sweep, stage: Stage) -> str:
     charts = []
     for figure in objectives:
         for knob in [stage.knob] if stage.knob else ["cfg_scale"]:
-            charts.append(svg.curves(_series(stage.trials, knob, figure.name), knob, figure.name))
+            charts.append(("", svg.curves(_series(stage.trials, knob, figure.name), knob, figure.name)))
     rows = []
     for trial, rank in zip(stage.trials, _ranks(sweep, stage), strict=True):
         won = trial is stage.winner
@@ -86,7 +86,7 @@ def _stage(sweep: Sweep, stage: Stage) -> str:
     names = [f"{f.name}, {report.better(f.higher_is_better)} is better" for f in objectives]
     table = report.table(("setting", *names, "mean rank", "other figures"), rows, (0, len(names) + 2))
     title = stage.knob.replace("_", " ") if stage.knob else "All combinations"
-    return report.section(f"Search: {title}", report.side_by_side(*charts), table)
+    return report.section(f"Search: {title}", report.side_by_side(charts), table)
 
 
 def _series(trials: Sequence[Trial], knob: str, name: str) -> list[tuple[str, list[tuple[float, ...]]]]:

@@ -38,7 +38,7 @@ def test_a_page_is_one_file_and_escapes_what_it_is_given(tmp_path):
         report.figure(Image.new("L", (300, 90)), EVIL) + report.figure(Image.new("RGB", (8, 8)), EVIL),
         report.section("nothing", "", ""),
     ]
-    text = report.write_page(tmp_path / "page.html", EVIL, sections).read_text("utf-8")
+    text = report.write_page(tmp_path / "page.html", EVIL, sections, report.ENGLISH).read_text("utf-8")
     seen = Reader(text)
     names = [tag for tag, _ in seen.tags]
     assert "script" not in names and "nothing" not in seen.text
@@ -64,9 +64,7 @@ def test_numbers_as_people_write_them():
 
 def test_a_difference_is_sure_only_where_its_interval_leaves_out_zero():
     def kind(low, high, higher):
-        return re.search(
-            'class="(.*?)"', report.difference(Interval((low + high) / 2, low, high), higher).html
-        )[1]
+        return re.search('class="(.*?)"', report.difference(Interval((low + high) / 2, low, high), higher))[1]
 
     assert kind(0.1, 0.3, True) == "sure" and kind(-0.3, -0.1, False) == "sure"
     assert kind(-0.1, 0.3, True) == kind(-0.1, 0.3, False) == "unsure"
