@@ -177,7 +177,7 @@ pre{margin:0;font-size:12px;white-space:pre-wrap;color:#555}.n{text-align:right}
 
 def page(source: Source, found: Sequence[Findings], words: Words) -> str:
     """The whole page; every text of the source is escaped."""
-    title = html.escape(f"{source.path.name or source.path}")
+    title = html.escape(f"{Path(source.path).name or source.path}")
     what = words(
         "Recognised as {format}, {count} split(s).", format=f"<b>{source.format}</b>", count=len(found)
     )
