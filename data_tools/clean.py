@@ -61,8 +61,8 @@ REASONS: dict[str, str] = (
 class CleanConfig:
     """Filter a source by rules on captions and pictures."""
 
-    src: tyro.conf.Positional[Path] = Path()
-    """File or folder in any recognised format."""
+    src: tyro.conf.Positional[str] = ""
+    """File or folder in any recognised format, or URL of shards or of a list."""
     dst: tyro.conf.Positional[str] = ""
     """Folder, or fsspec URL such as s3://bucket/clean."""
     captions: CaptionRules = field(default_factory=CaptionRules)

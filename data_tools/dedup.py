@@ -12,6 +12,7 @@ Measured on 9,533 product pictures: all 14 pairs at distance 4 have the same lab
 the colours 94 %, 78 % and 56 %, and the longest chain of neighbours grows from 16 to 747.
 """
 
+import hashlib
 import shutil
 import time
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ import numpy as np
 import tyro
 
 from common.config import command, parse_options, to_mapping
-from common.files import atomic_path, ensure_writable_directory, read_json, write_json
+from common.files import atomic_path, cache_directory, ensure_writable_directory, read_json, write_json
 from common.lock import locked
 from data_tools.engine import EngineOptions
 from data_tools.images.decode import ImageLimits
@@ -34,10 +35,15 @@ from data_tools.ingest.rewrite import Steps, print_report, rewrite
 from data_tools.ingest.shard_run import REPORT_FILE, announce, say
 from data_tools.ingest.signatures import Sign, sign_source
 from data_tools.parallel import Workers
-from data_tools.readers.base import ReaderOptions
-from data_tools.readers.detect import Source, open_source
+from data_tools.phash import MAX_DISTANCE, components, near_pairs
+from data_tools.readers import ReaderOptions, Source, open_source
+from data_tools.records import HINTS, Problem, Record, problem
+from data_tools.remote import is_remote
+from data_tools.rewrite import Steps, print_report, rewrite
 from data_tools.shard import files_of
-from data_tools.shards.targets import JOURNAL
+from data_tools.shard_run import REPORT_FILE, announce, say
+from data_tools.signatures import Sign, sign_source
+from data_tools.targets import JOURNAL, Target, open_target
 
 WORK = ".signatures"
 GROUPS_FILE = "groups.tsv"
@@ -55,10 +61,10 @@ REASONS = HINTS | {
 class DedupConfig:
     """Take out duplicates, near duplicates and leaks between splits."""
 
-    src: tyro.conf.Positional[Path]
-    """File or folder in any recognised format."""
-    dst: tyro.conf.Positional[Path]
-    """Folder for the shards of what is kept."""
+    src: tyro.conf.Positional[str]
+    """File or folder in any recognised format, or URL of shards or of a list."""
+    dst: tyro.conf.Positional[str]
+    """Folder, or fsspec URL such as s3://bucket/unique, for the shards of what is kept."""
     distance: int = 4
     """Near duplicates: hash bits of 64 that may differ; 0 to 16, 3 to 6 are useful."""
     group_distance: int = 8
@@ -67,8 +73,8 @@ class DedupConfig:
     """Largest difference of a colour of the 4 x 4 grid, in levels of 255; 255 looks at shapes alone."""
     keep: Literal["largest", "first"] = "largest"
     """Which of near pictures stays; largest has the most pixels, the first of these."""
-    against: tuple[Path, ...] = ()
-    """Sources whose pictures must not be in the result, such as a test set."""
+    against: tuple[str, ...] = ()
+    """Sources, as SRC, whose pictures must not be in the result, such as a test set."""
     max_pixels: int = 64_000_000
     """Most pixels of a picture; more are refused before they are allocated."""
     samples_per_shard: int = 1000
@@ -229,32 +235,51 @@ def dedup(config: DedupConfig) -> dict[str, Any]:
     announce(source)
     others = [open_source(path, replace(config.reader, split="")) for path in config.against]
     job = job_of(config, source, others)
-    report = config.dst / REPORT_FILE
-    if report.is_file() and read_json(report).get("job") == job:
-        say(f"{config.dst} is complete already, nothing to do")
-        return read_json(report)
-    groups, begun = config.dst / GROUPS_FILE, config.dst / WORK
-    if groups.exists() and not (report.is_file() or begun.is_dir() or (config.dst / JOURNAL).is_dir()):
-        raise ValueError(f"{groups} was not written here: move it away or choose another folder")
-    ensure_writable_directory(config.dst)
-    cluster = config.work.cluster
-    with locked(config.dst, ".dedup.lock"), cluster.connected() if cluster else nullcontext():
-        return _dedup(config, source, others, job)
+    target, work = open_target(str(config.dst)), work_folder(str(config.dst))
+    try:
+        report = target.read_json(REPORT_FILE)
+        if report and report.get("job") == job:
+            say(f"{config.dst} is complete already, nothing to do")
+            return report
+        if GROUPS_FILE in target.names() and not (report or work.is_dir() or JOURNAL in target.names()):
+            raise ValueError(
+                f"{config.dst}/{GROUPS_FILE} was not written here: move it away or choose another folder"
+            )
+        ensure_writable_directory(work.parent)
+        cluster = config.work.cluster
+        lock = ".dedup.lock" if work.name == WORK else f".{work.name}.lock"
+        with locked(work.parent, lock), cluster.connected() if cluster else nullcontext():
+            return _dedup(config, source, others, job, target, work)
+    finally:
+        target.close()
+
+
+def work_folder(dst: str) -> Path:
+    """Where signatures are kept until the end: in DST; of a URL in the cache of this machine."""
+    if is_remote(dst):
+        return cache_directory() / "dedup" / hashlib.sha256(dst.encode()).hexdigest()[:16]
+    return Path(dst.removeprefix("file://")) / WORK
 
 
 def _dedup(
-    config: DedupConfig, source: Source, others: Sequence[Source], job: dict[str, Any]
+    config: DedupConfig,
+    source: Source,
+    others: Sequence[Source],
+    job: dict[str, Any],
+    target: Target,
+    work: Path,
 ) -> dict[str, Any]:
-    signatures, levels, names = _sign_all(config, source, others, job)
+    signatures, levels, names = _sign_all(config, source, others, job, work)
     plan = make_plan(signatures, levels, config)
     own = signatures[levels < AGAINST]
     decide = Decide(plan, own, names, _sign(config))
     steps = Steps(_nothing, decide, lambda record: None)
-    with atomic_path(config.dst / GROUPS_FILE) as temporary:
+    with atomic_path(target.staging / GROUPS_FILE) as temporary:
         lines = (f"{names[item]}\t{names[first]}\n" for item, first in sorted(plan.groups.items()))
         temporary.write_text("".join(lines), "utf-8")
+    target.put(target.staging / GROUPS_FILE)
     result = rewrite(source, str(config.dst), job, steps, config.samples_per_shard, 0, _in_group)
-    shutil.rmtree(config.dst / WORK)
+    shutil.rmtree(work)
     return result
 
 
@@ -271,10 +296,9 @@ def _sign(config: DedupConfig) -> Sign:
 
 
 def _sign_all(
-    config: DedupConfig, source: Source, others: Sequence[Source], job: dict[str, Any]
+    config: DedupConfig, source: Source, others: Sequence[Source], job: dict[str, Any], work: Path
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Signatures, protection levels and names of the pictures of all sources, those of SRC first."""
-    work = config.dst / WORK
     begun = work / "job.json"
     if begun.is_file() and read_json(begun) != job:
         shutil.rmtree(work)

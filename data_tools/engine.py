@@ -102,14 +102,11 @@ class RayCluster:
             yield
             return
         try:
-            # other machines get the code of this one; processes of this machine read it where it lies
-            environment = {"py_modules": packages()} if self.address else {}
-            ray.init(
-                address=self.address or "local",
-                runtime_env=environment,
-                include_dashboard=False if not self.address else None,
-                logging_level="warning",
-            )
+            if self.address:  # other machines get the code of this one
+                ray.init(self.address, runtime_env={"py_modules": packages()}, logging_level="warning")
+            else:  # processes read it where it lies; Ray gives its own a niceness of 15, those of a pool have none
+                own = {"include_dashboard": False, "_system_config": {"worker_niceness": 0}}
+                ray.init("local", logging_level="warning", **own)
         except Exception as error:  # Ray raises that very class where its processes do not start
             ray.shutdown()
             raise ValueError(

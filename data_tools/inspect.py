@@ -183,7 +183,7 @@ def page(source: Source, found: Sequence[Findings], words: Words) -> str:
     return render(
         "data_tools/templates/inspect.html",
         words,
-        title=source.path.name or str(source.path),
+        title=Path(source.path).name or str(source.path),
         source=source,
         found=found,
         hints=HINTS,

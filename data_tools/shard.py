@@ -39,8 +39,9 @@ from data_tools.split import hash_split, read_pairs, split_unit
 class ShardConfig:
     """Convert a source to shards."""
 
-    src: tyro.conf.Positional[Path]
-    """File or folder in any recognised format; `python -m data_tools.inspect SRC` shows what is recognised."""
+    src: tyro.conf.Positional[str]
+    """File or folder in any recognised format, or URL of shards or of a list; `python -m data_tools.inspect SRC` shows
+    what is recognised."""
     dst: tyro.conf.Positional[str]
     """Folder, or fsspec URL such as s3://bucket/shards."""
     samples_per_shard: int = 1000
@@ -93,7 +94,7 @@ def job_of(config: ShardConfig, source: Source) -> dict[str, Any]:
 
 def files_of(source: Source) -> list[list[Any]]:
     """Names and sizes of the files that a source is read from; of a folder a hash over those of all its files."""
-    files: list[list[Any]] = [[path.name, path.stat().st_size] for path in source.files if path.is_file()]
+    files: list[list[Any]] = [list(file) for file in source.named_files]
     if source.inventory:
         files.append(["", listing_hash(source.inventory)])
     return files

@@ -43,8 +43,8 @@ BATCH = 16
 class StatsConfig:
     """Describe a source on one page."""
 
-    src: tyro.conf.Positional[Path]
-    """File or folder in any recognised format."""
+    src: tyro.conf.Positional[str]
+    """File or folder in any recognised format, or URL of shards or of a list."""
     out: Path = Path("stats.html")
     """Page to write; its numbers go beside it with the suffix .json."""
     tokenizer: str = ""
@@ -158,7 +158,7 @@ def stats(config: StatsConfig) -> dict[str, Any]:
         "flags": flag_counts(facts),
     }
     report = Report(
-        config.src.name or str(config.src), facts, alike, shown, records, numbers, config.max_text_len
+        Path(config.src).name or config.src, facts, alike, shown, records, numbers, config.max_text_len
     )
     with writing_file(config.out) as temporary:
         temporary.write_text(page(report, words_of(config.language, "stats")), "utf-8")

@@ -65,8 +65,8 @@ REASONS = CAPTION_REASONS | {
 class DownloadConfig:
     """Fetch the pictures of a list."""
 
-    src: tyro.conf.Positional[Path]
-    """List with urls: CSV, TSV, JSONL or parquet."""
+    src: tyro.conf.Positional[str]
+    """List with urls: CSV, TSV, JSONL or parquet; a path, or a URL itself."""
     dst: tyro.conf.Positional[Path]
     """Folder for the shards."""
     rules: str = ""
@@ -429,7 +429,7 @@ def job_of(config: DownloadConfig, source: Source) -> dict[str, Any]:
     """What decides which rows are in which tar."""
     options = to_mapping(config)
     rules = to_mapping(load_rules(config.rules).captions) if config.rules else {}
-    files = [[path.name, path.stat().st_size] for path in source.files if path.is_file()]
+    files = [list(file) for file in source.named_files]
     reader = options["reader"] | {"image_root": ""}
     return {"files": files, "rules": rules, "reader": reader, "samples_per_shard": config.samples_per_shard}
 

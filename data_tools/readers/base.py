@@ -7,7 +7,7 @@ import json
 import os
 import stat
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -103,6 +103,8 @@ class Part:
     """What relative paths start from, unless `image_root` is set."""
     inventory: Inventory | None = field(default=None, compare=False, repr=False)
     """The files below a folder of pictures."""
+    fetch: Callable[[Sequence[Path]], Iterator[Path]] | None = field(default=None, compare=False, repr=False)
+    """Of shards elsewhere: brings each file, which is here until the next is asked for."""
 
     @property
     def has_images(self) -> bool:

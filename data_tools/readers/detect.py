@@ -5,7 +5,7 @@ A list, a tar and images in one folder may each be what is meant: where two read
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from data_tools.ingest.records import Problem, problem
@@ -30,9 +30,12 @@ from data_tools.readers.base import (
     hash_path,
 )
 from data_tools.readers.choice import Reading, choose
+from data_tools.readers.elsewhere import fetch_list, is_list, remote_parts
 from data_tools.readers.finders import FINDERS, SPLITS, Folder
 from data_tools.readers.inventory import Entry, Inventory, take_inventory
 from data_tools.readers.lists import why_not
+from data_tools.records import Problem, problem
+from data_tools.remote import is_remote
 
 READERS: dict[str, Reader] = {
     "ecommerce_t2i": ecommerce_t2i.read,
@@ -56,7 +59,8 @@ class Source:
     The records of a test split without pictures, and of lists of urls, have an empty `image`.
     """
 
-    path: Path
+    path: Path | str
+    """A URL where it is elsewhere."""
     format: str
     parts: tuple[Part, ...]
     options: ReaderOptions
@@ -66,6 +70,8 @@ class Source:
     """What to know about the choice of the format."""
     not_chosen: tuple[Path, ...] = ()
     """Files of the other splits, where one was chosen."""
+    shards_elsewhere: tuple[tuple[str, int], ...] = ()
+    """Names and sizes, see `readers.elsewhere.remote_parts`."""
 
     def __iter__(self) -> Iterator[Item]:
         meter = Meter()
@@ -113,7 +119,7 @@ class Source:
 
     def describe(self) -> list[str]:
         """Lines for people: the format, the files that showed it, and the lists and archives beside them."""
-        names = [path.name for path in self.files if path.is_file()]
+        names = [name for name, _ in self.named_files]
         by = f" by {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}" if names else ""
         lines = [f"{self.path}: {self.format}{by}"]
         lines += [f"note: {note}" for note in self.notes]
@@ -134,7 +140,14 @@ class Source:
     @property
     def num_bytes(self) -> int:
         """Size of the files that are read, 0 for folders of pictures, whose files are counted when they are listed."""
-        return sum(path.stat().st_size for path in self.files if path.is_file())
+        return sum(max(size, 0) for _, size in self.named_files)
+
+    @property
+    def named_files(self) -> list[tuple[str, int]]:
+        """Names and sizes of the files that are read; of shards elsewhere see `shards_elsewhere`."""
+        if self.shards_elsewhere:
+            return list(self.shards_elsewhere)
+        return [(path.name, path.stat().st_size) for path in self.files if path.is_file()]
 
     @property
     def files(self) -> list[Path]:
@@ -144,13 +157,17 @@ class Source:
 
 
 def open_source(
-    path: Path, options: ReaderOptions | None = None, exclude: Sequence[Path | str] = ()
+    path: Path | str, options: ReaderOptions | None = None, exclude: Sequence[Path | str] = ()
 ) -> Source:
-    """Recognise `path`. `exclude`: what the running command writes, in case it lies below.
+    """Recognise `path`, or a URL of shards or of a list. `exclude`: what the running command writes, in case it lies
+    below.
 
     Raises FileNotFoundError, or ValueError that says what was found and what is known, or which readings there are.
     """
-    options, path = options or ReaderOptions(), Path(path)
+    options = options or ReaderOptions()
+    if is_remote(str(path)):
+        return _open_elsewhere(str(path), options)
+    path = Path(str(path).removeprefix("file://"))
     if not path.exists():
         raise FileNotFoundError(f"there is no file or folder {path}")
     root = options.image_root
@@ -159,15 +176,33 @@ def open_source(
     inventory = take_inventory(path, [Path(p) for p in exclude]) if path.is_dir() else None
     reading, notes = _recognise(path, options, inventory)
     parts = tuple(sorted(reading.parts, key=lambda part: [*SPLITS.values(), part.split].index(part.split)))
-    if options.split:
-        chosen = tuple(part for part in parts if part.split == options.split)
-        if not chosen:
-            known = ", ".join(part.split for part in parts)
-            raise ValueError(f"{path} has no split {options.split!r}: it has {known}")
-    else:
-        chosen = parts
+    chosen = _of_split(parts, options.split, path)
     not_chosen = tuple(f for p in parts if p not in chosen for f in (*p.files, p.texts) if f)
     return Source(path, reading.name, chosen, options, inventory, notes, not_chosen)
+
+
+def _of_split(parts: tuple[Part, ...], split: str, path: Path | str) -> tuple[Part, ...]:
+    """All where `split` is ""."""
+    chosen = tuple(part for part in parts if split in ("", part.split))
+    if not chosen:
+        known = ", ".join(part.split for part in parts)
+        raise ValueError(f"{path} has no split {split!r}: it has {known}")
+    return chosen
+
+
+def _open_elsewhere(url: str, options: ReaderOptions) -> Source:
+    if is_list(url):
+        return replace(open_source(fetch_list(url), options), path=url)
+    if options.format not in ("auto", "webdataset"):
+        raise ValueError(
+            f"{url}: of formats in folders, webdataset alone is read by URL, not {options.format}"
+        )
+    parts, files = remote_parts(url)
+    chosen = _of_split(parts, options.split, url)
+    read = {path.name for part in chosen for path in part.files}
+    return Source(
+        url, "webdataset", chosen, options, shards_elsewhere=tuple(f for f in files if f[0] in read)
+    )
 
 
 def _recognise(

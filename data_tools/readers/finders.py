@@ -61,7 +61,7 @@ def split_of(name: str) -> str:
     return SPLITS[found.group(1).lower()] if found else "train"
 
 
-def _grouped(paths: Sequence[Path], root: Path | None = None) -> list[Part]:
+def grouped(paths: Sequence[Path], root: Path | None = None) -> list[Part]:
     """One part a split; files in the order of their names."""
     groups: dict[str, list[Path]] = {}
     for path in sorted(paths):
@@ -102,7 +102,7 @@ def _lists(suffixes: tuple[str, ...], accepts: Callable[[Path, ReaderOptions], b
             files = [
                 p for p in files if p.name.startswith(LIST_OF_IMAGEFOLDER)
             ]  # of a Hugging Face imagefolder
-        return _grouped(files)
+        return grouped(files)
 
     return find
 
@@ -139,7 +139,7 @@ def _lists_of_splits(folder: Folder) -> list[Part]:
     """Imagefolder with `train/metadata.jsonl` and so on."""
     names = [name for name in folder.inventory.folders if name.lower() in SPLITS]
     files = [folder.root / name / "metadata.jsonl" for name in names]
-    return [replace(_grouped([f])[0], split=SPLITS[f.parent.name.lower()]) for f in files if f.is_file()]
+    return [replace(grouped([f])[0], split=SPLITS[f.parent.name.lower()]) for f in files if f.is_file()]
 
 
 def _find_parquet(folder: Folder) -> list[Part]:
@@ -150,7 +150,7 @@ def _find_parquet(folder: Folder) -> list[Part]:
         names += [n for n in data if re.fullmatch(r"data/[^/]+\.parquet", n, re.IGNORECASE)]
         has_images = bool(folder.inventory.of("image", "tar"))
         names = [n for n in names if not (has_images and _is_log(folder.root / n))]
-    return _grouped([folder.root / n for n in names if n not in folder.taken], folder.root)
+    return grouped([folder.root / n for n in names if n not in folder.taken], folder.root)
 
 
 def _is_log(path: Path) -> bool:
@@ -189,7 +189,7 @@ def _drawings_of_splits(folder: Folder) -> list[Part]:
 
 
 def _find_tars(folder: Folder) -> list[Part]:
-    return _grouped([folder.root / name for name in folder.names(".tar")])
+    return grouped([folder.root / name for name in folder.names(".tar")])
 
 
 def _find_folder(folder: Folder) -> list[Part]:

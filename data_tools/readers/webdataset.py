@@ -21,7 +21,7 @@ MAX_MEMBERS = 64  # of one sample
 
 def read(part: Part, options: ReaderOptions, meter: Meter) -> Iterator[Item]:
     """One item a sample; a member that is unsafe or too large, and a tar that ends early, is an item too."""
-    for path in part.files:
+    for path in part.fetch(part.files) if part.fetch else part.files:
         start = meter.done
         for item, offset in _read_tar(path, options):
             meter.done = start + offset

@@ -18,7 +18,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,6 +195,18 @@ def _write_whole(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_bytes(data)
     os.replace(temporary, path)
+
+
+def sizes(urls: Iterable[str]) -> dict[str, int]:
+    """Bytes of those files whose file system lists folders: not of http(s) and `pipe:`."""
+    found: dict[str, int] = {}
+    for base in dict.fromkeys(url.rpartition("/")[0] for url in urls):
+        if base.startswith(("http://", "https://", PIPE)):
+            continue
+        system, root = _file_system(base)
+        entries = system.ls(root, detail=True)
+        found |= {f"{base}/{entry['name'].rpartition('/')[2]}": int(entry["size"] or 0) for entry in entries}
+    return found
 
 
 # --- opening -----------------------------------------------------------------------------------------------------

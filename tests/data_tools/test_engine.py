@@ -1,17 +1,15 @@
 """Ray against the local engine: the same bytes, also when a node dies; and one sentence where there is no Ray."""
 
 import contextlib
-import importlib.util
-import socket
 import sys
-import threading
-import time
 from pathlib import Path
 
 import crashing_work
+import numpy as np
 import pytest
 from crashing_work import crash_on_three, slow_tens
 from make_sources import write_t2i
+from ray_nodes import alive, losing_a_node, needs_ray, two_nodes
 from web import Server
 
 from data_tools.clean import main as clean_main
@@ -21,13 +19,9 @@ from data_tools.download.run import main as download_main
 from data_tools.download.run import shared_limits
 from data_tools.engine import EngineOptions, RayCluster, packages
 from data_tools.parallel import ordered_map
+from data_tools.phash import near_pairs
 from data_tools.shard import main as shard_main
 from data_tools.stats import main as stats_main
-
-needs_ray = pytest.mark.skipif(
-    importlib.util.find_spec("ray") is None, reason="Ray is an optional package: requirements-ray.txt"
-)
-MEMORY = 100 * 2**20  # of a node's object store
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -68,53 +62,13 @@ class TestWithoutRay:
         }
 
 
-def node_options() -> dict[str, int]:
-    """A small object store, and ports of its own: Ray waits only 15 seconds for an agent that chooses them."""
-    names = (
-        "metrics_agent_port",
-        "runtime_env_agent_port",
-        "dashboard_agent_listen_port",
-        "metrics_export_port",
-    )
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in names]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        ports = [each.getsockname()[1] for each in sockets]
-    return {"object_store_memory": MEMORY, **dict(zip(names, ports, strict=True))}
-
-
 @pytest.fixture(scope="module")
 def nodes():
-    """A head that does no work, and two nodes of one processor."""
-    from ray.cluster_utils import Cluster
-
     from data_tools.engine import import_ray
 
-    ray = import_ray()
-    ray.cloudpickle.register_pickle_by_value(crashing_work)  # nodes do not have the tests
-    with contextlib.ExitStack() as stack:
-        head = {"num_cpus": 0, "include_dashboard": False, **node_options()}
-        cluster = Cluster(initialize_head=True, head_node_args=head)
-        stack.callback(cluster.shutdown)
-        stack.callback(ray.shutdown)
-        for _ in range(2):
-            cluster.add_node(num_cpus=1, **node_options())
-        cluster.wait_for_nodes()
+    with two_nodes() as cluster:
+        import_ray().cloudpickle.register_pickle_by_value(crashing_work)  # nodes do not have the tests
         yield cluster
-
-
-def lose_a_node(cluster, when) -> threading.Thread:
-    """Kills a node that works as soon as `when()` is true; a new one comes for the tests after this one."""
-
-    def run() -> None:
-        while not when():
-            time.sleep(0.02)
-        cluster.remove_node(cluster.list_all_nodes()[-1], allow_graceful=False)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    return thread
 
 
 @needs_ray
@@ -132,33 +86,29 @@ class TestRay:
         with pytest.raises(TypeError, match=r"multiply|can't|unsupported"):
             list(ordered_map(slow_tens, [(0, [None])], RayCluster(nodes.address), str))
 
-    def test_commands_give_the_bytes_of_the_local_engine(self, nodes, tmp_path):
+    def test_commands_give_the_bytes_of_the_local_engine(self, nodes, tmp_path, monkeypatch):
         write_t2i(tmp_path / "src", 40)
         for name, flags in (
             ("local", ["--workers", "0"]),
             ("ray", ["--engine", "ray", "--ray-address", nodes.address]),
         ):
-            to = tmp_path / name
+            (tmp_path / name).mkdir()
+            monkeypatch.chdir(tmp_path / name)  # the page names the folder that it is about
             with RayCluster(nodes.address).connected() if name == "ray" else contextlib.nullcontext():
-                shard_main(
-                    [
-                        str(tmp_path / "src"),
-                        str(to / "s"),
-                        "--samples-per-shard",
-                        "16",
-                        "--size",
-                        "32",
-                        *flags,
-                    ]
-                )
-                clean_main([str(to / "s"), str(to / "c"), "--samples-per-shard", "8", *flags])
-                dedup_main([str(to / "c"), str(to / "d"), "--max-colour", "8", *flags])
-                stats_main([str(to / "d"), "--out", str(to / "p.html"), *flags])
-        local, ray = tree(tmp_path / "local"), tree(tmp_path / "ray")
-        for page in ("p.html", "p.json"):  # they name the folder that they are about
-            local[page] = local[page].replace(b"/local/", b"/ray/")
-        assert ray == local
-        assert {name.partition("/")[0] for name in ray} == {"s", "c", "d", "p.html", "p.json"}
+                shard_main(["../src", "s", "--samples-per-shard", "16", "--size", "32", *flags])
+                clean_main(["s", "c", "--samples-per-shard", "8", *flags])
+                dedup_main(["c", "d", "--max-colour", "8", *flags])
+                stats_main(["d", "--out", "p.html", *flags])
+        found = tree(tmp_path / "ray")
+        assert found == tree(tmp_path / "local")
+        assert {name.partition("/")[0] for name in found} == {
+            ".written.jsonl",
+            "s",
+            "c",
+            "d",
+            "p.html",
+            "p.json",
+        }
 
     def test_a_download_gives_the_bytes_of_the_local_engine(self, nodes, tmp_path):
         rows = [f"{{url}}/good/{i}" if i % 7 else "{url}/missing" for i in range(30)]
@@ -170,21 +120,38 @@ class TestRay:
                                "--allow-private", "--min-success", "0", *flags])  # fmt: skip
         assert tree(tmp_path / "ray") == tree(tmp_path / "local")
 
+    def test_the_search_for_near_hashes_is_spread(self, nodes):
+        """Below 200,000 pictures dedup searches in one process, so its tests do not come here."""
+        hashes = np.unique(np.random.default_rng(0).integers(0, 2**64, 3000, np.uint64) // 2**20 * 2**20)
+        hashes = np.unique(np.concatenate([hashes, hashes[::7] ^ np.uint64(5)]))
+        alone, spread = (list(near_pairs(hashes, 4, workers)) for workers in (0, RayCluster(nodes.address)))
+        assert len(alone) == len(spread) > 0
+        for one, other in zip(alone, spread, strict=True):
+            assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
     def test_a_node_dies_in_the_middle_and_nothing_is_missing(self, nodes, tmp_path):
-        """Last: the cluster has a node less after it."""
         write_t2i(tmp_path / "src", 200)
         options = [str(tmp_path / "src"), "--samples-per-shard", "16", "--size", "32"]
         shard_main([options[0], str(tmp_path / "local"), *options[1:], "--workers", "0"])
         with RayCluster(nodes.address).connected():
             import ray
 
-            before = len([node for node in ray.nodes() if node["Alive"]])
-            dies = lose_a_node(nodes, (tmp_path / "ray" / "train-00000.tar").exists)
-            shard_main([options[0], str(tmp_path / "ray"), *options[1:], "--engine", "ray",
-                        "--ray-address", nodes.address])  # fmt: skip
-            dies.join()
-            batches = [(i, [i, i + 0.5]) for i in range(30)]
-            found = list(ordered_map(slow_tens, batches, RayCluster(nodes.address), str))
-            assert len([node for node in ray.nodes() if node["Alive"]]) == before - 1
+            before = alive(ray)
+            with losing_a_node(nodes, (tmp_path / "ray" / "train-00000.tar").exists):
+                shard_main([options[0], str(tmp_path / "ray"), *options[1:], "--engine", "ray",
+                            "--ray-address", nodes.address])  # fmt: skip
+            assert alive(ray) == before  # one died, one came
+            assert sum(not node["Alive"] for node in ray.nodes()) == 1
         assert tree(tmp_path / "ray") == tree(tmp_path / "local")
+
+    def test_a_node_dies_before_its_results_were_fetched(self, nodes):
+        batches, taken = [(i, [i, i + 0.5]) for i in range(30)], []
+
+        def counted():
+            for batch in batches:
+                taken.append(batch)
+                yield batch
+
+        with losing_a_node(nodes, lambda: len(taken) > 8):
+            found = list(ordered_map(slow_tens, counted(), RayCluster(nodes.address), str))
         assert found == [(i, [10 * i, 10 * i + 5]) for i in range(30)]

@@ -9,6 +9,7 @@ import time
 import httpx
 import pytest
 from PIL import Image
+from ray_nodes import needs_ray
 
 from common.config import from_mapping
 from dalle.engines import FastOptions
@@ -35,7 +36,8 @@ def test_without_ray_it_says_what_to_install():
         deploy({})
 
 
-@pytest.mark.skipif(not has_ray, reason="Ray is not installed")
+@needs_ray
+@pytest.mark.slow
 def test_a_replica_answers_as_the_service_does(small_generator, tmp_path):
     import ray
     from ray import serve
@@ -56,7 +58,8 @@ def test_a_replica_answers_as_the_service_does(small_generator, tmp_path):
     }
     with pytest.raises(ValueError, match="unknown option surprise"):
         deploy({"surprise": 1})
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    own = {"include_dashboard": False, "_system_config": {"worker_niceness": 0}}
+    ray.init(num_cpus=2, log_to_driver=False, **own)
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         serve.run(deploy(arguments), name="painter", route_prefix="/")
@@ -70,6 +73,7 @@ def test_a_replica_answers_as_the_service_does(small_generator, tmp_path):
                 break
             time.sleep(1)
         assert answer.status_code == 200, answer.text
+        metrics = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=60).text
         found = [base64.b64decode(entry["b64_json"]) for entry in answer.json()["data"]]
     finally:
         serve.shutdown()
@@ -77,5 +81,6 @@ def test_a_replica_answers_as_the_service_does(small_generator, tmp_path):
     pipeline = TextToImage.from_pretrained(small_generator, "cpu", FastOptions())
     wanted = [image.tobytes() for image in pipeline(TEXT, 2, seed=5)]
     assert [Image.open(io.BytesIO(data)).tobytes() for data in found] == wanted
+    assert 'endpoint="/v1/images/generations"' in metrics
     (log,) = (tmp_path / "audit").iterdir()
     assert verify(log) >= 2

@@ -10,9 +10,11 @@ import pytest
 import torch
 from pickling_cluster import PicklingCluster
 from PIL import Image
+from ray_nodes import losing_a_node, needs_ray, two_nodes
 from reference_shards import write_out_dir
 from tiny_goods import draw
 
+from data_tools.engine import RayCluster
 from data_tools.images.decode import BadImage
 from evaluation.compare.parts import Networks
 from evaluation.embed import main as embed_main
@@ -239,6 +241,16 @@ def test_all_networks_keep_the_contract(judge_dir, ranker_dir):
         assert probabilities is None or np.allclose(probabilities.sum(1), 1)
 
 
+class CountedPictures(ListedPictures):
+    """Counts what is opened."""
+
+    opened = 0
+
+    def open(self, index):
+        self.opened += 1
+        return super().open(index)
+
+
 def test_a_cluster_gives_the_same_features(tmp_path):
     network, images = PerceptualHash(), Damaged(pictures(9))
     alone, kept = embed(network, images, batch_size=4)
@@ -246,6 +258,21 @@ def test_a_cluster_gives_the_same_features(tmp_path):
     assert np.array_equal(spread, alone) and same.tolist() == kept.tolist()
     stored, _ = embed(network, images, FeatureStore(network, tmp_path))
     assert np.array_equal(stored, alone)
+
+
+@needs_ray
+@pytest.mark.slow
+def test_ray_gives_the_same_features_also_when_a_node_dies(judge_dir):
+    with two_nodes() as nodes, RayCluster(nodes.address).connected():
+        cluster = RayCluster(nodes.address)
+        for network in (PerceptualHash(), GoodsJudge.from_pretrained(judge_dir)):
+            images = CountedPictures(pictures(60))
+            alone, kept = embed(network, images, batch_size=4)
+            images.opened = 0
+            # 3 batches ahead for each of two nodes are opened at once, the next when a result has come
+            with losing_a_node(nodes, lambda seen=images: seen.opened > 6 * 4):
+                spread, same = embed(network, images, None, 4, cluster)
+            assert np.array_equal(spread, alone) and same.tolist() == kept.tolist()
 
 
 def test_features_ahead_of_measuring(shards, tmp_path, monkeypatch, capsys):
