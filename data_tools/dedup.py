@@ -35,15 +35,11 @@ from data_tools.ingest.rewrite import Steps, print_report, rewrite
 from data_tools.ingest.shard_run import REPORT_FILE, announce, say
 from data_tools.ingest.signatures import Sign, sign_source
 from data_tools.parallel import Workers
-from data_tools.phash import MAX_DISTANCE, components, near_pairs
-from data_tools.readers import ReaderOptions, Source, open_source
-from data_tools.records import HINTS, Problem, Record, problem
-from data_tools.remote import is_remote
-from data_tools.rewrite import Steps, print_report, rewrite
+from data_tools.readers.base import ReaderOptions
+from data_tools.readers.detect import Source, open_source
 from data_tools.shard import files_of
-from data_tools.shard_run import REPORT_FILE, announce, say
-from data_tools.signatures import Sign, sign_source
-from data_tools.targets import JOURNAL, Target, open_target
+from data_tools.shards.remote import is_remote
+from data_tools.shards.targets import JOURNAL, Target, open_target
 
 WORK = ".signatures"
 GROUPS_FILE = "groups.tsv"

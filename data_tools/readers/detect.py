@@ -34,8 +34,7 @@ from data_tools.readers.elsewhere import fetch_list, is_list, remote_parts
 from data_tools.readers.finders import FINDERS, SPLITS, Folder
 from data_tools.readers.inventory import Entry, Inventory, take_inventory
 from data_tools.readers.lists import why_not
-from data_tools.records import Problem, problem
-from data_tools.remote import is_remote
+from data_tools.shards.remote import is_remote
 
 READERS: dict[str, Reader] = {
     "ecommerce_t2i": ecommerce_t2i.read,

@@ -17,7 +17,7 @@ from pathlib import Path
 from data_tools.readers.base import Part
 from data_tools.readers.finders import grouped
 from data_tools.readers.inventory import LIST_SUFFIXES
-from data_tools.remote import (
+from data_tools.shards.remote import (
     PIPE,
     RemoteOptions,
     RemoteShard,

@@ -13,9 +13,10 @@ from web import Server
 from data_tools.clean import main as clean
 from data_tools.dedup import main as dedup
 from data_tools.dedup import work_folder
-from data_tools.download import main as download
-from data_tools.readers import elsewhere, open_source
-from data_tools.records import Record
+from data_tools.download.run import main as download
+from data_tools.ingest.records import Record
+from data_tools.readers import elsewhere
+from data_tools.readers.detect import open_source
 from data_tools.shard import main as shard
 from data_tools.stats import main as stats
 

@@ -18,8 +18,8 @@ from data_tools.download.fetch import FetchOptions
 from data_tools.download.run import main as download_main
 from data_tools.download.run import shared_limits
 from data_tools.engine import EngineOptions, RayCluster, packages
+from data_tools.images.phash import near_pairs
 from data_tools.parallel import ordered_map
-from data_tools.phash import near_pairs
 from data_tools.shard import main as shard_main
 from data_tools.stats import main as stats_main
 
