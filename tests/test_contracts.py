@@ -62,6 +62,50 @@ def test_import_arrows():
     assert not broken, broken
 
 
+def imported_modules(tree: ast.AST, known: set[str]) -> set[str]:
+    """Of `known`, those that are imported anywhere in a file, in its functions too."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= names & known or {node.module}
+    return found & known
+
+
+def on_circles(imports: dict[str, set[str]]) -> set[str]:
+    """Modules that import each other or stand between such: those left after taking away all that import none left,
+    then all that none left imports."""
+    left = dict(imports)
+    while free := [m for m, others in left.items() if not others & left.keys()]:
+        left = {m: others for m, others in left.items() if m not in free}
+    while free := left.keys() - set().union(*left.values()):
+        left = {m: others for m, others in left.items() if m not in free}
+    return set(left)
+
+
+def test_no_module_imports_itself_through_others():
+    names = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in python_files()
+        if path.relative_to(ROOT).parts[0] not in ("tests", "benchmarks")
+    }
+    known = set(names)
+    imports = {
+        name: imported_modules(ast.parse(path.read_text("utf-8")), known - {name})
+        for name, path in names.items()
+    }
+    assert not on_circles(imports)
+
+
+def test_the_circle_test_sees_a_circle():
+    tree = ast.parse("def f():\n    from a import b\nimport c.d")
+    assert imported_modules(tree, {"a", "a.b", "c.d", "e"}) == {"a.b", "c.d"}
+    circle = {"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set()}
+    assert on_circles(circle) == {"b", "c"} and not on_circles(circle | {"c": {"d"}})
+
+
 def test_only_who_switches_kernels_on_imports_them():
     users = [
         str(path.relative_to(ROOT))
