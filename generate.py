@@ -150,7 +150,7 @@ class Options:
 def open_mask(path: Path, picture: Image.Image) -> Image.Image:
     """White where the picture is to be redrawn. Raises ValueError for a mask of another shape, which would not lie on
     it."""
-    mask = open_picture(path, ground="black")
+    mask = open_picture(path, background="black")
     if abs(mask.width * picture.height - mask.height * picture.width) > 0.02 * mask.height * picture.width:
         sizes = f"{mask.width} x {mask.height}, the picture {picture.width} x {picture.height}"
         raise ValueError(f"the mask {path} is {sizes}: both must have the same shape")

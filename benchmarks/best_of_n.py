@@ -7,7 +7,7 @@
 Prompts are distinct captions of the held-out split that name a category which the judge knows: those that name a colour
 first, then the same with another colour, so that there are enough to judge colours by, then the others. The judge was
 trained apart from the ranker, and its weights are refused if they are the ranker's. "Random" is the mean of all 8
-pictures, what a random choice gets. The bar: the 95 % interval of the difference, over prompts, lies above zero.
+pictures, what a random choice gets. The target: the 95 % interval of the difference, over prompts, lies above zero.
 Killed, the same command goes on. Writes results.json and report.html.
 """
 
@@ -176,13 +176,13 @@ def show(curves: Sequence[Curve], options: Options) -> None:
 
 
 def verdicts(curves: Sequence[Curve]) -> list[str]:
-    """A sentence a measure: is the bar met."""
+    """A sentence a measure: is the target met."""
     lines = []
     for found in curves:
         last = found.points[-1]
         met = "met" if last.gain.low > 0 else "MISSED"
         few = f", on fewer than {FEWEST} prompts" if last.prompts < FEWEST else ""
-        lines.append(f"{found.name}: the bar (the interval lies above zero) is {met}{few}")
+        lines.append(f"{found.name}: the target (the interval lies above zero) is {met}{few}")
     return lines
 
 

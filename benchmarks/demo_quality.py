@@ -6,7 +6,7 @@
 Every image is judged twice: evaluation.judges.goods, fitted to the training images, names the category, and the
 colour is measured in the pixels. The target is 90 % for each after reranking. Shares come with Wilson's 95 %
 intervals, and with those of the images before reranking and of synthetic ones, which show what is judged wrong.
-Writes sheet.png, where the mistakes are framed, and results.json. Without a judge, one is trained first: five
+Writes verdicts.png, where the mistakes are framed, and results.json. Without a judge, one is trained first: five
 minutes on a core of a CPU.
 """
 
@@ -54,7 +54,7 @@ class Options:
     ranker: str = "runs/ranker"
     """Name of the ranker, see rankers."""
     out: Path = Path("out/demo_quality")
-    """Directory for sheet.png and results.json."""
+    """Directory for verdicts.png and results.json."""
     num_images: int = 4
     """Pictures of each prompt, of which the ranker takes the best."""
     num_prompts: int = 100
@@ -186,7 +186,7 @@ def shares(verdicts: Sequence[Verdict]) -> dict[str, dict[str, float]]:
     return {**result, "pictures": {"count": len(verdicts)}}
 
 
-def sheet(
+def verdict_grid(
     asked: Sequence[tuple[str, str]], images: Sequence[Image.Image], verdicts: Sequence[Verdict]
 ) -> Image.Image:
     """Kinds down, colours across; a picture that is not what was asked for is framed and says what is seen."""
@@ -250,8 +250,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "all, without reranking": shares([v for row in verdicts for v in row]),
         "synthetic ones: what the judges get right": shares(control(judges)),
     }
-    page = sheet(asked, [images[i] for images, i in zip(drawn, chosen, strict=True)], best)
-    with atomic_path(options.out / "sheet.png") as temporary:
+    page = verdict_grid(asked, [images[i] for images, i in zip(drawn, chosen, strict=True)], best)
+    with atomic_path(options.out / "verdicts.png") as temporary:
         page.save(temporary, "PNG")
     prompts = [
         {"text": prompt(v.kind, v.color), **vars(v), "picture": i} for v, i in zip(best, chosen, strict=True)
@@ -269,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         say(
             f"{word} right: {share:.0%}, the target of {TARGET:.0%} is {'met' if share >= TARGET else 'MISSED'}"
         )
-    say(f"sheet: {options.out / 'sheet.png'}")
+    say(f"verdicts: {options.out / 'verdicts.png'}")
     return results
 
 

@@ -52,7 +52,9 @@ def parse_options(
     default = from_mapping(cls, values, where=str(path)) if path else None
     kwargs = {} if default is None else {"default": default}
     description = f"{description.strip()}\n\n{OF_EVERY_COMMAND}"
-    args = _complete_bare_flags(args, set(_boolean_flags(cls)))
+    args = _complete_bare_flags(
+        _with_present_flags(args, dict(_earlier_flags(cls))), set(_boolean_flags(cls))
+    )
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -95,6 +97,24 @@ def _from_box(text: str) -> str:
     flags = [line.split()[0] for section in others for line in section if line.startswith("--")]
     message += f" (perhaps {' or '.join(dict.fromkeys(flags))})" if "Perhaps" in text and flags else ""
     return f"{message}; --help shows all options" if message.startswith("Unrecognized") else message
+
+
+def _earlier_flags(cls: type, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(earlier, present) `--flag` of every option that its class names in EARLIER_NAMES."""
+    annotated = typing.get_type_hints(cls, include_extras=True)
+    for earlier, name in getattr(cls, "EARLIER_NAMES", {}).items():
+        yield tuple(f"--{prefix}{n}".replace("_", "-") for n in (earlier, name))
+    for name, kind in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(kind):
+            yield from _earlier_flags(kind, f"{prefix}{name}.")
+            if annotated[name] is not kind:
+                yield from _earlier_flags(kind, prefix)
+
+
+def _with_present_flags(args: list[str], renamed: dict[str, str]) -> list[str]:
+    """Earlier names of flags by their present ones, in `--flag value` and `--flag=value`."""
+    parts = [arg.partition("=") for arg in args]
+    return [renamed.get(flag.replace("_", "-"), flag) + equals + value for flag, equals, value in parts]
 
 
 def _boolean_flags(cls: type, prefix: str = "") -> Iterator[str]:
@@ -181,6 +201,8 @@ def from_mapping(cls: type[Options], values: dict[str, Any], where: str = "confi
     """A dataclass from nested mappings, recursively; unknown keys raise ValueError with the known ones."""
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    renamed = getattr(cls, "EARLIER_NAMES", {})  # of options, for one release
+    values = {renamed.get(name, name): value for name, value in values.items()}
     unknown = sorted(set(values) - set(fields))
     if unknown:
         raise ValueError(f"{where}: unknown option {', '.join(unknown)} (known: {', '.join(sorted(fields))})")

@@ -134,5 +134,5 @@ def _ranking(directory: Path, texts: set[str], images: set[str]) -> list[str]:
             return []
         if there.read_bytes() != (directory / name).read_bytes():
             return []
-    sheet = [RANKED] if _plain_png(directory / RANKED, newest) else []
-    return [RANKING, *sheet, *copies]
+    grid = [RANKED] if _plain_png(directory / RANKED, newest) else []
+    return [RANKING, *grid, *copies]

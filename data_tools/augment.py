@@ -195,7 +195,7 @@ def swap(word: Word, tables: Tables, share: float, rng: np.random.Generator) -> 
 
 @dataclass(frozen=True)
 class PictureAugment:
-    """Moves a product within its picture; what comes into view continues the ground. `loader` calls it with a rng."""
+    """Moves a product within its image; what comes into view continues the background. Called with a rng."""
 
     shift: float = 0.0
     """Largest shift, as a share of the side, 0 to 0.5."""
@@ -245,7 +245,7 @@ class Chain:
 
 
 def _move(image: Image.Image, right: float, down: float, degrees: float, scale: float) -> Image.Image:
-    """Around the centre; the ground is a mirror of the edge, which is seamless on plain and textured grounds alike."""
+    """Around the centre; the background is a mirror of the edge, seamless on plain and textured ones alike."""
     width, height = image.size
     pixels = np.pad(np.asarray(image), ((height, height), (width, width), (0, 0)), mode="symmetric")
     angle = np.deg2rad(degrees)

@@ -153,7 +153,7 @@ class Tasks:
         return self.cluster.ahead * self.slots()
 
     def result(self, task: Any, batch: Sequence[Any], crashed: Callable[[Any], Any]) -> list[Any]:
-        """What a task of `submit` returned, by trying its elements singly where it could not be had."""
+        """What a task of `submit` returned, by trying its elements singly where it was lost."""
         try:
             return self._get(task)
         except _lost(self._ray):

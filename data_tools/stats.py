@@ -1,4 +1,4 @@
-"""One HTML report on a source: captions, attributes, labels, pictures, grounds, duplicates, with plots and examples.
+"""One HTML report on a source: captions, attributes, labels, images, backgrounds, duplicates, with plots.
 
     python -m data_tools.stats data/clean
     python -m data_tools.stats data/clean --out report.html --tokenizer hfl/chinese-roberta-wwm-ext --max-text-len 32

@@ -164,8 +164,8 @@ def as_rgb(image: Image.Image) -> Image.Image:
         return image
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         layer = image.convert("RGBA")
-        ground = Image.new("RGBA", layer.size, "white")
-        return Image.alpha_composite(ground, layer).convert("RGB")
+        background = Image.new("RGBA", layer.size, "white")
+        return Image.alpha_composite(background, layer).convert("RGB")
     if image.mode.startswith("I"):  # 16-bit grey: PIL's own conversion clips at 255
         return image.point(lambda level: level / 256).convert("L").convert("RGB")
     return image.convert("RGB")

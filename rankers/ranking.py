@@ -153,7 +153,7 @@ def write_ranking(
         with files.writing(row.copy) as temporary:
             shutil.copyfile(out / row.file, temporary)
     shown = itertools.islice(texts.values(), SHEET_TEXTS)
-    ranked, image = [out / row.file for rows in shown for row in rows], sheet(out, texts)
+    ranked, image = [out / row.file for rows in shown for row in rows], ranked_grid(out, texts)
     with files.writing(RANKED) as temporary:
         image.save(temporary, "PNG", **joined_arguments(ranked, image, "PNG"))
     calibration = ranker.calibration
@@ -171,7 +171,7 @@ def write_ranking(
     )
 
 
-def sheet(out: Path, texts: dict[str, list[Ranked]], side: int = 128, columns: int = 8) -> Image.Image:
+def ranked_grid(out: Path, texts: dict[str, list[Ranked]], side: int = 128, columns: int = 8) -> Image.Image:
     """Pictures in order, each over its rank and percentile; a new row for every text, pale what did not pass.
 
     Of many texts the first ones alone: a page that nobody can open helps nobody.

@@ -29,7 +29,7 @@ def from_base64(text: str, param: str) -> bytes:
 def decoded(data: bytes, param: str, background: str = "white") -> Image.Image:
     """Upright, in RGB, transparency laid on `background`. Raises ApiError."""
     try:
-        return decode(data, LIMITS, ground=background)
+        return decode(data, LIMITS, background=background)
     except BadImage as error:
         raise _unreadable(error, param) from error
 

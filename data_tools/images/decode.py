@@ -1,7 +1,7 @@
 """Pictures of unknown origin to RGB and back: decode within limits, resize, encode. Never trusts a header.
 
 Formats are an allow-list, so no PostScript interpreter or other helper ever starts; sizes are checked before pixels
-are allocated. Transparency is laid on white, the ground of product pictures.
+are allocated. Transparency is laid on white, the background of product pictures.
 """
 
 import io
@@ -119,9 +119,9 @@ def sniff(data: bytes) -> str:
 
 
 def decode(
-    data: bytes, limits: ImageLimits | None = None, near: int = 0, ground: str = "white"
+    data: bytes, limits: ImageLimits | None = None, near: int = 0, background: str = "white"
 ) -> Image.Image:
-    """The first frame, upright, as an RGB picture (W, H), uint8; what is transparent is laid on `ground`.
+    """The first frame, upright, as an RGB picture (W, H), uint8; what is transparent is laid on `background`.
 
     `near` > 0 allows a JPEG to be decoded at a half, a quarter or an eighth while both sides stay at or above `near`.
     Raises BadImage with the reason; never anything else for bad bytes.
@@ -140,7 +140,7 @@ def decode(
             if near:
                 image.draft(None, (near, near))
             image.load()
-            return _to_rgb(_upright(image), ground)
+            return _to_rgb(_upright(image), background)
     except BadImage:
         raise
     except BOMB as error:
@@ -179,12 +179,12 @@ def is_plain_rgb(data: bytes) -> bool:
         return image.mode == "RGB" and upright and profile_state(image) != "converted"
 
 
-def open_file(path: Path, ground: str = "white") -> Image.Image:
+def open_file(path: Path, background: str = "white") -> Image.Image:
     """`decode` of an image file. Raises FileNotFoundError or ValueError naming the file."""
     if not path.is_file():
         raise FileNotFoundError(f"no picture {path}")
     try:
-        return decode(path.read_bytes(), ground=ground)
+        return decode(path.read_bytes(), background=background)
     except BadImage as error:
         reason = f"{error.reason.replace('_', ' ')} {error.what}".strip()
         raise ValueError(f"{path} is no readable picture: {reason}") from error
@@ -218,7 +218,7 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if method is None else image.transpose(method)
 
 
-def _to_rgb(image: Image.Image, ground: str) -> Image.Image:
+def _to_rgb(image: Image.Image, background: str) -> Image.Image:
     """In sRGB; a profile that is broken is as none (`color_profiles.profile_state` tells)."""
     if image.mode.startswith("I;16"):  # 16-bit grey: keep the high byte
         import numpy as np
@@ -231,7 +231,7 @@ def _to_rgb(image: Image.Image, ground: str) -> Image.Image:
     image = to_srgb(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, ground), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     rgb = image.convert("RGB")
     rgb.info = {}  # no profile, EXIF or comment of the source goes on into our files
     return rgb

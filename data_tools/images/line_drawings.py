@@ -25,7 +25,7 @@ SHORTEST_EDGE = 1 / 16  # of the longer side: joined inner edges with fewer pixe
 XDOG_SIGMA, XDOG_RATIO, XDOG_SHARPNESS = 0.8, 1.6, 20.0
 XDOG_LEVEL, XDOG_SLOPE = 0.75, 2.5
 VISIBLE = 32  # levels: weaker strokes are none
-LEAST_SHARE, MOST_SHARE = 0.0005, 0.65  # of the pixels that are lines: an empty sheet, and no line drawing
+LEAST_SHARE, MOST_SHARE = 0.0005, 0.65  # of the pixels that are lines: an empty drawing, and no line drawing
 MOST_STRETCH = 0.02  # difference of aspect between a drawing and its image that is passed over
 
 
@@ -99,12 +99,12 @@ def contour(image: Image.Image) -> np.ndarray:
 def read_drawing(data: bytes, limits: ImageLimits | None = None) -> Drawing:
     """Any image file of a drawing: its strokes in white on black, their levels kept.
 
-    Raises BadImage for bytes that are no image; ValueError for an empty sheet, or for what is no line drawing.
+    Raises BadImage for bytes that are no image; ValueError for an empty drawing, or for what is no line drawing.
     """
     image = decode(data, limits)
     drawing = normalise(image)
     if _share(drawing.lines) < LEAST_SHARE:  # white strokes on nothing: on white paper they cannot be seen
-        drawing = normalise(decode(data, limits, ground="black"))
+        drawing = normalise(decode(data, limits, background="black"))
     return require_lines(drawing)
 
 
@@ -120,7 +120,7 @@ def normalise(image: Image.Image) -> Drawing:
 
 
 def require_lines(drawing: Drawing) -> Drawing:
-    """Raises ValueError for an empty sheet, or where too much is inked for a line drawing."""
+    """Raises ValueError for an empty drawing, or where too much is inked for a line drawing."""
     share = _share(drawing.lines)
     if share < LEAST_SHARE:
         raise ValueError("the drawing is empty")

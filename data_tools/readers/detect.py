@@ -33,7 +33,7 @@ from data_tools.readers.choice import Reading, choose
 from data_tools.readers.elsewhere import fetch_list, is_list, remote_parts
 from data_tools.readers.finders import FINDERS, SPLITS, Folder
 from data_tools.readers.inventory import Entry, Inventory, take_inventory
-from data_tools.readers.lists import why_not
+from data_tools.readers.lists import unread_reason
 from data_tools.shards.remote import is_remote
 
 READERS: dict[str, Reader] = {
@@ -109,12 +109,12 @@ class Source:
             return problem(entry.name, "", "hidden_file")
         if entry.kind == "image":
             return problem(entry.name, "", "not_in_list")
-        what = entry.what or self.why_not_read(entry)
+        what = entry.what or self.unread_reason(entry)
         return problem(entry.name, "", "not_read", what)
 
-    def why_not_read(self, entry: Entry) -> str:
+    def unread_reason(self, entry: Entry) -> str:
         """Of a list, a tar, a caption or another file."""
-        return entry.what or _why_not_read(self.path, entry, self.options, self.format)
+        return entry.what or _unread_reason(self.path, entry, self.options, self.format)
 
     def describe(self) -> list[str]:
         """Lines for people: the format, the files that showed it, and the lists and archives beside them."""
@@ -128,7 +128,7 @@ class Source:
             others = [
                 e for e in others if self.inventory.root / e.name not in own and e.name not in BY_PRODUCTS
             ]
-            lines += [f"note: {e.name} is not read: {self.why_not_read(e)}" for e in others[:5]]
+            lines += [f"note: {e.name} is not read: {self.unread_reason(e)}" for e in others[:5]]
             lines += [f"note: nor are {len(others) - 5} more lists and tars"] if len(others) > 5 else []
             if self.inventory.results:
                 lines.append(
@@ -232,22 +232,22 @@ def _unknown(path: Path, options: ReaderOptions, inventory: Inventory | None) ->
         f"it is not {options.format}" if options.format != "auto" else f"known formats: {', '.join(READERS)}"
     )
     if inventory is None:
-        reason = why_not(path, options) or f"a file of {path.stat().st_size} bytes"
+        reason = unread_reason(path, options) or f"a file of {path.stat().st_size} bytes"
         return f"cannot recognise {path} ({reason}); {wanted}; --format names one"
     entries = [e for e in inventory.entries if e.kind != "hidden"]
     notable = [e for e in entries if e.kind in ("list", "tar", "json")] + [e for e in entries if e.what]
-    reasons = "; ".join(f"{e.name}: {_why_not_read(path, e, options, '')}" for e in notable[:3])
+    reasons = "; ".join(f"{e.name}: {_unread_reason(path, e, options, '')}" for e in notable[:3])
     names = [e.name for e in entries] + [f"{name}/ with shards" for name in inventory.results]
     there = f"a folder with {', '.join(names[:6])}{' ...' if len(names) > 6 else ''}"
     there = there if names else "an empty folder"
     return f"cannot recognise {path} ({reasons or there}); {wanted}; --format names one"
 
 
-def _why_not_read(path: Path, entry: Entry, options: ReaderOptions, chosen: str) -> str:
+def _unread_reason(path: Path, entry: Entry, options: ReaderOptions, chosen: str) -> str:
     if entry.what:
         return entry.what
     if entry.kind in ("list", "json"):
-        reason = why_not(path / entry.name, options)
+        reason = unread_reason(path / entry.name, options)
     elif entry.kind == "tar":
         reason = ""
     else:

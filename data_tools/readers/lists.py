@@ -39,7 +39,7 @@ def table_fields(path: Path, options: ReaderOptions) -> list[str] | Problem:
     return header(row, options)
 
 
-def why_not(path: Path, options: ReaderOptions) -> str:
+def unread_reason(path: Path, options: ReaderOptions) -> str:
     """Why a file with the suffix of a list is not read as one, and what to do; "" where nothing is wrong with it."""
     head = read_head(path)
     if isinstance(head, str):
@@ -49,13 +49,13 @@ def why_not(path: Path, options: ReaderOptions) -> str:
     if not head or head.startswith(UTF16) or known or suffix not in (*TEXT_LISTS, ".parquet"):
         return what_is(head)
     if suffix == ".parquet":
-        return _why_not_parquet(path, options)
+        return _parquet_unread_reason(path, options)
     if suffix in (".csv", ".tsv"):
-        return _why_not_table(path, options)
-    return _why_not_json(path, options)
+        return _table_unread_reason(path, options)
+    return _json_unread_reason(path, options)
 
 
-def _why_not_parquet(path: Path, options: ReaderOptions) -> str:
+def _parquet_unread_reason(path: Path, options: ReaderOptions) -> str:
     try:
         names = parquet.column_names(path)
     except ValueError as error:
@@ -69,7 +69,7 @@ def no_image_column(names: list[str]) -> str:
     return f"no column is an image among {columns:.300}: name it with --image-column"
 
 
-def _why_not_table(path: Path, options: ReaderOptions) -> str:
+def _table_unread_reason(path: Path, options: ReaderOptions) -> str:
     line = first_line(path)
     if line is None or line.data is None:
         return "its first line is longer than a megabyte" if line else "an empty file"
@@ -99,7 +99,7 @@ def _other_encoding(data: bytes, encoding: str) -> str:
         return f"not {encoding}: name its encoding with --encoding"
 
 
-def _why_not_json(path: Path, options: ReaderOptions) -> str:
+def _json_unread_reason(path: Path, options: ReaderOptions) -> str:
     line = first_line(path)
     data = (line.data or b"").lstrip() if line else b""
     if guess := _other_encoding(data, options.encoding):

@@ -27,7 +27,7 @@ PICTURE = np.dtype(
         ("bytes", "<u4"),
         ("format", "u1"),
         ("mean", "<f4", 3),  # levels 0..255, R G B
-        ("ground", "<f4", 3),  # median of the outer ring
+        ("background", "<f4", 3),  # median of the outer ring
         ("white", "<f4"),  # share of the outer ring that is white
         ("sharpness", "<f4"),
         ("contrast", "<f4"),
@@ -72,7 +72,7 @@ def measure(picture: Image.Image, record: Record, tiled: bool) -> np.ndarray:
     picture.thumbnail((256, 256), Image.Resampling.BOX)
     pixels = np.asarray(picture)  # (H, W, 3)
     ring = ring_pixels(pixels)
-    found["mean"], found["ground"] = pixels.mean(axis=(0, 1)), np.median(ring, axis=0)
+    found["mean"], found["background"] = pixels.mean(axis=(0, 1)), np.median(ring, axis=0)
     found["white"] = (ring.min(axis=1) >= WHITE).mean()
     found["white_area"] = (pixels.min(axis=2) >= WHITE).mean()
     grey = grey256(picture)
@@ -84,7 +84,7 @@ def measure(picture: Image.Image, record: Record, tiled: bool) -> np.ndarray:
 
 
 def ring_pixels(pixels: np.ndarray) -> np.ndarray:
-    """The outer ring (N, 3) of a picture (H, W, 3): the ground on which a product stands."""
+    """The outer ring (N, 3) of a picture (H, W, 3): the background on which a product stands."""
     edge = max(1, round(min(pixels.shape[:2]) * RING))
     inside = np.zeros(pixels.shape[:2], bool)
     inside[edge:-edge, edge:-edge] = True
@@ -193,7 +193,7 @@ class Facts:
             "mean_rgb": [round(float(v) / 255, 4) for v in pictures["mean"].mean(0)]
             if len(pictures)
             else None,
-            "ground_rgb": [round(float(v) / 255, 4) for v in pictures["ground"].mean(0)]
+            "ground_rgb": [round(float(v) / 255, 4) for v in pictures["background"].mean(0)]
             if len(pictures)
             else None,
             "white_grounds": int((pictures["white"] >= 0.9).sum()),

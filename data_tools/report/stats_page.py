@@ -113,7 +113,7 @@ def _overview(numbers: Mapping[str, Any], words: Words) -> list[tuple[str, list[
         ("unreadable rows", lambda s: _counts(s["dropped"])),
         ("without caption", lambda s: s["without_caption"]),
         ("with several captions", lambda s: s["several_captions"]),
-        ("captions that come again", lambda s: s["repeated_captions"]),
+        ("duplicate captions", lambda s: s["repeated_captions"]),
         ("caption characters, median / largest", lambda s: _pair(s["caption_chars"], "median", "max")),
         ("caption tokens, median / largest", lambda s: _pair(s["caption_tokens"], "median", "max")),
         (
@@ -122,7 +122,7 @@ def _overview(numbers: Mapping[str, Any], words: Words) -> list[tuple[str, list[
         ),
         ("shorter side in pixels, smallest / median", lambda s: _pair(s["shorter_side"], "min", "median")),
         ("mean colour R G B, 0 to 1", lambda s: _rgb(s["mean_rgb"])),
-        ("ground colour R G B, 0 to 1", lambda s: _rgb(s["ground_rgb"])),
+        ("background colour R G B, 0 to 1", lambda s: _rgb(s["ground_rgb"])),
         (
             "white pixels of a picture, median",
             lambda s: f"{s['white_area']['median']:.1%}" if s["white_area"] else "-",
@@ -130,7 +130,7 @@ def _overview(numbers: Mapping[str, Any], words: Words) -> list[tuple[str, list[
         ("line drawings, unreadable ones", lambda s: _drawings(s["drawings"])),
         ("lines' share of a drawing, median / largest", lambda s: _density(s["drawings"])),
         ("ids, missing between them", lambda s: _ids(s["ids"])),
-        ("white grounds", lambda s: f"{s['white_grounds']} of {s['pictures']}" if s["pictures"] else "-"),
+        ("white backgrounds", lambda s: f"{s['white_grounds']} of {s['pictures']}" if s["pictures"] else "-"),
     ):
         rows.append((label, [value(split) for split in numbers["splits"].values()]))
     return rows
@@ -247,19 +247,24 @@ def _colours(facts: Sequence[Facts], words: Words) -> Section | None:
     pictures = _all(facts)
     if not len(pictures):
         return None
-    means, grounds = pictures["mean"], pictures["ground"]
-    bright, ground = words("mean brightness of a picture, 0 to 1"), words("brightness of the ground, 0 to 1")
+    means, backgrounds = pictures["mean"], pictures["background"]
+    bright, background = (
+        words("mean brightness of a picture, 0 to 1"),
+        words("brightness of the background, 0 to 1"),
+    )
     ring = words("white share of the outer ring")
     charts = [
         Chart(svg.strip(_palette(means), words("mean colours")), words("Mean colours of pictures")),
-        Chart(svg.strip(_palette(grounds), words("ground colours")), words("Colours of the grounds")),
-        Chart(_ground_bars(grounds, words), words("Most frequent grounds, as shares")),
+        Chart(
+            svg.strip(_palette(backgrounds), words("background colours")), words("Colours of the backgrounds")
+        ),
+        Chart(_background_bars(backgrounds, words), words("Most frequent backgrounds, as shares")),
         Chart(svg.histogram(means.mean(1) / 255, bright, limits=(0, 1))),
-        Chart(svg.histogram(grounds.mean(1) / 255, ground, limits=(0, 1))),
+        Chart(svg.histogram(backgrounds.mean(1) / 255, background, limits=(0, 1))),
         Chart(svg.histogram(pictures["white"], ring, bins=20, limits=(0, 1))),
     ]
-    said = words("{share} stand on a white ground.", share=f"{(pictures['white'] >= 0.9).mean():.1%}")
-    return Section("Colours and grounds", said, charts)
+    said = words("{share} stand on a white background.", share=f"{(pictures['white'] >= 0.9).mean():.1%}")
+    return Section("Colours and backgrounds", said, charts)
 
 
 def _palette(colours: np.ndarray, count: int = 140) -> list[svg.RGB]:
@@ -273,13 +278,13 @@ def _palette(colours: np.ndarray, count: int = 140) -> list[svg.RGB]:
     return [tuple(round(float(v)) for v in rgb) for rgb in sorted(picked.tolist(), key=order)]
 
 
-def _ground_bars(grounds: np.ndarray, words: Words) -> str:
-    """The most frequent grounds, in steps of 32 levels."""
-    cells, counts = np.unique((grounds // 32).astype(np.int64), axis=0, return_counts=True)
+def _background_bars(backgrounds: np.ndarray, words: Words) -> str:
+    """The most frequent backgrounds, in steps of 32 levels."""
+    cells, counts = np.unique((backgrounds // 32).astype(np.int64), axis=0, return_counts=True)
     order = np.argsort(-counts, kind="stable")[:12]
     colours = [svg.colour(np.minimum(cells[i] * 32 + 16, 255)) for i in order]
-    rows = [(name, float(counts[i]) / len(grounds)) for name, i in zip(colours, order, strict=True)]
-    return svg.bars(rows, words("grounds"), colours, width=420)
+    rows = [(name, float(counts[i]) / len(backgrounds)) for name, i in zip(colours, order, strict=True)]
+    return svg.bars(rows, words("backgrounds"), colours, width=420)
 
 
 def _faults(report: Report, words: Words) -> list[tuple[str, list[Cell]]]:

@@ -121,7 +121,7 @@ def _autocorrelation(contrast: np.ndarray) -> np.ndarray:
     rows = height - np.abs(np.arange(2 * height) - height)
     columns = width - np.abs(np.arange(2 * width) - width)
     overlap = np.maximum(rows[:, None] * columns[None, :], height * width / 8)
-    return raw / overlap / (contrast.var() + 1.0)  # + 1: on a flat ground noise of a level is no signal
+    return raw / overlap / (contrast.var() + 1.0)  # + 1: on a flat background noise of a level is no signal
 
 
 def _peaks(half: np.ndarray, centre: int, count: int = 60) -> np.ndarray:

@@ -92,7 +92,7 @@ class TitleNormaliser:
 
     @staticmethod
     def _once_each(text: str) -> str:
-        """Pieces between spaces and commas that come again are dropped, with the separator before them."""
+        """Repeated pieces between spaces and commas are dropped, with the separator before them."""
         parts = _PIECES.split(text)
         kept, seen = [parts[0]], {parts[0]}
         for separator, piece in zip(parts[1::2], parts[2::2], strict=True):

@@ -161,12 +161,12 @@ class CorruptSample(Exception):
     """One sample that cannot be read; the loader replaces and counts it."""
 
 
-class Loss(NamedTuple):
+class Replacement(NamedTuple):
     """A sample that was replaced."""
 
     text: str
     shard: str = ""
-    """The address of its shard, if that could not be had; else it is the sample that is corrupt."""
+    """The address of its shard, if that is unavailable; else it is the sample that is corrupt."""
 
 
 class _Samples(Dataset):
@@ -178,18 +178,18 @@ class _Samples(Dataset):
     def __init__(self, index: ShardIndex, decode: Callable[..., Batch], seed: int) -> None:
         self.index, self.decode, self.seed = index, decode, seed
 
-    def __getitem__(self, place: tuple[Any, ...]) -> tuple[Batch, list[Loss]]:
+    def __getitem__(self, place: tuple[Any, ...]) -> tuple[Batch, list[Replacement]]:
         epoch, i, *more = place
-        lost: list[Loss] = []
+        lost: list[Replacement] = []
         for _ in range(min(len(self.index), 64)):
             rng = np.random.Generator(np.random.Philox(key=[self.seed * 1_000_003 + epoch, i]))
             try:
                 return self.decode(self.index, i, rng, *more), lost
             except CorruptSample as error:
-                lost.append(Loss(f"{self.index.samples[i].key}: {error}"))
+                lost.append(Replacement(f"{self.index.samples[i].key}: {error}"))
                 i = (i + 1) % len(self.index)
             except ShardUnavailable as error:
-                lost.append(Loss(str(error), error.url))
+                lost.append(Replacement(str(error), error.url))
                 i = self.index.after_shard(i)
         raise ValueError(f"64 samples in a row cannot be read, the last one is {lost[-1].text}")
 
@@ -268,7 +268,7 @@ def open_image(data: bytes) -> Image.Image:
         raise CorruptSample(f"{error.reason}: {error.what}" if error.what else error.reason) from error
 
 
-def collate(samples: list[tuple[Batch, list[Loss]]]) -> tuple[Batch, list[Loss]]:
+def collate(samples: list[tuple[Batch, list[Replacement]]]) -> tuple[Batch, list[Replacement]]:
     """Stack tensors, list the rest; what was lost rides along."""
     first = samples[0][0]
     batch = {}
@@ -328,7 +328,7 @@ def train_batches(
             iterator._shutdown_workers()
 
 
-def _plainly(batches: Iterator[tuple[Batch, list[Loss]]]) -> Iterator[tuple[Batch, list[Loss]]]:
+def _plainly(batches: Iterator[tuple[Batch, list[Replacement]]]) -> Iterator[tuple[Batch, list[Replacement]]]:
     """What a worker raises comes wrapped in its traceback: give its sentence alone."""
     try:
         yield from batches
@@ -346,7 +346,7 @@ class _Losses:
         self.read = self.corrupt = 0
         self.shards: dict[str, int] = {}
 
-    def add(self, lost: list[Loss], read: int) -> None:
+    def add(self, lost: list[Replacement], read: int) -> None:
         """Of one batch. Raises ValueError over either budget."""
         self.read += read
         for loss in lost:
@@ -355,7 +355,7 @@ class _Losses:
             else:
                 self._sample(loss)
 
-    def _sample(self, loss: Loss) -> None:
+    def _sample(self, loss: Replacement) -> None:
         self.corrupt += 1
         if self.corrupt <= 5 or self.corrupt % 100 == 0:
             say(f"skipped a corrupt sample ({self.corrupt} so far): {loss.text}")
@@ -365,7 +365,7 @@ class _Losses:
                 f"check the shards with `python -m data_tools.inspect {self.index.paths[0].parent}`"
             )
 
-    def _shard(self, loss: Loss) -> None:
+    def _shard(self, loss: Replacement) -> None:
         self.shards[loss.shard] = self.shards.get(loss.shard, 0) + 1
         if self.shards[loss.shard] > 1:
             return
@@ -392,7 +392,7 @@ def eval_batches(
     Raises ValueError when none can be read.
     """
     rng = np.random.Generator(np.random.Philox(key=[0, 0]))
-    rows: list[tuple[Batch, list[Loss]]] = []
+    rows: list[tuple[Batch, list[Replacement]]] = []
     count = min(len(index), limit) if limit else len(index)
     skipped, away, last = 0, 0, ""
     for i in range(count):

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 from common.files import cache_directory, ensure_writable_directory
 from common.lock import locked
@@ -52,16 +52,20 @@ class RemoteOptions:
     """Seconds before the first further try, doubled each time."""
     stall_s: float = 60.0
     """A fetch that brings nothing for so many seconds has failed."""
-    rest_s: float = 300.0
-    """Seconds before a shard that could not be had is tried again; its samples are replaced in the meantime."""
+    retry_cooldown_s: float = 300.0
+    """Seconds before an unavailable shard is tried again; its samples are replaced in the meantime."""
     max_failed_share: float = 0.1
-    """Training ends with an error when more than this share of the shards could not be had, 0 to 1."""
+    """Training ends with an error when more than this share of the shards are unavailable, 0 to 1."""
+
+    EARLIER_NAMES: ClassVar = {"rest_s": "retry_cooldown_s"}
 
     def __post_init__(self) -> None:
         if min(self.window_shards, self.connections) < 1:
             raise ValueError("remote: connections and window_shards must be at least 1")
-        if min(self.retries, self.cache_gib, self.backoff_s, self.rest_s) < 0:
-            raise ValueError("remote: retries, cache_gib, backoff_s and rest_s must not be negative")
+        if min(self.retries, self.cache_gib, self.backoff_s, self.retry_cooldown_s) < 0:
+            raise ValueError(
+                "remote: retries, cache_gib, backoff_s and retry_cooldown_s must not be negative"
+            )
         if self.stall_s <= 0 or not 0 <= self.max_failed_share <= 1:
             raise ValueError("remote: stall_s must be above 0 and max_failed_share from 0 to 1")
 
@@ -295,7 +299,7 @@ class ShardCache:
 
     def _refuse_at_rest(self, url: str) -> None:
         since, why = self._failed.get(url, (-math.inf, ""))
-        if time.monotonic() - since < self.options.rest_s:
+        if time.monotonic() - since < self.options.retry_cooldown_s:
             raise ShardUnavailable(url, why)
 
     @contextmanager

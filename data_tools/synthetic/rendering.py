@@ -1,7 +1,7 @@
-"""Pictures of `Goods`: outlines drawn at four times the size for smooth edges, light and ground by the pixel.
+"""Pictures of `Goods`: outlines drawn at four times the size for smooth edges, light and background by the pixel.
 
 The marks are drawn as weights of four materials (body, inner, trim, line), reduced to the picture's size,
-and only then coloured: colour = sum of weight x material colour, times the light, over the ground. The
+and only then coloured: colour = sum of weight x material colour, times the light, over the background. The
 picture's size changes the sampling alone: the same look at 64 and at 128 pixels.
 """
 
@@ -15,7 +15,7 @@ from data_tools.synthetic.shapes import Goods, Mark
 
 SUPERSAMPLE = 4
 Pattern = Literal["plain", "striped", "dotted"]
-Ground = Literal["white", "grey", "wood"]
+Background = Literal["white", "grey", "wood"]
 Color = tuple[int, int, int]
 # CMYK merely as four independent 8-bit channels: weights of body, inner, trim and line.
 _MATERIALS = {"body": (255, 0, 0, 0), "inner": (0, 255, 0, 0), "trim": (0, 0, 255, 0), "hole": (0, 0, 0, 0)}
@@ -31,7 +31,7 @@ class Look:
     """Of the stripes and dots."""
     trim: Color
     pattern: Pattern
-    ground: Ground
+    background: Background
     size: float
     """Half of the longer side of the goods, 1 = half of the picture."""
     center: tuple[float, float]
@@ -48,10 +48,10 @@ class Look:
     """Strength of the shading, 0 to 1."""
     pattern_period: float
     pattern_angle: float
-    ground_tone: float
+    background_tone: float
     """In [-1, 1], from dark to light."""
-    ground_phase: float
-    ground_angle: float
+    background_phase: float
+    background_angle: float
 
 
 def render(goods: Goods, look: Look, image_size: int) -> tuple[Image.Image, np.ndarray]:
@@ -62,8 +62,8 @@ def render(goods: Goods, look: Look, image_size: int) -> tuple[Image.Image, np.n
     body, others = _material_colors(look, _goods_coordinates(matrix, shift, image_size))
     goods_rgb = weights[..., :1] * body + weights[..., 1:] @ others  # (S, S, 3), premultiplied
     goods_rgb = _lit(goods_rgb, alpha, _light(goods, look, alpha, matrix, shift))
-    ground = _ground(look, image_size) * (1.0 - _shadow(goods, look, alpha, matrix, shift))[..., None]
-    picture = ground * (1.0 - alpha)[..., None] + goods_rgb
+    background = _background(look, image_size) * (1.0 - _shadow(goods, look, alpha, matrix, shift))[..., None]
+    picture = background * (1.0 - alpha)[..., None] + goods_rgb
     return Image.fromarray(np.clip(picture + 0.5, 0, 255).astype(np.uint8)), alpha
 
 
@@ -199,7 +199,7 @@ def _lit(rgb: np.ndarray, alpha: np.ndarray, light: np.ndarray) -> np.ndarray:
 
 
 def _shadow(goods: Goods, look: Look, alpha: np.ndarray, matrix: np.ndarray, shift: np.ndarray) -> np.ndarray:
-    """(S, S) in [0, 1]: how much of the ground's light is taken away."""
+    """(S, S) in [0, 1]: how much of the background's light is taken away."""
     size = alpha.shape[0]
     angle = np.deg2rad(look.light)
     away = np.array([-np.cos(angle), np.sin(angle)]) * size * 0.035
@@ -220,31 +220,31 @@ def _shadow(goods: Goods, look: Look, alpha: np.ndarray, matrix: np.ndarray, shi
     return np.maximum(shadow, contact)
 
 
-def _ground(look: Look, image_size: int) -> np.ndarray:
+def _background(look: Look, image_size: int) -> np.ndarray:
     """(S, S, 3) in 0..255."""
     axis = (np.arange(image_size) + 0.5) * (2.0 / image_size) - 1.0
     x, y = np.meshgrid(axis, axis)
-    if look.ground == "wood":
+    if look.background == "wood":
         return _wood(look, x, y)
-    if look.ground == "white":
+    if look.background == "white":
         center, span = np.array([250.0, 250.0, 249.0]), 4.0
-    elif look.ground == "grey":
-        center, span = np.array([176.0, 178.0, 181.0]) + 18.0 * look.ground_tone, 12.0
+    elif look.background == "grey":
+        center, span = np.array([176.0, 178.0, 181.0]) + 18.0 * look.background_tone, 12.0
     else:
-        raise ValueError(f"ground must be white, grey or wood, not {look.ground!r}")
-    angle = np.deg2rad(look.ground_angle)
+        raise ValueError(f"background must be white, grey or wood, not {look.background!r}")
+    angle = np.deg2rad(look.background_angle)
     slope = (np.cos(angle) * x + np.sin(angle) * y) / 1.4
     return np.minimum(center + (span * slope)[..., None], 255.0)
 
 
 def _wood(look: Look, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Planks of light oak with fine grain, along the rows or along the columns."""
-    along, across = (x, y) if look.ground_angle % 180 < 120 else (y, x)
-    phase = look.ground_phase
+    along, across = (x, y) if look.background_angle % 180 < 120 else (y, x)
+    phase = look.background_phase
     plank = np.floor(across * 1.7 + phase)
     seam = np.abs((across * 1.7 + phase) % 1.0 - 0.5) > 0.475
     offset = np.sin(plank * 12.9898 + phase * 78.233)  # a number in [-1, 1] for each plank
     warp = 0.35 * np.sin(along * (1.3 + 0.4 * offset) + plank * 2.1 + phase)
     grain = np.sin((across * 9 + warp * 3) + plank * 4.0) + 0.6 * np.sin((across * 23 + warp * 8) + phase * 9)
-    tone = 1.0 + 0.05 * look.ground_tone + 0.035 * offset + 0.022 * grain - 0.16 * seam
+    tone = 1.0 + 0.05 * look.background_tone + 0.035 * offset + 0.022 * grain - 0.16 * seam
     return np.array([219.0, 190.0, 152.0]) * tone[..., None]

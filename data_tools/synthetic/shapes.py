@@ -4,7 +4,7 @@ A shape function draws its proportions from a generator and returns `Goods`: mar
 creases for the shading. Coordinates are goods units, x to the right and y down, roughly in [-1, 1]; the
 renderer fits them to the frame. A mark is made of one of four materials: `body` (takes the colour and the
 pattern), `inner` (a darker shade of the colour), `trim` (neutral: soles, caps, metal) and `hole` (the
-ground shows through).
+background shows through).
 """
 
 from collections.abc import Callable
@@ -47,7 +47,7 @@ class Goods:
     marks: tuple[Mark, ...]
     creases: tuple[Crease, ...] = ()
     standing: bool = False
-    """Stands on the ground (a shadow at its foot) instead of lying flat (a shadow all around)."""
+    """Stands on the background (a shadow at its foot) instead of lying flat (a shadow all around)."""
 
 
 def rounded(points: list[tuple[float, float]], times: int = 2) -> np.ndarray:

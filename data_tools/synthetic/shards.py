@@ -3,7 +3,7 @@
     python -m data_tools.synthetic data/synthetic
     python -m data_tools.synthetic data/synthetic_128 --image-size 128 --num-train 20000
 
-Ten kinds of goods in ten colours, plain, striped or dotted, on white, grey or wooden ground, with
+Ten kinds of goods in ten colours, plain, striped or dotted, on white, grey or wooden background, with
 proportions, size, place, tilt, light and outline drawn at random, so that no two pictures are the same.
 Sample `index` of `seed` is a pure function of the two; validation samples have indices from VAL_START on.
 Nothing is downloaded; the pictures are CC0.
@@ -31,14 +31,14 @@ from common.files import ensure_writable_directory, read_json, write_json
 from common.lock import locked
 from data_tools.ingest.records import Record
 from data_tools.shards.image_shards import DATASET_FILE, ShardWriter
-from data_tools.synthetic.rendering import Ground, Look, Pattern, render
+from data_tools.synthetic.rendering import Background, Look, Pattern, render
 from data_tools.synthetic.shapes import SHAPES
-from data_tools.synthetic.words import COLOR_RGB, COLORS, GROUNDS, KINDS, PATTERNS, prompt, write_caption
+from data_tools.synthetic.words import BACKGROUNDS, COLOR_RGB, COLORS, KINDS, PATTERNS, prompt, write_caption
 
 __all__ = [
+    "BACKGROUNDS",
     "COLORS",
     "COLOR_RGB",
-    "GROUNDS",
     "KINDS",
     "PATTERNS",
     "Sample",
@@ -58,14 +58,14 @@ WEBP_QUALITY = 92
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture and what it shows; the fields are keys of KINDS, COLORS, PATTERNS and GROUNDS."""
+    """One picture and what it shows; the fields are keys of KINDS, COLORS, PATTERNS and BACKGROUNDS."""
 
     image: Image.Image
     caption: str
     kind: str
     color: str
     pattern: str
-    ground: str
+    background: str
 
 
 @dataclass(frozen=True)
@@ -107,43 +107,50 @@ def draw_sample(seed: int, index: int, image_size: int = 64) -> Sample:
     rng = np.random.default_rng((seed, index))
     kind, color = _pick(rng, KINDS), _pick(rng, COLORS)
     pattern = _pick(rng, PATTERNS, (0.6, 0.2, 0.2))
-    ground = _pick(rng, GROUNDS, (0.4, 0.3, 0.3))
-    caption = write_caption(rng, kind, color, pattern, ground)
+    background = _pick(rng, BACKGROUNDS, (0.4, 0.3, 0.3))
+    caption = write_caption(rng, kind, color, pattern, background)
     return Sample(
-        draw_goods(rng, kind, color, pattern, ground, image_size), caption, kind, color, pattern, ground
+        draw_goods(rng, kind, color, pattern, background, image_size),
+        caption,
+        kind,
+        color,
+        pattern,
+        background,
     )
 
 
 def draw_goods(
-    rng: np.random.Generator, kind: str, color: str, pattern: str, ground: str, image_size: int = 64
+    rng: np.random.Generator, kind: str, color: str, pattern: str, background: str, image_size: int = 64
 ) -> Image.Image:
     """A picture of the named goods; the rest is drawn from `rng`. Raises ValueError for unknown names."""
-    return draw_masked(rng, kind, color, pattern, ground, image_size)[0]
+    return draw_masked(rng, kind, color, pattern, background, image_size)[0]
 
 
 def draw_masked(
-    rng: np.random.Generator, kind: str, color: str, pattern: str, ground: str, image_size: int = 64
+    rng: np.random.Generator, kind: str, color: str, pattern: str, background: str, image_size: int = 64
 ) -> tuple[Image.Image, np.ndarray]:
     """The same picture and the share of each pixel that the goods cover: (S, S) in [0, 1]; shadows are none of them."""
-    for name, table in ((kind, KINDS), (color, COLORS), (pattern, PATTERNS), (ground, GROUNDS)):
+    for name, table in ((kind, KINDS), (color, COLORS), (pattern, PATTERNS), (background, BACKGROUNDS)):
         if name not in table:
             raise ValueError(f"{name!r} is none of {', '.join(table)}")
     goods = SHAPES[kind](rng)
-    return render(goods, _look(rng, color, pattern, ground, goods.standing), image_size)
+    return render(goods, _look(rng, color, pattern, background, goods.standing), image_size)
 
 
-def _look(rng: np.random.Generator, color: str, pattern: Pattern, ground: Ground, standing: bool) -> Look:
+def _look(
+    rng: np.random.Generator, color: str, pattern: Pattern, background: Background, standing: bool
+) -> Look:
     jitter = rng.uniform(0.93, 1.05) if color != "white" else rng.uniform(0.97, 1.02)
     shade = np.asarray(COLOR_RGB[color]) * jitter + rng.uniform(-6, 6, 3) * (0.3 if color == "white" else 1.0)
     trims = ((222, 220, 214), (70, 70, 76), (150, 152, 158))[
-        : 2 if ground == "grey" else 3
-    ]  # seen on the ground
+        : 2 if background == "grey" else 3
+    ]  # seen on the background
     return Look(
         color=tuple(np.clip(shade, 0, 255).tolist()),
         accent=(150, 154, 164) if color == "white" else (244, 243, 238),
         trim=trims[rng.integers(len(trims))],
         pattern=pattern,
-        ground=ground,
+        background=background,
         size=rng.uniform(0.68, 0.88),
         center=tuple(rng.uniform(-1, 1, 2).tolist()),
         tilt=rng.normal() * (2.5 if standing else 6.0),
@@ -154,9 +161,9 @@ def _look(rng: np.random.Generator, color: str, pattern: Pattern, ground: Ground
         depth=rng.uniform(0.7, 1.0),
         pattern_period=rng.uniform(0.34, 0.5),
         pattern_angle=float(rng.choice([0, 0, 90, 45, -45])) + rng.uniform(-4, 4),
-        ground_tone=rng.uniform(-1, 1),
-        ground_phase=rng.uniform(0, 10),
-        ground_angle=rng.uniform(0, 360),
+        background_tone=rng.uniform(-1, 1),
+        background_phase=rng.uniform(0, 10),
+        background_angle=rng.uniform(0, 360),
     )
 
 
@@ -181,7 +188,7 @@ def make_record(index: int, seed: int, image_size: int) -> Record:
         "color": sample.color,
         "color_zh": COLORS[sample.color] + "色",
         "pattern": sample.pattern,
-        "ground": sample.ground,
+        "ground": sample.background,
     }
     return Record(f"{index:010d}", buffer.getvalue(), "webp", (sample.caption,), meta, f"synthetic:{index}")
 

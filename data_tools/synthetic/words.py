@@ -1,4 +1,4 @@
-"""Names and words of the synthetic pictures: kinds, colours, patterns, grounds and Chinese captions."""
+"""Names and words of the synthetic pictures: kinds, colours, patterns, backgrounds and Chinese captions."""
 
 from dataclasses import dataclass
 
@@ -54,13 +54,13 @@ COLOR_RGB: dict[str, Color] = {
     "white": (245, 245, 243),
 }
 PATTERNS: dict[str, tuple[str, ...]] = {"plain": ("纯色",), "striped": ("条纹",), "dotted": ("圆点", "波点")}
-GROUNDS: dict[str, tuple[str, ...]] = {
+BACKGROUNDS: dict[str, tuple[str, ...]] = {
     "white": ("白色背景", "白底"),
     "grey": ("灰色背景", "灰底"),
     "wood": ("木纹背景", "木板"),
 }
 
-# {n} numeral and measure word, {c} colour, {p} pattern or nothing, {k} noun, {g} ground. The first is what
+# {n} numeral and measure word, {c} colour, {p} pattern or nothing, {k} noun, {g} background. The first is what
 # people type first, so it is the most frequent one.
 _TEMPLATES = (
     ("{n}{c}色的{p}{k}", 0.34),
@@ -75,16 +75,16 @@ _TEMPLATES = (
 )
 
 
-def write_caption(rng: np.random.Generator, kind: str, color: str, pattern: str, ground: str) -> str:
-    """A Chinese caption: kind and colour, often the pattern, sometimes the ground; all it says is true."""
+def write_caption(rng: np.random.Generator, kind: str, color: str, pattern: str, background: str) -> str:
+    """A Chinese caption: kind and colour, often the pattern, sometimes the background; all it says is true."""
     template = str(rng.choice([t for t, _ in _TEMPLATES], p=[w for _, w in _TEMPLATES]))
     nouns = KINDS[kind].nouns
     noun = nouns[0] if rng.random() < 0.8 else nouns[rng.integers(len(nouns))]
     words = PATTERNS[pattern]
     tell = rng.random() < (0.08 if pattern == "plain" else 0.8)
     pattern_word = words[rng.integers(len(words))] if tell else ""
-    ground_word = GROUNDS[ground][rng.integers(len(GROUNDS[ground]))]
-    return template.format(n=KINDS[kind].counter, c=COLORS[color], p=pattern_word, k=noun, g=ground_word)
+    background_word = BACKGROUNDS[background][rng.integers(len(BACKGROUNDS[background]))]
+    return template.format(n=KINDS[kind].counter, c=COLORS[color], p=pattern_word, k=noun, g=background_word)
 
 
 def prompt(kind: str, color: str) -> str:

@@ -1,7 +1,7 @@
 """Intervals by bootstrap over prompts: the pictures of one prompt are no independent trials, the prompts are.
 
 Every figure is computed on the same drawings of prompts, which depend on the set of prompts and the seed alone, so the
-difference of two arms on the same prompts has a paired interval, whatever the figure. Efron and Tibshirani 1993,
+difference of two systems on the same prompts has a paired interval, whatever the figure. Efron and Tibshirani 1993,
 chapters 8 (units that are drawn) and 10 (bias).
 """
 

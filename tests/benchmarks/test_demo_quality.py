@@ -1,4 +1,4 @@
-"""The benchmark of the demo, through main, with real untrained models; its tables and its sheet."""
+"""The benchmark of the demo, through main, with real untrained models; its tables and its grid."""
 
 import json
 
@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from benchmarks import demo_quality
-from benchmarks.demo_quality import Verdict, pairs, sheet
+from benchmarks.demo_quality import Verdict, pairs, verdict_grid
 from common.bert_text import TextTowerConfig, write_text_tower
 from common.checkpoint import write_model
 from common.config import to_mapping
@@ -76,8 +76,10 @@ def test_mistakes_and_only_they_are_framed():
     asked = [("tshirt", "red"), ("hat", "white")]
     images = [draw_goods(np.random.default_rng(0), kind, color, "plain", "white") for kind, color in asked]
     wrong = Verdict("hat", "white", "cup", "black")
-    plain = np.asarray(sheet(asked, images, [Verdict(*asked[0], *asked[0]), Verdict(*asked[1], *asked[1])]))
-    framed = np.asarray(sheet(asked, images, [Verdict(*asked[0], *asked[0]), wrong]))
+    plain = np.asarray(
+        verdict_grid(asked, images, [Verdict(*asked[0], *asked[0]), Verdict(*asked[1], *asked[1])])
+    )
+    framed = np.asarray(verdict_grid(asked, images, [Verdict(*asked[0], *asked[0]), wrong]))
     rows, columns = np.nonzero((plain != framed).any(axis=2))
     height, width = plain.shape[:2]
     assert rows.min() > 0.85 * height and columns.min() > 0.85 * width, "the last row and column alone"
@@ -123,8 +125,8 @@ def test_main_samples_ranks_judges_and_writes(tmp_path, generator_dir, ranker_di
         assert KINDS[row["kind_seen"]].nouns[0] == seen
     again = demo_quality.main([*flags, "--out", str(tmp_path / "again"), "--batch-size", "12"])
     assert again["rows"] == results["rows"]
-    assert (tmp_path / "again" / "sheet.png").read_bytes() == (out / "sheet.png").read_bytes()
-    assert Image.open(out / "sheet.png").width > 1000
+    assert (tmp_path / "again" / "verdicts.png").read_bytes() == (out / "verdicts.png").read_bytes()
+    assert Image.open(out / "verdicts.png").width > 1000
 
 
 @pytest.fixture

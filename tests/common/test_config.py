@@ -4,7 +4,7 @@ import io
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pytest
 
@@ -186,3 +186,23 @@ def test_bytes_of_a_gbk_terminal_are_one_sentence():
 
     with pytest.raises(ValueError, match="is not UTF-8"):
         parse_options(Options, ["--name", os.fsdecode("红色的裙子".encode("gbk"))])
+
+
+@dataclass(frozen=True)
+class Renamed:
+    EARLIER_NAMES: ClassVar = {"rest_s": "retry_cooldown_s"}
+    retry_cooldown_s: float = 300.0
+
+
+@dataclass(frozen=True)
+class RenamedInside:
+    remote: Renamed = Renamed()
+    text: str = ""
+
+
+def test_options_go_by_their_earlier_names_too(tmp_path):
+    for flags in (["--remote.rest-s", "5"], ["--remote.rest_s=5"], ["--remote.retry-cooldown-s", "5"]):
+        assert parse_options(RenamedInside, flags).remote.retry_cooldown_s == 5
+    assert parse_options(RenamedInside, ["--text=--remote.rest-s"]).text == "--remote.rest-s"
+    (tmp_path / "c.yaml").write_text("remote: {rest_s: 7}\n", "utf-8")
+    assert parse_options(RenamedInside, ["--config", str(tmp_path / "c.yaml")]).remote.retry_cooldown_s == 7

@@ -289,7 +289,7 @@ def test_pictures_are_read_as_those_of_a_catalogue(tmp_path):
     clear.save(tmp_path / "clear.png")
     read = open_picture(tmp_path / "clear.png")
     assert read.getpixel((5, 5)) == (200, 0, 0) and read.getpixel((35, 5)) == (255, 255, 255)
-    assert open_picture(tmp_path / "clear.png", ground="black").getpixel((35, 5)) == (0, 0, 0)
+    assert open_picture(tmp_path / "clear.png", background="black").getpixel((35, 5)) == (0, 0, 0)
     Image.fromarray(np.full((4, 4), 0x4080, np.uint16)).save(tmp_path / "deep.png")
     assert open_picture(tmp_path / "deep.png").getpixel((0, 0)) == (64, 64, 64)
     turned, exif = Image.new("RGB", (40, 20)), Image.Exif()

@@ -21,7 +21,7 @@ FAST = FastConfig(
 
 
 def picture(index: int, size: int = 16) -> bytes:
-    """A disc in one of the colours on light ground."""
+    """A disc in one of the colours on light background."""
     color = list(COLORS.values())[index % len(COLORS)]
     y, x = np.mgrid[:size, :size]
     rng = np.random.default_rng(index)

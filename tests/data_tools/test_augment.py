@@ -125,8 +125,8 @@ class TestPicture:
         area = (np.asarray(zoomed)[..., 1] < 135).sum()
         assert abs(area / 256 - scale**2) < 0.15
 
-    def test_the_ground_goes_on(self):
-        """What comes into view of a plain ground is the plain ground: no black corners."""
+    def test_the_background_goes_on(self):
+        """What comes into view of a plain background is the plain background: no black corners."""
         moved = PictureAugment(shift=0.3, zoom=0.3, rotate=30)(self.image(), self.rng())
         assert np.asarray(moved)[..., 0].min() > 150
 

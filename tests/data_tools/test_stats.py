@@ -24,8 +24,8 @@ def charts(page: str) -> list[ElementTree.Element]:
     return [ElementTree.fromstring(text) for text in re.findall(r"<svg .*?</svg>", page, re.DOTALL)]
 
 
-def product(colour: str, ground: str = "white", size: tuple[int, int] = (200, 160)) -> bytes:
-    image = Image.new("RGB", size, ground)
+def product(colour: str, background: str = "white", size: tuple[int, int] = (200, 160)) -> bytes:
+    image = Image.new("RGB", size, background)
     ImageDraw.Draw(image).ellipse((50, 40, size[0] - 50, size[1] - 40), colour)
     return encoded(image, "png")
 
@@ -132,12 +132,12 @@ def test_an_empty_source_is_one_sentence(tmp_path, capsys):
 
 
 class TestMeasure:
-    def test_ground_and_mean(self):
+    def test_background_and_mean(self):
         from data_tools.report.facts import PICTURE
 
         record = Record("k", product("red", "#f5f5f5"), "png", ("x",), {})
         found = np.frombuffer(MeasurePicture(ImageLimits()).one(record), PICTURE)[0]
-        assert found["ground"].tolist() == [245, 245, 245] and found["white"] == 1
+        assert found["background"].tolist() == [245, 245, 245] and found["white"] == 1
         assert (found["width"], found["height"], found["bytes"]) == (200, 160, len(record.image))
         area = np.pi * 50 * 40 / (200 * 160)
         assert found["mean"][0] == pytest.approx(245 + 10 * area, abs=0.5)

@@ -23,7 +23,7 @@ SMALL_FLAGS = [
 
 
 def draw(index: int, size: int = 24) -> Image.Image:
-    """A coloured disc on light ground: place, colour and size by index."""
+    """A coloured disc on light background: place, colour and size by index."""
     rng = np.random.default_rng(index)
     y, x = np.mgrid[:size, :size]
     center, radius = rng.uniform(0.35, 0.65, 2) * size, rng.uniform(0.15, 0.35) * size

@@ -37,7 +37,7 @@ def make(name: str) -> ImageTokenizer:
     return ImageTokenizer(CONFIGS[name]).eval()
 
 
-def test_haar_is_orthonormal_and_constant_ground_is_in_one_band():
+def test_haar_is_orthonormal_and_constant_background_is_in_one_band():
     x = torch.randint(-512, 512, (2, 3, 16, 24)).float() / 256  # sums stay exact in float32
     y = haar(x)
     assert y.shape == (2, 12, 8, 12)

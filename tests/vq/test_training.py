@@ -315,7 +315,7 @@ train_vqgan.main(sys.argv[1:])
 def test_border_mask_finds_the_goods_and_weights_average_to_one():
     images = torch.full((3, 3, 64, 64), 0.9)
     images[0, :, 16:48, 16:48] = -0.5
-    images[1] = torch.rand(3, 64, 64) * 2 - 1  # no ground to speak of
+    images[1] = torch.rand(3, 64, 64) * 2 - 1  # no background to speak of
     mask = border_mask(images)
     inside = torch.zeros(64, 64)
     inside[16:48, 16:48] = 1

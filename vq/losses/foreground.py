@@ -1,4 +1,4 @@
-"""Where the goods are: a soft mask from the colours of the border, since product pictures stand on plain ground."""
+"""Where the goods are: a soft mask from the colours of the border, since product pictures stand on plain background."""
 
 import torch
 import torch.nn.functional as F
@@ -9,8 +9,8 @@ from torch import Tensor
 def border_mask(images: Tensor) -> Tensor:
     """(B, 3, H, W) in [-1, 1] -> (B, 1, H, W) in [0, 1]: how unlike the border a pixel is.
 
-    The ground's colour is the median of a border ring; what lies beyond the spread of 90 % of the ring itself counts
-    as goods. A guess: where it would mark less than 2 % or more than 95 % of a picture it marks everything.
+    The background's colour is the median of a border ring; what lies beyond the spread of 90 % of the ring itself
+    counts as goods. A guess: where it would mark less than 2 % or more than 95 % of a picture it marks everything.
     """
     _, _, height, width = images.shape
     ring = max(1, min(height, width) // 32)
@@ -23,9 +23,9 @@ def border_mask(images: Tensor) -> Tensor:
         ],
         dim=2,
     ).float()  # (B, 3, R)
-    ground = border.median(dim=2).values  # (B, 3)
-    spread = (border - ground[..., None]).abs().amax(1).quantile(0.9, dim=1)  # (B,)
-    distance = (images.float() - ground[..., None, None]).abs().amax(1, keepdim=True)  # (B, 1, H, W)
+    background = border.median(dim=2).values  # (B, 3)
+    spread = (border - background[..., None]).abs().amax(1).quantile(0.9, dim=1)  # (B,)
+    distance = (images.float() - background[..., None, None]).abs().amax(1, keepdim=True)  # (B, 1, H, W)
     low = spread.view(-1, 1, 1, 1) + 0.04
     mask = ((distance - low) / 0.12).clamp(0, 1)
     mask = F.avg_pool2d(F.pad(mask, (2, 2, 2, 2), mode="replicate"), 5, stride=1)
@@ -35,7 +35,7 @@ def border_mask(images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def pixel_weights(images: Tensor, foreground_weight: float, mask: Tensor | None = None) -> Tensor | None:
-    """(B, 1, H, W) of mean 1 a picture: `foreground_weight` on goods, 1 on ground, scaled; None when both are equal.
+    """(B, 1, H, W) of mean 1 an image: `foreground_weight` on goods, 1 on background, scaled; None when equal.
 
     `mask`: (B, 1, H, W) in [0, 1] from data, negative where a picture has none; None: estimated for all.
     """

@@ -122,7 +122,7 @@ def _network(config: FeatureConfig) -> nn.Module:
 class _UnitDistance(torch.autograd.Function):
     """Features (B, C, h, w) twice, weights (C,) -> (B,): mean over places of sum_c w_c (a_c / |a| - b_c / |b|)^2.
 
-    The squared lengths have `floor` added, which keeps flat ground from being blown up. Written out, since autograd
+    The squared lengths have `floor` added, which keeps flat background from being blown up. Written out, since autograd
     would walk over these, the largest tensors of a training step, three times as often. Float32 throughout.
     """
 

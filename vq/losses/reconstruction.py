@@ -30,8 +30,8 @@ class LossConfig:
     """Side in pixels of what the perceptual network sees of larger images in training: at even steps the whole image
     shrunk to it, at odd steps a crop, so that a step costs what it costs at that side; 0: the image as it is."""
     foreground_weight: float = 1.0
-    """How much more a pixel of the goods counts than one of the ground (from {key}.mask.png, else from the colour of
-    the border); 1: the same."""
+    """How much more a pixel of the goods counts than one of the background (from {key}.mask.png, else from the
+    colour of the border); 1: the same."""
 
     grid_weight: float = 4.0
     """Weight of the error that repeats from patch to patch, where a perceptual or an adversarial loss is in use."""

@@ -72,7 +72,7 @@ def site(tmp_path):
 
 
 def options(tmp_path, **changes):
-    given = {"window_shards": 2, "backoff_s": 0.01, "stall_s": 5.0, "rest_s": 60.0} | changes
+    given = {"window_shards": 2, "backoff_s": 0.01, "stall_s": 5.0, "retry_cooldown_s": 60.0} | changes
     return RemoteOptions(cache=str(tmp_path / "cache"), **given)
 
 

@@ -18,9 +18,9 @@ from data_tools.synthetic import shards as synthetic
 from data_tools.synthetic.rendering import _placement
 from data_tools.synthetic.shapes import SHAPES
 from data_tools.synthetic.shards import (
+    BACKGROUNDS,
     COLOR_RGB,
     COLORS,
-    GROUNDS,
     KINDS,
     PATTERNS,
     VAL_START,
@@ -49,12 +49,12 @@ def test_a_sample_depends_on_seed_and_index_alone():
     again = [draw_sample(3, i) for i in reversed(range(12))][::-1]
     for a, b in zip(first, again, strict=True):
         assert a.image.tobytes() == b.image.tobytes()
-        assert (a.caption, a.kind, a.color, a.pattern, a.ground) == (
+        assert (a.caption, a.kind, a.color, a.pattern, a.background) == (
             b.caption,
             b.kind,
             b.color,
             b.pattern,
-            b.ground,
+            b.background,
         )
     assert (
         len({s.image.tobytes() for s in first} | {draw_sample(4, i).image.tobytes() for i in range(12)}) == 24
@@ -92,7 +92,7 @@ def test_the_named_colour_is_the_commonest_on_the_goods(color):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_white_goods_show_on_white_ground(kind):
+def test_white_goods_show_on_white_background(kind):
     image = pixels(draw_goods(np.random.default_rng(1), kind, "white", "plain", "white"))
     assert (image.mean(axis=2) < 225).mean() > 0.03
 
@@ -118,12 +118,12 @@ def test_captions_are_true_and_varied():
     seen = set()
     for _ in range(3000):
         kind, color = (str(rng.choice(list(t))) for t in (KINDS, COLORS))
-        pattern, ground = (str(rng.choice(list(t))) for t in (PATTERNS, GROUNDS))
-        caption = synthetic.write_caption(rng, kind, color, pattern, ground)
+        pattern, background = (str(rng.choice(list(t))) for t in (PATTERNS, BACKGROUNDS))
+        caption = synthetic.write_caption(rng, kind, color, pattern, background)
         rest = caption
-        for word in GROUNDS[ground]:
+        for word in BACKGROUNDS[background]:
             rest = rest.replace(word, "")
-        assert not any(word in rest for g in GROUNDS for word in GROUNDS[g])
+        assert not any(word in rest for g in BACKGROUNDS for word in BACKGROUNDS[g])
         assert COLORS[color] in rest
         assert not any(zh in rest for c, zh in COLORS.items() if c != color)
         assert any(noun in rest for noun in KINDS[kind].nouns)
@@ -159,7 +159,7 @@ def test_shards_hold_the_samples(tmp_path):
             "kind": sample.kind,
             "color": sample.color,
             "pattern": sample.pattern,
-            "ground": sample.ground,
+            "ground": sample.background,
             "label": sample.kind,
         }
         stored = Image.open(io.BytesIO(shard[f"{key}.webp"]))

@@ -1,4 +1,4 @@
-"""Intervals over prompts: they cover what they should, pair between arms, equal the plain statistics."""
+"""Intervals over prompts: they cover what they should, pair between systems, equal the plain statistics."""
 
 import numpy as np
 import pytest

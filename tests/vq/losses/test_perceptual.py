@@ -36,7 +36,7 @@ def test_distance_is_zero_on_itself_symmetric_and_grows_with_the_damage():
     assert torch.allclose(distance(images, noise)[1], distance(images[1:], noise[1:]), atol=1e-6)
 
 
-def test_flat_ground_is_not_blown_up_by_the_normalisation():
+def test_flat_background_is_not_blown_up_by_the_normalisation():
     torch.manual_seed(0)
     distance = PerceptualDistance(FeatureConfig(channels=(32, 32)))
     for stage in distance.net.stages:
