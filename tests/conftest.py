@@ -25,6 +25,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="no GPU"))
 
 
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """A run in which every test was skipped has shown nothing, and is no pass."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None or exitstatus != pytest.ExitCode.OK:  # a worker of xdist has none
+        return
+    if reporter.stats.get("skipped") and not reporter.stats.get("passed"):
+        reporter.write_line("every test was skipped: this run is no pass", red=True)
+        session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
+
+
 @pytest.fixture
 def goods() -> Path:
     """Folder of real product shards; skips where it is missing."""

@@ -6,17 +6,15 @@ cut) is recognised by its length or checksum and cut off. Finished parts become 
 
 import json
 import os
-import tarfile
 import zlib
 from collections.abc import Iterable, Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
 from common.files import atomic_path, naming_a_full_disk
 from data_tools.images.decode import SUFFIXES
 from data_tools.ingest.records import Record
-from data_tools.shards.image_shards import member_info, sample_members
+from data_tools.shards.image_shards import tar_writer, write_sample
 from data_tools.shards.index import ShardIndex
 
 
@@ -102,11 +100,10 @@ def write_tar(path: Path, records: Iterable[Record]) -> int:
     """One shard of any name, whole or absent, same bytes each time; none without a record. Returns the count."""
     count = 0
     with atomic_path(path) as temporary, temporary.open("wb") as file:
-        with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT, encoding="utf-8") as tar:
+        with tar_writer(file) as tar:
             for record in records:
                 count += 1
-                for name, data in sample_members(record):
-                    tar.addfile(member_info(name, len(data)), BytesIO(data))
+                write_sample(tar, record)
         file.flush()
         os.fsync(file.fileno())
     if not count:

@@ -2,15 +2,18 @@
 
 Layout of https://github.com/webdataset/webdataset: the members of a sample share the name up to the first dot and
 stand next to each other. `dataset.json` beside the tars counts the samples of each.
+
+The package webdataset writes them. Its pipeline does not read them back: that streams, and can neither resume in
+mid-epoch nor on another number of processes, so training reads through `data_tools/shards/index.py`; and it drops what is not
+a plain member and reads members of any size, which `data_tools/readers/webdataset.py` has to count and to refuse.
 """
 
-import io
 import json
 import os
 import tarfile
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 from common.files import naming_a_full_disk, read_json, write_json
 from data_tools.ingest.records import Record, validate_key
@@ -47,7 +50,7 @@ class ShardWriter:
         if stale and shards is None:
             raise ValueError(f"{stale[0]} exists already: choose an empty folder or delete the old shards")
         self.dst.mkdir(parents=True, exist_ok=True)
-        self._tar: tarfile.TarFile | None = None
+        self._tar: Any = None  # webdataset.TarWriter
         self._keys: set[str] = set()
 
     @property
@@ -65,12 +68,10 @@ class ShardWriter:
             raise ValueError(f"key {key!r} twice in one shard ({record.where}): keys must be unique")
         tar = self._tar or self._open()
         with naming_a_full_disk(self.dst / self._name):
-            for name, data in sample_members(record):
-                tar.addfile(member_info(name, len(data)), io.BytesIO(data))
-        tar.members.clear()  # tarfile keeps every header, which nobody reads
+            write_sample(tar, record)
         self._keys.add(key)
         full = len(self._keys) >= self.samples_per_shard
-        if full or (self.max_shard_bytes and tar.offset >= self.max_shard_bytes):
+        if full or (self.max_shard_bytes and tar.tarstream.offset >= self.max_shard_bytes):
             return self._finish_shard()
         return None
 
@@ -83,7 +84,7 @@ class ShardWriter:
     def abort(self) -> None:
         """Drop the open shard; whole shards stay."""
         if self._tar:
-            self._tar.fileobj.close()
+            self._tar.stream.close()
             self._temporary.unlink(missing_ok=True)
             self._tar, self._keys = None, set()
 
@@ -108,13 +109,12 @@ class ShardWriter:
     ) -> Path:  # the same name in each run, so a killed one leaves nothing that the next does not reuse
         return self.dst / f".{self._name}.tmp"
 
-    def _open(self) -> tarfile.TarFile:
-        file = self._temporary.open("wb")
-        self._tar = tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT, encoding="utf-8")  # noqa: SIM115
+    def _open(self) -> Any:
+        self._tar = tar_writer(self._temporary.open("wb"))
         return self._tar
 
     def _finish_shard(self) -> Path:
-        file = self._tar.fileobj
+        file = self._tar.stream
         path = self.dst / self._name
         with naming_a_full_disk(path):
             self._tar.close()
@@ -127,27 +127,42 @@ class ShardWriter:
         return path
 
 
+def tar_writer(file: BinaryIO) -> Any:
+    """A `webdataset.TarWriter` whose headers hold nothing of this machine or moment: mtime 0, uid 0, mode 644.
+
+    It ignores its own argument `format`; in GNU's, a long or Chinese key is one more block and no table of attributes.
+    """
+    from webdataset.writer import TarWriter
+
+    writer = TarWriter(
+        file, user="", group="", mode=0o644, compress=False, encoder=False, keep_meta=True, mtime=0
+    )
+    writer.tarstream.format, writer.tarstream.encoding = tarfile.GNU_FORMAT, "utf-8"
+    return writer
+
+
+def write_sample(writer: Any, record: Record) -> None:
+    """Picture, further members, caption, meta: one at a time, since the writer would sort them, and readers know by the
+    meta, which is last, that the sample of a tar which breaks off is whole."""
+    for suffix, data in sample_members(record):
+        writer.write({"__key__": record.key, suffix: data})
+    writer.tarstream.members.clear()  # tarfile keeps every header, which nobody reads
+
+
 def sample_members(record: Record) -> list[tuple[str, bytes]]:
-    """Names and bytes of a sample's members, in the order in which they are written."""
+    """Suffixes and bytes of a sample's members, in the order in which they are written."""
     if record.image and not record.suffix:
         raise ValueError(f"{record.where}: the picture of {record.key!r} has no suffix")
+    if "__key__" in record.extra:
+        raise ValueError(f"{record.where}: no member may be called {record.key}.__key__")
     members = [(record.suffix, record.image)] if record.image else []
     members += sorted(record.extra.items())
-    members.append(("txt", "\n".join(record.captions).encode()))
-    members.append(("json", meta_bytes(record.meta)))
-    return [(f"{record.key}.{suffix}", data) for suffix, data in members]
+    return [*members, ("txt", "\n".join(record.captions).encode()), ("json", meta_bytes(record.meta))]
 
 
 def meta_bytes(meta: dict[str, Any]) -> bytes:
     """Sorted keys, UTF-8 unescaped; NaN is refused since JSON has none."""
     return json.dumps(meta, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
-
-
-def member_info(name: str, size: int) -> tarfile.TarInfo:
-    """A header with nothing of this machine or moment in it: mtime 0, uid 0, mode 644."""
-    info = tarfile.TarInfo(name)
-    info.size, info.mode = size, 0o644
-    return info
 
 
 def add_to_dataset(dst: Path, split: str, shards: dict[str, int]) -> dict[str, Any]:

@@ -1,10 +1,12 @@
 """Shards: contents, determinism, whole or absent."""
 
+import io
 import json
 import tarfile
 
 import pytest
 
+from data_tools.download.spool import write_tar
 from data_tools.ingest.records import Record
 from data_tools.shards.image_shards import ShardWriter, sample_members
 from data_tools.shards.index import ShardIndex
@@ -50,14 +52,8 @@ def test_two_splits_share_one_dataset_file(tmp_path):
 
 def test_extra_members_and_a_sample_without_picture():
     record = Record("k", b"x", "png", (), {}, extra={"drawing.png": b"d", "boxes.json": b"[]"})
-    assert [name for name, _ in sample_members(record)] == [
-        "k.png",
-        "k.boxes.json",
-        "k.drawing.png",
-        "k.txt",
-        "k.json",
-    ]
-    assert [name for name, _ in sample_members(Record("k", b"", "", ("字",)))] == ["k.txt", "k.json"]
+    assert [name for name, _ in sample_members(record)] == ["png", "boxes.json", "drawing.png", "txt", "json"]
+    assert [name for name, _ in sample_members(Record("k", b"", "", ("字",)))] == ["txt", "json"]
     with pytest.raises(ValueError, match="no suffix"):
         sample_members(Record("k", b"x", "", ()))
 
@@ -108,6 +104,30 @@ def test_webdataset_and_our_index_read_what_was_written(tmp_path):
     assert read[3]["jpg"] == b"picture 3" and json.loads(read[3]["json"]) == {"标签": 3, "a": None}
     index = ShardIndex.open(tmp_path)
     assert [sample.key for sample in index.samples] == [f"k{i}" for i in range(5)]
+
+
+def test_shards_are_byte_for_byte_what_tarfile_writes(tmp_path):
+    """Of tarfile itself, with headers that hold nothing of this moment; keys in Chinese and over 100 bytes too."""
+    extra = {"line.png": b"line", "_x": b"x"}
+    keys = ("a", "\u88d9\u5b50", "k" * 120)
+    records = [
+        Record(key, b"p" * (i + 511), "webp", ("\u7ea2",), {"i": i}, extra=extra)
+        for i, key in enumerate(keys)
+    ]
+    with ShardWriter(tmp_path / "ours") as writer:
+        for record in records:
+            writer.write(record)
+    with tarfile.open(tmp_path / "plain.tar", "w", format=tarfile.GNU_FORMAT, encoding="utf-8") as tar:
+        for i, key in enumerate(keys):
+            members = [("webp", b"p" * (i + 511)), ("_x", b"x"), ("line.png", b"line")]
+            members += [("txt", "\u7ea2".encode()), ("json", f'{{"i": {i}}}'.encode())]
+            for suffix, data in members:
+                info = tarfile.TarInfo(f"{key}.{suffix}")
+                info.size, info.mode = len(data), 0o644
+                tar.addfile(info, io.BytesIO(data))
+    assert (tmp_path / "ours" / "train-00000.tar").read_bytes() == (tmp_path / "plain.tar").read_bytes()
+    assert write_tar(tmp_path / "spool.tar", records) == 3
+    assert (tmp_path / "spool.tar").read_bytes() == (tmp_path / "plain.tar").read_bytes()
 
 
 def test_a_full_disk_names_the_shard(tmp_path, monkeypatch):
