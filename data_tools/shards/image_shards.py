@@ -4,8 +4,9 @@ Layout of https://github.com/webdataset/webdataset: the members of a sample shar
 stand next to each other. `dataset.json` beside the tars counts the samples of each.
 
 The package webdataset writes them. Its pipeline does not read them back: that streams, and can neither resume in
-mid-epoch nor on another number of processes, so training reads through `data_tools/shards/index.py`; and it drops what is not
-a plain member and reads members of any size, which `data_tools/readers/webdataset.py` has to count and to refuse.
+mid-epoch nor on another number of processes, so training reads through `data_tools/shards/index.py`; and it drops
+what is not a plain member and reads members of any size, which `data_tools/readers/webdataset.py` has to count and
+to refuse.
 """
 
 import json
