@@ -60,10 +60,7 @@ def pins(*files: str) -> dict[str, Requirement]:
 def test_what_is_imported_is_named():
     optional = {name for extra in EXTRAS.values() for name in extra}
     assert imported(in_tests=False) <= {module_of(name) for name in {*NEEDED, *optional}}
-    assert imported(in_tests=True) <= {module_of(name) for name in {*NEEDED, *optional}} | {
-        "packaging",
-        "peft",
-    }
+    assert imported(in_tests=True) <= {module_of(name) for name in {*NEEDED, *optional}}
 
 
 def test_what_is_named_is_imported():
