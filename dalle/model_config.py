@@ -155,10 +155,6 @@ class DalleConfig:
         """Side in pixels of the line drawings that the model takes; 0: it takes none."""
         return self.grid_size * self.line_factor
 
-    @property
-    def sequence_len(self) -> int:
-        return self.max_text_len + self.num_image_tokens
-
 
 def config_mapping(config: DalleConfig) -> dict[str, Any]:
     """JSON-ready, for config.json; without a word of drawings for a model that takes none."""

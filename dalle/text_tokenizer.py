@@ -4,7 +4,6 @@ Both become [begin] pieces [end] padding. A caption without any piece becomes pa
 takes as the null caption.
 """
 
-import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,10 +206,3 @@ class SentencePieceBackend:
 
     def save(self, directory: Path) -> None:
         (directory / SENTENCEPIECE_FILE).write_bytes(self.model)
-
-
-def copy_tokenizer_files(source: Path, destination: Path) -> None:
-    """The tokenizer files of one checkpoint directory into another."""
-    for name in (*SENTENCEPIECE_NAMES, "tokenizer.json", "tokenizer_config.json", "vocab.txt"):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, destination / name)

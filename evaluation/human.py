@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import tyro
 from PIL import Image
@@ -39,7 +39,6 @@ from evaluation.compare.systems import SystemSpec
 from evaluation.metrics.statistics import Interval, wilson
 from evaluation.sets import Sample, SampleSet
 
-Choice = Literal["left", "right", "equal", "both_bad"]
 CHOICES = ("left", "right", "equal", "both_bad")
 
 

@@ -12,9 +12,6 @@ from data_tools.images.crops import CropFlip
 from data_tools.shards.line_views import LineSource
 from diffusion.objective import ObjectiveConfig
 
-SUFFIX = ", ((pure white background)), product photography, high quality"  # as published
-NEGATIVE = "chaotic, shadow, worst quality, low quality"
-
 
 @dataclass(frozen=True)
 class Options:

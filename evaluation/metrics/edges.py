@@ -5,7 +5,6 @@ pixel lies within the tolerance, and the reverse for recall (the boundary matchi
 instead of by assignment).
 """
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,8 +53,3 @@ def _distance(marked: np.ndarray) -> np.ndarray:
     import cv2
 
     return cv2.distanceTransform((~marked).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-
-
-def mean_edge_f1(images: Sequence[Image.Image], drawings: Iterable[np.ndarray]) -> float:
-    """Mean F1 of images and their drawings, pair by pair."""
-    return float(np.mean([edge_score(i, d).f1 for i, d in zip(images, drawings, strict=True)]))
