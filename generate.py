@@ -1,19 +1,19 @@
-"""Draw pictures of a text.
+"""Draw images of a text.
 
     python generate.py "一件红色的连衣裙" 8 out/ --rank                   # best first, as rerank.py would order them
     python generate.py "一双黑色的鞋" 8 out/ --cfg-scale 4 --top-p 0.95 --seed 7
     python generate.py "" 4 out/ --prompts-file prompts.txt --batch-size 16       # one text a line; goes on if killed
     python generate.py "" 1 out/ --prompts-file T2I_test.text.tsv                 # id<TAB>text; ids become keys
     python generate.py "" 4 out/ --prompts-file prompts.txt --engine ray          # on the nodes of a Ray cluster
-    python generate.py "一条蓝色牛仔裤" 4 out/ --prime picture.png --keep-rows 8    # keeps the picture's upper rows
-    python generate.py "一条蓝色牛仔裤" 4 out/ --inpaint picture.png --mask mask.png
-    python generate.py "一条蓝色牛仔裤" 4 out/ --vary picture.png --strength 0.4
+    python generate.py "一条蓝色牛仔裤" 4 out/ --prime image.png --keep-rows 8    # keeps the image's upper rows
+    python generate.py "一条蓝色牛仔裤" 4 out/ --inpaint image.png --mask mask.png
+    python generate.py "一条蓝色牛仔裤" 4 out/ --vary image.png --strength 0.4
     python generate.py "红色T恤" 8 out/ --line drawing.png             # follows the drawing; a generator with --lines
     python generate.py "蓝色T恤" 4 out/ --like photo.png               # same shape and background, colour of the text
     python generate.py "红色T恤" 8 out/ --whiten                       # on pure white
 
 Takes the generator that was trained last, else the one that ships; `--checkpoint` names another. The same seed gives
-the same bytes; picture i of a seed does not depend on the batch size. Without --rank: python rerank.py out/ afterwards
+the same bytes; image i of a seed does not depend on the batch size. Without --rank: python rerank.py out/ afterwards
 """
 
 import common  # noqa: F401 (before torch: Ctrl-C meanwhile leaves no traceback)
@@ -44,7 +44,7 @@ from dalle.pipeline import TextToImage, default_checkpoint
 from dalle.sampling import SamplingOptions
 from dalle.spread import DrawBatches, draw_on
 from data_tools.engine import EngineOptions
-from data_tools.images.decode import open_file as open_picture
+from data_tools.images.decode import open_file as open_image
 from data_tools.images.line_drawings import LineMethod, extract, open_drawing
 from data_tools.prompts import Prompt, Unused, count_prompts, read_prompts, usable
 from diffusion.white_background import WhitenOptions, onto_white, require_whiten, whiten_origin
@@ -64,36 +64,36 @@ DEFAULT_TEXT = "一件红色的连衣裙"
 
 @dataclass(frozen=True)
 class Options:
-    """Draw pictures of a text."""
+    """Draw images of a text."""
 
     text: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TEXT")] = DEFAULT_TEXT
     """What to draw; "" with --prompts-file."""
     num_images: Annotated[tyro.conf.Positional[int], tyro.conf.arg(metavar="NUM_IMAGES")] = 8
-    """Pictures of each text."""
+    """Images of each text."""
     out_dir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT_DIR")] = Path("out")
     """Directory for 0000.png ..., grid.png and images.jsonl."""
     checkpoint: str = ""
     """Checkpoint directory, run directory or hub id; empty: the newest of runs/, else the one that ships."""
     seed: int = 0
-    """Seed of the pictures."""
+    """Seed of the images."""
     sampling: Annotated[SamplingOptions, tyro.conf.arg(name="")] = field(default_factory=SamplingOptions)
     """How tokens are drawn."""
     negative: str = ""
-    """What the pictures should not show: guidance leads away from it."""
+    """What the images should not show: guidance leads away from it."""
     batch_size: int = 8
-    """Pictures drawn side by side; does not change them."""
+    """Images drawn side by side; does not change them."""
     prompts_file: Path | None = None
     """Instead of the text: .txt (a text a line), .tsv (id<TAB>text), .csv or .jsonl; a run that was killed goes on."""
     prime: Path | None = None
-    """Picture whose upper rows stay."""
+    """Image whose upper rows stay."""
     keep_rows: int | None = None
     """Rows of image tokens that --prime keeps; default half of them."""
     inpaint: Path | None = None
-    """Picture of which --mask is redrawn."""
+    """Image of which --mask is redrawn."""
     mask: Path | None = None
-    """Picture that is white where --inpaint redraws."""
+    """Image that is white where --inpaint redraws."""
     vary: Path | None = None
-    """Picture to make variations of."""
+    """Image to make variations of."""
     strength: float | None = None
     """Share of the tokens that --vary redraws, above 0 to 1; default 0.5."""
     line: Path | None = None
@@ -147,29 +147,29 @@ class Options:
             raise ValueError("--inpaint needs --mask PICTURE, white where it is to be redrawn")
 
 
-def open_mask(path: Path, picture: Image.Image) -> Image.Image:
-    """White where the picture is to be redrawn. Raises ValueError for a mask of another shape, which would not lie on
+def open_mask(path: Path, image: Image.Image) -> Image.Image:
+    """White where the image is to be redrawn. Raises ValueError for a mask of another shape, which would not lie on
     it."""
-    mask = open_picture(path, background="black")
-    if abs(mask.width * picture.height - mask.height * picture.width) > 0.02 * mask.height * picture.width:
-        sizes = f"{mask.width} x {mask.height}, the picture {picture.width} x {picture.height}"
+    mask = open_image(path, background="black")
+    if abs(mask.width * image.height - mask.height * image.width) > 0.02 * mask.height * image.width:
+        sizes = f"{mask.width} x {mask.height}, the image {image.width} x {image.height}"
         raise ValueError(f"the mask {path} is {sizes}: both must have the same shape")
     return mask
 
 
 def make_source(options: Options, pipeline: TextToImage) -> Source | None:
-    """The picture that new ones start from, if one was given."""
+    """The image that new ones start from, if one was given."""
     tokenizer = pipeline.image_tokenizer
     if options.prime:
-        return inpaint.prime(tokenizer, open_picture(options.prime), options.keep_rows)
+        return inpaint.prime(tokenizer, open_image(options.prime), options.keep_rows)
     if options.inpaint:
-        picture = open_picture(options.inpaint)
-        return inpaint.inpaint(tokenizer, picture, open_mask(options.mask, picture))
+        image = open_image(options.inpaint)
+        return inpaint.inpaint(tokenizer, image, open_mask(options.mask, image))
     if options.vary:
         strength = 0.5 if options.strength is None else options.strength
-        return inpaint.vary(tokenizer, open_picture(options.vary), strength)
+        return inpaint.vary(tokenizer, open_image(options.vary), strength)
     if options.like:
-        source = inpaint.keep_background(tokenizer, open_picture(options.like))
+        source = inpaint.keep_background(tokenizer, open_image(options.like))
         if source is None:
             say(
                 f"note: {options.like} has no plain background that could be kept: all of the image is made anew"
@@ -188,7 +188,7 @@ def make_line(options: Options, pipeline: TextToImage) -> LineControl | None:
     if path is None:
         return None
     if options.like:
-        lines = extract(resize_square(open_picture(path), size), options.like_method or "canny")
+        lines = extract(resize_square(open_image(path), size), options.like_method or "canny")
     else:
         if not path.is_file():
             raise FileNotFoundError(f"no drawing {path}")
@@ -203,7 +203,7 @@ def make_line(options: Options, pipeline: TextToImage) -> LineControl | None:
 
 
 def origin(options: Options, pipeline: TextToImage) -> dict[str, Any]:
-    """What every line of images.jsonl repeats: all that a picture depends on beside its text and index."""
+    """What every line of images.jsonl repeats: all that an image depends on beside its text and index."""
     names = ("prime", "inpaint", "vary", "line", "like", *(flag for flag, _ in NEEDED))
     given = {n: getattr(options, n) for n in names if getattr(options, n) is not None}
     source: dict[str, Any] = {n: str(value) for n, value in given.items()}
@@ -221,7 +221,7 @@ def origin(options: Options, pipeline: TextToImage) -> dict[str, Any]:
 
 
 def draw_all(options: Options, pipeline: TextToImage, out: OutDirectory, num_texts: int) -> int:
-    """Draws and writes everything; returns the number of pictures drawn now."""
+    """Draws and writes everything; returns the number of images drawn now."""
     source, line, unused = make_source(options, pipeline), make_line(options, pipeline), Unused()
     if options.prompts_file:
         prompts = usable(
@@ -236,20 +236,20 @@ def draw_all(options: Options, pipeline: TextToImage, out: OutDirectory, num_tex
     if options.prompts_file:
         requests = out.continue_from(requests)
     if options.prompts_file and out.count:
-        say(f"{out.count} pictures stand in {out.path}: going on behind them")
+        say(f"{out.count} images stand in {out.path}: going on behind them")
     if options.prompts_file and (leftovers := out.num_leftovers()):
-        say(f"note: {leftovers} pictures in {out.path} were drawn otherwise and give way to new ones")
+        say(f"note: {leftovers} images in {out.path} were drawn otherwise and give way to new ones")
     stood, total = out.count, num_texts * options.num_images
     how = (options.seed, options.sampling, options.negative)
     if cluster := options.work.cluster:
         checkpoint = str(pipeline.directory.resolve())
         work = DrawBatches(checkpoint, options.device, pipeline.fast, *how, source, line)
-        pictures = draw_on(cluster, work, requests, options.batch_size)
+        images = draw_on(cluster, work, requests, options.batch_size)
     else:
-        pictures = pipeline.draw(requests, *how, options.batch_size, source, line)
-    pictures = onto_white(pictures, options.whiten, options.white)
-    for picture in progress(pictures, total=total, initial=stood, unit="image"):
-        out.add(picture)
+        images = pipeline.draw(requests, *how, options.batch_size, source, line)
+    images = onto_white(images, options.whiten, options.white)
+    for image in progress(images, total=total, initial=stood, unit="image"):
+        out.add(image)
     if options.prompts_file:
         unused.report(options.prompts_file)
     if not out.count:
@@ -287,7 +287,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         drawn = draw_all(options, pipeline, out, num_texts)
         out.write_grid(options.num_images if options.prompts_file and 1 < options.num_images <= 16 else None)
         seconds = (time.perf_counter() - started) / max(1, drawn)
-        say(f"{out.count} pictures in {out.path} | {drawn} drawn now, {seconds:.2f} s each | by {checkpoint}")
+        say(f"{out.count} images in {out.path} | {drawn} drawn now, {seconds:.2f} s each | by {checkpoint}")
         if options.rank:
             rank_all(options, ranker, out)
     if not options.rank:

@@ -1,9 +1,9 @@
-"""Order the pictures that generate.py drew: the best first, with what their scores mean.
+"""Order the images that generate.py drew: the best first, with what their scores mean.
 
     python rerank.py                                     # out/, the ranker trained last
     python rerank.py out/ --ranker pretrained/goods-128/ranker --top-k 4
-    python rerank.py out/ --min-percentile 20            # keeps nothing that real pictures would not pass
-    python rerank.py out/ --min-percentile 20 --until 4  # draws on until four pass, at most --budget pictures
+    python rerank.py out/ --min-percentile 20            # keeps nothing that real images would not pass
+    python rerank.py out/ --min-percentile 20 --until 4  # draws on until four pass, at most --budget images
 
 Writes ranking.json, ranked.png and copies rank00.png, rank01.png ... of the best; doing it again gives the same.
 """
@@ -33,7 +33,7 @@ from rankers.ranking import TOP_K, Ranked, rank_directory, ranking_names, report
 
 @dataclass(frozen=True)
 class Options:
-    """Order the pictures of an out directory."""
+    """Order the images of an out directory."""
 
     out: tyro.conf.Positional[Path] = Path("out")
     """Directory that generate.py wrote."""
@@ -41,13 +41,13 @@ class Options:
     """Checkpoint directory, published model or a list of them (see rankers); empty: for images of the generator that
     ships the one beside it, else the newest one trained here, else the one that ships."""
     top_k: int = TOP_K
-    """Best pictures of a text that are copied to rank00.png ..."""
+    """Best images of a text that are copied to rank00.png ..."""
     min_percentile: float = 0.0
-    """A picture passes when it scores above this percentage of real pictures with their own captions; 0: all pass."""
+    """An image passes when it scores above this percentage of real images with their own captions; 0: all pass."""
     until: int = 0
-    """Draw on until this many pictures of every text pass; 0: draw none."""
+    """Draw on until this many images of every text pass; 0: draw none."""
     budget: int = 64
-    """Pictures of a text in all at which --until gives up."""
+    """Images of a text in all at which --until gives up."""
     checkpoint: str = ""
     """The generator that draws on for --until; empty: the newest one, else the one that ships."""
     device: str = "auto"
@@ -68,11 +68,11 @@ class Options:
 
 # --- drawing on ----------------------------------------------------------------------------------------------------
 
-ROUND = 8  # pictures of a text drawn before looking again
+ROUND = 8  # images of a text drawn before looking again
 
 
 def draw_until(options: Options, ranker: Any, out: OutDirectory) -> None:
-    """Draw on for every text, behind the pictures that stand, until enough pass or the budget is spent."""
+    """Draw on for every text, behind the images that stand, until enough pass or the budget is spent."""
     from dalle.sampling import SamplingOptions
 
     rows = read_out_directory(options.out)
@@ -84,16 +84,16 @@ def draw_until(options: Options, ranker: Any, out: OutDirectory) -> None:
     out.continue_behind_all()
     sampling = from_mapping(SamplingOptions, origin["sampling"], where=f"{options.out}/images.jsonl")
     while requests := wanted(options, rank(options, ranker), read_out_directory(options.out)):
-        say(f"drawing {len(requests)} more pictures")
+        say(f"drawing {len(requests)} more images")
         todo = [Request(text, index) for text, index in requests]
-        for picture in pipeline.draw(todo, origin["seed"], sampling, origin["negative"], ROUND):
-            out.add(picture)
+        for image in pipeline.draw(todo, origin["seed"], sampling, origin["negative"], ROUND):
+            out.add(image)
     if out.count > len(rows):
         out.write_grid()
 
 
 def wanted(options: Options, texts: dict[str, list[Ranked]], rows: Sequence[Row]) -> list[tuple[str, int]]:
-    """(text, index) of the next round: for texts with too few passing pictures and budget left."""
+    """(text, index) of the next round: for texts with too few passing images and budget left."""
     requests, last = [], {}
     for row in rows:
         last[row.text] = max(last.get(row.text, 0), int(row.values["index"]))
@@ -102,25 +102,23 @@ def wanted(options: Options, texts: dict[str, list[Ranked]], rows: Sequence[Row]
         if passing >= options.until:
             continue
         if count >= options.budget:
-            say(f"{text}: {passing} of {options.until} pass after {count} pictures, the budget")
+            say(f"{text}: {passing} of {options.until} pass after {count} images, the budget")
             continue
         requests += [(text, last[text] + 1 + i) for i in range(min(ROUND, options.budget - count))]
     return requests
 
 
 def common_origin(rows: Sequence[Row], out: Path) -> dict[str, Any]:
-    """What all pictures share: seed, sampling, checkpoint. Raises ValueError where one run did not draw all."""
+    """What all images share: seed, sampling, checkpoint. Raises ValueError where one run did not draw all."""
     origins = [{name: row.values.get(name) for name in ORIGIN} for row in rows]
     if any(origin != origins[0] for origin in origins) or "index" not in rows[0].values:
         raise ValueError(
-            f"the pictures of {out} were not drawn by one run of generate.py: --until cannot go on"
+            f"the images of {out} were not drawn by one run of generate.py: --until cannot go on"
         )
     if origins[0]["source"]:
-        raise ValueError(
-            f"the pictures of {out} started from another picture: --until cannot go on from there"
-        )
+        raise ValueError(f"the images of {out} started from another image: --until cannot go on from there")
     if origins[0]["whiten"]:
-        raise ValueError(f"the pictures of {out} were put on white: --until cannot go on")
+        raise ValueError(f"the images of {out} were put on white: --until cannot go on")
     return origins[0]
 
 
@@ -136,7 +134,7 @@ def load_generator(options: Options, origin: dict[str, Any]) -> Any:
     pipeline = TextToImage.from_pretrained(checkpoint, options.device, fast)
     if pipeline.sha256 != origin["checkpoint"]:
         raise ValueError(
-            f"another generator than {checkpoint} drew the pictures of {options.out}: name it with --checkpoint"
+            f"another generator than {checkpoint} drew the images of {options.out}: name it with --checkpoint"
         )
     return pipeline
 

@@ -1,7 +1,7 @@
 """Stage 2: train the generator on captions and image tokens.
 
     python train_dalle.py                                          # the embedded default, minutes on a CPU
-    python train_dalle.py --config configs/own_128/dalle.yaml --data my_pictures     # a folder, to a generator
+    python train_dalle.py --config configs/own_128/dalle.yaml --data my_images     # a folder, to a generator
     python train_dalle.py --config configs/goods_128/dalle.yaml
     torchrun --nproc_per_node 2 train_dalle.py --config configs/goods_128/dalle.yaml
     deepspeed train_dalle.py --config configs/goods_128/dalle.yaml --deepspeed.zero-stage 2
@@ -46,7 +46,7 @@ from dalle.pipeline import TextToImage
 from dalle.plan import measure_peak_flops, train_flops
 from dalle.training import lines as line_training
 from dalle.training.captions import drop_captions, insert_unknown
-from dalle.training.data import TrainData, captions, names_pictures, require_data, require_tokenizers_of
+from dalle.training.data import TrainData, captions, names_images, require_data, require_tokenizers_of
 from dalle.training.options import Options
 from kernels import OFF, accelerate
 from vq.encoding import ImageEncoder
@@ -63,7 +63,7 @@ class GeneratorTask:
         self.text_tokenizer, self.pad_id = data.text_tokenizer, data.text_tokenizer.pad_id
         self.image_tokenizer = data.image_tokenizer.to(world.device)
         if not data.has_tokens:
-            self.encode_pictures = ImageEncoder(self.image_tokenizer, world.device, options.precision)
+            self.encode_images = ImageEncoder(self.image_tokenizer, world.device, options.precision)
         self.config = options.model_config(
             data.text_tokenizer.vocab_size,
             self.pad_id,
@@ -153,7 +153,7 @@ class GeneratorTask:
         """(B, N) long: as they came, or encoded now."""
         if self.data.has_tokens:
             return batch["image_ids"]
-        return self.encode_pictures(batch["image"])
+        return self.encode_images(batch["image"])
 
     def _targets_per_micro_batch(self, text_ids: Tensor) -> float:
         """The mean over all processes, so that any split of the global batch gives the same text loss."""
@@ -209,7 +209,7 @@ class GeneratorTask:
         curve: Tensor,
         step: int,
     ) -> dict[str, float]:
-        """Bits are a token's; `text_gain_bits` and `line_gain_bits`: how much less the picture costs when its caption,
+        """Bits are a token's; `text_gain_bits` and `line_gain_bits`: how much less the image costs when its caption,
         or its drawing, is known."""
         self.curve_bits = bits = curve / num_samples / math.log(2)  # (N,)
         if self.world.is_main:
@@ -227,23 +227,23 @@ class GeneratorTask:
         return figures | {f"image_bits_quarter_{i}": float(q.mean()) for i, q in enumerate(bits.chunk(4), 1)}
 
     def sample(self, step: int) -> dict[str, Image.Image]:
-        """A row of pictures a caption, drawn as generate.py draws them, and the bits of every image position."""
+        """A row of images a caption, drawn as generate.py draws them, and the bits of every image position."""
         options = self.options
         self.training.load_saved_weights_(self.finished)
         if not self.world.is_main:
             return {}
-        pictures = {} if self.curve_bits is None else {"position_bits": heat_map(self.curve_bits)}
+        images = {} if self.curve_bits is None else {"position_bits": heat_map(self.curve_bits)}
         if options.sample_images:
             fast = FastOptions(kernels=options.kernels)
             pipeline = TextToImage(self.finished, self.image_tokenizer, self.text_tokenizer, fast=fast)
             drawn = pipeline.generate(
                 self.sample_texts, options.sample_images, options.loop.seed, options.sampling
             )
-            pictures["samples"] = make_grid([p.image for p in drawn], columns=options.sample_images)
+            images["samples"] = make_grid([p.image for p in drawn], columns=options.sample_images)
             if options.lines:
                 more = (options.sample_images, options.loop.seed, options.sampling)
-                pictures["samples_lines"] = line_training.sample_lines(pipeline, self.data, *more)
-        return pictures
+                images["samples_lines"] = line_training.sample_lines(pipeline, self.data, *more)
+        return images
 
     def state(self) -> dict[str, Any]:
         data = self.data.train
@@ -270,7 +270,7 @@ class GeneratorTask:
 
 
 def heat_map(curve: Tensor, side: int = 256) -> Image.Image:
-    """(N,) bits of the image positions -> a grey picture of the grid: black 0, white the largest."""
+    """(N,) bits of the image positions -> a grey image of the grid: black 0, white the largest."""
     grid = curve.view(math.isqrt(len(curve)), -1)
     levels = (grid / grid.max() * 255).round().to(torch.uint8)
     return Image.fromarray(levels.numpy()).resize((side, side), Image.Resampling.NEAREST)
@@ -299,10 +299,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         plan = batch_plan(loop.global_batch_size, world.size, loop.micro_batch_size)
         require_data(options)
         options = options.with_init_tokenizers()
-        if names_pictures(options.data):
-            from dalle.training.from_images import prepare_pictures  # the readers of all formats
+        if names_images(options.data):
+            from dalle.training.from_images import prepare_images  # the readers of all formats
 
-            options = prepare_pictures(options, world)
+            options = prepare_images(options, world)
         data = TrainData.prepare(
             loop.run_dir, options.data, options.image_tokenizer, options.text_tokenizer, world, options.remote
         )

@@ -1,9 +1,9 @@
-"""Stage 1: train the image tokenizer on product pictures.
+"""Stage 1: train the image tokenizer on product images.
 
     python train_vqgan.py                                          # the embedded default, minutes on a CPU
     python train_vqgan.py --config configs/goods_128/vqgan.yaml
     torchrun --nproc_per_node 2 train_vqgan.py --config configs/goods_128/vqgan.yaml
-    python train_vqgan.py --config configs/goods_128/vqgan_decoder.yaml    # sharper pictures, the same codes
+    python train_vqgan.py --config configs/goods_128/vqgan_decoder.yaml    # sharper images, the same codes
 
 The same command started again goes on from the newest checkpoint in the run directory.
 
@@ -40,7 +40,7 @@ from common.training_state import TrainingState
 from data_tools.augment import Chain
 from data_tools.shards.loader import DecodeImage, eval_batches, train_batches
 from data_tools.synthetic.shards import ensure_synthetic
-from vq.data import open_train_and_val, small_pictures, train_decoder
+from vq.data import open_train_and_val, small_images, train_decoder
 from vq.losses.adversary import Adversary
 from vq.losses.foreground import pixel_weights
 from vq.losses.perceptual import PerceptualDistance, load_perceptual
@@ -49,13 +49,13 @@ from vq.model import KIND, ImageTokenizer
 from vq.options import Options
 from vq.quantizer import CodeUsage, kmeans
 
-SMALLEST_VIEW = 32  # pixels a side; smaller pictures are seen whole
+SMALLEST_VIEW = 32  # pixels a side; smaller images are seen whole
 
 ValBatches = Callable[[int], Iterator[dict[str, Any]]]
 
 
 class TokenizerTask:
-    """What `common.loop.fit` drives. `val_batches(n)`: the first n validation pictures, in batches."""
+    """What `common.loop.fit` drives. `val_batches(n)`: the first n validation images, in batches."""
 
     def __init__(self, options: Options, world: World, plan: BatchPlan, val_batches: ValBatches) -> None:
         torch.manual_seed(options.loop.seed)
@@ -122,7 +122,7 @@ class TokenizerTask:
 
     @property
     def train_sizes(self) -> list[int]:
-        """Sides of training pictures, multiples of the downsample factor; the loader delivers the largest."""
+        """Sides of training images, multiples of the downsample factor; the loader delivers the largest."""
         factor = self.config.downsample_factor
         scales = self.options.multiscale or (1.0,)
         return [max(1, round(scale * self.config.image_size / factor)) * factor for scale in scales]
@@ -233,10 +233,10 @@ class TokenizerTask:
         key = (self.options.loop.seed, step)
         return self._view(shrunk_or_cropped(images, self.options.loss.perceptual_side, key), step)
 
-    def _view(self, pictures: Tensor, step: int) -> Tensor:
-        """What the perceptual network and the adversary see of `pictures` at this step."""
+    def _view(self, images: Tensor, step: int) -> Tensor:
+        """What the perceptual network and the adversary see of `images` at this step."""
         smallest = max(SMALLEST_VIEW, self.options.adversary.discriminator.smallest_side)
-        return shifted(pictures, self.options.loss.jitter, smallest, (self.options.loop.seed, step))
+        return shifted(images, self.options.loss.jitter, smallest, (self.options.loop.seed, step))
 
     def _announce(self, step: int) -> None:
         if not self.adversary:
@@ -249,7 +249,7 @@ class TokenizerTask:
         if step == config.counts_from:
             self._say(
                 f"step {step} | the adversary's loss counts from here, at full weight after {config.ramp_steps} steps: "
-                "a dip in PSNR is expected, sharper pictures follow"
+                "a dip in PSNR is expected, sharper images follow"
             )
 
     # ----------------------------------------------------------------------------------------------------- codebook
@@ -313,12 +313,12 @@ class TokenizerTask:
 
     @torch.no_grad()
     def evaluate(self, step: int) -> dict[str, float]:
-        """Over the validation pictures, with the weights that are saved."""
+        """Over the validation images, with the weights that are saved."""
         model, device = self._saved_model(), self.world.device
         usage = CodeUsage(self.config.codebook_size, self.config.code_depth)
         sums: dict[str, float] = {}
         shifts = []
-        for batch in self.val_batches(self.options.val_pictures):
+        for batch in self.val_batches(self.options.val_images):
             images = batch["image"].to(device, memory_format=torch.channels_last)
             with autocast(device, self.options.precision):
                 reconstruction, quantized = model(images)
@@ -377,7 +377,7 @@ class TokenizerTask:
 
     @torch.no_grad()
     def sample(self, step: int) -> dict[str, Image.Image]:
-        """Validation pictures above their reconstructions."""
+        """Validation images above their reconstructions."""
         images = next(self.val_batches(16))["image"].to(self.world.device, memory_format=torch.channels_last)
         with autocast(self.world.device, self.options.precision):
             reconstruction, _ = self._saved_model()(images)
@@ -418,7 +418,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     model = options.model_config
     if not (options.data or options.image_folder) and world.is_main:
         say(
-            "no --data given: training on the embedded default, product-like pictures drawn by data_tools.synthetic"
+            "no --data given: training on the embedded default, product-like images drawn by data_tools.synthetic"
         )
         ensure_synthetic(Path("data/synthetic"), image_size=model.image_size)
     world.barrier()
@@ -428,7 +428,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     if world.is_main:
         for problem in [
             *dict.fromkeys([*train.problems, *val.problems]),
-            small_pictures(train, model.image_size),
+            small_images(train, model.image_size),
         ]:
             if problem:
                 say(f"note: {problem}")
@@ -441,7 +441,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         if world.is_main:
             count = sum(p.numel() for p in task.model.parameters()) / 1e6
             grid = f"{model.grid_size}x{model.grid_size} codes of {model.codebook_size}"
-            say(f"{len(train)} pictures, {count:.1f}M parameters, {grid}")
+            say(f"{len(train)} images, {count:.1f}M parameters, {grid}")
         decode = train_decoder(
             train,
             max(task.train_sizes),

@@ -7,7 +7,7 @@
 Prompts are distinct captions of the held-out split that name a category which the judge knows: those that name a colour
 first, then the same with another colour, so that there are enough to judge colours by, then the others. The judge was
 trained apart from the ranker, and its weights are refused if they are the ranker's. "Random" is the mean of all 8
-pictures, what a random choice gets. The target: the 95 % interval of the difference, over prompts, lies above zero.
+images, what a random choice gets. The target: the 95 % interval of the difference, over prompts, lies above zero.
 Killed, the same command goes on. Writes results.json and report.html.
 """
 
@@ -29,7 +29,7 @@ from dalle.sampling import SamplingOptions
 from data_tools.shards.index import ShardIndex
 from data_tools.shards.loader import IMAGE_SUFFIXES
 from evaluation import report
-from evaluation.compare.choice import Curve, check_independent, chosen_set, curve, judged, score_pictures
+from evaluation.compare.choice import Curve, check_independent, chosen_set, curve, judged, score_images
 from evaluation.compare.generating import Plan, common_texts, draw_into, some_of
 from evaluation.compare.parts import Networks, generated_part, pixel_colors_of
 from evaluation.compare.systems import Setting, SystemSpec, open_system
@@ -37,7 +37,7 @@ from evaluation.judges.goods import KIND, GoodsJudge
 from evaluation.metrics.attributes import Lexicon
 from evaluation.metrics.compute import networks_note
 from evaluation.metrics.features import CACHE
-from evaluation.reference import Facts, ReferencePictures
+from evaluation.reference import Facts, ReferenceImages
 from evaluation.sets import SampleSet
 from rankers import default_ranker, load_ranker
 from rankers.training.pairs import AttributeConfig
@@ -66,19 +66,19 @@ class Options:
     recolored: int = 2
     """Prompts more of every caption that names a colour, with another colour in its place."""
     num_images: int = 8
-    """Pictures of each prompt, of which the ranker takes the best."""
+    """Images of each prompt, of which the ranker takes the best."""
     seed: int = 0
-    """Seed of the pictures and of which prompts."""
+    """Seed of the images and of which prompts."""
     sampling: Annotated[SamplingOptions, tyro.conf.arg(name="")] = field(default_factory=SamplingOptions)
     """How tokens are drawn."""
     batch_size: int = 16
-    """Pictures drawn side by side; does not change them."""
+    """Images drawn side by side; does not change them."""
     draws: int = 4000
     """Drawings of the prompts for the intervals."""
     out: Path = Path("out/best_of_n")
-    """Directory for pictures, results.json and report.html."""
+    """Directory for images, results.json and report.html."""
     cache: Path = CACHE
-    """Folder where features of pictures are kept."""
+    """Folder where features of images are kept."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 
@@ -148,13 +148,11 @@ def prepare(options: Options) -> tuple[Networks, Any, Options]:
 def measure(
     options: Options, samples: SampleSet, networks: Networks, ranker: Any, lexicon: Lexicon
 ) -> tuple[SampleSet, list[Curve]]:
-    """The scored pictures, and the curve of each measure at widths 1, 2, 4 ... num_images."""
+    """The scored images, and the curve of each measure at widths 1, 2, 4 ... num_images."""
     part = generated_part(samples, options.draws, options.seed, options.cache)
-    scored = score_pictures(samples, ranker, part)
+    scored = score_images(samples, ranker, part)
     widths = [w for w in (1, 2, 4, 8, 16, 32, 64) if w < options.num_images] + [options.num_images]
-    train = (
-        ReferencePictures.of_split(options.data, options.train_split, 128) if options.train_split else None
-    )
+    train = ReferenceImages.of_split(options.data, options.train_split, 128) if options.train_split else None
     measured = pixel_colors_of(train, range(len(train)), options.cache) if train else None
     values = judged(networks, lexicon, part, measured)
     how = (ranker.name, widths, options.draws, options.seed)
@@ -206,7 +204,7 @@ def write_page(options: Options, scored: SampleSet, ranker: Any, curves: Sequenc
             report.side_by_side([("", svg.curves(series, "best of", "share right", log_x=True))]),
             report.table(("measure", "best of", "prompts", "share", "gain over random"), rows),
         ),
-        report.section("Pictures", report.prompt_grids([first, best], report.spread(scored.texts, 60), 1)),
+        report.section("Images", report.prompt_grids([first, best], report.spread(scored.texts, 60), 1)),
     ]
     return report.write_page(options.out / "report.html", "Best of n by the ranker", sections, report.ENGLISH)
 
@@ -218,8 +216,8 @@ def main(argv: Sequence[str] | None = None) -> list[Curve]:
     index = ShardIndex.open(options.data, options.split).require(*IMAGE_SUFFIXES)
     networks, ranker, options = prepare(options)
     ensure_writable_directory(options.out)
-    pictures = ReferencePictures(index, 64, AttributeConfig())
-    facts = [pictures.facts(i) for i in range(len(pictures))]
+    images = ReferenceImages(index, 64, AttributeConfig())
+    facts = [images.facts(i) for i in range(len(images))]
     lexicon = Lexicon.of_reference(facts)
     how = (options.num_prompts, options.seed, options.recolored)
     texts = choose_prompts(facts, networks.judge, lexicon, *how)

@@ -3,8 +3,8 @@
     python -m benchmarks.data_memory                               # half an hour on two cores
     python -m benchmarks.data_memory --rows 1000 10000 --commands clean dedup
 
-Each command runs as a user runs it, in its own process on synthetic rows (drawn pictures of 64 pixels, each different).
-No command holds pictures, so a row may add only what has to be known of every row: ids met before, hashes, lengths.
+Each command runs as a user runs it, in its own process on synthetic rows (drawn images of 64 pixels, each different).
+No command holds images, so a row may add only what has to be known of every row: ids met before, hashes, lengths.
 Exit code 1 when a row adds more than its limit below. download fetches at most 10,000 rows from a server it starts.
 """
 
@@ -53,7 +53,7 @@ class Options:
             raise ValueError(f"--rows needs at least two ascending numbers, not {self.rows}")
 
 
-def drawn_picture(number: int) -> bytes:
+def drawn_image(number: int) -> bytes:
     """A JPEG of 64 pixels that no other number has."""
     generator = np.random.default_rng(number)
     coarse = Image.fromarray(generator.integers(0, 255, (4, 4, 3), np.uint8))
@@ -70,19 +70,19 @@ def write_rows(folder: Path, rows: int) -> Path:
         (folder / "T2I_train.text.tsv").open("w") as texts,
     ):
         for number in range(rows):
-            images.write(f"{number:032x}\t{base64.urlsafe_b64encode(drawn_picture(number)).decode()}\n")
+            images.write(f"{number:032x}\t{base64.urlsafe_b64encode(drawn_image(number)).decode()}\n")
             texts.write(f"{number:032x}\t\u4e00\u4ef6\u4e0a\u8863 {number}\n")
     return folder
 
 
-class PictureServer(BaseHTTPRequestHandler):
-    """/NUMBER is that picture."""
+class ImageServer(BaseHTTPRequestHandler):
+    """/NUMBER is that image."""
 
     protocol_version = "HTTP/1.1"
     wbufsize = 1 << 16
 
     def do_GET(self) -> None:
-        data = drawn_picture(int(self.path.strip("/")))
+        data = drawn_image(int(self.path.strip("/")))
         self.send_response(200)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
@@ -96,7 +96,7 @@ def peak_bytes(name: str, source: Path, folder: Path, rows: int) -> int:
     """Largest resident size of the main process of one command."""
     out = folder / f"{name}{rows}"
     arguments = {
-        "clean": [str(source), str(out), "--rules", "shop", "--pictures.min-side", "0", "--workers", "0"],
+        "clean": [str(source), str(out), "--rules", "shop", "--images.min-side", "0", "--workers", "0"],
         "dedup": [str(source), str(out), "--workers", "0"],
         "stats": [
             str(source),
@@ -118,7 +118,7 @@ def peak_bytes(name: str, source: Path, folder: Path, rows: int) -> int:
 
 def measure(options: Options, folder: Path) -> dict[str, dict[str, float]]:
     """Peak MiB by number of rows, and the bytes that a row adds between the first and the last, by command."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), PictureServer) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), ImageServer) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         result: dict[str, dict[str, float]] = {name: {} for name in options.commands}
         last: dict[str, tuple[int, int]] = {}
@@ -145,7 +145,7 @@ def measure(options: Options, folder: Path) -> dict[str, dict[str, float]]:
 
 
 def write_urls(path: Path, server: ThreadingHTTPServer, rows: int) -> Path:
-    """A Wukong list of the server's pictures."""
+    """A Wukong list of the server's images."""
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("url", "caption"))

@@ -2,9 +2,9 @@
 
     python -m benchmarks.data_shard                       # a quarter of an hour on two cores
     python -m benchmarks.data_shard --rows 500 --rounds 1 --memory-rows 200 2000
-    python -m benchmarks.data_shard --pictures ../shared/data/goods
+    python -m benchmarks.data_shard --images ../shared/data/goods
 
-Each speed is a ratio to bare Pillow on the same pictures, in the same run and on as many processes, round by round in
+Each speed is a ratio to bare Pillow on the same images, in the same run and on as many processes, round by round in
 turn. Two ratios are printed: of wall time, which wants an idle machine, and of processor time, which does not.
     TSV to shards       bare = decode + encode (WebP, the same quality)            goal 0.8
     shards to batches   bare = decode + resize to 128 pixels                       goal 0.9
@@ -60,9 +60,9 @@ class BenchConfig:
     rounds: int = 3
     """Times that each of the pair is measured, in turn; medians are printed."""
     memory_rows: tuple[int, ...] = (1000, 10_000, 100_000)
-    """Numbers of rows to take the peak memory at; the pictures are small there."""
-    pictures: Path | None = None
-    """Source of real pictures to repeat; default: drawn ones with the detail of a photograph."""
+    """Numbers of rows to take the peak memory at; the images are small there."""
+    images: Path | None = None
+    """Source of real images to repeat; default: drawn ones with the detail of a photograph."""
     workers: int = 0
     """Processes; 0: one a processor."""
     out: Path | None = None
@@ -73,11 +73,11 @@ class BenchConfig:
             raise ValueError("--rows and --rounds must be at least 1")
 
 
-def drawn_pictures(count: int, side: int) -> list[bytes]:
+def drawn_images(count: int, side: int) -> list[bytes]:
     """JPEGs of smooth noise over three scales: about 12 kB at 256 pixels, as product photographs have."""
     import numpy as np
 
-    pictures = []
+    images = []
     for seed in range(count):
         rng, canvas = np.random.default_rng(seed), np.full((side, side, 3), 128.0)
         for cells, strength in ((4, 60), (16, 30), (64, 12)):
@@ -87,26 +87,26 @@ def drawn_pictures(count: int, side: int) -> list[bytes]:
             )
         buffer = io.BytesIO()
         Image.fromarray(canvas.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
-        pictures.append(buffer.getvalue())
-    return pictures
+        images.append(buffer.getvalue())
+    return images
 
 
-def real_pictures(source: Path, count: int) -> list[bytes]:
-    """The first pictures of a source, at 256 pixels, as JPEG."""
-    pictures = []
+def real_images(source: Path, count: int) -> list[bytes]:
+    """The first images of a source, at 256 pixels, as JPEG."""
+    images = []
     for item in open_source(source):
         if isinstance(item, Record) and item.image:
             buffer = io.BytesIO()
             with Image.open(io.BytesIO(item.image)) as image:
                 image.convert("RGB").resize((SIDE, SIDE)).save(buffer, "JPEG", quality=90)
-            pictures.append(buffer.getvalue())
-            if len(pictures) == count:
+            images.append(buffer.getvalue())
+            if len(images) == count:
                 break
-    return pictures
+    return images
 
 
 def write_tsv(folder: Path, pictures: Sequence[bytes], rows: int) -> Path:
-    """An ECommerce-T2I source that repeats `pictures`; texts in another order than pictures."""
+    """An ECommerce-T2I source that repeats `images`; texts in another order than images."""
     folder.mkdir()
     encoded = [base64.urlsafe_b64encode(data).decode() for data in pictures]
     with (
@@ -120,30 +120,30 @@ def write_tsv(folder: Path, pictures: Sequence[bytes], rows: int) -> Path:
 
 
 def bare_encode(task: tuple[Sequence[bytes], int]) -> float:
-    """Processor seconds to decode and encode `task[1]` pictures."""
-    pictures, count = task
+    """Processor seconds to decode and encode `task[1]` images."""
+    images, count = task
     start = time.process_time()
     for i in range(count):
-        with Image.open(io.BytesIO(pictures[i % len(pictures)])) as image:
+        with Image.open(io.BytesIO(images[i % len(images)])) as image:
             image.convert("RGB").save(io.BytesIO(), "WEBP", quality=QUALITY, method=4)
     return time.process_time() - start
 
 
 def bare_resize(task: tuple[Sequence[bytes], int]) -> float:
     """Processor seconds to decode and resize."""
-    pictures, count = task
+    images, count = task
     start = time.process_time()
     for i in range(count):
-        with Image.open(io.BytesIO(pictures[i % len(pictures)])) as image:
+        with Image.open(io.BytesIO(images[i % len(images)])) as image:
             image.convert("RGB").resize((BATCH_SIDE, BATCH_SIDE), Image.Resampling.LANCZOS)
     return time.process_time() - start
 
 
 def run_bare(
-    pool: ProcessPoolExecutor, work: Callable, pictures: Sequence[bytes], rows: int, workers: int
+    pool: ProcessPoolExecutor, work: Callable, images: Sequence[bytes], rows: int, workers: int
 ) -> dict:
     """Wall and processor seconds of the bare work, spread evenly over the processes of a warm pool."""
-    tasks = [(pictures, rows // workers + (i < rows % workers)) for i in range(workers)]
+    tasks = [(images, rows // workers + (i < rows % workers)) for i in range(workers)]
     start = time.perf_counter()
     cpu = sum(pool.map(work, tasks))
     return {"wall": time.perf_counter() - start, "cpu": cpu}
@@ -200,16 +200,16 @@ def ratios(pairs: Sequence[tuple[dict, dict]]) -> dict[str, float]:
 
 def measure_speed(config: BenchConfig, folder: Path, workers: int) -> Iterator[tuple[str, dict]]:
     """(question, figures) of the two speeds."""
-    pictures = real_pictures(config.pictures, 300) if config.pictures else drawn_pictures(300, SIDE)
-    source = write_tsv(folder / "speed", pictures, config.rows)
+    images = real_images(config.images, 300) if config.images else drawn_images(300, SIDE)
+    source = write_tsv(folder / "speed", images, config.rows)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context) as pool:
-        run_bare(pool, bare_encode, pictures, 10 * workers, workers)
+        run_bare(pool, bare_encode, images, 10 * workers, workers)
         pairs = []
         for number in range(config.rounds):
-            bare = run_bare(pool, bare_encode, pictures, config.rows, workers)
+            bare = run_bare(pool, bare_encode, images, config.rows, workers)
             pairs.append((bare, run_shard(source, folder / f"out{number}", workers)))
-        size = sum(map(len, pictures)) / len(pictures)
+        size = sum(map(len, images)) / len(images)
         yield (
             "tsv_to_shards",
             {"ratio": ratios(pairs), "goal": 0.8, "picture_bytes": round(size), "rows": config.rows},
@@ -226,7 +226,7 @@ def measure_memory(config: BenchConfig, folder: Path, workers: int) -> dict:
     """Peaks by number of rows."""
     peaks = {}
     for rows in config.memory_rows:
-        source = write_tsv(folder / f"memory{rows}", drawn_pictures(50, 48), rows)
+        source = write_tsv(folder / f"memory{rows}", drawn_images(50, 48), rows)
         figures = run_shard(source, folder / f"memory_out{rows}", workers, "--size", "32")
         peaks[str(rows)] = {name: round(figures[name], 1) for name in ("main_mib", "worker_mib")}
     return {"peaks": peaks, "goal": "flat"}

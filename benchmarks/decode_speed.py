@@ -8,8 +8,8 @@
 The floor of a step is the larger of two times: reading a buffer as large as all weights that it reads and the filled
 half of the cache, in bfloat16; and as many operations in square products of bfloat16, or of float32 where the machine
 has no bfloat16. A token's floor is that and its share of the operations of the text. All are done in turn with the
-drawing of whole pictures, and of each the fastest round counts: what a shared machine's memory gives for a
-millisecond is not what it gives for a picture. dalle-pytorch 1.6.6 (26m, same widths and vocabularies, its cache
+drawing of whole images, and of each the fastest round counts: what a shared machine's memory gives for a
+millisecond is not what it gives for an image. dalle-pytorch 1.6.6 (26m, same widths and vocabularies, its cache
 repaired) takes part where it can be imported, see benchmarks/peer.py.
 """
 
@@ -33,7 +33,7 @@ from dalle import sequence
 from dalle.engines import FastOptions, prepare
 from dalle.model import Dalle, DalleConfig, ModelOptions, SizeName
 from dalle.plan import synchronize
-from dalle.sampling import SamplingOptions, picture_generator, sample_ids
+from dalle.sampling import SamplingOptions, noise_generator, sample_ids
 
 Contender = Literal[
     "torch_fp32", "torch_bf16", "packed_fp32", "packed_bf16", "packed_int8", "cpu_kernel_bf16", "cpu_kernel_int8",
@@ -52,9 +52,9 @@ class Options:
     sizes: tuple[SizeName, ...] = ("26m", "110m")
     """Rows of the size table."""
     batch_sizes: tuple[int, ...] = (1, 8)
-    """Pictures drawn side by side."""
+    """Images drawn side by side."""
     cfg_scales: tuple[float, ...] = (1.0, 3.0)
-    """1 is without guidance; else every picture takes two rows."""
+    """1 is without guidance; else every image takes two rows."""
     contenders: tuple[Contender, ...] = ()
     """Who takes part; empty: all that make sense on the device."""
     rounds: int = 3
@@ -86,20 +86,20 @@ class Options:
 
 @dataclass(frozen=True)
 class Floor:
-    """What a token costs at least, on average over the positions of a picture."""
+    """What a token costs at least, on average over the positions of an image."""
 
     num_bytes: float
     operations: float
     text_operations: float
 
     def reading(self, options: Options) -> Callable[[], object]:
-        """Reads as many bytes as a picture's steps must."""
+        """Reads as many bytes as an image's steps must."""
         buffer = torch.ones(int(self.num_bytes) // 4, device=options.device)
         return lambda: [buffer.sum() for _ in range(GRID**2)]
 
     @staticmethod
     def computing(options: Options, operations: float, size: int = 2048) -> Callable[[], object]:
-        """Square products with as many operations as a picture's steps, in bfloat16 where the machine has it."""
+        """Square products with as many operations as an image's steps, in bfloat16 where the machine has it."""
         device = torch.device(options.device)
         dtype = torch.bfloat16 if has_native_bf16(device) else torch.float32
         a = torch.randn(size, size, device=device).to(dtype)
@@ -123,7 +123,7 @@ def floor(model: Dalle, rows: int, texts: int) -> Floor:
 def our_drawing(
     options: Options, model: Dalle, name: str, batch_size: int, cfg_scale: float
 ) -> Callable[[], Tensor]:
-    """Draws the tokens of `batch_size` pictures."""
+    """Draws the tokens of `batch_size` images."""
     engine, weights = name.rsplit("_", 1)
     decoder = prepare(model, FastOptions(engine, TYPES[weights]))
     text = torch.randint(1, TEXT_VOCAB, (batch_size, TEXT_LEN), device=options.device)
@@ -132,7 +132,7 @@ def our_drawing(
 
     def draw() -> Tensor:
         return sample_ids(
-            decoder, text, null, [picture_generator(0, i) for i in range(batch_size)], sampling
+            decoder, text, null, [noise_generator(0, i) for i in range(batch_size)], sampling
         ).ids
 
     return draw
@@ -190,7 +190,7 @@ def measure(options: Options, size: SizeName, batch_size: int, cfg_scale: float)
         figures[name] = token
         say(
             f"    {name:16} {token * 1e3:7.2f} ms a token | {token / at_least:5.2f} times the floor | "
-            f"{batch_size / token:7.0f} image tokens/s | {batch_size / seconds:6.2f} pictures/s"
+            f"{batch_size / token:7.0f} image tokens/s | {batch_size / seconds:6.2f} images/s"
         )
     return figures
 

@@ -31,7 +31,7 @@ from evaluation.compare.parts import pixel_colors_of
 from evaluation.judges.goods import GoodsJudge
 from evaluation.metrics.pixel_colors import ColorHistogram, PixelColors
 from evaluation.metrics.statistics import wilson
-from evaluation.reference import ReferencePictures
+from evaluation.reference import ReferenceImages
 from rankers import load_ranker
 
 TARGET = 0.9
@@ -41,7 +41,7 @@ CATEGORIES = {
     kind.nouns[0]: name for name, kind in KINDS.items()
 }  # as shards and judge call them -> as we do
 COLOR_NAMES = {f"{word}\u8272": name for name, word in COLORS.items()}
-CONTROL_SEED = 999_001  # of synthetic pictures on which neither the judge nor any generator was trained
+CONTROL_SEED = 999_001  # of synthetic images on which neither the judge nor any generator was trained
 NUM_CONTROL = 300
 
 
@@ -56,13 +56,13 @@ class Options:
     out: Path = Path("out/demo_quality")
     """Directory for verdicts.png and results.json."""
     num_images: int = 4
-    """Pictures of each prompt, of which the ranker takes the best."""
+    """Images of each prompt, of which the ranker takes the best."""
     num_prompts: int = 100
     """The first so many of the 100 prompts, which alternate between kinds and colours."""
     seed: int = 0
-    """Seed of the pictures."""
+    """Seed of the images."""
     batch_size: int = 20
-    """Pictures drawn side by side; does not change them."""
+    """Images drawn side by side; does not change them."""
     sampling: Annotated[SamplingOptions, tyro.conf.arg(name="")] = field(default_factory=SamplingOptions)
     """How tokens are drawn."""
     device: str = "auto"
@@ -83,7 +83,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the judges see in one picture, and what was asked for."""
+    """What the judges see in one image, and what was asked for."""
 
     kind: str
     color: str
@@ -126,7 +126,7 @@ class Judges:
                 f"{run_dir} is a judge of other goods, it does not know {min(unknown)}: python -m "
                 f"evaluation.train_judge --config {JUDGE_RECIPE}"
             )
-        train = ReferencePictures.of_split(options.data, "train", 64, limit=COLORED)
+        train = ReferenceImages.of_split(options.data, "train", 64, limit=COLORED)
         colors = pixel_colors_of(train, range(len(train)), None)
         if colors is None:
             raise ValueError(f"{options.data} has too few images of known colour to name colours by")
@@ -145,7 +145,7 @@ class Judges:
 def draw(
     pipeline: TextToImage, asked: Sequence[tuple[str, str]], options: Options
 ) -> list[list[Image.Image]]:
-    """`num_images` pictures of each prompt."""
+    """`num_images` images of each prompt."""
     texts = [prompt(kind, color) for kind, color in asked]
     stream = pipeline.generate(
         texts, options.num_images, options.seed, options.sampling, batch_size=options.batch_size
@@ -158,7 +158,7 @@ def draw(
 def best_of(
     ranker: Any, asked: Sequence[tuple[str, str]], drawn: Sequence[Sequence[Image.Image]]
 ) -> list[int]:
-    """Which picture of each prompt the ranker likes best."""
+    """Which image of each prompt the ranker likes best."""
     pairs_of = zip(asked, drawn, strict=True)
     return [
         int(ranker.score(prompt(*pair), images).argmax())
@@ -167,7 +167,7 @@ def best_of(
 
 
 def control(judges: Judges) -> list[Verdict]:
-    """The judges on synthetic pictures they have not seen: nothing can be measured better than this."""
+    """The judges on synthetic images they have not seen: nothing can be measured better than this."""
     samples = [draw_sample(CONTROL_SEED, index) for index in range(NUM_CONTROL)]
     return judges.verdicts([(s.kind, s.color) for s in samples], [s.image for s in samples])
 
@@ -189,7 +189,7 @@ def shares(verdicts: Sequence[Verdict]) -> dict[str, dict[str, float]]:
 def verdict_grid(
     asked: Sequence[tuple[str, str]], images: Sequence[Image.Image], verdicts: Sequence[Verdict]
 ) -> Image.Image:
-    """Kinds down, colours across; a picture that is not what was asked for is framed and says what is seen."""
+    """Kinds down, colours across; an image that is not what was asked for is framed and says what is seen."""
     cell, label, left, top = 112, 16, 70, 22
     kinds, colors = list(KINDS), list(COLORS)
     page = Image.new("RGB", (left + len(colors) * cell, top + len(kinds) * (cell + label)), "white")

@@ -1,10 +1,10 @@
-"""What scoring costs over the bare image tower: 64 pictures, batched, against one forward pass of the same batch.
+"""What scoring costs over the bare image tower: 64 images, batched, against one forward pass of the same batch.
 
     python -m benchmarks.ranker_speed                       # the newest ranker, else the one that ships
     python -m benchmarks.ranker_speed --ranker runs/ranker --rounds 20
 
 Limit: 1.15 times the bare forward. Rounds alternate between the two and the ratio is that of the medians, of wall time
-and of processor time; the latter holds on a machine that does other things meanwhile. Every round scores pictures
+and of processor time; the latter holds on a machine that does other things meanwhile. Every round scores images
 never seen, so the cache does not help; a last line shows what it saves.
 """
 
@@ -31,7 +31,7 @@ class Options:
     ranker: str = ""
     """Name, see rankers; empty: the newest one trained here, else the one that ships."""
     num_images: int = 64
-    """Pictures of one call."""
+    """Images of one call."""
     rounds: int = 15
     """Timed rounds of each."""
     device: str = "auto"
@@ -81,13 +81,13 @@ def main(argv: Sequence[str] | None = None) -> float:
     wall = {name: statistics.median(v[0] for v in values) * 1e3 for name, values in times.items()}
     cpu = {name: statistics.median(v[1] for v in values) * 1e3 for name, values in times.items()}
     ratio = wall["score"] / wall["bare"]
-    say(f"{options.num_images} pictures of {size} px on {towers.device}, median of {options.rounds} rounds")
+    say(f"{options.num_images} images of {size} px on {towers.device}, median of {options.rounds} rounds")
     say(f"bare forward of the image tower {wall['bare']:8.1f} ms, processors {cpu['bare']:8.1f} ms")
     say(f"score of one text               {wall['score']:8.1f} ms, processors {cpu['score']:8.1f} ms")
     say(
         f"ratio                           {ratio:8.3f}, processors {cpu['score'] / cpu['bare']:8.3f} (limit {LIMIT})"
     )
-    say(f"the same pictures again         {wall['cached']:8.1f} ms")
+    say(f"the same images again         {wall['cached']:8.1f} ms")
     return ratio
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.data_shard import ROOT, SIDE, drawn_pictures, write_tsv
+from benchmarks.data_shard import ROOT, SIDE, drawn_images, write_tsv
 from common.config import command, parse_options
 from common.files import sha256_file
 from common.log import say
@@ -101,9 +101,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, object]:
     started: dict[str, list[Cost]] = {name: [] for name in engines}
     same = True
     with tempfile.TemporaryDirectory(prefix="ray_overhead-") as name:
-        folder, pictures = Path(name), drawn_pictures(300, SIDE)
-        few = write_tsv(folder / "few", pictures, START_ROWS)
-        source = write_tsv(folder / "all", pictures, options.rows)
+        folder, images = Path(name), drawn_images(300, SIDE)
+        few = write_tsv(folder / "few", images, START_ROWS)
+        source = write_tsv(folder / "all", images, options.rows)
         for number in range(options.rounds):
             for engine, flags in engines.items():
                 started[engine].append(run(few, folder / f"few-{engine}{number}", flags))

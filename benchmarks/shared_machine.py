@@ -28,7 +28,7 @@ from dalle import sequence
 from dalle.engines import Engine, FastOptions, WeightType, prepare
 from dalle.losses import CrossEntropy, LossConfig, dalle_loss
 from dalle.model import Dalle, ModelOptions, SizeName
-from dalle.sampling import SamplingOptions, picture_generator, sample_ids
+from dalle.sampling import SamplingOptions, noise_generator, sample_ids
 from kernels import accelerate
 
 TEXT_VOCAB, TEXT_LEN, CODES, GRID = 8192, 32, 1024, 16
@@ -70,7 +70,7 @@ def sampling(options: Options) -> Callable[[], object]:
     decoder = prepare(make_model(options).eval(), FastOptions(options.engine, options.weights))
     text = torch.randint(1, TEXT_VOCAB, (options.num_images, TEXT_LEN))
     null = sequence.null_captions(options.num_images, TEXT_LEN, 0, torch.device("cpu"))
-    generators = [picture_generator(0, i) for i in range(options.num_images)]
+    generators = [noise_generator(0, i) for i in range(options.num_images)]
     return lambda: sample_ids(decoder, text, null, generators, SamplingOptions(cfg_scale=3.0))
 
 

@@ -30,12 +30,12 @@ GOAL = 1.0
 
 @dataclass(frozen=True)
 class Options:
-    """Time a text's way to ranked pictures."""
+    """Time a text's way to ranked images."""
 
     text: str = "一件红色的连衣裙"
     """What to draw."""
     num_images: int = 8
-    """Pictures, drawn side by side."""
+    """Images, drawn side by side."""
     checkpoint: str = ""
     """Generator; empty: the newest, else the one that ships."""
     ranker: str = ""
@@ -68,12 +68,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             drawn = pipeline.generate(
                 [options.text], options.num_images, seed, options.sampling, batch_size=options.num_images
             )
-            pictures = [picture.image for picture in drawn]
+            images = [image.image for image in drawn]
             times.append(time.perf_counter())
-            order = ranker.score(options.text, pictures).argsort(descending=True).tolist()
+            order = ranker.score(options.text, images).argsort(descending=True).tolist()
             times.append(time.perf_counter())
             for rank, i in enumerate(order):
-                pictures[i].save(Path(folder) / f"rank{rank:02d}.png")
+                images[i].save(Path(folder) / f"rank{rank:02d}.png")
             times.append(time.perf_counter())
             if seed:
                 for name, start, end in (("draw", 0, 1), ("rank", 1, 2), ("write", 2, 3), ("all", 0, 3)):
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     if pipeline.device.type != "cuda":
         verdict = "not measured here"
     say(
-        f"{options.num_images} ranked pictures in {figures['all']:.3f} s (slowest {figures['slowest']:.3f} s) on "
+        f"{options.num_images} ranked images in {figures['all']:.3f} s (slowest {figures['slowest']:.3f} s) on "
         f"{pipeline.device}: {shown}; the goal of {GOAL:g} s on a GPU: {verdict}"
     )
     say(json.dumps(figures))

@@ -58,7 +58,7 @@ class Options:
     num_steps: int = 600
     """Steps of every row."""
     batch_size: int = 16
-    """Pictures a step."""
+    """Images a step."""
     image_size: int = 128
     """Side in pixels."""
     codebook_size: int = 1024

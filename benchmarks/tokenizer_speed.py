@@ -80,7 +80,7 @@ class Options:
     image_size: int = 128
     """Side in pixels; f8, so the grid is an eighth of it."""
     batch_size: int = 8
-    """Pictures a step."""
+    """Images a step."""
     rounds: int = 5
     """Timed rounds after one that warms up."""
     data: str = ""
@@ -168,16 +168,14 @@ def measure(options: Options) -> dict[str, Contestant]:
         with CountFlops() as counter:
             contestant.task.train_step(batch, 1)
         contestant.flops = counter.total
-        say(
-            f"{name}: {contestant.flops / options.batch_size / 1e9:.1f} GFLOP a picture, a step of all losses"
-        )
+        say(f"{name}: {contestant.flops / options.batch_size / 1e9:.1f} GFLOP an image, a step of all losses")
     for number in range(options.rounds):
         for name, contestant in found.items():
             clock = time.perf_counter if options.clock == "wall" else time.process_time
             started = clock()
             contestant.task.train_step(batch, 2 + number)
             contestant.seconds.append(clock() - started)
-            say(f"round {number + 1} | {name} | {options.batch_size / contestant.seconds[-1]:.2f} pictures/s")
+            say(f"round {number + 1} | {name} | {options.batch_size / contestant.seconds[-1]:.2f} images/s")
     return found
 
 
@@ -195,7 +193,7 @@ def profile(task: TokenizerTask, batch: dict[str, Tensor]) -> dict[str, float]:
 
 @torch.no_grad()
 def encoding(options: Options, batch_size: int = 64) -> dict[str, float]:
-    """Pictures a second: one by one in float32, in bf16 batches by PyTorch, and as vq.encode_shards encodes."""
+    """Images a second: one by one in float32, in bf16 batches by PyTorch, and as vq.encode_shards encodes."""
     clock = time.perf_counter if options.clock == "wall" else time.process_time
     torch.manual_seed(0)
     model = ImageTokenizer(sizes("fast", options.image_size)).eval()
@@ -223,10 +221,10 @@ def encoding(options: Options, batch_size: int = 64) -> dict[str, float]:
     }
 
 
-def train(name: Contender, options: Options, pictures_per_second: float) -> dict[str, float]:
+def train(name: Contender, options: Options, images_per_second: float) -> dict[str, float]:
     """Validation figures after `train_seconds` of training from scratch on `data`."""
     perceptual = load_perceptual(options.perceptual)
-    num_steps = max(20, int(options.train_seconds * pictures_per_second / options.batch_size))
+    num_steps = max(20, int(options.train_seconds * images_per_second / options.batch_size))
     task = make_task(name, options, perceptual, num_steps)
     index = ShardIndex.open(options.data, "train").require(*IMAGE_SUFFIXES)
     batches = train_batches(
@@ -286,15 +284,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         where = ", ".join(
             f"{group} {part:.0%}" for group, part in figures[name]["where"].items() if part >= 0.02
         )
-        say(f"{name:>16} | {rate:6.2f} pictures/s | {share:.0%} of peak | {where}")
+        say(f"{name:>16} | {rate:6.2f} images/s | {share:.0%} of peak | {where}")
     for name in options.contenders[1:]:
         ratio = figures["fast"]["pictures_per_second"] / figures[name]["pictures_per_second"]
         figures[f"fast_over_{name}"] = ratio
-        say(f"fast trains {ratio:.1f} times the pictures of {name} a second")
+        say(f"fast trains {ratio:.1f} times the images of {name} a second")
     rates = figures["encoding"] = encoding(options)
     alone = rates["one_by_one_float32"]
     for name, engine in (("batches_bf16", "PyTorch"), ("encode_shards", "as vq.encode_shards does")):
-        say(f"encoding: {alone:.1f} pictures/s one by one, {rates[name]:.1f} in bf16 batches, {engine}: "
+        say(f"encoding: {alone:.1f} images/s one by one, {rates[name]:.1f} in bf16 batches, {engine}: "
             f"{rates[name] / alone:.2f} times")  # fmt: skip
     if options.train_seconds:
         for name in options.contenders:

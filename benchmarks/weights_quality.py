@@ -22,7 +22,7 @@ from common.config import command, parse_options
 from common.log import say
 from dalle.engines import FastOptions, prepare
 from dalle.model import Dalle
-from dalle.pipeline import Picture, TextToImage, default_checkpoint
+from dalle.pipeline import GeneratedImage, TextToImage, default_checkpoint
 from dalle.sampling import (
     NOISE_CHUNK,
     Generator,
@@ -32,7 +32,7 @@ from dalle.sampling import (
     fill_rows,
     guidance_scale,
     guide,
-    picture_generator,
+    noise_generator,
 )
 from rankers import default_ranker, load_ranker
 
@@ -84,14 +84,14 @@ class Options:
 
 @torch.inference_mode()
 def tokens_after(
-    engine: Generator, pipeline: TextToImage, pictures: Sequence[Picture], options: SamplingOptions
+    engine: Generator, pipeline: TextToImage, images: Sequence[GeneratedImage], options: SamplingOptions
 ) -> Tensor:
-    """(B, N) what `engine` chooses at each position when it reads the tokens of `pictures` before it."""
-    ids = torch.stack([p.ids for p in pictures])  # (B, N)
-    text_ids = torch.cat([pipeline.encode_text(p.text)[0] for p in pictures])
+    """(B, N) what `engine` chooses at each position when it reads the tokens of `images` before it."""
+    ids = torch.stack([p.ids for p in images])  # (B, N)
+    text_ids = torch.cat([pipeline.encode_text(p.text)[0] for p in images])
     sides = [text_ids, pipeline.null_ids().expand(len(text_ids), -1)][: 1 + options.is_guided]
     rows = fill_rows(torch.cat(sides), engine.row_multiple)
-    generators = [picture_generator(p.seed, p.index) for p in pictures]
+    generators = [noise_generator(p.seed, p.index) for p in images]
     cache, chosen, num_tokens = engine.new_cache(rows), [], ids.shape[1]
     logits = engine.prefill(rows, cache)
     for n in range(num_tokens):
@@ -124,10 +124,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     ranker = None if options.ranker == "none" else load_ranker(options.ranker or default_ranker(), "cpu")
     texts = PROMPTS[: options.prompts]
 
-    def scored(pictures: Sequence[Picture]) -> float:
+    def scored(images: Sequence[GeneratedImage]) -> float:
         if ranker is None:
             return float("nan")
-        return float(np.mean([ranker.score(p.text, [p.image]).item() for p in pictures]))
+        return float(np.mean([ranker.score(p.text, [p.image]).item() for p in images]))
 
     expected = list(pipeline.generate(texts, options.num_images, 0, sampling))
     found = {"torch_float32": {"agreement": 1.0, "psnr": 60.0, "same_images": 1.0, "score": scored(expected)}}

@@ -1,4 +1,4 @@
-"""Bookkeeping every part shares: options, checkpoints, processes, the loop, optimizers, logs, pictures.
+"""Bookkeeping every part shares: options, checkpoints, processes, the loop, optimizers, logs, images.
 
 Knows torch and Pillow; knows nothing of models or of data.
 """

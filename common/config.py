@@ -114,7 +114,14 @@ def _earlier_flags(cls: type, prefix: str = "") -> Iterator[tuple[str, str]]:
 def _with_present_flags(args: list[str], renamed: dict[str, str]) -> list[str]:
     """Earlier names of flags by their present ones, in `--flag value` and `--flag=value`."""
     parts = [arg.partition("=") for arg in args]
-    return [renamed.get(flag.replace("_", "-"), flag) + equals + value for flag, equals, value in parts]
+    return [_present_flag(flag, renamed) + equals + value for flag, equals, value in parts]
+
+
+def _present_flag(flag: str, renamed: dict[str, str]) -> str:
+    """`--earlier` and, where that is a group, `--earlier.field`."""
+    name, dot, field = flag.replace("_", "-").rpartition(".")
+    whole = renamed.get(name + dot + field)
+    return whole or (renamed[name] + dot + field if name in renamed else flag)
 
 
 def _boolean_flags(cls: type, prefix: str = "") -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Pictures and tensors: the one place that knows [-1, 1], and the grids people look at."""
+"""Images and tensors: the one place that knows [-1, 1], and the grids people look at."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def to_levels(image: Image.Image) -> Tensor:
-    """RGB picture -> uint8 (3, S, S): a quarter of the bytes, for the way between processes."""
+    """RGB image -> uint8 (3, S, S): a quarter of the bytes, for the way between processes."""
     rgb = image if image.mode == "RGB" else image.convert("RGB")
     return torch.from_numpy(np.ascontiguousarray(np.asarray(rgb).transpose(2, 0, 1)))
 
@@ -20,12 +20,12 @@ def from_levels(levels: Tensor) -> Tensor:
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """RGB picture -> float32 (3, S, S) in [-1, 1]."""
+    """RGB image -> float32 (3, S, S) in [-1, 1]."""
     return from_levels(to_levels(image))
 
 
 def to_image(tensor: Tensor) -> Image.Image:
-    """(3, H, W) in [-1, 1] -> RGB picture: the exact inverse of `to_tensor`; values outside are clamped."""
+    """(3, H, W) in [-1, 1] -> RGB image: the exact inverse of `to_tensor`; values outside are clamped."""
     levels = ((tensor.detach().float().clamp(-1, 1) + 1.0) * 127.5).round().to(torch.uint8)
     return Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())
 
@@ -41,9 +41,9 @@ def resize_square(image: Image.Image, size: int) -> Image.Image:
 
 
 def make_grid(images: Sequence[Image.Image], columns: int | None = None, gap: int = 2) -> Image.Image:
-    """Pictures of one size on white, row by row; `columns` None: as square as it gets."""
+    """Images of one size on white, row by row; `columns` None: as square as it gets."""
     if not images:
-        raise ValueError("a grid needs at least one picture")
+        raise ValueError("a grid needs at least one image")
     columns = columns or int(np.ceil(np.sqrt(len(images))))
     rows = -(-len(images) // columns)
     width, height = images[0].size

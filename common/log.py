@@ -89,7 +89,7 @@ class MetricLog:
         if self.wandb:
             self.wandb.log(numbers, step=step)
 
-    def picture(self, step: int, name: str, image: Image.Image) -> Path:
+    def image(self, step: int, name: str, image: Image.Image) -> Path:
         path = self.run_dir / "samples" / f"{name}_{step:08d}.png"
         with atomic_path(path) as temporary:
             image.save(temporary, format="PNG")

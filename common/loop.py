@@ -1,4 +1,4 @@
-"""The training loop that every stage shares: schedule, logs, evaluation, pictures, checkpoints, resume.
+"""The training loop that every stage shares: schedule, logs, evaluation, images, checkpoints, resume.
 
 A task keeps the science: `train_step` shows forward, backward and optimizer order. The loop is a pure function of
 (options, step): the data order comes from (seed, sample counter) and the generators are seeded anew from
@@ -82,7 +82,7 @@ class Task(Protocol):
         """`fit` averages the values over processes; unequal shares go through `world.mean(values, weight)` here."""
 
     def sample(self, step: int) -> dict[str, Image.Image]:
-        """Pictures by name; those of the main process are kept."""
+        """Images by name; those of the main process are kept."""
 
     def state(self) -> dict[str, Any]:
         """All that going on needs, as tensors, numbers, strings, lists and dictionaries.
@@ -342,10 +342,10 @@ class _Run:
         if self.sampled_step == self.step:
             return
         started = time.perf_counter()
-        pictures = self.task.sample(self.step)
+        images = self.task.sample(self.step)
         if self.log:
-            for name, image in pictures.items():
-                self.say(f"step {self.step} | wrote {self.log.picture(self.step, name, image)}")
+            for name, image in images.items():
+                self.say(f"step {self.step} | wrote {self.log.image(self.step, name, image)}")
         self.sampled_step = self.step
         self.world.barrier()
         self.window_start += time.perf_counter() - started

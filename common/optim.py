@@ -16,7 +16,7 @@ class OptimConfig:
 
     name: Literal["adamw", "muon"] = "adamw"
     """adamw, or muon: orthogonal steps for the matrices between embeddings and heads, AdamW for the rest. Muon learns
-    more from a picture; its moments are half of AdamW's."""
+    more from an image; its moments are half of AdamW's."""
     muon_lr_ratio: float = 4.0
     """Learning rate of Muon's matrices, in those of the rest; an update of either has entries of like size."""
     lr: float = 3e-4

@@ -1,6 +1,6 @@
 """Self-attention of the generator: QK-norm, rotary positions in two axes, grouped queries, a static KV cache.
 
-Rotary: Su et al. 2021 (RoFormer); for pictures each pair of channels turns with the row or with the column, in turn,
+Rotary: Su et al. 2021 (RoFormer); for images each pair of channels turns with the row or with the column, in turn,
 as in Qwen2-VL's M-RoPE (Wang et al. 2024, section 2.1). QK-norm: Dehghani et al. 2023 (ViT-22B, section 2).
 Grouped queries: Ainslie et al. 2023.
 """

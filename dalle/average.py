@@ -112,7 +112,7 @@ def average(options: Options) -> dict[str, float]:
         options.data, ImageTokenizer.from_pretrained(directories[0] / "image_tokenizer")
     )
     if not has_tokens:
-        raise ValueError(f"{options.data} holds pictures: encode them first, python -m vq.encode_shards")
+        raise ValueError(f"{options.data} holds images: encode them first, python -m vq.encode_shards")
     require_one_language(directories, captions(val, 64))
     texts = TextTokenizer.from_pretrained(directories[0])
     models = [Dalle.from_pretrained(directory) for directory in directories]

@@ -27,7 +27,7 @@ from dalle.sampling import (
     fill_rows,
     guidance_scale,
     guide,
-    picture_generator,
+    noise_generator,
 )
 
 
@@ -164,7 +164,7 @@ class ContinuousBatcher:
             lines = encode_control(pipeline.line_encoder, job.line, pipeline.device).features
         for number, request in enumerate(job.requests):
             text_ids = pipeline.encode_text(request.text)[0]  # (1, T)
-            generator = picture_generator(job.seed, request.index)
+            generator = noise_generator(job.seed, request.index)
             rows_ids = torch.cat([text_ids, null_ids]) if options.is_guided else text_ids
             canvas = None
             if job.source:

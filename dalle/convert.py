@@ -231,7 +231,7 @@ def translate(weights: dict[str, Tensor], config: DallePytorchConfig) -> tuple[d
         elif re.fullmatch(r"image_pos_emb\.weights[._][01]", name):
             result["column_positions" if name.endswith("1") else "row_positions"] = tensor.flatten(0, 2)
         elif name == "transformer.pos_emb":
-            missing = config.seq_len - tensor.shape[1]  # the last row, which no token of a picture needs
+            missing = config.seq_len - tensor.shape[1]  # the last row, which no token of an image needs
             result["rotary"] = torch.nn.functional.pad(
                 tensor[0, : config.seq_len], (0, 0, 0, max(0, missing))
             )
@@ -329,7 +329,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sizes = (
         f"{c.num_layers} layers of width {c.dim}, {c.max_text_len} text and {c.num_image_tokens} image tokens"
     )
-    say(f"{options.target}: {sizes}, {count / 1e6:.1f}M parameters, pictures by {imported.vae_class}")
+    say(f"{options.target}: {sizes}, {count / 1e6:.1f}M parameters, images by {imported.vae_class}")
 
 
 if __name__ == "__main__":

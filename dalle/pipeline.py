@@ -1,7 +1,7 @@
-"""TextToImage: a checkpoint directory in, pictures out. The one way that scripts, pages and evaluations draw.
+"""TextToImage: a checkpoint directory in, images out. The one way that scripts, pages and evaluations draw.
 
 pipeline = TextToImage.from_pretrained("runs/dalle")
-pictures = pipeline("...", num_images=8, seed=0, cfg_scale=4.0)          # list of PIL pictures
+images = pipeline("...", num_images=8, seed=0, cfg_scale=4.0)          # list of PIL images
 for p in pipeline.generate(["...", "..."], num_images=4, seed=0): ...      # with ids and likelihoods
 """
 
@@ -28,7 +28,7 @@ from dalle import model, sequence
 from dalle.engines import FastOptions, prepare, resolve_options
 from dalle.inpaint import Source
 from dalle.lines import LineControl, LineEncoder, LineFeatures, encode_control
-from dalle.sampling import SamplingOptions, picture_generator, sample_ids
+from dalle.sampling import SamplingOptions, noise_generator, sample_ids
 from dalle.text_tokenizer import TextTokenizer
 from vq.decode_each import decode_each
 from vq.model import ImageTokenizer
@@ -42,13 +42,13 @@ IMPORTED = "dalle_pytorch"  # the kind of checkpoints that dalle.convert writes
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture and how it came about."""
+class GeneratedImage:
+    """One image and how it came about."""
 
     image: Image.Image
     text: str
     index: int
-    """Picture `index` of the seed."""
+    """Image `index` of the seed."""
     seed: int
     ids: Tensor
     """(N,) long, its image tokens."""
@@ -57,7 +57,7 @@ class Picture:
     null_log_likelihood: float | None
     """log p(image | no text); None without guidance or with a negative prompt."""
     seconds: float
-    """This picture's share of its batch's time."""
+    """This image's share of its batch's time."""
     key: str | None = None
     """Name of the text, as the request had it."""
 
@@ -126,17 +126,17 @@ class TextToImage:
         line: LineControl | None = None,
         **sampling: Any,
     ) -> list[Image.Image]:
-        """Pictures 0 .. num_images - 1 of the seed; `line`: a drawing to follow; `sampling`: fields of SamplingOptions.
+        """Images 0 .. num_images - 1 of the seed; `line`: a drawing to follow; `sampling`: fields of SamplingOptions.
 
         Raises ValueError.
         """
         unknown = set(sampling) - {f.name for f in dataclasses.fields(SamplingOptions)}
         if unknown:
             raise ValueError(f"unknown sampling option {', '.join(sorted(unknown))}")
-        pictures = self.generate(
+        images = self.generate(
             [text], num_images, seed, SamplingOptions(**sampling), negative, batch_size, source, line
         )
-        return [picture.image for picture in pictures]
+        return [image.image for image in images]
 
     def generate(
         self,
@@ -148,8 +148,8 @@ class TextToImage:
         batch_size: int = 8,
         source: Source | None = None,
         line: LineControl | None = None,
-    ) -> Iterator[Picture]:
-        """Pictures 0 .. num_images - 1 of every text in order; texts may be endless. Raises ValueError."""
+    ) -> Iterator[GeneratedImage]:
+        """Images 0 .. num_images - 1 of every text in order; texts may be endless. Raises ValueError."""
         if num_images < 1:
             raise ValueError(f"num_images must be at least 1, not {num_images}")
         requests = (Request(text, i) for text in texts for i in range(num_images))
@@ -164,7 +164,7 @@ class TextToImage:
         batch_size: int = 8,
         source: Source | None = None,
         line: LineControl | None = None,
-    ) -> Iterator[Picture]:
+    ) -> Iterator[GeneratedImage]:
         """The same for a stream of requests. Raises ValueError for bad options at once, for a bad text at its turn."""
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
@@ -179,9 +179,9 @@ class TextToImage:
         stream = iter(requests)
         batches = iter(lambda: list(itertools.islice(stream, batch_size)), [])
         return (
-            picture
+            image
             for batch in batches
-            for picture in self._draw_batch(
+            for image in self._draw_batch(
                 batch, seed, options, null_ids, bool(negative.strip()), source, features
             )
         )
@@ -233,10 +233,10 @@ class TextToImage:
         is_negative: bool,
         source: Source | None,
         lines: LineFeatures | None,
-    ) -> Iterator[Picture]:
+    ) -> Iterator[GeneratedImage]:
         started = time.perf_counter()
         text_ids = torch.cat([self.encode_text(request.text)[0] for request in batch])  # (B, T)
-        generators = [picture_generator(seed, request.index) for request in batch]
+        generators = [noise_generator(seed, request.index) for request in batch]
         canvas = source.canvas(generators, self.device) if source else None
         null_ids = null_ids.expand(len(batch), -1)
         sampled = sample_ids(self.generator, text_ids, null_ids, generators, options, canvas, lines)
@@ -250,10 +250,10 @@ class TextToImage:
         ids = sampled.ids.cpu()
         for i, request in enumerate(batch):
             figures = (seed, ids[i], scores[i], null_scores[i], seconds)
-            yield Picture(images[i], request.text, request.index, *figures, key=request.key)
+            yield GeneratedImage(images[i], request.text, request.index, *figures, key=request.key)
 
     def decode_ids(self, ids: Tensor) -> list[Image.Image]:
-        """(B, N) long -> B pictures, each the same in any batch."""
+        """(B, N) long -> B images, each the same in any batch."""
         return [to_image(pixels) for pixels in decode_each(self.image_tokenizer, ids)]
 
 

@@ -28,7 +28,7 @@ from dalle import sequence
 from dalle.losses import CrossEntropy, dalle_loss
 from dalle.model import SIZES, Dalle, DalleConfig
 from dalle.text_tokenizer import TextTokenizer
-from dalle.training.data import captions, names_pictures
+from dalle.training.data import captions, names_images
 from dalle.training.options import Options
 from data_tools.shards.index import ShardIndex
 from kernels import accelerate
@@ -57,7 +57,7 @@ class PlanOptions(Options):
     link_gbytes: float = 0.0
     """GB/s that a GPU sends to the others; 0: 300 inside a node of 8 (NVLink), 50 between nodes (400 Gbit/s a GPU)."""
     num_samples: int | None = None
-    """Training pictures; None counts those in --data."""
+    """Training images; None counts those in --data."""
     codebook_size: int | None = None
     """Image codes; None reads the image tokenizer."""
     grid_size: int | None = None
@@ -232,9 +232,9 @@ def open_data(options: PlanOptions) -> ShardIndex:
 def count_samples(options: PlanOptions) -> int:
     if options.num_samples is not None:
         return options.num_samples
-    if options.data and names_pictures(options.data):
+    if options.data and names_images(options.data):
         raise ValueError(
-            f"{options.data} holds no shards yet, so its pictures are not counted: give --num-samples, or make shards "
+            f"{options.data} holds no shards yet, so its images are not counted: give --num-samples, or make shards "
             f"with `python -m data_tools.shard {options.data} TARGET`"
         )
     return len(open_data(options))
@@ -324,7 +324,7 @@ def make_plan(options: PlanOptions) -> Plan:
     lines = (
         f"model       {parameters / 1e6:.1f}M parameters: dim {c.dim}, {c.num_layers} layers, {c.num_heads} heads "
         f"({c.num_kv_heads} of keys and values), {c.max_text_len} text and {c.num_image_tokens} image tokens",
-        f"data        {samples} pictures, {unique / 1e6:.1f}M image tokens; {epochs:.1f} epochs see "
+        f"data        {samples} images, {unique / 1e6:.1f}M image tokens; {epochs:.1f} epochs see "
         f"{seen * c.num_image_tokens / 1e6:.0f}M",
         f"compute     {flops:.2e} FLOPs, {train_flops(c, c.max_text_len) / 1e9:.1f} GFLOPs a sample",
         f"time        {'?' if hours is None else clock(hours * 3600)} ({hardware}){money}",
@@ -361,7 +361,7 @@ def judge(options: PlanOptions, parameters: int, epochs: float, unique: float, m
         advice = f"the largest size that they feed is {size}" if size else "they feed no size of the table"
         warnings.append(
             f"{unique / 1e6:.1f}M different image tokens, worth {useful / 1e6:.0f}M with repetition, are less than "
-            f"{TOKENS_PER_PARAMETER} a parameter: {advice}. It will overfit: use dropout, more views a picture and "
+            f"{TOKENS_PER_PARAMETER} a parameter: {advice}. It will overfit: use dropout, more views an image and "
             "watch the validation loss (--loop.patience)"
         )
     there, where = options.gpu_memory, "a GPU"

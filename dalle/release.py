@@ -36,7 +36,7 @@ CARD, GRID, TOKENIZER = "README.md", "samples.png", "image_tokenizer"
 class Card:
     """What a reader of the release should know."""
 
-    title: str = "Product pictures from Chinese text"
+    title: str = "Product images from Chinese text"
     """First line of the card."""
     data: str = ""
     """What it was trained on, and under which licences that was."""
@@ -78,7 +78,7 @@ def release(
     decoder = decoder_of(image_tokenizer, directory) if image_tokenizer else None
     require_new(target)
     if card.grid:
-        require_picture(card.grid)
+        require_image(card.grid)
     for found in (
         *directory.rglob("model.safetensors"),
         *(decoder.rglob("model.safetensors") if decoder else ()),
@@ -100,7 +100,7 @@ def release(
     return target
 
 
-def require_picture(grid: Path) -> None:
+def require_image(grid: Path) -> None:
     """Raises FileNotFoundError or ValueError where there is none."""
     if not grid.is_file():
         raise FileNotFoundError(f"no sample grid {grid}")
@@ -108,7 +108,7 @@ def require_picture(grid: Path) -> None:
         with Image.open(grid) as image:
             image.verify()
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"the sample grid {grid} is no picture") from error
+        raise ValueError(f"the sample grid {grid} is no image") from error
 
 
 def decoder_of(image_tokenizer: str, directory: Path) -> Path:
@@ -176,7 +176,7 @@ def write_card(directory: Path, card: Card, figures: dict[str, float]) -> str:
         language="zh",
         license=card.licence,
         pipeline_tag="text-to-image" if is_generator else None,
-        tags=["text-to-image", "autoregressive", "chinese", "product-pictures"],
+        tags=["text-to-image", "autoregressive", "chinese", "product-images"],
     )
     size = sum(f.stat().st_size for f in directory.rglob("*") if f.is_file()) / 2**20
     parts = [f"---\n{data.to_yaml()}\n---\n", f"# {card.title}\n"]

@@ -4,7 +4,7 @@ Guidance: Ho and Salimans 2022, equation 6, on logits. Top-k: Fan et al. 2018; t
 Nguyen et al. 2024. A draw is the Gumbel-max trick: argmax(logits + noise) has the distribution softmax(logits), needs
 no cumulative sum, and a rounding error changes a draw only where two tokens all but tie.
 
-Picture i of seed s is the same in whatever company it is drawn: its noise comes from a generator of its own, and rows
+Image i of seed s is the same in whatever company it is drawn: its noise comes from a generator of its own, and rows
 are filled up to a multiple where matrix products would round differently for odd row counts. On a GPU that holds for
 one batch size: for another number of rows its libraries may take another product, which rounds otherwise.
 """
@@ -45,9 +45,9 @@ class SamplingOptions:
     min_p: float = 0.0
     """Drop tokens below this share of the likeliest one's probability; 0 keeps all."""
     cfg_scale: float = 3.0
-    """Guidance: how far to go from the picture without text (0) through the plain one (1) beyond it."""
+    """Guidance: how far to go from the image without text (0) through the plain one (1) beyond it."""
     cfg_schedule: Schedule = "constant"
-    """How guidance grows from 1 to cfg_scale over the positions of a picture."""
+    """How guidance grows from 1 to cfg_scale over the positions of an image."""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -92,7 +92,7 @@ class Sampled:
 class Canvas:
     """Tokens that stand already: `keep` (B, N) bool marks them in `ids` (B, N).
 
-    The first `prefix_len` positions, kept by every picture, are read in one pass. It may not depend on which pictures
+    The first `prefix_len` positions, kept by every image, are read in one pass. It may not depend on which images
     share a batch, since one pass and many steps round differently.
     """
 
@@ -154,8 +154,8 @@ def choose(logits: Tensor, noise: Tensor, options: SamplingOptions) -> Tensor:
     return (logits + noise).argmax(-1)
 
 
-def picture_generator(seed: int, index: int) -> torch.Generator:
-    """The source of all randomness of picture `index` of `seed`, on the CPU: the same on every device."""
+def noise_generator(seed: int, index: int) -> torch.Generator:
+    """The source of all randomness of image `index` of `seed`, on the CPU: the same on every device."""
     state = np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]))
 
@@ -191,7 +191,7 @@ def sample_ids(
     """Draw a token grid for each row of `text_ids` (B, T).
 
     null_ids: (B, T), what guidance leads away from: null captions or negative prompts; not run when cfg_scale is 1.
-    generators: one a row (`picture_generator`). canvas: tokens to keep. lines: a drawing that all follow, also the
+    generators: one a row (`noise_generator`). canvas: tokens to keep. lines: a drawing that all follow, also the
     likelihoods. Nothing in the loop waits for the device.
     """
     with torch.inference_mode():
@@ -290,7 +290,7 @@ def _line_rows(lines: LineFeatures, rows: Tensor, first_without: int) -> Tensor:
 
 
 def _to_rows(values: Tensor, num_rows: int, num_parts: int) -> Tensor:
-    """What belongs to the B pictures, for all rows of a pass: once a part, then the filling."""
+    """What belongs to the B images, for all rows of a pass: once a part, then the filling."""
     repeated = torch.cat([values] * num_parts) if num_parts > 1 else values
     return fill_rows(repeated, num_rows)
 
@@ -306,7 +306,7 @@ def _noise_from(
 
 @torch.no_grad()
 def log_likelihood(model: Any, text_ids: Tensor, image_ids: Tensor) -> Tensor:
-    """log p(image | text) of given pictures in one pass: text_ids (B, T), image_ids (B, N) -> (B,) float32."""
+    """log p(image | text) of given images in one pass: text_ids (B, T), image_ids (B, N) -> (B,) float32."""
     logits = model(text_ids, image_ids).image.float()  # (B, N, V)
     chosen = logits.gather(-1, image_ids[..., None])[..., 0]  # (B, N)
     return (chosen - logits.logsumexp(-1)).sum(-1)

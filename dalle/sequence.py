@@ -74,8 +74,8 @@ def _bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
 def positions(max_text_len: int, grid_size: int) -> Tensor:
     """(row, column) of every input, BOI included: (max_text_len + 1 + N, 2) long.
 
-    Text runs along the diagonal (t, t), which makes its rotary position one-dimensional; the picture's own origin
-    follows it. A trimmed text leaves the picture where it is.
+    Text runs along the diagonal (t, t), which makes its rotary position one-dimensional; the image's own origin
+    follows it. A trimmed text leaves the image where it is.
     """
     text = torch.arange(max_text_len + 1)  # the text, then BOI
     rows = torch.arange(grid_size).repeat_interleave(grid_size)

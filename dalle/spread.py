@@ -9,7 +9,7 @@ from common.out_directory import Request
 from dalle.engines import FastOptions
 from dalle.inpaint import Source
 from dalle.lines import LineControl
-from dalle.pipeline import Picture, TextToImage
+from dalle.pipeline import GeneratedImage, TextToImage
 from dalle.sampling import SamplingOptions
 from data_tools.engine import RayCluster
 
@@ -33,19 +33,19 @@ class DrawBatches:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_pipeline": None}
 
-    def __call__(self, batches: Sequence[list[Request]]) -> list[list[Picture]]:
+    def __call__(self, batches: Sequence[list[Request]]) -> list[list[GeneratedImage]]:
         if self._pipeline is None:  # once a process
             self._pipeline = TextToImage.from_pretrained(self.checkpoint, self.device, self.fast)
         return [[replace(made, ids=made.ids.cpu()) for made in self._draw(batch)] for batch in batches]
 
-    def _draw(self, batch: list[Request]) -> Iterator[Picture]:
+    def _draw(self, batch: list[Request]) -> Iterator[GeneratedImage]:
         options = (self.seed, self.sampling, self.negative, len(batch), self.source, self.line)
         return self._pipeline.draw(batch, *options)
 
 
 def draw_on(
     cluster: RayCluster, draw: DrawBatches, requests: Iterable[Request], batch_size: int
-) -> Iterator[Picture]:
+) -> Iterator[GeneratedImage]:
     """The images of `requests`, in order. Raises what a node could not do, once for all."""
     stream = iter(requests)
     batches = iter(lambda: list(itertools.islice(stream, batch_size)), [])
@@ -55,5 +55,5 @@ def draw_on(
             yield from made[0]
 
 
-def _crashed(batch: list[Request]) -> list[Picture]:
+def _crashed(batch: list[Request]) -> list[GeneratedImage]:
     raise OSError(f"the images of {batch[0].text!r} ended their process each time they were tried")

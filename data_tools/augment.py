@@ -1,10 +1,10 @@
-"""Captions said differently, and product pictures moved a little: pure functions of (seed, key, epoch). Off by default.
+"""Captions said differently, and product images moved a little: pure functions of (seed, key, epoch). Off by default.
 
     python -m data_tools.augment data/clean --text.reorder 1 --text.synonyms 0.5      # show what it would do
 
 In training: `train_dalle.py --text-augment.synonyms 0.3`, `train_vqgan.py --move.shift 0.05`. Whether it helps depends
 on the data and was not measured here, so all of it is off: train twice and compare before leaving it on. Nothing here
-changes what a picture shows or what a caption claims: no mirror images of packages, no colour changes, no words lost
+changes what an image shows or what a caption claims: no mirror images of packages, no colour changes, no words lost
 but attributes that `drop` is asked to leave out. `TextAugment` has no state, so a resumed run says the same at the same
 place.
 """
@@ -33,7 +33,7 @@ _SPACE = re.compile(r"(\s+)")
 
 @dataclass(frozen=True)
 class TextAugment:
-    """Another caption for the same picture; each share is a probability from 0 (never) to 1."""
+    """Another caption for the same image; each share is a probability from 0 (never) to 1."""
 
     synonyms: float = 0.0
     """Replace a known word by a synonym (rules/synonyms.yaml)."""
@@ -194,7 +194,7 @@ def swap(word: Word, tables: Tables, share: float, rng: np.random.Generator) -> 
 
 
 @dataclass(frozen=True)
-class PictureAugment:
+class ImageAugment:
     """Moves a product within its image; what comes into view continues the background. Called with a rng."""
 
     shift: float = 0.0
@@ -210,16 +210,16 @@ class PictureAugment:
         for name, limit in (("shift", 0.5), ("zoom", 0.5), ("rotate", 45), ("brightness", 0.5)):
             if not 0 <= getattr(self, name) <= limit:
                 raise ValueError(
-                    f"picture augmentation: {name} must be between 0 and {limit}, not {getattr(self, name)}"
+                    f"image augmentation: {name} must be between 0 and {limit}, not {getattr(self, name)}"
                 )
 
     @property
     def is_on(self) -> bool:
-        """False if every picture comes back as it is."""
+        """False if every image comes back as it is."""
         return any((self.shift, self.zoom, self.rotate, self.brightness))
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
-        """A picture of the same size (W, H) and mode, RGB or RGBA; alpha (a mask) is moved along, not lit."""
+        """An image of the same size (W, H) and mode, RGB or RGBA; alpha (a mask) is moved along, not lit."""
         right, down, turn, scale, light = rng.uniform(-1, 1, 5)
         if self.shift or self.zoom or self.rotate:
             image = _move(

@@ -5,7 +5,7 @@
     python -m data_tools.clean data/raw data/clean --rules shop --tokenizer hfl/chinese-roberta-wwm-ext \
         --captions.max-tokens 30 --scores scores.jsonl --min-score 0.2
 
-SRC is any recognised source; DST gets image shards with the bytes of the pictures as they were. `--rules` names a
+SRC is any recognised source; DST gets image shards with the bytes of the images as they were. `--rules` names a
 preset or a YAML file; single flags go over it. Scores come from `python -m rankers.pair_scores`. A normalised caption
 keeps its original in the meta as `title`; flags that do not drop (blurred, watermark) stand in the meta as `flags`. A
 killed run is continued by the same command.
@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import tyro
 from PIL import Image
@@ -33,9 +33,9 @@ from data_tools.ingest.shard_run import announce, say
 from data_tools.readers.base import KeyTable, ReaderOptions
 from data_tools.readers.detect import open_source
 from data_tools.report.token_count import token_counter
-from data_tools.rules import CaptionRules, PictureRules, Rules, keyword_path, rules_path
+from data_tools.rules import CaptionRules, ImageRules, Rules, keyword_path, rules_path
 from data_tools.rules.captions import CAPTION_REASONS, CaptionJudge
-from data_tools.rules.pictures import SIDE, check_shape, measure_flags
+from data_tools.rules.images import SIDE, check_shape, measure_flags
 from data_tools.shard import files_of
 
 Score = Callable[[str, list[Image.Image]], Sequence[float]]
@@ -45,28 +45,29 @@ REASONS: dict[str, str] = (
     HINTS
     | CAPTION_REASONS
     | {
-        "aspect_ratio": "the picture is too long or too wide; raise --pictures.max-aspect to keep it",
-        "image_too_small": "lower --pictures.min-side to keep it, but enlarged pictures teach blur",
-        "blurred": "flagged as blurred or enlarged; leave it out of --pictures.drop-flags to keep it",
-        "duplicate_image": "same bytes as a picture kept before",
-        "low_score": "picture and caption do not match by the ranker; lower --min-score",
-        "near_constant": "a blank picture, such as a placeholder of a shop",
+        "aspect_ratio": "the image is too long or too wide; raise --images.max-aspect to keep it",
+        "image_too_small": "lower --images.min-side to keep it, but enlarged images teach blur",
+        "blurred": "flagged as blurred or enlarged; leave it out of --images.drop-flags to keep it",
+        "duplicate_image": "same bytes as an image kept before",
+        "low_score": "image and caption do not match by the ranker; lower --min-score",
+        "near_constant": "a blank image, such as a placeholder of a shop",
         "no_score": "the file of scores has no line for its key",
-        "watermark": "a repeated pattern, an overlay or a print; leave it out of --pictures.drop-flags to keep it",
+        "watermark": "a repeated pattern, an overlay or a print; leave it out of --images.drop-flags to keep it",
     }
 )
 
 
 @dataclass(frozen=True)
 class CleanConfig:
-    """Filter a source by rules on captions and pictures."""
+    """Filter a source by rules on captions and images."""
 
+    EARLIER_NAMES: ClassVar = {"pictures": "images"}
     src: tyro.conf.Positional[str] = ""
     """File or folder in any recognised format, or URL of shards or of a list."""
     dst: tyro.conf.Positional[str] = ""
     """Folder, or fsspec URL such as s3://bucket/clean."""
     captions: CaptionRules = field(default_factory=CaptionRules)
-    pictures: PictureRules = field(default_factory=PictureRules)
+    images: ImageRules = field(default_factory=ImageRules)
     tokenizer: str = ""
     """Folder, hub id or .model file of the text tokenizer, for the rules that count tokens."""
     scores: Path | None = None
@@ -74,7 +75,7 @@ class CleanConfig:
     min_score: float = -math.inf
     """Drop pairs whose score is lower."""
     max_pixels: int = 64_000_000
-    """Most pixels of a picture; more are refused before they are allocated."""
+    """Most pixels of an image; more are refused before they are allocated."""
     samples_per_shard: int = 1000
     """Samples a tar."""
     workers: int = -1
@@ -91,12 +92,12 @@ class CleanConfig:
     @property
     def rules(self) -> Rules:
         """Both kinds of rules."""
-        return Rules(self.captions, self.pictures)
+        return Rules(self.captions, self.images)
 
 
 @dataclass
 class Examine:
-    """Records to (record with its captions judged and its flags, digest of the picture), or to problems. Picklable."""
+    """Records to (record with its captions judged and its flags, digest of the image), or to problems. Picklable."""
 
     rules: Rules
     tokenizer: str
@@ -120,14 +121,14 @@ class Examine:
         if not record.image:
             return problem(record.where, record.key, "no_image")
         try:
-            picture, size = decode_with_size(record.image, self.limits)
+            image, size = decode_with_size(record.image, self.limits)
         except BadImage as error:
             return problem(record.where, record.key, error.reason, error.what)
-        if found := check_shape(size, self.rules.pictures):
+        if found := check_shape(size, self.rules.images):
             return Problem(record.where, record.key, *found)
-        flags = measure_flags(picture, self.rules.pictures)
+        flags = measure_flags(image, self.rules.images)
         for flag in flags:
-            if flag in self.rules.pictures.drop_flags:
+            if flag in self.rules.images.drop_flags:
                 return Problem(record.where, record.key, flag, REASONS[flag])
         if flags:
             judged = replace(judged, meta={**judged.meta, "flags": flags})
@@ -151,7 +152,7 @@ class Examine:
 
 
 def decode_with_size(data: bytes, limits: ImageLimits) -> tuple[Image.Image, tuple[int, int]]:
-    """A picture good for measuring, decoded small where the format allows, and its true size (W, H).
+    """An image good for measuring, decoded small where the format allows, and its true size (W, H).
 
     Raises BadImage.
     """
@@ -159,7 +160,7 @@ def decode_with_size(data: bytes, limits: ImageLimits) -> tuple[Image.Image, tup
 
 
 class Decide:
-    """What needs all rows before: exact duplicates, and the score of picture and caption."""
+    """What needs all rows before: exact duplicates, and the score of image and caption."""
 
     def __init__(self, config: CleanConfig, score: Score | None):
         self.config, self.score = config, score
@@ -168,7 +169,7 @@ class Decide:
 
     def __call__(self, _: int, record: Record, result: tuple[Record, str]) -> Record | Problem:
         judged, digest = result
-        if self.config.pictures.drop_duplicates and self._is_duplicate(digest):
+        if self.config.images.drop_duplicates and self._is_duplicate(digest):
             return Problem(record.where, record.key, "duplicate_image", REASONS["duplicate_image"])
         if self.scores is None and self.score is None:
             return judged
@@ -192,10 +193,8 @@ class Decide:
     def _score(self, record: Record) -> float | None:
         if self.scores is not None:
             return self.scores.get(record.key)
-        picture = decode(
-            record.image, ImageLimits(self.config.reader.max_image_bytes, self.config.max_pixels)
-        )
-        return float(self.score(record.captions[0] if record.captions else "", [picture])[0])
+        image = decode(record.image, ImageLimits(self.config.reader.max_image_bytes, self.config.max_pixels))
+        return float(self.score(record.captions[0] if record.captions else "", [image])[0])
 
 
 def read_scores(path: Path) -> dict[str, float]:

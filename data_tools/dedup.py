@@ -1,14 +1,14 @@
-"""Take out pictures that are there already: same bytes, or near by perceptual hash and colours; guard the splits.
+"""Take out images that are there already: same bytes, or near by perceptual hash and colours; guard the splits.
 
     python -m data_tools.dedup data/clean data/unique
     python -m data_tools.dedup data/clean data/unique --distance 6 --against data/test mugs/val-00000.tar
 
-Of near pictures one is kept, the largest by default. Pictures of train that are near to one of val, of test or of
+Of near images one is kept, the largest by default. Images of train that are near to one of val, of test or of
 `--against` are dropped too, so no split can be answered from memory. `groups.tsv` (key<TAB>group) names what belongs
 together, for `python -m data_tools.split --group-file`. Near means: at most `distance` of 64 hash bits differ AND the
 colours of a 4 x 4 grid agree, so a shirt in red and the same in blue are both kept. A killed run goes on.
 
-Measured on 9,533 product pictures: all 14 pairs at distance 4 have the same label, 91 % at 8 and 87 % at 12; without
+Measured on 9,533 product images: all 14 pairs at distance 4 have the same label, 91 % at 8 and 87 % at 12; without
 the colours 94 %, 78 % and 56 %, and the longest chain of neighbours grows from 16 to 747.
 """
 
@@ -47,9 +47,9 @@ PROTECTED = {"val": 1, "test": 2}  # level of a split; train and unknown names h
 AGAINST = 3
 FEW = 200_000
 REASONS = HINTS | {
-    "duplicate_image": "same bytes as a picture that is kept",
-    "near_duplicate": "looks like a picture that is kept; lower --distance to keep more",
-    "leak": "looks like a picture of val, test or --against; lower --group-distance to keep more",
+    "duplicate_image": "same bytes as an image that is kept",
+    "near_duplicate": "looks like an image that is kept; lower --distance to keep more",
+    "leak": "looks like an image of val, test or --against; lower --group-distance to keep more",
 }
 
 
@@ -64,15 +64,15 @@ class DedupConfig:
     distance: int = 4
     """Near duplicates: hash bits of 64 that may differ; 0 to 16, 3 to 6 are useful."""
     group_distance: int = 8
-    """Pictures that share a group, and may not be in two splits: hash bits that may differ."""
+    """Images that share a group, and may not be in two splits: hash bits that may differ."""
     max_colour: int = 32
     """Largest difference of a colour of the 4 x 4 grid, in levels of 255; 255 looks at shapes alone."""
     keep: Literal["largest", "first"] = "largest"
-    """Which of near pictures stays; largest has the most pixels, the first of these."""
+    """Which of near images stays; largest has the most pixels, the first of these."""
     against: tuple[str, ...] = ()
-    """Sources, as SRC, whose pictures must not be in the result, such as a test set."""
+    """Sources, as SRC, whose images must not be in the result, such as a test set."""
     max_pixels: int = 64_000_000
-    """Most pixels of a picture; more are refused before they are allocated."""
+    """Most pixels of an image; more are refused before they are allocated."""
     samples_per_shard: int = 1000
     """Samples a tar."""
     workers: int = -1
@@ -98,9 +98,9 @@ def first_twins(
     max_colour: int,
     workers: Workers = 0,
 ) -> np.ndarray:
-    """For each picture the kept one that it is near to, or -1 where it is kept itself; (N,) int64.
+    """For each image the kept one that it is near to, or -1 where it is kept itself; (N,) int64.
 
-    Pictures are taken in `order`; each is compared with those kept before it, so a chain of small changes does not
+    Images are taken in `order`; each is compared with those kept before it, so a chain of small changes does not
     drop its far end. `hashes` (N,) uint64, colours (N, 48) uint8.
     """
     unique, place, counts = np.unique(hashes, return_inverse=True, return_counts=True)
@@ -136,7 +136,7 @@ def _colour_distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def close_pairs(
     hashes: np.ndarray, colours: np.ndarray, distance: int, max_colour: int, workers: Workers = 0
 ) -> np.ndarray:
-    """Pairs (P, 2) of pictures that are near in hash and colours; for pictures of which few share a hash."""
+    """Pairs (P, 2) of images that are near in hash and colours; for images of which few share a hash."""
     unique, place, counts = np.unique(hashes, return_inverse=True, return_counts=True)
     members, starts = np.argsort(place, kind="stable"), np.cumsum(counts) - counts
     shared = np.flatnonzero(counts > 1)
@@ -160,12 +160,12 @@ def _alike(pairs: np.ndarray, colours: np.ndarray, max_colour: int) -> np.ndarra
 
 @dataclass(frozen=True)
 class Plan:
-    """What becomes of the pictures, by their place among the signatures."""
+    """What becomes of the images, by their place among the signatures."""
 
     dropped: dict[int, tuple[str, int]]
-    """Place -> (reason, place of the picture that it is near to)."""
+    """Place -> (reason, place of the image that it is near to)."""
     groups: dict[int, int]
-    """Place -> place of the first of its group, for kept pictures that are not alone."""
+    """Place -> place of the first of its group, for kept images that are not alone."""
 
 
 def make_plan(signatures: np.ndarray, levels: np.ndarray, config: DedupConfig) -> Plan:
@@ -284,7 +284,7 @@ def _nothing(records: Sequence[Record]) -> list[None]:
 
 
 def _in_group(record: Record) -> list[str]:
-    return ["a group of near pictures"] if "group" in record.meta else []
+    return ["a group of near images"] if "group" in record.meta else []
 
 
 def _sign(config: DedupConfig) -> Sign:
@@ -294,7 +294,7 @@ def _sign(config: DedupConfig) -> Sign:
 def _sign_all(
     config: DedupConfig, source: Source, others: Sequence[Source], job: dict[str, Any], work: Path
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Signatures, protection levels and names of the pictures of all sources, those of SRC first."""
+    """Signatures, protection levels and names of the images of all sources, those of SRC first."""
     begun = work / "job.json"
     if begun.is_file() and read_json(begun) != job:
         shutil.rmtree(work)

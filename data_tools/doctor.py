@@ -2,7 +2,7 @@
 
     python -m data_tools.doctor data/shards
     python -m data_tools.doctor data/shards --for configs/goods_128              # every config of the folder
-    python -m data_tools.doctor catalogue/ --for configs/goods_128/dalle.yaml --picture-share 0.1
+    python -m data_tools.doctor catalogue/ --for configs/goods_128/dalle.yaml --image-share 0.1
 
 SRC is any recognised source; a raw one is told how it becomes shards. Token shards of a generator are looked at as far
 as captions go. Exit code 0: may start; 1: something would stop it; 2: the command itself was wrong.
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import tyro
 
@@ -27,8 +27,8 @@ from data_tools.report.checks import (
     Wants,
     check_captions,
     check_config,
+    check_images,
     check_likeness,
-    check_pictures,
     check_rows,
     read_wants,
 )
@@ -49,14 +49,15 @@ MEANING = {
 class DoctorConfig:
     """Examine a source for a training."""
 
+    EARLIER_NAMES: ClassVar = {"picture_share": "image_share"}
     src: tyro.conf.Positional[Path]
     """File or folder in any recognised format."""
     configs: Annotated[tuple[Path, ...], tyro.conf.arg(name="for")] = ()
     """Configs of trainings, or folders of them."""
     tokenizer: str = ""
     """Text tokenizer to count with; empty: that of the configs."""
-    picture_share: float = 1.0
-    """Share of the pictures that are decoded, above 0 to 1."""
+    image_share: float = 1.0
+    """Share of the images that are decoded, above 0 to 1."""
     watermarks: bool = False
     """Look for repeated overlays too, which takes the longest."""
     json: Path | None = None
@@ -70,8 +71,8 @@ class DoctorConfig:
     )
 
     def __post_init__(self) -> None:
-        if not 0 < self.picture_share <= 1:
-            raise ValueError(f"--picture-share must be above 0 and at most 1, not {self.picture_share}")
+        if not 0 < self.image_share <= 1:
+            raise ValueError(f"--image-share must be above 0 and at most 1, not {self.image_share}")
 
 
 def find_configs(paths: Sequence[Path]) -> list[Path]:
@@ -97,7 +98,7 @@ def examine(config: DoctorConfig) -> tuple[list[Finding], list[Facts]]:
     collecting = StatsConfig(
         config.src,
         tokenizer=tokenizer,
-        picture_share=config.picture_share,
+        image_share=config.image_share,
         watermarks=config.watermarks,
         workers=config.workers,
         reader=config.reader,
@@ -105,7 +106,7 @@ def examine(config: DoctorConfig) -> tuple[list[Finding], list[Facts]]:
     facts = collect(collecting, source)
     has_tokens = (config.src / "tokenizer.json").is_file()
     findings = list(
-        check_rows(_without_pictures_is_fine(facts) if has_tokens else facts, config.src, source.format)
+        check_rows(_without_images_is_fine(facts) if has_tokens else facts, config.src, source.format)
     )
     if not any(fact.kept for fact in facts):
         findings.append(Finding("stop", f"no row of {config.src} can be used", "the reasons are above"))
@@ -121,7 +122,7 @@ def _findings(
 ) -> Iterator[Finding]:
     if not wanted or any(w.reads_text for w in wanted):
         yield from check_captions(facts)
-    yield from check_pictures(facts)
+    yield from check_images(facts)
     yield from check_likeness(likeness(facts), facts)
     for wants in wanted:
         measured = bool(tokenizer) and tokenizer in (config.tokenizer, wants.text_tokenizer)
@@ -144,9 +145,9 @@ def usable_tokenizer(config: DoctorConfig, wanted: Sequence[Wants]) -> str:
     return ""
 
 
-def _without_pictures_is_fine(facts: Sequence[Facts]) -> list[Facts]:
-    """Token shards hold codes in place of pictures."""
-    return [replace(fact, without_picture=0) for fact in facts]
+def _without_images_is_fine(facts: Sequence[Facts]) -> list[Facts]:
+    """Token shards hold codes in place of images."""
+    return [replace(fact, without_image=0) for fact in facts]
 
 
 def _by_level(findings: Sequence[Finding]) -> list[Finding]:
@@ -156,8 +157,8 @@ def _by_level(findings: Sequence[Finding]) -> list[Finding]:
 def print_findings(findings: Sequence[Finding], facts: Sequence[Facts], words: Words) -> None:
     """To stdout: a line for what was examined, then each finding with what to do, then the verdict."""
     rows = ", ".join(f"{fact.split} {fact.kept}" for fact in facts)
-    pictures = sum(len(fact.rows) for fact in facts)
-    print(words("examined {rows} samples, {pictures} pictures", rows=rows, pictures=pictures))
+    images = sum(len(fact.rows) for fact in facts)
+    print(words("examined {rows} samples, {images} images", rows=rows, images=images))
     for level in LEVELS:
         found = [f for f in findings if f.level == level]
         if found:

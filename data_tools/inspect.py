@@ -1,10 +1,10 @@
-"""Look before training: recognise any source, show ten of its rows with their pictures, and say what is wrong.
+"""Look before training: recognise any source, show ten of its rows with their images, and say what is wrong.
 
     python -m data_tools.inspect catalogue/
     python -m data_tools.inspect T2I/ --split train --out t2i.html --limit 0
 
 Writes one HTML page that needs nothing beside it, and prints the same counts. Nothing of the source is run or fetched:
-urls are shown as text, pictures are decoded here and drawn small.
+urls are shown as text, images are decoded here and drawn small.
 """
 
 import heapq
@@ -62,7 +62,7 @@ class Findings:
     files: list[str]
     read: int = 0
     kept: int = 0
-    without_picture: int = 0
+    without_image: int = 0
     complete: bool = True
     """False where `limit` ended the reading."""
     reasons: Counter = field(default_factory=Counter)
@@ -95,7 +95,7 @@ class Findings:
 
 
 def examine(source: Source, rows: int, limit: int) -> list[Findings]:
-    """Read each split up to `limit` rows (0: all) and decode every picture."""
+    """Read each split up to `limit` rows (0: all) and decode every image."""
     found = []
     meter = Meter(total=source.num_bytes)
     with progress(unit="B", unit_scale=True) as bar:
@@ -119,15 +119,15 @@ def _examine_one(item: Record | Problem, findings: Findings, rows: int, max_imag
         findings.lose(item)
         return
     if not item.image:
-        findings.without_picture += 1
+        findings.without_image += 1
         findings.keep(item, rows)
         return
     try:
-        picture = decode(item.image, ImageLimits(max_image_bytes))
+        image = decode(item.image, ImageLimits(max_image_bytes))
     except BadImage as error:
         findings.lose(problem(item.where, item.key, error.reason, error.what))
         return
-    findings.sizes.append(picture.size)
+    findings.sizes.append(image.size)
     findings.keep(item, rows)
 
 
@@ -137,13 +137,13 @@ def summary(source: Source, found: Sequence[Findings]) -> list[str]:
     for part in found:
         first = "" if part.complete else "the first "
         line = f"  {part.split}: {first}{part.read} rows, {part.kept} good, {part.bad} bad"
-        if part.without_picture:
-            line += f", {part.without_picture} without a picture in the source (urls or a test split)"
+        if part.without_image:
+            line += f", {part.without_image} without an image in the source (urls or a test split)"
         lines.append(line)
         for reason, count in part.reasons.most_common():
             lines.append(f"    {count} x {reason}, first {part.examples[reason][0].where}: {HINTS[reason]}")
         if part.sizes:
-            lines.append(f"    pictures {size_text(part.sizes)}")
+            lines.append(f"    images {size_text(part.sizes)}")
         if part.lengths:
             lines.append(f"    captions {spread(part.lengths)} characters")
     return lines
@@ -168,14 +168,14 @@ def size_text(sizes: Sequence[tuple[int, int]]) -> str:
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """A picture of the page: its address, "" where it cannot be decoded for `reason`."""
+    """An image of the page: its address, "" where it cannot be decoded for `reason`."""
 
     url: str = ""
     width: int = 0
     height: int = 0
     reason: str = ""
     size: tuple[int, int] = (0, 0)
-    """Of the picture itself."""
+    """Of the image itself."""
 
 
 def page(source: Source, found: Sequence[Findings], words: Words) -> str:
@@ -195,12 +195,12 @@ def page(source: Source, found: Sequence[Findings], words: Words) -> str:
 
 
 def _rows(part: Findings) -> list[tuple[Record, list[Thumbnail]]]:
-    """The rows to show, each with its pictures, small."""
+    """The rows to show, each with its images, small."""
     shown = [record for _, _, record in sorted(part.shown, reverse=True, key=lambda entry: entry[:2])]
-    return [(record, [_thumbnail(data) for data in _pictures(record)]) for record in shown]
+    return [(record, [_thumbnail(data) for data in _images(record)]) for record in shown]
 
 
-def _pictures(record: Record) -> list[bytes]:
+def _images(record: Record) -> list[bytes]:
     extra = [data for name, data in sorted(record.extra.items()) if name.rpartition(".")[2] in SUFFIXES]
     return ([record.image] if record.image else []) + extra
 

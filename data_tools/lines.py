@@ -32,7 +32,7 @@ from data_tools.images.line_drawings import (
     resize_lines,
     same_aspect,
 )
-from data_tools.ingest.prepare import PictureOptions, Prepare
+from data_tools.ingest.prepare import ImageOptions, Prepare
 from data_tools.ingest.records import HINTS, Problem, Record, problem
 from data_tools.ingest.rewrite import Steps, print_report, rewrite
 from data_tools.ingest.shard_run import say
@@ -77,14 +77,14 @@ class LinesConfig:
                 f"--size must be at least 0 and --samples-per-shard at least 1, not {self.size} and "
                 f"{self.samples_per_shard}"
             )
-        self.picture.limits(1)
+        self.image.limits(1)
 
     @property
-    def picture(self) -> PictureOptions:
+    def image(self) -> ImageOptions:
         """What happens to the images: as they are, or squares in WebP."""
         if self.size:
-            return PictureOptions("square", self.size, max_pixels=self.max_pixels)
-        return PictureOptions("keep", image_format="same", max_pixels=self.max_pixels)
+            return ImageOptions("square", self.size, max_pixels=self.max_pixels)
+        return ImageOptions("keep", image_format="same", max_pixels=self.max_pixels)
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def lines(config: LinesConfig) -> dict[str, Any]:
         del options[name]
     files = files_of(source)
     job = {"step": "lines", "source_format": source.format, "files": files, "options": options}
-    work = DrawLines(config.method, config.fit, Prepare(config.picture, config.reader.max_image_bytes))
+    work = DrawLines(config.method, config.fit, Prepare(config.image, config.reader.max_image_bytes))
     steps = Steps(work, lambda number, record, result: result, lambda record: None)
     workers = config.work.workers(config.workers)
     return rewrite(source, config.dst, job, steps, config.samples_per_shard, workers, _described)

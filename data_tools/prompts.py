@@ -29,7 +29,7 @@ def read_prompts(path: Path) -> Iterator[Prompt]:
 
 def count_prompts(path: Path) -> int:
     """Reads the whole file, so that a bad line is found before anything is drawn. Raises as `read_prompts`,
-    and ValueError for a key that comes twice: its pictures could not be told apart."""
+    and ValueError for a key that comes twice: its images could not be told apart."""
     count, keys = 0, set()
     for prompt in read_prompts(path):
         count += 1

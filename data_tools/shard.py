@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import tyro
 
@@ -24,7 +24,7 @@ from common.config import command, parse_options, to_mapping
 from common.files import sha256_file
 from data_tools.engine import EngineOptions
 from data_tools.images.color_profiles import BROKEN
-from data_tools.ingest.prepare import PictureOptions, Prepare
+from data_tools.ingest.prepare import ImageOptions, Prepare
 from data_tools.ingest.records import HINTS, Problem, Record, problem
 from data_tools.ingest.shard_run import DROPPED_FILE, ShardRun, announce, reason_lines, say
 from data_tools.readers.base import Part, ReaderOptions
@@ -39,6 +39,7 @@ from data_tools.split import hash_split, read_pairs, split_unit
 class ShardConfig:
     """Convert a source to shards."""
 
+    EARLIER_NAMES: ClassVar = {"picture": "image"}
     src: tyro.conf.Positional[str]
     """File or folder in any recognised format, or URL of shards or of a list; `python -m data_tools.inspect SRC` shows
     what is recognised."""
@@ -51,7 +52,7 @@ class ShardConfig:
     val_share: float = 0.0
     """Share of the train split that becomes val, chosen by hash of the key: stable when data is added."""
     group_by: str = ""
-    """Field of the meta whose samples stay in one split, such as the item that several pictures show."""
+    """Field of the meta whose samples stay in one split, such as the item that several images show."""
     split_file: Path | None = None
     """key<TAB>split, as data_tools.split writes it; instead of --val-share."""
     seed: int = 0
@@ -60,7 +61,7 @@ class ShardConfig:
     """Processes that decode and encode; -1: one a processor; 0: this process does it all."""
     overwrite: bool = False
     """Delete the shards of an earlier run with other options or another source first."""
-    picture: tyro.conf.OmitArgPrefixes[PictureOptions] = field(default_factory=PictureOptions)
+    image: tyro.conf.OmitArgPrefixes[ImageOptions] = field(default_factory=ImageOptions)
     reader: tyro.conf.OmitArgPrefixes[ReaderOptions] = field(default_factory=ReaderOptions)
     work: tyro.conf.OmitArgPrefixes[EngineOptions] = field(default_factory=EngineOptions)
 
@@ -119,7 +120,7 @@ def shard(config: ShardConfig, source: Source | None = None) -> dict[str, Any]:
     announce(source)
     parts = tuple(part for part in source.parts if part.has_images)
     if not parts:
-        raise ValueError(f"{config.src} holds texts without pictures: there is nothing to put into shards")
+        raise ValueError(f"{config.src} holds texts without images: there is nothing to put into shards")
     splits = ", ".join(part.split for part in parts)
     if config.val_share and any(part.split == "val" for part in parts):
         raise ValueError(
@@ -131,7 +132,7 @@ def shard(config: ShardConfig, source: Source | None = None) -> dict[str, Any]:
     try:
         target.lock()
         run = Run(config, source, target)
-        report = run.report(Prepare(config.picture, config.reader.max_image_bytes))
+        report = run.report(Prepare(config.image, config.reader.max_image_bytes))
     finally:
         target.close()
     if not report["kept"]:
@@ -194,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for line in reason_lines(report, HINTS):
         say(line)
     if report["left_out"]:
-        say(f"  left out, texts without pictures: {', '.join(report['left_out'])}")
+        say(f"  left out, texts without images: {', '.join(report['left_out'])}")
     return report
 
 

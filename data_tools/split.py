@@ -37,7 +37,7 @@ class SplitConfig:
     stratify_by: str = ""
     """Field of the meta whose values shall have the same shares in every split, such as label."""
     group_by: str = ""
-    """Field of the meta whose samples stay together, such as the item that several pictures show."""
+    """Field of the meta whose samples stay together, such as the item that several images show."""
     group_file: Path | None = None
     """File of key<TAB>group, such as near duplicates; samples of a group stay together."""
     previous: Path | None = None

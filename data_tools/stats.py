@@ -2,10 +2,10 @@
 
     python -m data_tools.stats data/clean
     python -m data_tools.stats data/clean --out report.html --tokenizer hfl/chinese-roberta-wwm-ext --max-text-len 32
-    python -m data_tools.stats huge/ --picture-share 0.02
+    python -m data_tools.stats huge/ --image-share 0.02
 
 The page holds everything it shows and loads nothing; the counts are written beside it as JSON. Text is measured on all
-rows, pictures on the share that is asked for, drawn by the hash of the key.
+rows, images on the share that is asked for, drawn by the hash of the key.
 """
 
 import sys
@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import tyro
 
@@ -29,7 +29,7 @@ from data_tools.ingest.shard_run import announce
 from data_tools.parallel import ordered_map
 from data_tools.readers.base import Meter, ReaderOptions
 from data_tools.readers.detect import Source, open_source
-from data_tools.report.facts import Facts, MeasurePicture
+from data_tools.report.facts import Facts, MeasureImage
 from data_tools.report.likeness import Row, examples, flag_counts, likeness
 from data_tools.report.stats_page import Report, page
 from data_tools.report.token_count import token_counter
@@ -43,6 +43,7 @@ BATCH = 16
 class StatsConfig:
     """Describe a source on one page."""
 
+    EARLIER_NAMES: ClassVar = {"picture_share": "image_share"}
     src: tyro.conf.Positional[str]
     """File or folder in any recognised format, or URL of shards or of a list."""
     out: Path = Path("stats.html")
@@ -55,12 +56,12 @@ class StatsConfig:
     """Of the page: zh, en, or auto, which follows the locale."""
     fields: tuple[str, ...] = ("label", "label_zh", "coarse", "source", "license")
     """Fields of the meta whose values are counted."""
-    picture_share: float = 1.0
-    """Share of the pictures that are decoded, above 0 to 1."""
+    image_share: float = 1.0
+    """Share of the images that are decoded, above 0 to 1."""
     watermarks: bool = True
     """Look for repeated overlays, the slowest measurement."""
     max_pixels: int = 64_000_000
-    """Most pixels of a picture; more are refused before they are allocated."""
+    """Most pixels of an image; more are refused before they are allocated."""
     workers: int = -1
     """Processes that decode; -1: one a processor; 0: none but this one."""
     reader: tyro.conf.OmitArgPrefixes[ReaderOptions] = field(
@@ -69,8 +70,8 @@ class StatsConfig:
     work: tyro.conf.OmitArgPrefixes[EngineOptions] = field(default_factory=EngineOptions)
 
     def __post_init__(self) -> None:
-        if not 0 < self.picture_share <= 1:
-            raise ValueError(f"--picture-share must be above 0 and at most 1, not {self.picture_share}")
+        if not 0 < self.image_share <= 1:
+            raise ValueError(f"--image-share must be above 0 and at most 1, not {self.image_share}")
         if self.max_text_len < 3:
             raise ValueError(f"--max-text-len must be at least 3, not {self.max_text_len}")
 
@@ -80,7 +81,7 @@ def collect(config: StatsConfig, source: Source) -> list[Facts]:
     facts = [Facts(part.split) for part in source.parts]
     lexicon = load_lexicon()
     counter = token_counter(config.tokenizer) if config.tokenizer else None
-    measure = MeasurePicture(ImageLimits(config.reader.max_image_bytes, config.max_pixels), config.watermarks)
+    measure = MeasureImage(ImageLimits(config.reader.max_image_bytes, config.max_pixels), config.watermarks)
     workers = config.work.workers(config.workers)
     meter = Meter(total=source.num_bytes)
     with progress(unit="B", unit_scale=True) as bar:
@@ -93,7 +94,7 @@ def collect(config: StatsConfig, source: Source) -> list[Facts]:
                     facts[split].reasons[lost.reason] += 1
                     continue
                 if found:
-                    facts[split].add_picture(row, found)
+                    facts[split].add_image(row, found)
                 facts[split].add_record(item, lexicon, counter, config.fields)
             bar.total = meter.total
             bar.update(meter.done - bar.n)
@@ -109,9 +110,7 @@ def _batches(config: StatsConfig, source: Source, meter: Meter) -> Iterator[tupl
     items: list[tuple] = []
     for split, part in enumerate(source.parts):
         for row, item in enumerate(source.read(part, meter)):
-            wanted = (
-                isinstance(item, Record) and bool(item.image) and fraction(item.key) < config.picture_share
-            )
+            wanted = isinstance(item, Record) and bool(item.image) and fraction(item.key) < config.image_share
             items.append((split, row, item, wanted))
             if len(items) == BATCH:
                 yield items, [entry[2] for entry in items if entry[3]]
@@ -150,7 +149,7 @@ def stats(config: StatsConfig) -> dict[str, Any]:
     numbers = {
         "source": str(config.src),
         "format": source.format,
-        "picture_share": config.picture_share,
+        "picture_share": config.image_share,
         "splits": {fact.split: fact.numbers() for fact in facts},
         "same_pictures": alike.exact,
         "near_pairs": alike.near,
@@ -175,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for name, split in numbers["splits"].items():
         lost = sum(split["dropped"].values())
         print(
-            f"{name}: {split['kept']} samples, {lost} unreadable, {split['pictures']} pictures measured",
+            f"{name}: {split['kept']} samples, {lost} unreadable, {split['pictures']} images measured",
             file=sys.stderr,
         )
     print(f"page: {config.out}, numbers: {config.out.with_suffix('.json')}", file=sys.stderr)

@@ -6,7 +6,7 @@
     python -m data_tools.submit submission.tsv T2I_test.tsv          # only validate a finished file
 
 The second file gives the ids, first column, and their order; ids are names and are never counted, so they need not be
-contiguous. The picture of an id is `ID.png` (or jpg, webp) in the folder, else `ID/rank00.png`, else `ID/0000.png`,
+contiguous. The image of an id is `ID.png` (or jpg, webp) in the folder, else `ID/rank00.png`, else `ID/0000.png`,
 else the line of the folder's `images.jsonl` with this `key`: the best of them by `ranking.json` where rerank.py wrote
 one, else the first. Written whole or not at all.
 """
@@ -32,7 +32,7 @@ from common.progress import progress
 from data_tools.images.decode import BadImage, decode, encode, is_plain_rgb, open_plugin, resize, sniff
 from data_tools.readers.texts import read_texts
 
-PICTURE_NAMES = ("{}.png", "{}.jpg", "{}.jpeg", "{}.webp", "{}/rank00.png", "{}/0000.png")
+IMAGE_NAMES = ("{}.png", "{}.jpg", "{}.jpeg", "{}.webp", "{}/rank00.png", "{}/0000.png")
 MAX_COMPLAINTS = 20
 
 
@@ -41,7 +41,7 @@ class SubmitConfig:
     """Write a submission, or validate one when the first argument is a file."""
 
     source: tyro.conf.Positional[Path]
-    """Folder with the pictures, or a finished file to validate."""
+    """Folder with the images, or a finished file to validate."""
     ids: tyro.conf.Positional[Path]
     """File whose first column is the ids, in the order to keep; a second column is the text."""
     form: Literal["t2i", "easynlp", "zip"] = "t2i"
@@ -49,7 +49,7 @@ class SubmitConfig:
     to: Path | None = None
     """File to write; default: in the source folder, named like the ids file, .zip for zip."""
     size: int = 0
-    """Side in pixels that every picture is scaled to; 0 keeps their size, which must then be one for all."""
+    """Side in pixels that every image is scaled to; 0 keeps their size, which must then be one for all."""
     image_format: Literal["png", "jpg"] | None = None
     """Default: png in TSV files, jpg in a zip."""
     folder: str = ""
@@ -65,7 +65,7 @@ class SubmitConfig:
 
     @property
     def suffix(self) -> Literal["png", "jpg"]:
-        """Format of the pictures."""
+        """Format of the images."""
         return self.image_format or ("jpg" if self.form == "zip" else "png")
 
     @property
@@ -89,14 +89,14 @@ def read_ids(path: Path) -> dict[str, str]:
     return ids
 
 
-def find_pictures(folder: Path, ids: Sequence[str]) -> dict[str, Path]:
-    """The picture of each id. Raises ValueError naming the first that are missing."""
+def find_images(folder: Path, ids: Sequence[str]) -> dict[str, Path]:
+    """The image of each id. Raises ValueError naming the first that are missing."""
     listed = _listed(folder)
     found = {}
     for identifier in ids:
         if "/" in identifier or identifier in (".", ".."):
             raise ValueError(f"the id {identifier!r} cannot name a file")
-        candidates = [folder / name.format(identifier) for name in PICTURE_NAMES]
+        candidates = [folder / name.format(identifier) for name in IMAGE_NAMES]
         path = next((path for path in candidates if path.is_file()), listed.get(identifier))
         if path is not None:
             found[identifier] = path
@@ -104,81 +104,81 @@ def find_pictures(folder: Path, ids: Sequence[str]) -> dict[str, Path]:
     if missing:
         names = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
         raise ValueError(
-            f"{len(missing)} of {len(ids)} ids have no picture in {folder}: {names}; make them first"
+            f"{len(missing)} of {len(ids)} ids have no image in {folder}: {names}; make them first"
         )
     return found
 
 
 def _listed(folder: Path) -> dict[str, Path]:
-    """Key to its best picture from `images.jsonl` of generate.py: line i is the picture `file`, or number i."""
+    """Key to its best image from `images.jsonl` of generate.py: line i is the image `file`, or number i."""
     found: dict[str, Path] = {}
     if not (folder / LIST).is_file():
         return found
     texts = read_ranking(folder).get("texts", ())
     ranks = {Path(row["file"]).name: int(row["rank"]) for text in texts for row in text["pictures"]}
     for number, (_, row) in enumerate(read_list(folder)):
-        picture = folder / Path(str(row.get("file", image_name(number)))).name
-        if "key" in row and picture.is_file():
-            before = found.setdefault(str(row["key"]), picture)
-            if ranks.get(picture.name, math.inf) < ranks.get(before.name, math.inf):
-                found[str(row["key"])] = picture
+        image = folder / Path(str(row.get("file", image_name(number)))).name
+        if "key" in row and image.is_file():
+            before = found.setdefault(str(row["key"]), image)
+            if ranks.get(image.name, math.inf) < ranks.get(before.name, math.inf):
+                found[str(row["key"])] = image
     return found
 
 
-def finished_pictures(config: SubmitConfig, pictures: dict[str, Path]) -> Iterator[tuple[str, bytes]]:
-    """(id, encoded RGB picture) in order. Raises ValueError for one that is damaged or of another size."""
+def finished_images(config: SubmitConfig, images: dict[str, Path]) -> Iterator[tuple[str, bytes]]:
+    """(id, encoded RGB image) in order. Raises ValueError for one that is damaged or of another size."""
     first: tuple[int, int] | None = None
-    for identifier, path in progress(pictures.items(), unit="pictures"):
+    for identifier, path in progress(images.items(), unit=" images"):
         data = path.read_bytes()
         try:
-            picture = decode(data)
+            image = decode(data)
         except BadImage as error:
             raise ValueError(f"{path} cannot be submitted: {error.reason} {error.what}") from error
         if config.size:
-            picture = resize(picture, "square", config.size)
-        first = first or picture.size
-        if picture.size != first and config.form != "zip":
+            image = resize(image, "square", config.size)
+        first = first or image.size
+        if image.size != first and config.form != "zip":
             raise ValueError(
-                f"{path} is {picture.size}, the first picture {first}: pass --size to make them one size"
+                f"{path} is {image.size}, the first image {first}: pass --size to make them one size"
             )
         same = sniff(data) == config.suffix and not config.size and is_plain_rgb(data)
-        yield identifier, data if same else _encode_labelled(picture, data, config.suffix)
+        yield identifier, data if same else _encode_labelled(image, data, config.suffix)
 
 
-def _encode_labelled(picture: Image.Image, data: bytes, suffix: Literal["png", "jpg"]) -> bytes:
-    """A file of `picture` with the label of the file `data` that it was made of."""
+def _encode_labelled(image: Image.Image, data: bytes, suffix: Literal["png", "jpg"]) -> bytes:
+    """A file of `image` with the label of the file `data` that it was made of."""
     with open_plugin(data, sniff(data)) as file:
-        arguments = kept_arguments(file, picture, "JPEG" if suffix == "jpg" else "PNG")
-    return encode(picture, suffix, quality=95, **arguments)
+        arguments = kept_arguments(file, image, "JPEG" if suffix == "jpg" else "PNG")
+    return encode(image, suffix, quality=95, **arguments)
 
 
 def write_submission(config: SubmitConfig) -> int:
-    """Write the file; returns the number of pictures. Raises ValueError before anything is replaced."""
+    """Write the file; returns the number of images. Raises ValueError before anything is replaced."""
     ids = read_ids(config.ids)
     if config.target.resolve() == config.ids.resolve():
         raise ValueError(f"{config.target} is the file with the ids: name another one with --to")
     if config.form == "easynlp" and not all(ids.values()):
         raise ValueError(f"{config.ids} has no text in its second column, which --form easynlp needs")
     require_replaceable(config.target)
-    pictures = finished_pictures(config, find_pictures(config.source, list(ids)))
+    images = finished_images(config, find_images(config.source, list(ids)))
     with writing_file(config.target) as temporary:
         if config.form == "zip":
-            _write_zip(temporary, pictures, config)
+            _write_zip(temporary, images, config)
         else:
-            _write_tsv(temporary, pictures, ids if config.form == "easynlp" else None)
+            _write_tsv(temporary, images, ids if config.form == "easynlp" else None)
     return len(ids)
 
 
-def _write_tsv(path: Path, pictures: Iterator[tuple[str, bytes]], texts: dict[str, str] | None) -> None:
+def _write_tsv(path: Path, images: Iterator[tuple[str, bytes]], texts: dict[str, str] | None) -> None:
     with path.open("w", encoding="utf-8", newline="\n") as file:
-        for identifier, data in pictures:
+        for identifier, data in images:
             columns = [identifier, *([texts[identifier]] if texts else []), base64.b64encode(data).decode()]
             file.write("\t".join(columns) + "\n")
 
 
-def _write_zip(path: Path, pictures: Iterator[tuple[str, bytes]], config: SubmitConfig) -> None:
+def _write_zip(path: Path, images: Iterator[tuple[str, bytes]], config: SubmitConfig) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        for identifier, data in pictures:
+        for identifier, data in images:
             name = f"{config.folder}/{identifier}.{config.suffix}".lstrip("/")
             archive.writestr(
                 zipfile.ZipInfo(name), data
@@ -225,15 +225,15 @@ def _validate_tsv(path: Path, ids: Sequence[str], columns: int) -> Iterator[str]
             elif identifier != wanted:
                 yield f"line {number}: the id is {identifier!r}, in the given order it is {wanted!r}"
             seen.add(identifier)
-            size, complaint = _check_picture(fields[-1])
+            size, complaint = _check_image(fields[-1])
             shape = shape or size
             if complaint or size != shape:
-                yield f"line {number}: {complaint or f'the picture is {size}, the first one {shape}'}"
+                yield f"line {number}: {complaint or f'the image is {size}, the first one {shape}'}"
     if missing := [identifier for identifier in ids if identifier not in seen]:
         yield f"{len(missing)} of {len(ids)} ids are missing, first {missing[0]!r} ({number} lines)"
 
 
-def _check_picture(field: bytes) -> tuple[tuple[int, int] | None, str]:
+def _check_image(field: bytes) -> tuple[tuple[int, int] | None, str]:
     try:
         data = binascii.a2b_base64(field, strict_mode=True)
     except binascii.Error as error:
@@ -243,8 +243,8 @@ def _check_picture(field: bytes) -> tuple[tuple[int, int] | None, str]:
     try:
         size = decode(data).size
     except BadImage as error:
-        return None, f"the picture is bad: {error.reason} {error.what}"
-    return size, "" if is_plain_rgb(data) else "the picture is not RGB"
+        return None, f"the image is bad: {error.reason} {error.what}"
+    return size, "" if is_plain_rgb(data) else "the image is not RGB"
 
 
 def _validate_zip(path: Path, ids: Sequence[str]) -> Iterator[str]:
@@ -263,7 +263,7 @@ def _validate_zip(path: Path, ids: Sequence[str]) -> Iterator[str]:
             try:
                 decode(archive.read(info))
             except (BadImage, zipfile.BadZipFile) as error:
-                yield f"{info.filename}: the picture is bad: {error}"
+                yield f"{info.filename}: the image is bad: {error}"
         for stem in sorted(stems):
             yield f"{stem!r} is none of the given ids"
 
@@ -286,7 +286,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         raise ValueError(
             f"{target} is not valid: {len(complaints)} or more things are wrong, the first is above"
         )
-    print(f"{target}: {len(ids)} pictures, valid", file=sys.stderr)
+    print(f"{target}: {len(ids)} images, valid", file=sys.stderr)
     return target
 
 

@@ -1,13 +1,13 @@
-"""Measure a set of generated pictures: one table, metrics.json, report.html.
+"""Measure a set of generated images: one table, metrics.json, report.html.
 
     python -m evaluation out/ --reference ../shared/data/goods --judge runs/goods_128_judge
     python -m evaluation out/ --reference DIR --judge DIR --clip OFA-Sys/chinese-clip-vit-base-patch16
     python -m evaluation out/ --reference DIR --judge DIR --best-of 8 --scorer likelihood
 
-OUT_DIR is what generate.py wrote, or any folder of pictures with texts. The reference is a folder of image shards: the
-held-out split is what pictures should look like, the training split what they should not repeat. FID, KID and IS need
+OUT_DIR is what generate.py wrote, or any folder of images with texts. The reference is a folder of image shards: the
+held-out split is what images should look like, the training split what they should not repeat. FID, KID and IS need
 the weights of Inception (--inception FILE, or torch's hub cache); on other networks the same statistics carry the
-network's name. A ranker that ordered the pictures is refused as their judge.
+network's name. A ranker that ordered the images is refused as their judge.
 """
 
 import math
@@ -37,14 +37,14 @@ from evaluation.sets import LIKELIHOOD, SampleSet
 
 @dataclass(frozen=True)
 class Options(MeasuringOptions):
-    """Measure the pictures of a directory."""
+    """Measure the images of a directory."""
 
     out_dir: tyro.conf.Positional[Path] = Path("out")
-    """Directory that generate.py wrote, or a folder of pictures, each with its text in a .txt of its name."""
+    """Directory that generate.py wrote, or a folder of images, each with its text in a .txt of its name."""
     text: str = ""
-    """Text of pictures that have none beside them."""
+    """Text of images that have none beside them."""
     best_of: int = 0
-    """Measure only the best of so many pictures of every text; 0: all pictures."""
+    """Measure only the best of so many images of every text; 0: all images."""
     scorer: str = LIKELIHOOD
     """What chooses them: likelihood, or the ranker of ranking.json."""
     write_to: Path | None = None
@@ -54,7 +54,7 @@ class Options(MeasuringOptions):
 
     def __post_init__(self) -> None:
         if self.best_of < 0:
-            raise ValueError(f"best_of must be 0 (all pictures) or more, not {self.best_of}")
+            raise ValueError(f"best_of must be 0 (all images) or more, not {self.best_of}")
 
 
 def cell(value: float, digits: int) -> str:
@@ -63,7 +63,7 @@ def cell(value: float, digits: int) -> str:
 
 
 def show(figures: Sequence[Figure], settings: dict[str, Any]) -> None:
-    """The table: every figure with its network in brackets, what it is over, and how the pictures were drawn.
+    """The table: every figure with its network in brackets, what it is over, and how the images were drawn.
 
     Seeds, guidance and rerank width are the same for all rows: they go into the title where columns are scarce.
     """
@@ -71,7 +71,7 @@ def show(figures: Sequence[Figure], settings: dict[str, Any]) -> None:
 
     console = plain_console()
     how = {name: _words(settings[name]) for name in ("seeds", "guidance", "rerank_width")}
-    title = f"{settings['set']}: {settings['pictures']} pictures of {settings['prompts']} texts"
+    title = f"{settings['set']}: {settings['pictures']} images of {settings['prompts']} texts"
     beside = how if console.width >= 120 else {}
     if not beside:
         title += ", " + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in how.items())
@@ -102,7 +102,7 @@ def _words(value: Any) -> str:
 def chosen(options: Options) -> SampleSet:
     samples = SampleSet.from_out_dir(options.out_dir, text=options.text)
     for line in samples.corrupt[:5]:
-        say(f"left out a corrupt picture: {line}")
+        say(f"left out a corrupt image: {line}")
     return samples.best_of(options.best_of, options.scorer) if options.best_of else samples
 
 
@@ -121,7 +121,7 @@ def report(options: Options, samples: SampleSet, files: OutputDirectory) -> list
     """Measure, show and write."""
     networks = options.networks()
     refuse_rerankers(samples, networks)
-    reference = options.real_pictures(samples)
+    reference = options.real_images(samples)
     figures, left_out = measure_all(samples, reference, networks, options.measure, options.cache)
     settings, judges = settings_of(samples), networks_note(networks)
     show(figures, settings)

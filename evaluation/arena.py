@@ -32,7 +32,7 @@ from common.output import OutputDirectory
 from common.tables import plain_console
 from dalle.sampling import SamplingOptions
 from evaluation.compare.arena_results import Difference, Match, SystemResult
-from evaluation.compare.choice import check_independent, curve, judged, score_pictures, scorer_of
+from evaluation.compare.choice import check_independent, curve, judged, score_images, scorer_of
 from evaluation.compare.costs import COSTS, Costs, read_costs
 from evaluation.compare.generating import (
     SYSTEMS,
@@ -185,17 +185,17 @@ def measure_system(
     networks: Networks,
     ranker: Any | None,
 ) -> SystemResult:
-    """Figures of all pictures of a system, and curves of choosing among them."""
+    """Figures of all images of a system, and curves of choosing among them."""
     figures, left_out = measure_all(samples, reference, networks, options.measure, options.cache)
     part = generated_part(samples, options.measure.draws, options.measure.seed, options.cache)
     train = reference.train
     measured = pixel_colors_of(train, range(len(train)), options.cache) if train else None
     values = judged(networks, Lexicon.of_reference(reference.facts), part, measured)
     if ranker is not None:
-        samples = score_pictures(samples, ranker, part)
+        samples = score_images(samples, ranker, part)
     scorer = scorer_of(samples, ranker)
     if not scorer:
-        left_out.append("best of n: these pictures have no likelihoods, and no --ranker was named")
+        left_out.append("best of n: these images have no likelihoods, and no --ranker was named")
     how = (options.widths if scorer else (1,), options.measure.draws, options.measure.seed)
     curves = [curve(samples, name, found, scorer, *how) for name, found in values.items()]
     known = tuple(c for c in curves if c)
@@ -229,7 +229,7 @@ def run(options: Options) -> Match:
     if ranker is not None:
         check_independent(ranker, networks)
     sets, usable, unusable = generate_all(options, specs, texts)
-    reference = options.real_pictures(sets[0])
+    reference = options.real_images(sets[0])
     systems = [
         measure_system(options, spec, samples, reference, networks, ranker)
         for spec, samples in zip(specs, sets, strict=True)

@@ -91,11 +91,11 @@ def generator_quality(run_dir: Path) -> str:
 
 def ranker_quality(run_dir: Path) -> str:
     row = last_validation(run_dir)
-    return f"text to picture recall@1 {row['recall@1']:.0%}, recall@5 {row['recall@5']:.0%}"
+    return f"text to image recall@1 {row['recall@1']:.0%}, recall@5 {row['recall@5']:.0%}"
 
 
 def data_quality(folder: Path) -> str:
-    return f"{read_json(folder / 'dataset.json')['num_samples']} pictures with captions"
+    return f"{read_json(folder / 'dataset.json')['num_samples']} images with captions"
 
 
 def goods_quality(out: Path) -> str:
@@ -108,10 +108,10 @@ def ranking_quality(out: Path) -> str:
     """How many of the best four show the colour that the sentence names, by the nearest training images."""
     from evaluation.compare.parts import pixel_colors_of
     from evaluation.metrics.pixel_colors import ColorHistogram
-    from evaluation.reference import ReferencePictures
+    from evaluation.reference import ReferenceImages
 
     text = read_list(out)[0][1]["text"]
-    train = ReferencePictures.of_split(str(EMBEDDED), "train", 64, limit=COLORED)
+    train = ReferenceImages.of_split(str(EMBEDDED), "train", 64, limit=COLORED)
     measured = pixel_colors_of(train, range(len(train)), None)
     named = [color for color in measured.colors if color in text] if measured else []
     best = sorted(out.glob("rank*.png"))[:4]
@@ -218,17 +218,17 @@ def first_to_last(folder: Path, most: int = SHOWN_STEPS) -> list[Path]:
 
 
 def _shown(title: str, text: str, paths: Sequence[Path]) -> str:
-    from evaluation.report import named_picture, note, section
+    from evaluation.report import named_image, note, section
 
-    shown = [named_picture(path, side=1040) for path in paths if path.is_file()]
+    shown = [named_image(path, side=1040) for path in paths if path.is_file()]
     return section(title, note(text), *shown) if shown else ""
 
 
 def _data(words: Words) -> str:
-    from evaluation.reference import ReferencePictures
+    from evaluation.reference import ReferenceImages
     from evaluation.report import figure, section
 
-    train = ReferencePictures.of_split(str(EMBEDDED), "train", 128, limit=SHOWN_DATA)
+    train = ReferenceImages.of_split(str(EMBEDDED), "train", 128, limit=SHOWN_DATA)
     shown = [figure(train.open(i), train.facts(i).caption) for i in range(len(train))]
     return section(words("The training data: images with Chinese captions"), *shown)
 

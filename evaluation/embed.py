@@ -1,9 +1,9 @@
-"""Features of pictures ahead of measuring: `python -m evaluation`, the arena and the sweep find them in their cache.
+"""Features of images ahead of measuring: `python -m evaluation`, the arena and the sweep find them in their cache.
 
     python -m evaluation.embed out/ --reference data/shards --judge runs/goods_128_judge
     python -m evaluation.embed out/a out/b --reference data/shards --engine ray --ray-address auto
 
-The pictures are read here; on a Ray cluster (`--engine ray`) the nodes get them in batches, with the networks, and send
+The images are read here; on a Ray cluster (`--engine ray`) the nodes get them in batches, with the networks, and send
 features back. A run that was killed goes on behind what is in the cache.
 """
 
@@ -17,19 +17,19 @@ import tyro
 from common.config import command, parse_options
 from common.log import say
 from data_tools.engine import EngineOptions
-from evaluation.metrics.features import FeatureStore, Pictures, SamplePictures, embed
+from evaluation.metrics.features import FeatureStore, Images, SampleImages, embed
 from evaluation.options import MeasuringOptions
 from evaluation.sets import SampleSet
 
 
 @dataclass(frozen=True)
 class Options(MeasuringOptions):
-    """Compute and keep the features of generated and real pictures."""
+    """Compute and keep the features of generated and real images."""
 
     out_dirs: tyro.conf.Positional[tuple[Path, ...]] = (Path("out"),)
-    """Directories that generate.py wrote, of pictures of one size."""
+    """Directories that generate.py wrote, of images of one size."""
     batch_size: int = 64
-    """Pictures of one forward pass, and of one task."""
+    """Images of one forward pass, and of one task."""
     work: tyro.conf.OmitArgPrefixes[EngineOptions] = field(default_factory=EngineOptions)
 
     def __post_init__(self) -> None:
@@ -39,12 +39,12 @@ class Options(MeasuringOptions):
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the number of features in the cache that belong to the pictures."""
+    """Returns the number of features in the cache that belong to the images."""
     options = parse_options(Options, argv, description=__doc__)
     options.check_reference()
     sets = [SampleSet.from_out_dir(path) for path in options.out_dirs]
-    reference = options.real_pictures(sets[0])
-    found: list[Pictures] = [SamplePictures(samples.samples) for samples in sets]
+    reference = options.real_images(sets[0])
+    found: list[Images] = [SampleImages(samples.samples) for samples in sets]
     found += [reference.real, *([reference.train] if reference.train else [])]
     networks = options.networks()
     judge = [networks.judge.network] if networks.judge else []
@@ -56,8 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         cluster = cluster.with_gpus(options.device) if cluster else None
         for network in used.values():
             store = FeatureStore(network, options.cache)
-            for pictures in found:
-                count += len(embed(network, pictures, store, options.batch_size, cluster)[0])
+            for images in found:
+                count += len(embed(network, images, store, options.batch_size, cluster)[0])
     say(f"{count} features of {len(used)} networks are in {options.cache}")
     return count
 

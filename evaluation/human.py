@@ -1,4 +1,4 @@
-"""Which pictures do people like better? Two pictures of one text side by side, nobody knows whose.
+"""Which images do people like better? Two images of one text side by side, nobody knows whose.
 
     python -m evaluation.human out/arena                                                 # all systems of an arena
     python -m evaluation.human ours=out theirs=out_other --choices out/choices.jsonl     # open the address it prints
@@ -44,7 +44,7 @@ CHOICES = ("left", "right", "equal", "both_bad")
 
 @dataclass(frozen=True)
 class Options:
-    """Ask people which of two pictures is better."""
+    """Ask people which of two images is better."""
 
     sets: tyro.conf.Positional[tuple[str, ...]] = ()
     """Two or more NAME=DIRECTORY of images: an out directory, or a folder of images with texts; or the directory of an
@@ -58,7 +58,7 @@ class Options:
     repeat_share: float = 0.1
     """Share of the pairs that come a second time with the sides exchanged."""
     seed: int = 0
-    """Seed of which pictures, sides and order."""
+    """Seed of which images, sides and order."""
     language: Language = "auto"
     """Of the page: zh, en, or auto, which follows the locale."""
     host: str = "127.0.0.1"
@@ -89,7 +89,7 @@ class Pair:
 
     @property
     def id(self) -> str:
-        """Stable as long as the pictures are; says nothing about whose they are."""
+        """Stable as long as the images are; says nothing about whose they are."""
         digest = hashlib.sha256(repr((self.text, self.names, self.exchanged)).encode())
         for sample in (self.first, self.second):
             digest.update(sample.path.read_bytes())
@@ -151,7 +151,7 @@ class Study:
         return early[:half] + rest
 
     def sides(self, rater: str, pair_id: str) -> tuple[Sample, Sample, bool]:
-        """Left and right picture, and whether the second set's is left."""
+        """Left and right image, and whether the second set's is left."""
         pair = self.pairs[pair_id]
         drawn = random.Random(repr((self.seed, rater, pair.text, pair.first.path.name))).random() < 0.5
         turned = drawn != pair.exchanged
@@ -197,11 +197,11 @@ class Study:
             self.done[rater].add(pair_id)
         return True
 
-    def picture(self, rater: str, pair_id: str, side: str) -> bytes:
+    def image(self, rater: str, pair_id: str, side: str) -> bytes:
         """PNG bytes without anything but pixels, both of a pair at the size of the larger. Raises ValueError for an
         unknown one."""
         if pair_id not in self.pairs or side not in ("left", "right"):
-            raise ValueError(f"no picture {side!r} of {pair_id!r}")
+            raise ValueError(f"no image {side!r} of {pair_id!r}")
         left, right, _ = self.sides(rater, pair_id)
         images = [left.image, right.image]
         size = max((image.size for image in images), key=lambda s: s[0] * s[1])
@@ -341,9 +341,7 @@ def load_sets(specs: Sequence[str]) -> list[SampleSet]:
     """Raises ValueError for fewer than two sets, for equal names, and for what is no drawn set."""
     parsed = [SystemSpec.parse(text) for given in specs for text in _systems_in(given)]
     if len(parsed) < 2 or len({spec.name for spec in parsed}) < len(parsed):
-        raise ValueError(
-            "name two or more sets of drawn pictures, each NAME=DIRECTORY with a name of its own"
-        )
+        raise ValueError("name two or more sets of drawn images, each NAME=DIRECTORY with a name of its own")
     return [SampleSet.from_out_dir(Path(spec.what), spec.name) for spec in parsed]
 
 

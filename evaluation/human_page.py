@@ -27,8 +27,8 @@ class Handler(BaseHTTPRequestHandler):
             self._send(page.encode(), "text/html; charset=utf-8")
         elif url.path == "/next":
             self._try(lambda: self.server.study.next(_rater(query)))
-        elif url.path == "/picture":
-            self._picture(query)
+        elif url.path == "/image":
+            self._image(query)
         else:
             self._json({"error": f"no page {url.path}"}, HTTPStatus.NOT_FOUND)
 
@@ -44,9 +44,9 @@ class Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(length))
         self._try(lambda: {"new": self.server.study.record(*_choice(body))})
 
-    def _picture(self, query: dict[str, str]) -> None:
+    def _image(self, query: dict[str, str]) -> None:
         try:
-            data = self.server.study.picture(_rater(query), query.get("pair", ""), query.get("side", ""))
+            data = self.server.study.image(_rater(query), query.get("pair", ""), query.get("side", ""))
         except (ValueError, OSError) as error:
             self._json({"error": str(error)}, HTTPStatus.BAD_REQUEST)
             return
@@ -72,7 +72,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def log_message(self, *values: Any) -> None:
-        """Silence: a line a picture says nothing."""
+        """Silence: a line an image says nothing."""
 
 
 class StudyServer(ThreadingHTTPServer):

@@ -34,13 +34,13 @@ from evaluation.codecs import Codec, open_codec
 from evaluation.compare.parts import Networks, Part, pixel_colors_of
 from evaluation.metrics.compute import networks_note
 from evaluation.metrics.distribution import Frechet
-from evaluation.metrics.features import CACHE, FeatureNetwork, ListedPictures
+from evaluation.metrics.features import CACHE, FeatureNetwork, ListedImages
 from evaluation.metrics.pixel_colors import ColorHistogram, PixelColors
 from evaluation.metrics.resampling import Estimate, Resampling, interval_of, mean_estimate
 from evaluation.metrics.rows import name_on
 from evaluation.metrics.statistics import Interval
 from evaluation.options import judge_name
-from evaluation.reference import Facts, ReferencePictures
+from evaluation.reference import Facts, ReferenceImages
 from rankers.training.pairs import AttributeConfig
 from vq.losses.reconstruction import psnr
 
@@ -128,10 +128,10 @@ class Pairs:
         keys = [fact.key for fact in self.facts]
         resampling = Resampling(keys, options.replicates)
         sets = (self.originals, self.reconstructions)
-        return tuple(Part(keys, ListedPictures(images), resampling, options.cache) for images in sets)
+        return tuple(Part(keys, ListedImages(images), resampling, options.cache) for images in sets)
 
 
-def reconstruct_all(codec: Codec, images: ReferencePictures, options: Options, device: torch.device) -> Pairs:
+def reconstruct_all(codec: Codec, images: ReferenceImages, options: Options, device: torch.device) -> Pairs:
     """Raises ValueError where no image can be read."""
     from common.progress import progress
 
@@ -156,7 +156,7 @@ def reconstruct_all(codec: Codec, images: ReferencePictures, options: Options, d
 
 
 def _batches(
-    images: ReferencePictures, count: int, batch_size: int
+    images: ReferenceImages, count: int, batch_size: int
 ) -> Iterator[tuple[list[int], list[Image.Image]]]:
     places, batch, lost = [], [], 0
     for i in range(count):
@@ -284,14 +284,14 @@ def grid(pairs: Pairs, count: int) -> Image.Image | None:
 
 
 def measure(
-    codec: Codec, images: ReferencePictures, networks: Networks, options: Options, device: torch.device
+    codec: Codec, images: ReferenceImages, networks: Networks, options: Options, device: torch.device
 ) -> tuple[list[Metric], Pairs]:
     """All metrics that the shards and the networks allow."""
     pairs = reconstruct_all(codec, images, options, device)
     parts = pairs.parts(options)
     found = judge_metrics(pairs, parts, networks)
     if options.train_split:
-        train = ReferencePictures.of_split(
+        train = ReferenceImages.of_split(
             options.data, options.train_split, images.side, attributes=options.attributes
         )
         found.append(pixel_metric(pairs, parts, pixel_colors_of(train, range(len(train)), options.cache)))
@@ -310,7 +310,7 @@ def main(argv: Sequence[str] | None = None) -> list[Metric]:
         raise ValueError(
             f"image_size must be a multiple of {codec.downsample_factor} for {codec.name}, not {side}"
         )
-    images = ReferencePictures.of_split(options.data, options.split, side, attributes=options.attributes)
+    images = ReferenceImages.of_split(options.data, options.split, side, attributes=options.attributes)
     judge = options.judge or judge_name()
     networks = Networks.load(judge, inception=options.inception, device=options.device)
     if not judge:

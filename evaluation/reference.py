@@ -1,4 +1,4 @@
-"""Real pictures that generated ones are measured against: image shards, opened a picture at a time."""
+"""Real images that generated ones are measured against: image shards, opened an image at a time."""
 
 import hashlib
 from collections import Counter
@@ -17,7 +17,7 @@ from rankers.training.pairs import AttributeConfig, read_meta, value_of
 
 @dataclass(frozen=True)
 class Facts:
-    """What the shards say of a picture, "" where they say nothing."""
+    """What the shards say of an image, "" where they say nothing."""
 
     key: str
     caption: str
@@ -30,8 +30,8 @@ class Facts:
     """The colour's name, also where the caption does not name it."""
 
 
-class ReferencePictures:
-    """The pictures of one split, centre squares of `side` pixels: generated ones are compared at their own size."""
+class ReferenceImages:
+    """The images of one split, centre squares of `side` pixels: generated ones are compared at their own size."""
 
     def __init__(
         self,
@@ -41,13 +41,13 @@ class ReferencePictures:
         word_field: str = "item_zh",
         limit: int = 0,
     ) -> None:
-        """`limit`: the first pictures only; 0 takes all."""
+        """`limit`: the first images only; 0 takes all."""
         self.index, self.side, self.word_field = index, side, word_field
         self.attributes = attributes or AttributeConfig()
         self.count = min(limit, len(index)) if limit else len(index)
 
     @classmethod
-    def of_split(cls, source: str, split: str, side: int, **options: Any) -> "ReferencePictures":
+    def of_split(cls, source: str, split: str, side: int, **options: Any) -> "ReferenceImages":
         """Raises FileNotFoundError or ValueError when the shards cannot be read."""
         return cls(ShardIndex.open(source, split).require(*IMAGE_SUFFIXES), side, **options)
 
@@ -69,7 +69,7 @@ class ReferencePictures:
         return next((members[s] for s in IMAGE_SUFFIXES if s in members), b"")
 
     def facts(self, i: int) -> Facts:
-        """Of one picture; damaged JSON says nothing."""
+        """Of one image; damaged JSON says nothing."""
         members = self.index.read(i, ("txt", "json"))
         caption = pick_caption(members.get("txt", b""), None)
         try:
@@ -88,6 +88,6 @@ class ReferencePictures:
 
 
 def common_side(images: Sequence[Image.Image]) -> int:
-    """The shorter side, in pixels, that most pictures have; the largest of equally frequent ones."""
+    """The shorter side, in pixels, that most images have; the largest of equally frequent ones."""
     counts = Counter(min(image.size) for image in images)
     return max(counts, key=lambda side: (counts[side], side))

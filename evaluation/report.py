@@ -1,4 +1,4 @@
-"""The pieces that pages of evaluation are made of, each one self-contained HTML: tables, plots, pictures in the page.
+"""The pieces that pages of evaluation are made of, each one self-contained HTML: tables, plots, images in the page.
 
 Text stays text, so that the reader's own fonts draw Chinese. The HTML stands in templates/: what these functions return
 is markup that goes into a page as it is, and everything else is escaped there.
@@ -104,24 +104,24 @@ def difference(value: Interval, higher_is_better: bool | None = None) -> str:
     return _parts().marked(f"{value.value:+.4g}", kind, f"{value.low:+.3g} .. {value.high:+.3g}")
 
 
-# --- pictures ------------------------------------------------------------------------------------------------------
+# --- images ------------------------------------------------------------------------------------------------------
 
 
-def picture(image: Image.Image, side: int = THUMBNAIL) -> str:
-    """An <img> with the picture inside, its longer side at most `side` pixels."""
+def inline_image(image: Image.Image, side: int = THUMBNAIL) -> str:
+    """An <img> with the image inside, its longer side at most `side` pixels."""
     small = image.convert("RGB")
     small.thumbnail((side, side), Image.Resampling.LANCZOS)
-    return _parts().picture(image_url(small, 82), *small.size)
+    return _parts().image(image_url(small, 82), *small.size)
 
 
 def figure(image: Image.Image, caption: str) -> str:
-    return _parts().figure(picture(image), caption)
+    return _parts().figure(inline_image(image), caption)
 
 
-def named_picture(path: Path, side: int) -> str:
+def named_image(path: Path, side: int) -> str:
     """An image file over its name."""
     with Image.open(path) as image:
-        return _parts().shown(picture(image, side), path.name)
+        return _parts().shown(inline_image(image, side), path.name)
 
 
 def plot(path: Path) -> str:
@@ -135,7 +135,7 @@ def prompt_grids(
     per_text: int = 4,
     marks: Mapping[Path, str] | None = None,
 ) -> str:
-    """The first pictures of every text, the sets side by side; `marks`: a remark below a picture, by its path."""
+    """The first images of every text, the sets side by side; `marks`: a remark below an image, by its path."""
     marks = marks or {}
     groups = [found.by_prompt() for found in sets]
     rows = []
@@ -165,8 +165,8 @@ def real(value: float | None) -> str:
 
 
 def figure_table(figures: Sequence["Figure"], words: Words = ENGLISH) -> str:
-    """One row a figure, with what real pictures get and all that it depends on."""
-    names = ("figure", "value, 95 % interval", "real pictures", "better", "pictures", "by", "remarks")
+    """One row a figure, with what real images get and all that it depends on."""
+    names = ("figure", "value, 95 % interval", "real images", "better", "images", "by", "remarks")
     header = tuple(map(words, names))
     rows = [
         (
@@ -190,7 +190,7 @@ def nearest_training(
     words: Words = ENGLISH,
     most: int = 16,
 ) -> str:
-    """Each generated picture beside the nearest training picture, nearest first, a heading a measure."""
+    """Each generated image beside the nearest training image, nearest first, a heading a measure."""
     parts = []
     for found in figures:
         if not found.pairs or reference.train is None:
@@ -216,7 +216,7 @@ def write_report(
     most_texts: int = 24,
     words: Words = ENGLISH,
 ) -> Path:
-    """The page of one set: settings, figures, pictures, nearest training pictures.
+    """The page of one set: settings, figures, images, nearest training images.
 
     `remarks`: what was left out and why, and what is known of the judges.
     """
@@ -228,13 +228,13 @@ def write_report(
             *(note(line) for line in remarks),
         ),
         section(words("Figures"), figure_table(figures, words)),
-        section(words("Pictures"), prompt_grids([samples], texts, 8)),
+        section(words("Images"), prompt_grids([samples], texts, 8)),
         section(
-            words("Nearest training pictures"),
+            words("Nearest training images"),
             nearest_training(figures, samples, reference, words),
-            note(words("Left what was drawn, right the training picture that is nearest to it.")),
+            note(words("Left what was drawn, right the training image that is nearest to it.")),
         ),
-        section(words("Pictures that could not be read"), *(note(line) for line in samples.corrupt[:50])),
+        section(words("Images that could not be read"), *(note(line) for line in samples.corrupt[:50])),
     ]
     return write_page(path, words("Evaluation of {name}", name=samples.name), sections, words)
 

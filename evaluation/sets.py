@@ -1,6 +1,6 @@
-"""Sets of generated pictures as every measure reads them: an out directory of generate.py, or any folder of pictures.
+"""Sets of generated images as every measure reads them: an out directory of generate.py, or any folder of images.
 
-Pictures stay on disk and are opened when they are looked at, so that a set may hold tens of thousands.
+Images stay on disk and are opened when they are looked at, so that a set may hold tens of thousands.
 """
 
 import json
@@ -23,7 +23,7 @@ _NO_SAMPLE = re.compile(r"(grid|ranked|rank\d+(_text\d+)?)\.png")  # what our sc
 
 @dataclass(frozen=True)
 class Sample:
-    """One generated picture and how it came about."""
+    """One generated image and how it came about."""
 
     text: str
     """What was asked for."""
@@ -31,7 +31,7 @@ class Sample:
     seed: int | None = None
     """None where it was not recorded."""
     index: int = 0
-    """Picture `index` of the seed; the place among those of its text in a plain folder."""
+    """Image `index` of the seed; the place among those of its text in a plain folder."""
     seconds: float | None = None
     """What drawing it took; None where it was not recorded."""
     options: dict[str, Any] = field(default_factory=dict)
@@ -41,16 +41,16 @@ class Sample:
 
     @property
     def image(self) -> Image.Image:
-        """The picture, RGB, read anew each time. Raises ValueError when it cannot be decoded."""
+        """The image, RGB, read anew each time. Raises ValueError when it cannot be decoded."""
         try:
             return decode(self.path.read_bytes())
         except BadImage as error:
-            raise ValueError(f"{self.path} is no readable picture: {_reason(error)}") from error
+            raise ValueError(f"{self.path} is no readable image: {_reason(error)}") from error
 
 
 @dataclass(frozen=True)
 class SampleSet:
-    """Pictures of one pipeline under one setting."""
+    """Images of one pipeline under one setting."""
 
     name: str
     samples: tuple[Sample, ...]
@@ -58,25 +58,25 @@ class SampleSet:
     """What all of them share: seed, sampling, checkpoint ..., `ranking` where rerank.py ran, and, for a part that
     was chosen by a scorer, `rerank_width` and `reranker`."""
     corrupt: tuple[str, ...] = ()
-    """Pictures that could not be read and were left out, each with the reason."""
+    """Images that could not be read and were left out, each with the reason."""
 
     def __post_init__(self) -> None:
         if not self.samples:
-            raise ValueError(f"the set {self.name} holds no pictures")
+            raise ValueError(f"the set {self.name} holds no images")
 
     def __len__(self) -> int:
         return len(self.samples)
 
     @classmethod
     def from_out_dir(cls, path: Path, name: str = "", text: str = "") -> "SampleSet":
-        """What generate.py wrote; without images.jsonl a folder of pictures, each with its text in a .txt of its
+        """What generate.py wrote; without images.jsonl a folder of images, each with its text in a .txt of its
         name, or all with `text`.
 
-        Corrupt pictures are left out and counted. Raises FileNotFoundError or ValueError when nothing is there.
+        Corrupt images are left out and counted. Raises FileNotFoundError or ValueError when nothing is there.
         """
         path = Path(path)
         if not path.is_dir():
-            raise FileNotFoundError(f"no directory of pictures {path}")
+            raise FileNotFoundError(f"no directory of images {path}")
         listed = (path / LIST).is_file()
         samples, settings = _listed(path) if listed else _plain(path, text)
         readable, corrupt = [], []
@@ -85,7 +85,7 @@ class SampleSet:
             corrupt += [f"{sample.path}: {reason}"] if reason else []
             readable += [] if reason else [sample]
         if not readable:
-            raise ValueError(f"none of the {len(corrupt)} pictures in {path} can be read: {corrupt[0]}")
+            raise ValueError(f"none of the {len(corrupt)} images in {path} can be read: {corrupt[0]}")
         return cls(name or path.name, tuple(readable), settings, tuple(corrupt))
 
     @property
@@ -110,7 +110,7 @@ class SampleSet:
         chosen = []
         for text, group in self.by_prompt().items():
             if len(group) < n:
-                raise ValueError(f"best of {n} needs {n} pictures of every text: {text!r} has {len(group)}")
+                raise ValueError(f"best of {n} needs {n} images of every text: {text!r} has {len(group)}")
             missing = [s.path for s in group[:n] if scorer not in s.scores]
             if missing and n > 1:
                 known = ", ".join(sorted(group[0].scores)) or "none"
@@ -146,7 +146,7 @@ class SampleSet:
 
 
 def _damage(path: Path) -> str:
-    """Why the picture cannot be read, or ""."""
+    """Why the image cannot be read, or ""."""
     try:
         decode(path.read_bytes())
     except BadImage as error:
@@ -191,7 +191,7 @@ def _listed(path: Path) -> tuple[list[Sample], dict[str, Any]]:
 
 
 def _common(rows: Sequence[Row]) -> dict[str, Any]:
-    """Settings; one that differs between the pictures becomes {"several": [...]}."""
+    """Settings; one that differs between the images becomes {"several": [...]}."""
     settings: dict[str, Any] = {}
     for name in SETTINGS:
         found = {json.dumps(row.values.get(name), sort_keys=True): row.values.get(name) for row in rows}
@@ -212,9 +212,7 @@ def _plain(path: Path, text: str) -> tuple[list[Sample], dict[str, Any]]:
         and not _NO_SAMPLE.fullmatch(file.name)
     ]
     if not files:
-        raise ValueError(
-            f"{path} holds no pictures and no {LIST}: python generate.py TEXT N {path} draws some"
-        )
+        raise ValueError(f"{path} holds no images and no {LIST}: python generate.py TEXT N {path} draws some")
     samples, counts = [], {}
     for file in files:
         caption = _caption(file) or text

@@ -29,7 +29,7 @@ from data_tools.images.decode import decode
 from diffusion.tuning.caption_folder import CaptionFolder
 from evaluation.metrics.pixel_colors import ColorHistogram, PixelColors
 from evaluation.metrics.statistics import Interval, wilson
-from evaluation.reference import ReferencePictures
+from evaluation.reference import ReferenceImages
 from evaluation.sets import SampleSet
 
 SIDE = 128  # pixels a side that images are judged at
@@ -192,7 +192,7 @@ def named_colors(
     return wilson(sum(color == wanted[i] for i, color in zip(known, found, strict=True)), len(known))
 
 
-def known_colors(photos: ReferencePictures, most: int = 1500) -> PixelColors | None:
+def known_colors(photos: ReferenceImages, most: int = 1500) -> PixelColors | None:
     """From the photos whose colour is known, evenly spread; None where too few are."""
     places = range(0, len(photos), max(1, len(photos) // most))
     found = [(i, photos.facts(i).color) for i in places]
@@ -206,7 +206,7 @@ def known_colors(photos: ReferencePictures, most: int = 1500) -> PixelColors | N
 def style_images(source: str, limit: int) -> tuple[list[str], list[Image.Image]]:
     """Names and images, evenly spread, of a folder or of shards. Raises FileNotFoundError or ValueError."""
     if not Path(source).is_dir() or any(Path(source).glob("*.tar")):
-        pictures = ReferencePictures.of_split(source, "train", SIDE)
+        pictures = ReferenceImages.of_split(source, "train", SIDE)
         places = range(0, len(pictures), max(1, len(pictures) // limit))
         return [pictures.index.samples[i].key for i in places], [pictures.open(i) for i in places]
     folder = CaptionFolder.open(source, "skip")
@@ -223,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> StyleReport:
     images = [sample.image for sample in generated.samples]
     named = [style_images(source, options.per_class) for source in (options.style, options.photos)]
     style, photos = (split_images(*found, options.test_share) for found in named)
-    colors = known_colors(ReferencePictures.of_split(options.photos, "train", SIDE))
+    colors = known_colors(ReferenceImages.of_split(options.photos, "train", SIDE))
     texts = [sample.text for sample in generated.samples]
     report = judge_style(images, texts, style, photos, lite_features(), colors)
     say(f"{report.num_images} images in {options.out_dir}")

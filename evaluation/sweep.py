@@ -6,7 +6,7 @@
 
 One knob after the other (guidance first, the others as they stand), or all combinations (--grid full). A setting wins
 by its mean rank over the objectives, whose scales never meet. The winner is then compared with the defaults on prompts
-that the search has not seen: paired differences, so a lucky search shows. Pictures stand in OUT, so a killed sweep
+that the search has not seen: paired differences, so a lucky search shows. Images stand in OUT, so a killed sweep
 goes on. Writes OUT/sweep.html, OUT/sweep.json and OUT/winner.yaml, and prints the winning flags.
 """
 
@@ -61,15 +61,15 @@ class Options(MeasuringOptions):
     report_prompts: int = 200
     """Other prompts of the report."""
     num_images: int = 4
-    """Pictures of each prompt."""
+    """Images of each prompt."""
     seed: int = 0
-    """Seed of the pictures and of which prompts."""
+    """Seed of the images and of which prompts."""
     batch_size: int = 16
-    """Pictures drawn side by side; does not change them."""
+    """Images drawn side by side; does not change them."""
     train_split: str = ""
     """Training split, for memorisation; empty: none, which is no objective."""
     out: Path = Path("out/sweep")
-    """Directory for pictures and results."""
+    """Directory for images and results."""
 
     def __post_init__(self) -> None:
         for name in ("search_prompts", "report_prompts", "num_images", "batch_size"):
@@ -161,7 +161,7 @@ def run(options: Options) -> Sweep:
         own = OwnSystem(system.pipeline, options.seed, sampling, options.batch_size)
         samples = draw_into(options.out / part / name, name, own, plan)
         figures, _ = measure_all(
-            samples, options.real_pictures(samples), networks, options.measure, options.cache
+            samples, options.real_images(samples), networks, options.measure, options.cache
         )
         return samples, {figure.name: figure for figure in figures}
 

@@ -33,7 +33,7 @@ from data_tools.synthetic.shards import ensure_synthetic
 from evaluation.judges.goods import GoodsJudge, JudgeHeads, Vocabulary, save_judge
 from evaluation.metrics.features import CACHE, INPUT_SIZE, FeatureStore, JudgeNetwork, embed
 from evaluation.metrics.statistics import wilson
-from evaluation.reference import Facts, ReferencePictures
+from evaluation.reference import Facts, ReferenceImages
 from rankers.training.pairs import AttributeConfig
 from vq.losses.labels import LABEL_KEYS
 
@@ -90,7 +90,7 @@ class Options:
 class Labelled:
     """Images of one split at one size, with what the shards say of them."""
 
-    images: ReferencePictures
+    images: ReferenceImages
     facts: tuple[Facts, ...]
 
     @classmethod
@@ -101,7 +101,7 @@ class Labelled:
         for problem in index.problems if side == options.image_sizes[0] else ():
             say(problem)
         limit = options.max_images if split == "train" else 0
-        images = ReferencePictures(index, side, options.attributes, options.word_field, limit)
+        images = ReferenceImages(index, side, options.attributes, options.word_field, limit)
         found = tuple(images.facts(i) for i in range(len(images)))
         if not any(fact.category for fact in found):
             images, found = _by_other_field(options, index, side, limit) or (images, found)
@@ -110,11 +110,11 @@ class Labelled:
 
 def _by_other_field(
     options: Options, index: ShardIndex, side: int, limit: int
-) -> tuple[ReferencePictures, tuple[Facts, ...]] | None:
+) -> tuple[ReferenceImages, tuple[Facts, ...]] | None:
     """By the first usual name of a label that these shards have, where they lack the field of the options."""
     for name in LABEL_KEYS:
         attributes = AttributeConfig(name, options.attributes.color_field, options.attributes.fact_fields)
-        images = ReferencePictures(index, side, attributes, options.word_field, limit)
+        images = ReferenceImages(index, side, attributes, options.word_field, limit)
         found = tuple(images.facts(i) for i in range(len(images)))
         if any(fact.category for fact in found):
             say(

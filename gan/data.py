@@ -26,7 +26,7 @@ from data_tools.shards.loader import IMAGE_SUFFIXES, DecodeImage, eval_batches, 
 from data_tools.synthetic.shards import ensure_synthetic
 from gan.options import Options
 from gan.text import FOLDER, copy_text_folder, is_known, open_tokenizer, ranker_text
-from vq.data import small_pictures
+from vq.data import small_images
 from vq.losses.labels import label_of
 
 SYNTHETIC = Path("data/synthetic")
@@ -84,7 +84,7 @@ class TrainData:
             _write_text_folder(run_dir / FOLDER, options, train)
             found, notes = find_labels(train) if options.labels == "auto" else ((), [])
             write_json(run_dir / LABELS_FILE, found)
-            for note in [*train.problems, *val.problems, *notes, small_pictures(train, size)]:
+            for note in [*train.problems, *val.problems, *notes, small_images(train, size)]:
                 if note:
                     say(f"note: {note}")
         world.barrier()

@@ -80,7 +80,7 @@ class _Encoder(ctypes.Structure):
     )
 
 
-class _Pictures(ctypes.Structure):
+class _Images(ctypes.Structure):
     _fields_ = (
         ("pixels", _pointer),
         ("strides", _integer * 4),
@@ -92,7 +92,7 @@ def _declare(library: ctypes.CDLL) -> None:
     library.encode.argtypes, library.encode.restype = (*(_pointer,) * 4, ctypes.c_int), None
 
 
-SOURCE = compiler.Source("encode.cpp", (_Conv, _Norm, _Block, _Encoder, _Pictures), _declare)
+SOURCE = compiler.Source("encode.cpp", (_Conv, _Norm, _Block, _Encoder, _Images), _declare)
 
 
 def unavailable_reason() -> str:
@@ -144,7 +144,7 @@ def _head_dim(block: nn.Module) -> int:
 class CompiledEncoder:
     """A tokenizer's encoder and nearest-code search, as they were when this was made.
 
-    The codes of a picture depend neither on its company nor on the number of threads.
+    The codes of an image depend neither on its company nor on the number of threads.
     """
 
     @torch.autocast(
@@ -187,7 +187,7 @@ class CompiledEncoder:
         factor = self.tokenizer.downsample_factor
         height, width = images.shape[2:]
         if height % factor or width % factor:
-            raise ValueError(f"picture sides must be multiples of {factor}, not {(height, width)}")
+            raise ValueError(f"image sides must be multiples of {factor}, not {(height, width)}")
         latents, ids = self._run(images.float())
         if not self._struct.codes:
             ids = self.tokenizer.quantizer(latents.permute(0, 3, 1, 2)).ids.flatten(1)
@@ -205,7 +205,7 @@ class CompiledEncoder:
         latents = torch.empty(0)
         if not self._struct.codes:
             latents = torch.empty(batch, *grid, self._struct.latent_dim)
-        pictures = _Pictures(images.data_ptr(), (_integer * 4)(*images.stride()), batch, height, width)
+        pictures = _Images(images.data_ptr(), (_integer * 4)(*images.stride()), batch, height, width)
         compiler.load(SOURCE).encode(
             ctypes.addressof(self._struct), ctypes.addressof(pictures), address(latents, torch.float32),
             address(ids, torch.long), torch.get_num_threads(),

@@ -1,4 +1,4 @@
-"""Rankers: `score(text, images)` says which pictures show what the text names; higher is better.
+"""Rankers: `score(text, images)` says which images show what the text names; higher is better.
 
 ranker = load_ranker("runs/ranker")                                       # ours, trained by rankers.train
 ranker = load_ranker("clip:xlm-roberta-base-ViT-B-32/laion5b_s13b_b90k")  # a published open_clip tag

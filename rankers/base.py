@@ -1,4 +1,4 @@
-"""What every ranker shares: the contract, batches, and picture features cached by content.
+"""What every ranker shares: the contract, batches, and image features cached by content.
 
 A two-tower ranker is `TwoTowerRanker` around an object of the `Towers` protocol, which knows one family of weights.
 """
@@ -32,7 +32,7 @@ class Towers(Protocol):
     name: str
 
     def preprocess(self, images: Sequence[Image.Image]) -> Any:
-        """RGB pictures -> what `encode_images` takes."""
+        """RGB images -> what `encode_images` takes."""
         ...
 
     def encode_images(self, pixels: Any) -> Tensor:
@@ -45,7 +45,7 @@ class Towers(Protocol):
 
 
 class FeatureCache:
-    """The features of the `capacity` pictures used last, by content."""
+    """The features of the `capacity` images used last, by content."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
@@ -68,7 +68,7 @@ class FeatureCache:
 
 
 class TwoTowerRanker:
-    """Cosine of a text and pictures, from the towers' features."""
+    """Cosine of a text and images, from the towers' features."""
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class TwoTowerRanker:
         cache_size: int = 65536,
         released_from: str = "",
     ) -> None:
-        """`batch_size`: pictures (or texts) of one forward pass; `cache_size`: picture features kept in memory;
+        """`batch_size`: images (or texts) of one forward pass; `cache_size`: image features kept in memory;
         `released_from`: the identity of the weights that these were rounded from, which stays theirs.
         """
         self.towers, self.calibration, self.batch_size = towers, calibration, batch_size
@@ -94,18 +94,18 @@ class TwoTowerRanker:
         return self.released_from or weights_identity(self.towers.model)
 
     def score(self, text: str, images: Sequence[Image.Image]) -> Tensor:
-        """Cosines (N,) in [-1, 1], float32 on the CPU. Raises ValueError without pictures or without text."""
+        """Cosines (N,) in [-1, 1], float32 on the CPU. Raises ValueError without images or without text."""
         return self.score_matrix([text], images)[0]
 
     def score_matrix(self, texts: Sequence[str], images: Sequence[Image.Image]) -> Tensor:
-        """Cosines (T, N) of every text with every picture."""
+        """Cosines (T, N) of every text with every image."""
         return self.text_features(texts) @ self.image_features(images).T
 
     @torch.inference_mode()
     def image_features(self, images: Sequence[Image.Image]) -> Tensor:
-        """Unit vectors (N, D), float32 on the CPU; a picture seen before is not computed again."""
+        """Unit vectors (N, D), float32 on the CPU; an image seen before is not computed again."""
         if not len(images):
-            raise ValueError("no pictures to score")
+            raise ValueError("no images to score")
         keys = [content_hash(image) for image in images]
         rows = {key: self.cache.get(key) for key in dict.fromkeys(keys)}
         todo = [key for key, row in rows.items() if row is None]
@@ -150,7 +150,7 @@ def unit(features: Tensor) -> Tensor:
 
 
 def content_hash(image: Image.Image) -> bytes:
-    """Equal for pictures of equal mode, size, pixels and palette, whatever file they came from."""
+    """Equal for images of equal mode, size, pixels and palette, whatever file they came from."""
     digest = hashlib.sha256(f"{image.mode} {image.size} ".encode())
     digest.update(image.tobytes())
     if image.mode in ("P", "PA"):

@@ -19,14 +19,14 @@ from rankers.training.pairs import AttributeConfig, scan_names
 
 @dataclass(frozen=True)
 class Options:
-    """Calibrate a ranker on real pictures with captions."""
+    """Calibrate a ranker on real images with captions."""
 
     ranker: str = ""
     """Name of the ranker; empty: the newest one trained here, else the one that ships."""
     data: str = "../shared/data/goods"
     """Folder of image shards with a validation split."""
     limit: int = 1000
-    """Pictures at most."""
+    """Images at most."""
     out: Path | None = None
     """Where to write; None: where load_ranker looks for it."""
 
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> Calibration:
     ranker = load_ranker(name)
     if not hasattr(ranker, "score_matrix"):
         raise ValueError(
-            f"the ranker {name} has no score between any text and any picture: nothing to calibrate"
+            f"the ranker {name} has no score between any text and any image: nothing to calibrate"
         )
     index = ShardIndex.open(options.data, "val")
     pairs = load_pairs(index, AttributeConfig(), options.limit)
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> Calibration:
     found = calibrate(ranker, pairs, lexicon, options.data)
     path = options.out or cache_path(ranker.name)
     found.save(path)
-    print(f"{len(pairs.captions)} pictures of {options.data}: wrote {path}", flush=True)
+    print(f"{len(pairs.captions)} images of {options.data}: wrote {path}", flush=True)
     return found
 
 

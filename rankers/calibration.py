@@ -1,4 +1,4 @@
-"""What a score means: its place among the scores of real pictures with their own captions and with others'.
+"""What a score means: its place among the scores of real images with their own captions and with others'.
 
 A bare cosine says little (0.4 is a match for one ranker and a mismatch for another), so reports show the share of real
 matched pairs that score lower, and the margin over hard negatives: the same title with another colour or another
@@ -9,7 +9,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -36,15 +36,16 @@ def default_lexicon() -> Lexicon:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Quantiles 0, 0.01 ... 1 of the scores of real pictures, and the words of their captions."""
+    """Quantiles 0, 0.01 ... 1 of the scores of real images, and the words of their captions."""
 
+    EARLIER_NAMES: ClassVar = {"num_pictures": "num_images"}
     ranker: str
     data: str
-    num_pictures: int
+    num_images: int
     matched: tuple[float, ...]
-    """Scores of pictures with their own captions."""
+    """Scores of images with their own captions."""
     mismatched: tuple[float, ...]
-    """Scores of pictures with captions of others that are not true of them."""
+    """Scores of images with captions of others that are not true of them."""
     margin: tuple[float, ...]
     """Own caption minus the best hard negative; empty when the captions hold no known word."""
     lexicon: Lexicon = field(default_factory=Lexicon)
@@ -66,7 +67,7 @@ class Calibration:
         if not path.is_file():
             raise FileNotFoundError(f"no calibration file {path}")
         values = read_json(path)
-        names = ("ranker", "data", "num_pictures", "matched", "mismatched", "margin", "lexicon")
+        names = ("ranker", "data", "matched", "mismatched", "margin", "lexicon")
         missing = [n for n in names if not isinstance(values, dict) or n not in values]
         if missing:
             raise ValueError(f"{path} is no calibration file: it lacks {', '.join(missing)}")
@@ -130,18 +131,18 @@ def longest_word(text: str, words: Sequence[str]) -> str:
 
 
 def require_mismatches(pairs: Any, data: str) -> None:
-    """Raises ValueError where every caption is true of every picture: a training checks it before its first step."""
+    """Raises ValueError where every caption is true of every image: a training checks it before its first step."""
     if bool(pairs.describes().all()):
         raise ValueError(
-            f"the validation pictures of {data} have no two different captions: nothing to calibrate on; give each "
-            "picture its own caption, or hold out more pictures (data_tools.shard --val-share)"
+            f"the validation images of {data} have no two different captions: nothing to calibrate on; give each "
+            "image its own caption, or hold out more images (data_tools.shard --val-share)"
         )
 
 
 def calibrate(
     ranker: Any, pairs: Any, lexicon: Lexicon, data: str, mismatched_each: int = 20, seed: int = 0
 ) -> Calibration:
-    """From real pictures with captions (`rankers.retrieval.Pairs`) and a ranker that scores matrices.
+    """From real images with captions (`rankers.retrieval.Pairs`) and a ranker that scores matrices.
 
     Raises ValueError as `require_mismatches`.
     """
@@ -165,7 +166,7 @@ def calibrate(
 
 
 def _margins(ranker: Any, pairs: Any, lexicon: Lexicon, matched: np.ndarray, limit: int = 100) -> list[float]:
-    """Over the first `limit` pictures."""
+    """Over the first `limit` images."""
     margins = []
     for i in range(min(limit, len(pairs.captions))):
         wrong = hard_negatives(pairs.captions[i], lexicon)

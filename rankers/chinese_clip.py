@@ -1,7 +1,7 @@
 """Chinese-CLIP (Yang et al. 2022, arXiv 2211.01335) through transformers: to rank with, and to fine-tune.
 
 Published as OFA-Sys/chinese-clip-vit-base-patch16, -vit-large-patch14, -vit-large-patch14-336px, -vit-huge-patch14.
-Its text feature is the first token's through a projection, at most 52 tokens; its pictures are squashed, bicubic.
+Its text feature is the first token's through a projection, at most 52 tokens; its images are squashed, bicubic.
 """
 
 import shutil
@@ -112,8 +112,8 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _pictures(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """How pictures are prepared: in a file of its own, or, from transformers 5 on, in the processor's."""
+def _images(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """How images are prepared: in a file of its own, or, from transformers 5 on, in the processor's."""
     path = folder / "preprocessor_config.json"
     if path.is_file() or not (folder / "processor_config.json").is_file():
         return path, _mapping(path)
@@ -131,14 +131,14 @@ def model_config(folder: Path) -> ModelConfig:
     values = _mapping(folder / "config.json")
     if values.get("model_type") != "chinese_clip":
         raise ValueError(f"{folder} holds a model of type {values.get('model_type')!r}, not 'chinese_clip'")
-    path, pictures = _pictures(folder)
-    if pictures.get("do_center_crop") is not False or pictures.get("resample", 3) != 3:
+    path, images = _images(folder)
+    if images.get("do_center_crop") is not False or images.get("resample", 3) != 3:
         raise ValueError(
-            f"{path} does not squash pictures bicubically (do_center_crop false, resample "
+            f"{path} does not squash images bicubically (do_center_crop false, resample "
             "3) as the published Chinese-CLIP models do"
         )
-    lacking = [name for name in ("size", "image_mean", "image_std") if not pictures.get(name)]
-    size = pictures.get("size")
+    lacking = [name for name in ("size", "image_mean", "image_std") if not images.get(name)]
+    size = images.get("size")
     side = size.get("height", size.get("shortest_edge")) if isinstance(size, dict) else size
     if lacking or not isinstance(side, int):
         raise ValueError(f"{path} does not say {', '.join(lacking) or 'a size in pixels'}")
@@ -149,8 +149,8 @@ def model_config(folder: Path) -> ModelConfig:
         embed_dim=values.get("projection_dim", 512),
         image_size=side,
         max_text_len=length,
-        mean=tuple(pictures["image_mean"]),
-        std=tuple(pictures["image_std"]),
+        mean=tuple(images["image_mean"]),
+        std=tuple(images["image_std"]),
         resize="squash",
     )
 

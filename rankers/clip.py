@@ -64,7 +64,7 @@ class RankerTowers:
 
 
 def uint8_batch(images: Sequence[Image.Image]) -> Tensor:
-    """RGB pictures of one size -> uint8 (B, H, W, 3)."""
+    """RGB images of one size -> uint8 (B, H, W, 3)."""
     flat = torch.frombuffer(bytearray(b"".join(image.tobytes() for image in images)), dtype=torch.uint8)
     width, height = images[0].size
     return flat.view(len(images), height, width, 3)

@@ -1,9 +1,9 @@
-"""Several rankers on the same pictures and captions: one command, one table.
+"""Several rankers on the same images and captions: one command, one table.
 
     python -m rankers.compare --data ../shared/data/goods --rankers runs/goods_128_ranker \\
         OFA-Sys/chinese-clip-vit-base-patch16 "brivl:brivl-with-roberta-base.pth?vocab=vocab.txt"
 
-Recall of text to picture over distinct captions (a picture counts when its caption is equal), with the chance level and
+Recall of text to image over distinct captions (an image counts when its caption is equal), with the chance level and
 95 % intervals by bootstrap over captions; kinds told right among all labels; colours told right among all colours.
 """
 
@@ -46,7 +46,7 @@ class Options:
     split: str = "val"
     """Split of the shards."""
     limit: int = 1000
-    """Pictures at most."""
+    """Images at most."""
     attributes: AttributeConfig = field(default_factory=AttributeConfig)
     out: Path | None = None
     """Also write the figures to this JSON file."""
@@ -68,7 +68,7 @@ def bootstrap_interval(hits: Tensor, draws: int = 1000, seed: int = 0) -> tuple[
 
 
 def measure(ranker: Any, pairs: Pairs, labels: Sequence[str], colors: Sequence[str]) -> dict[str, Any]:
-    """Figures of one ranker, intervals of its recalls, and pictures a second in the first pass."""
+    """Figures of one ranker, intervals of its recalls, and images a second in the first pass."""
     started = time.perf_counter()
     ranker.image_features(pairs.images)
     rate = len(pairs.images) / (time.perf_counter() - started)
@@ -83,7 +83,7 @@ def show(results: dict[str, dict[str, Any]], title: str) -> None:
     from rich.table import Table
 
     columns = sorted({name for result in results.values() for name in result["figures"]}, key=_place)
-    table = Table("ranker", *columns, "pictures/s", title=title)
+    table = Table("ranker", *columns, "images/s", title=title)
     for name, result in results.items():
         cells = []
         for column in columns:
@@ -118,11 +118,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
     for name in options.rankers or (str(default_ranker()),):
         ranker = load_ranker(name, options.device)
         if not hasattr(ranker, "score_matrix"):
-            raise ValueError(f"the ranker {name} cannot score any text with any picture: nothing to compare")
+            raise ValueError(f"the ranker {name} cannot score any text with any image: nothing to compare")
         results[name] = measure(ranker, pairs, names.labels, names.colors)
     show(
         results,
-        f"{len(pairs.images)} pictures, {len(distinct)} captions, {len(names.labels)} kinds of {options.data}",
+        f"{len(pairs.images)} images, {len(distinct)} captions, {len(names.labels)} kinds of {options.data}",
     )
     if options.out:
         with writing_file(options.out) as temporary:

@@ -1,6 +1,6 @@
 """The generator's own recorded scores as a ranker: log p(image | text), over what the text adds where that is known.
 
-log p(image | text) alone prefers plain pictures, whatever the text; minus log p(image | no text) it says how much the
+log p(image | text) alone prefers plain images, whatever the text; minus log p(image | no text) it says how much the
 text explains (the idea of CogView's inverse prompting, arXiv 2105.13290, for models that read text first).
 """
 
@@ -16,7 +16,7 @@ from rankers.outdir import read_out_directory
 
 
 class LikelihoodRanker:
-    """Looks scores up by text and content of the picture; it can score no picture that was not recorded."""
+    """Looks scores up by text and content of the image; it can score no image that was not recorded."""
 
     calibration = None
 
@@ -36,11 +36,11 @@ class LikelihoodRanker:
         return cls(f"likelihood:{directory}", scores)
 
     def score(self, text: str, images: Sequence[Image.Image]) -> Tensor:
-        """Nats (N,). Raises ValueError for a picture without a recorded score for that text."""
+        """Nats (N,). Raises ValueError for an image without a recorded score for that text."""
         if not len(images):
-            raise ValueError("no pictures to score")
+            raise ValueError("no images to score")
         keys = [(text, content_hash(image)) for image in images]
         unknown = [i for i, key in enumerate(keys) if key not in self.scores]
         if unknown:
-            raise ValueError(f"{self.name} records no score for picture {unknown[0]} with the text {text!r}")
+            raise ValueError(f"{self.name} records no score for image {unknown[0]} with the text {text!r}")
         return torch.tensor([self.scores[key] for key in keys], dtype=torch.float32)

@@ -1,6 +1,6 @@
 """The ranker that `rankers.train` makes: an open_clip model with a BERT text tower, or a Chinese-CLIP to fine-tune.
 
-CLIP: Radford et al. 2021, arXiv 2103.00020; Chinese-CLIP: Yang et al. 2022, arXiv 2211.01335. Pictures come in as
+CLIP: Radford et al. 2021, arXiv 2103.00020; Chinese-CLIP: Yang et al. 2022, arXiv 2211.01335. Images come in as
 [-1, 1], texts as ids of the tower's own tokenizer. A checkpoint directory of kind "ranker" holds beside `config.json`
 and `model.safetensors` the folder `towers/`, from which the architecture is built without a download, and
 `calibration.json`.
@@ -35,7 +35,7 @@ class ModelConfig:
     embed_dim: int = 256
     """Width of the common space."""
     image_size: int = 128
-    """Side in pixels at which pictures are scored."""
+    """Side in pixels at which images are scored."""
     max_text_len: int = 48
     """Tokens a text."""
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -43,7 +43,7 @@ class ModelConfig:
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     """Channel deviations that the image tower expects."""
     resize: Literal["crop", "squash"] = "crop"
-    """crop: centre square, Lanczos; squash: the whole picture, bicubic (Chinese-CLIP)."""
+    """crop: centre square, Lanczos; squash: the whole image, bicubic (Chinese-CLIP)."""
     released_from: str = ""
     """Identity of the trained weights that these were rounded from; empty as trained."""
 
@@ -59,7 +59,7 @@ class ModelConfig:
 
 
 class RankerModel(nn.Module):
-    """Pictures and texts into one space; the forward pass of training and of scoring."""
+    """Images and texts into one space; the forward pass of training and of scoring."""
 
     def __init__(self, config: ModelConfig, towers: Path, clip: nn.Module | None = None) -> None:
         """`towers`: the folder with the text tower's (or the Chinese-CLIP's) config and vocabulary; `clip`: the two
@@ -252,7 +252,7 @@ IMAGENET_TOWER = "efficientnet-lite0"
 
 
 # Residual networks of timm with a deep stem and an average over the map: (channels, blocks, stem width). Depth and
-# width are for tens of thousands of pictures and a CPU; 128 pixels end in a map of 4 x 4.
+# width are for tens of thousands of images and a CPU; 128 pixels end in a map of 4 x 4.
 RESNETS: dict[str, tuple[tuple[int, ...], tuple[int, ...], int]] = {
     "resnet-xs": ((32, 64, 128, 256), (1, 1, 1, 1), 16),
     "resnet-s": ((48, 96, 192, 384), (1, 2, 2, 1), 24),

@@ -1,4 +1,4 @@
-"""What generate.py leaves in its out directory, as rankers read it: one line of `images.jsonl` a picture."""
+"""What generate.py leaves in its out directory, as rankers read it: one line of `images.jsonl` an image."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from common.image_list import LIST, read_list
 
 @dataclass(frozen=True)
 class Row:
-    """One picture."""
+    """One image."""
 
     file: str
     text: str
@@ -26,10 +26,10 @@ def read_out_directory(directory: Path) -> list[Row]:
     """Raises FileNotFoundError or ValueError naming the line that is wrong."""
     path = directory / LIST
     if not path.is_file():
-        raise FileNotFoundError(f"no {LIST} in {directory}: python generate.py makes it with the pictures")
+        raise FileNotFoundError(f"no {LIST} in {directory}: python generate.py makes it with the images")
     rows = [_row(line, directory, where) for where, line in read_list(directory)]
     if not rows:
-        raise ValueError(f"{path} lists no pictures: python generate.py makes some")
+        raise ValueError(f"{path} lists no images: python generate.py makes some")
     return rows
 
 
@@ -52,11 +52,11 @@ def made_by(rows: Sequence[Row]) -> str:
     return only if isinstance(only, str) else ""
 
 
-def read_picture(path: Path) -> Image.Image:
+def read_image(path: Path) -> Image.Image:
     """Raises ValueError naming the file when it cannot be decoded."""
     try:
         with Image.open(path) as image:
             image.load()
             return image.copy()
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is no readable picture: {error}") from error
+        raise ValueError(f"{path} is no readable image: {error}") from error

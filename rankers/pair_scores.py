@@ -1,9 +1,9 @@
-"""How well each caption fits its picture, by a ranker: the file that `data_tools.clean --scores` filters by.
+"""How well each caption fits its image, by a ranker: the file that `data_tools.clean --scores` filters by.
 
     python -m rankers.pair_scores runs/ranker data/raw scores.jsonl
     python -m data_tools.clean data/raw data/clean --rules shop --scores scores.jsonl --min-score 0.2
 
-One line a sample with a picture and a caption: {"key": ..., "score": ...}, of its first caption. Where to cut depends
+One line a sample with an image and a caption: {"key": ..., "score": ...}, of its first caption. Where to cut depends
 on the ranker: look at the quartiles that are printed, and at pairs on both sides. Chinese-CLIP ViT-B/16 has been used
 with cosines over 0.475 on Wukong. The same command goes on where it was stopped.
 """
@@ -36,9 +36,9 @@ class Options:
     """Score the pairs of a source."""
 
     ranker: tyro.conf.Positional[str]
-    """Any ranker that scores single pictures: a checkpoint, a Chinese-CLIP, clip:NAME ..."""
+    """Any ranker that scores single images: a checkpoint, a Chinese-CLIP, clip:NAME ..."""
     src: tyro.conf.Positional[Path]
-    """File or folder in any recognised format, with pictures."""
+    """File or folder in any recognised format, with images."""
     out: tyro.conf.Positional[Path]
     """File to write, or to go on with."""
     batch_size: int = 64
@@ -53,7 +53,7 @@ class Options:
 
 
 def score_pairs(ranker: Any, texts: Sequence[str], images: Sequence[Image.Image]) -> list[float]:
-    """The score of each text with its own picture."""
+    """The score of each text with its own image."""
     if isinstance(ranker, TwoTowerRanker):
         together = ranker.text_features(texts) * ranker.image_features(images)  # (B, D)
         return together.sum(1).tolist()
@@ -80,7 +80,7 @@ def read_whole_lines(path: Path) -> dict[str, float]:
 
 
 def _batches(options: Options, known: dict[str, float]) -> Iterator[list[tuple[str, str, Image.Image]]]:
-    """(key, caption, picture) of samples that are not known yet; what cannot be read is clean's to report."""
+    """(key, caption, image) of samples that are not known yet; what cannot be read is clean's to report."""
     source, meter, rows = open_source(options.src, options.reader), Meter(), []
     meter.total = source.num_bytes
     with progress(unit="B", unit_scale=True, desc="scoring") as bar:
@@ -91,10 +91,10 @@ def _batches(options: Options, known: dict[str, float]) -> Iterator[list[tuple[s
                 if not isinstance(item, Record) or item.key in known or not item.image or not item.captions:
                     continue
                 try:
-                    picture = decode(item.image)
+                    image = decode(item.image)
                 except BadImage:
                     continue
-                rows.append((item.key, item.captions[0], picture))
+                rows.append((item.key, item.captions[0], image))
                 if len(rows) == options.batch_size:
                     yield rows
                     rows = []
@@ -124,7 +124,7 @@ def score_all(options: Options, ranker: Any) -> dict[str, float]:
             file.flush()
             scores |= found
     if not scores:
-        raise ValueError(f"{options.src} has no sample with a picture and a caption")
+        raise ValueError(f"{options.src} has no sample with an image and a caption")
     marks = np.percentile(list(scores.values()), (0, 5, 25, 50, 75, 100)).round(3).tolist()
     said = dict(zip(("least", "5 %", "25 %", "median", "75 %", "most"), marks, strict=True))
     say(f"{len(scores)} pairs | {', '.join(f'{name} {mark}' for name, mark in said.items())} | {options.out}")

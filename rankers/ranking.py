@@ -22,22 +22,22 @@ from common.progress import progress
 from common.tables import plain_console, shortened
 from rankers.base import identities
 from rankers.calibration import Calibration, default_lexicon, hard_negatives
-from rankers.outdir import read_out_directory, read_picture
+from rankers.outdir import read_image, read_out_directory
 
 TOP_K = 4  # best images of a text that are copied, unless told otherwise
 
 
 @dataclass(frozen=True)
 class Ranked:
-    """One picture of a text."""
+    """One image of a text."""
 
     rank: int
     file: str
     score: float
     percentile: float | None
-    """Share of real pictures with their own captions that score lower, in percent; None without calibration."""
+    """Share of real images with their own captions that score lower, in percent; None without calibration."""
     mismatched_percentile: float | None
-    """Share of real pictures with others' captions that score lower, in percent."""
+    """Share of real images with others' captions that score lower, in percent."""
     margin: float | None
     """Score minus that of the best hard negative; None where the text names no known colour or kind."""
     hard_negative: str | None
@@ -50,7 +50,7 @@ class Ranked:
 def rank_text(
     ranker: Any, text: str, files: Sequence[str], images: Sequence[Image.Image], min_percentile: float
 ) -> list[Ranked]:
-    """The pictures of one text, best first; equal scores in the order they were drawn."""
+    """The images of one text, best first; equal scores in the order they were drawn."""
     scores = ranker.score(text, images).tolist()
     negatives, margins = _margins(ranker, text, images, scores)
     calibration: Calibration | None = ranker.calibration
@@ -108,7 +108,7 @@ def rank_directory(
     found = {}
     shown = progress(texts.items(), unit="text") if len(texts) >= FEW_TEXTS else texts.items()
     for number, (text, files) in enumerate(shown):
-        images = [read_picture(out / file) for file in files]
+        images = [read_image(out / file) for file in files]
         ranked = rank_text(ranker, text, files, images, min_percentile)
         found[text] = with_copies(ranked, top_k, _ending(number, len(texts)))
     return found
@@ -162,8 +162,7 @@ def write_ranking(
         {
             "ranker": ranker.name,
             "encoders": identities(ranker),
-            "calibration": calibration
-            and {"data": calibration.data, "num_pictures": calibration.num_pictures},
+            "calibration": calibration and {"data": calibration.data, "num_pictures": calibration.num_images},
             "top_k": top_k,
             "min_percentile": min_percentile,
             "texts": [{"text": t, "pictures": [asdict(r) for r in rows]} for t, rows in texts.items()],
@@ -172,7 +171,7 @@ def write_ranking(
 
 
 def ranked_grid(out: Path, texts: dict[str, list[Ranked]], side: int = 128, columns: int = 8) -> Image.Image:
-    """Pictures in order, each over its rank and percentile; a new row for every text, pale what did not pass.
+    """Images in order, each over its rank and percentile; a new row for every text, pale what did not pass.
 
     Of many texts the first ones alone: a page that nobody can open helps nobody.
     """
@@ -184,11 +183,11 @@ def ranked_grid(out: Path, texts: dict[str, list[Ranked]], side: int = 128, colu
 
 
 def _cell(out: Path, row: Ranked, side: int) -> Image.Image:
-    picture = resize_square(read_picture(out / row.file), side)
+    image = resize_square(read_image(out / row.file), side)
     if not row.passed:
-        picture = Image.blend(picture, Image.new("RGB", picture.size, "white"), 0.7)
+        image = Image.blend(image, Image.new("RGB", image.size, "white"), 0.7)
     cell = Image.new("RGB", (side, side + 16), "white")
-    cell.paste(picture, (0, 0))
+    cell.paste(image, (0, 0))
     place = "" if row.percentile is None else f"  p{row.percentile:.0f}"
     margin = "" if row.margin is None else f"  {row.margin:+.2f}"
     ImageDraw.Draw(cell).text((3, side + 2), f"{row.rank}{place}{margin}", fill="black")
@@ -196,7 +195,7 @@ def _cell(out: Path, row: Ranked, side: int) -> Image.Image:
 
 
 def show(text: str, ranked: Sequence[Ranked], top: int = 16) -> None:
-    """A table: "beats matched" is the percentile among real pictures with their own captions."""
+    """A table: "beats matched" is the percentile among real images with their own captions."""
     from rich.table import Table
 
     table = Table(title=shortened(text))
@@ -224,7 +223,7 @@ def report(out: Path, ranker: Any, texts: dict[str, list[Ranked]]) -> None:
         say(
             f"best: {', '.join(kept)}"
             if kept
-            else f"none of the {len(ranked)} pictures passes: nothing is copied"
+            else f"none of the {len(ranked)} images passes: nothing is copied"
         )
     if len(texts) > SHOWN_TEXTS:
         say(f"... and {len(texts) - SHOWN_TEXTS} texts more in ranking.json")

@@ -1,4 +1,4 @@
-"""How well a ranker finds pictures by their captions: recall over distinct captions, kinds and colours told right."""
+"""How well a ranker finds images by their captions: recall over distinct captions, kinds and colours told right."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ KS = (1, 5, 10)
 
 @dataclass(frozen=True)
 class Pairs:
-    """Pictures with their first captions, labels and colours ("" where unknown)."""
+    """Images with their first captions, labels and colours ("" where unknown)."""
 
     images: list[Image.Image]
     captions: list[str]
@@ -29,13 +29,13 @@ class Pairs:
     """(N, F) long, see `rankers.training.pairs.facts_of`."""
 
     def describes(self) -> Tensor:
-        """Whether caption j is true of picture i, (N, N) bool."""
+        """Whether caption j is true of image i, (N, N) bool."""
         numbers = torch.tensor([number(c) for c in self.captions])
         return describes(numbers, self.facts, numbers, self.facts)
 
 
 def load_pairs(index: ShardIndex, config: AttributeConfig, limit: int = 1000) -> Pairs:
-    """The first `limit` samples with picture and caption; the others are counted. Raises ValueError for none."""
+    """The first `limit` samples with image and caption; the others are counted. Raises ValueError for none."""
     rows, skipped = [], 0
     for i in range(len(index)):
         if len(rows) == limit:
@@ -56,9 +56,9 @@ def load_pairs(index: ShardIndex, config: AttributeConfig, limit: int = 1000) ->
         facts = facts_of(meta, config.fact_fields)
         rows.append((image, caption, value_of(meta, config.label_field), named, facts))
     if skipped:
-        say(f"left out {skipped} samples of {index.paths[0].parent} without a readable picture or a caption")
+        say(f"left out {skipped} samples of {index.paths[0].parent} without a readable image or a caption")
     if not rows:
-        raise ValueError(f"{index.paths[0].parent} holds no picture with a caption")
+        raise ValueError(f"{index.paths[0].parent} holds no image with a caption")
     images, captions, labels, colors, facts = (list(column) for column in zip(*rows, strict=True))
     return Pairs(images, captions, labels, colors, torch.tensor(facts, dtype=torch.long))
 
@@ -93,9 +93,9 @@ def chance_recall(relevant: Tensor, ks: Sequence[int] = KS) -> dict[str, float]:
 def retrieval_figures(
     ranker: Any, pairs: Pairs, labels: Sequence[str], colors: Sequence[str], color_limit: int = 100
 ) -> dict[str, float]:
-    """recall@1/5/10 of text to picture over distinct captions (a picture is relevant when its caption is equal);
-    `true@1`, the share of captions that are true of the first picture; `kind_accuracy`, pictures nearest to their own
-    label's name; `color_accuracy`, pictures whose own caption beats the ones with another colour (first `color_limit`).
+    """recall@1/5/10 of text to image over distinct captions (an image is relevant when its caption is equal);
+    `true@1`, the share of captions that are true of the first image; `kind_accuracy`, images nearest to their own
+    label's name; `color_accuracy`, images whose own caption beats the ones with another colour (first `color_limit`).
 
     The last three are there where the data know labels and colours.
     """
@@ -128,7 +128,7 @@ def _color_accuracy(ranker: Any, pairs: Pairs, rows: Sequence[int], colors: Sequ
 
 
 def caption_matches(captions: Sequence[str], distinct: Sequence[str]) -> Tensor:
-    """(T, N) bool: picture n carries distinct caption t."""
+    """(T, N) bool: image n carries distinct caption t."""
     number_of = {c: i for i, c in enumerate(distinct)}
     matches = torch.zeros(len(distinct), len(captions), dtype=torch.bool)
     matches[torch.tensor([number_of[c] for c in captions]), torch.arange(len(captions))] = True

@@ -1,4 +1,4 @@
-"""Train a ranker: pictures and captions into one space, contrastively.
+"""Train a ranker: images and captions into one space, contrastively.
 
     python -m rankers.train                                            # the embedded default, about a minute on a CPU
     python -m rankers.train --config configs/goods_128/ranker.yaml
@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -54,11 +54,11 @@ class ModelOptions:
 
     image_tower: str = "resnet-xs"
     """efficientnet-lite0 (frozen weights of ImageNet, from a pip package); from random weights resnet-xs, resnet-s,
-    resnet-m (averaging, for small pictures), resnet-50, vit-ti-16, vit-s-16, vit-b-16."""
+    resnet-m (averaging, for small images), resnet-50, vit-ti-16, vit-s-16, vit-b-16."""
     embed_dim: int = 128
     """Width of the common space."""
     image_size: int = 64
-    """Side in pixels at which pictures are scored."""
+    """Side in pixels at which images are scored."""
     text: TextTowerConfig = field(
         default_factory=lambda: TextTowerConfig(width=128, layers=2, max_text_len=32)
     )
@@ -68,6 +68,7 @@ class ModelOptions:
 class Options:
     """Image shards -> ranker."""
 
+    EARLIER_NAMES: ClassVar = {"val_pictures": "val_images"}
     data: str = ""
     """Image shards (train-*.tar, val-*.tar): a folder, http://, s3:// ...; empty: the embedded default."""
     remote: RemoteOptions = field(default_factory=RemoteOptions)
@@ -87,7 +88,7 @@ class Options:
     """Of each training image so many augmented views, whose features are computed once and kept in the run directory:
     for efficientnet-lite0, which stays frozen. 0: images are augmented and looked at anew each time."""
     train_sizes: tuple[int, ...] = (64,)
-    """Sides in pixels of the training pictures, one after the other in equal parts of the run: small ones first are
+    """Sides in pixels of the training images, one after the other in equal parts of the run: small ones first are
     cheap, and a little under image_size is best (arXiv 1906.06423)."""
     unk_insert: float = 0.1
     """Share of captions with an unknown token put in, which teaches to read past unknown words."""
@@ -99,8 +100,8 @@ class Options:
     )
     ema_decay: float = 0.99
     """Decay of the moving average of weights that is saved; 0: none."""
-    val_pictures: int = 1000
-    """Validation pictures an evaluation looks at."""
+    val_images: int = 1000
+    """Validation images an evaluation looks at."""
     engine: EngineName = "auto"
     """auto: DeepSpeed under its launcher, DDP under torchrun, else plain."""
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
@@ -109,7 +110,7 @@ class Options:
     precision: Precision = "auto"
     """auto takes bf16 autocast where the machine has it."""
     num_workers: int = 1
-    """Processes that decode pictures; 0 decodes in the training process."""
+    """Processes that decode images; 0 decodes in the training process."""
 
     def __post_init__(self) -> None:
         check_train_sizes(self.train_sizes)
@@ -206,7 +207,7 @@ class RankerTask:
         return self.label_ids.to(self.world.device)
 
     def train_size(self, step: int) -> int:
-        """The side of the training pictures at that step."""
+        """The side of the training images at that step."""
         return train_size(self.options.train_sizes, step, self.options.loop.num_steps)
 
     def ranker(self, step: int) -> TwoTowerRanker:
@@ -228,7 +229,7 @@ class RankerTask:
         return self.evaluated[1]
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Over the validation pictures, with the weights that are saved; every process does the same."""
+        """Over the validation images, with the weights that are saved; every process does the same."""
         names = self.data.names
         figures = retrieval_figures(self.ranker(step), self.data.pairs, names.labels, names.colors)
         metrics = {"miss@10": 1 - figures["recall@10"], **figures}
@@ -241,7 +242,7 @@ class RankerTask:
         return metrics
 
     def sample(self, step: int) -> dict[str, Image.Image]:
-        """The best eight validation pictures for each of eight captions, a caption a row."""
+        """The best eight validation images for each of eight captions, a caption a row."""
         ranker, pairs = self.ranker(step), self.data.pairs
         captions = sorted(set(pairs.captions))
         captions = captions[:: math.ceil(len(captions) / 8)]
@@ -342,7 +343,7 @@ def describe(task: RankerTask) -> str:
     names, data = task.data.names, task.data
     count = sum(p.numel() for p in task.model.parameters())
     return (
-        f"{len(data.train)} pictures, {count / 1e6:.1f}M parameters, {len(names.captions)} distinct captions, "
+        f"{len(data.train)} images, {count / 1e6:.1f}M parameters, {len(names.captions)} distinct captions, "
         f"{len(names.labels)} kinds, {len(names.colors)} colours, {data.tokenizer.vocab_size} word pieces"
     )
 

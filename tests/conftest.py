@@ -40,7 +40,7 @@ def goods() -> Path:
     """Folder of real product shards; skips where it is missing."""
     path = SHARED / "data" / "goods"
     if not path.is_dir():
-        pytest.skip(f"no real pictures at {path}")
+        pytest.skip(f"no real images at {path}")
     return path
 
 

@@ -45,7 +45,7 @@ def generator_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def ranker_dir(tmp_path_factory) -> Path:
-    """Random weights, with a calibration whose median is the median score of the pictures below."""
+    """Random weights, with a calibration whose median is the median score of the images below."""
     folder = tmp_path_factory.mktemp("ranker")
     write_text_tower(folder / "t", TEXTS, TextTowerConfig(32, 1, 2, 16), None)
     torch.manual_seed(1)
@@ -58,7 +58,7 @@ def ranker_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory, generator_dir, ranker_dir) -> Path:
-    """Six pictures of one text, and the ranker's calibration made from their scores."""
+    """Six images of one text, and the ranker's calibration made from their scores."""
     out = tmp_path_factory.mktemp("drawn")
     generate.main([TEXTS[0], "6", str(out), "--checkpoint", str(generator_dir), "--device", "cpu"])
     images = [Image.open(out / f"{i:04d}.png") for i in range(6)]
@@ -135,7 +135,7 @@ def test_several_texts_are_ranked_apart(tmp_path, generator_dir, ranker_dir, dra
     assert not list(out.glob("rank*"))
 
 
-def test_what_real_pictures_would_not_pass_is_not_kept(out, ranker_dir, capsys):
+def test_what_real_images_would_not_pass_is_not_kept(out, ranker_dir, capsys):
     rows = rank(out, ranker_dir)["texts"][0]["pictures"]
     middle = (rows[2]["percentile"] + rows[3]["percentile"]) / 2
     ranking = rank(out, ranker_dir, "--min-percentile", str(middle))
@@ -143,7 +143,7 @@ def test_what_real_pictures_would_not_pass_is_not_kept(out, ranker_dir, capsys):
     assert len(list(out.glob("rank[0-9]*"))) == 3
     rank(out, ranker_dir, "--min-percentile", "100")
     assert not list(out.glob("rank[0-9]*")) and (out / "ranked.png").is_file()
-    assert "none of the 6 pictures passes" in capsys.readouterr().out
+    assert "none of the 6 images passes" in capsys.readouterr().out
 
 
 def test_it_draws_on_until_enough_pass(out, ranker_dir, generator_dir, tmp_path):
@@ -169,11 +169,11 @@ def test_it_draws_on_until_enough_pass(out, ranker_dir, generator_dir, tmp_path)
 def test_the_budget_ends_the_drawing(out, ranker_dir, generator_dir, capsys):
     more = ["--min-percentile", "100", "--until", "9", "--budget", "9", "--checkpoint", str(generator_dir)]
     ranking = rank(out, ranker_dir, *more)
-    pictures = ranking["texts"][0]["pictures"]
-    passing = sum(row["passed"] for row in pictures)
+    images = ranking["texts"][0]["pictures"]
+    passing = sum(row["passed"] for row in images)
     highest = Calibration.load(ranker_dir / "calibration.json").matched[-1]
-    assert len(pictures) == 9 and passing == sum(row["score"] >= highest for row in pictures) < 9
-    assert f"{passing} of 9 pass after 9 pictures, the budget" in capsys.readouterr().out
+    assert len(images) == 9 and passing == sum(row["score"] >= highest for row in images) < 9
+    assert f"{passing} of 9 pass after 9 images, the budget" in capsys.readouterr().out
 
 
 def test_the_generators_own_scores_rank_too(out):
@@ -208,12 +208,12 @@ def damage(out: Path, what: str) -> None:
     ("what", "words"),
     [
         ("no list", "no images.jsonl"),
-        ("empty list", "lists no pictures"),
+        ("empty list", "lists no images"),
         ("bad line", "images.jsonl:7 is not valid JSON"),
         ("no text", "images.jsonl:1 has no text"),
         ("elsewhere", "no plain file name"),
         ("gone", "names 0003.png, which is not in"),
-        ("cut", "0003.png is no readable picture"),
+        ("cut", "0003.png is no readable image"),
     ],
 )
 def test_damaged_out_directories_are_one_sentence(out, ranker_dir, what, words, capsys):

@@ -33,7 +33,7 @@ def test_the_notebook_runs_from_a_folder_of_images_to_samples(tmp_path, monkeypa
     (tmp_path / "pretrained").symlink_to(ROOT / "pretrained")
     names: dict = {"__name__": "__main__"}
     shown = [run_cell(code, names) for code in CODE]
-    assert len(list((tmp_path / "runs/tour/my_pictures").glob("*.png"))) == 60
+    assert len(list((tmp_path / "runs/tour/my_images").glob("*.png"))) == 60
     assert sum(len(names[split]) for split in ("train", "val")) == 60
     assert names["ids"].shape == (8, 16) and names["again"].shape == (8, 3, 32, 32)
     assert 0 < names["metrics"]["image_bits"] < 7

@@ -1,4 +1,4 @@
-"""Pictures of three kinds in four colours, and a ranker with random weights, for the tests of several parts."""
+"""Images of three kinds in four colours, and a ranker with random weights, for the tests of several parts."""
 
 from pathlib import Path
 

@@ -204,6 +204,6 @@ class Decoder(nn.Module):
         return F.silu(self.norm_out(x))  # (B, C0, S/4, S/4)
 
     def forward(self, latents: Tensor) -> Tensor:
-        # Float32 from the bands on: a step of bf16 at the mean of a white patch is a grey level of the picture.
+        # Float32 from the bands on: a step of bf16 at the mean of a white patch is a grey level of the image.
         bands = self.conv_out(self.trunk(latents))  # (B, 48, S/4, S/4)
         return from_bands(bands, self.haar_levels)  # (B, 3, S, S)

@@ -49,7 +49,7 @@ class Options:
     kind: SourceKind = "auto"
     """Where the weights come from; auto looks at their names."""
     image_size: int = 0
-    """Side of training pictures in pixels; 0: from the yaml or the file, else 256."""
+    """Side of training images in pixels; 0: from the yaml or the file, else 256."""
 
 
 def guess_kind(weights: Weights) -> str:
@@ -70,7 +70,7 @@ def tokenizer_from_taming(weights: Weights, image_size: int = 256) -> ImageToken
     """VQModel or GumbelVQ of taming-transformers, VQModelInterface of latent-diffusion."""
     if "quantize.used" in weights:
         raise ValueError(
-            "these weights remap their codes (quantize.used): a picture's code may lie outside the remapped codebook, "
+            "these weights remap their codes (quantize.used): an image's code may lie outside the remapped codebook, "
             "so they cannot be imported without loss"
         )
     renamed = {}
@@ -103,7 +103,7 @@ def tokenizer_from_llamagen(weights: Weights, image_size: int = 256) -> ImageTok
 
 
 def tokenizer_from_dalle_pytorch(weights: Weights, hparams: dict[str, Any] | None = None) -> ImageTokenizer:
-    """DiscreteVAE of DALLE-pytorch; `hparams` as in its checkpoint, for the picture size."""
+    """DiscreteVAE of DALLE-pytorch; `hparams` as in its checkpoint, for the image size."""
     weights = _kept(weights)
     numbers = sorted({int(n.split(".")[1]) for n in weights if n.startswith("encoder.")})
     down = [i for i in numbers if f"encoder.{i}.0.weight" in weights]
@@ -154,7 +154,7 @@ def _taming_config(weights: Weights, image_size: int, gumbel: bool, l2_normalize
     channels = weights["encoder.conv_in.weight"].shape[0]
     if weights["encoder.conv_in.weight"].shape[1] != 3:
         raise ValueError(
-            f"pictures of {weights['encoder.conv_in.weight'].shape[1]} channels are not supported, only RGB"
+            f"images of {weights['encoder.conv_in.weight'].shape[1]} channels are not supported, only RGB"
         )
     widths = [weights[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)]
     taming = TamingConfig(

@@ -1,4 +1,4 @@
-"""The pictures of stage 1: shards or a plain folder, with masks of the goods where the data has them."""
+"""The images of stage 1: shards or a plain folder, with masks of the goods where the data has them."""
 
 import io
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ MASK_SUFFIX = "mask.png"
 class DecodeMasked:
     """Sample -> image (3, S, S) in [-1, 1], mask (1, S, S) in [0, 1] or all -1 where the sample has none, key.
 
-    The mask is `{key}.mask.png`, white on the goods, and goes through the same crops and mirrors as the picture.
+    The mask is `{key}.mask.png`, white on the goods, and goes through the same crops and mirrors as the image.
     """
 
     image_size: int
@@ -52,10 +52,10 @@ def _open_mask(data: bytes) -> Image.Image:
         raise CorruptSample(f"undecodable mask ({type(error).__name__})") from error
 
 
-def open_pictures(
+def open_images(
     data: str, image_folder: str, split: str, remote: RemoteOptions | None = None
 ) -> ShardIndex | ImageFolder:
-    """The pictures of one split. Raises FileNotFoundError or ValueError in one sentence."""
+    """The images of one split. Raises FileNotFoundError or ValueError in one sentence."""
     if image_folder:
         return ImageFolder.open(image_folder, split)
     return ShardIndex.open(data, split, remote).require(*IMAGE_SUFFIXES)
@@ -64,7 +64,7 @@ def open_pictures(
 def open_train_and_val(
     data: str, image_folder: str, remote: RemoteOptions | None = None
 ) -> tuple[ShardIndex | ImageFolder, ShardIndex | ImageFolder]:
-    """The pictures to train on and those to validate with, which share none. Raises as `open_pictures`."""
+    """The images to train on and those to validate with, which share none. Raises as `open_images`."""
     if image_folder:
         return ImageFolder.open(image_folder, "train"), ImageFolder.open(image_folder, "val")
     train, val = open_splits(data, remote)
@@ -80,10 +80,10 @@ def train_decoder(
     return DecodeImage(image_size, augment)
 
 
-def small_pictures(index: ShardIndex | ImageFolder, image_size: int, look_at: int = 200) -> str:
-    """A sentence about pictures smaller than the training size, which get enlarged and blurred; "" if there are none.
+def small_images(index: ShardIndex | ImageFolder, image_size: int, look_at: int = 200) -> str:
+    """A sentence about images smaller than the training size, which get enlarged and blurred; "" if there are none.
 
-    Looks at no more than `look_at` pictures, evenly spread.
+    Looks at no more than `look_at` images, evenly spread.
     """
     places = index.spread(look_at)
     small = 0
@@ -97,6 +97,6 @@ def small_pictures(index: ShardIndex | ImageFolder, image_size: int, look_at: in
     if not small:
         return ""
     return (
-        f"{small} of {len(places)} pictures looked at are smaller than {image_size} pixels and will be enlarged: "
+        f"{small} of {len(places)} images looked at are smaller than {image_size} pixels and will be enlarged: "
         "leave them out when packing (--min-side) or train smaller"
     )

@@ -1,4 +1,4 @@
-"""Image shards -> token shards: every picture is encoded once, not once an epoch.
+"""Image shards -> token shards: every image is encoded once, not once an epoch.
 
     python -m vq.encode_shards runs/goods_128_vqgan ../shared/data/goods data/goods_128_tokens --views 6
 
@@ -29,7 +29,7 @@ from common.lock import alone_in
 from common.log import say
 from common.output import RECORD, OutputDirectory
 from common.precision import Precision, autocast
-from data_tools.augment import Chain, PictureAugment
+from data_tools.augment import Chain, ImageAugment
 from data_tools.engine import EngineOptions
 from data_tools.images.crops import CropFlip
 from data_tools.shards.encode import Views
@@ -58,17 +58,17 @@ class Options:
     target: Annotated[Path, tyro.conf.Positional]
     """Folder for the token shards."""
     views: int = 4
-    """Encoded views a training picture: the plain one and views - 1 augmented ones. Validation pictures have one."""
+    """Encoded views a training image: the plain one and views - 1 augmented ones. Validation images have one."""
     augment: CropFlip = field(default_factory=CropFlip)
-    move: PictureAugment = field(default_factory=PictureAugment)
+    move: ImageAugment = field(default_factory=ImageAugment)
     lines: LineSource = "none"
     """Line drawings beside the codes, for train_dalle.py --lines: canny, xdog and contour draw each view, mixed takes
     the three in turn, given takes the drawings of data_tools.lines."""
     batch_size: int = 64
-    """Pictures of one forward pass."""
+    """Images of one forward pass."""
     remote: RemoteOptions = field(default_factory=RemoteOptions)
     check: int = 16
-    """Pictures decoded back at the end into roundtrip.png; 0: none."""
+    """Images decoded back at the end into roundtrip.png; 0: none."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     precision: Precision = "auto"
@@ -97,11 +97,11 @@ def require_tokenizer(folder: Path, sha256: str) -> dict[str, Any]:
         )
     made_by = read_json(path)
     if not isinstance(made_by, dict):
-        raise ValueError(f"{path} is no description of token shards: encode the pictures again")
+        raise ValueError(f"{path} is no description of token shards: encode the images again")
     if made_by.get("sha256") != sha256:
         raise ValueError(
             f"the token shards in {folder} were made by the tokenizer {str(made_by.get('sha256'))[:12]}, not by "
-            f"{sha256[:12]}: encode the pictures again with `python -m vq.encode_shards` into another folder"
+            f"{sha256[:12]}: encode the images again with `python -m vq.encode_shards` into another folder"
         )
     return made_by
 
@@ -109,7 +109,7 @@ def require_tokenizer(folder: Path, sha256: str) -> dict[str, Any]:
 def encode_shards(tokenizer: ImageTokenizer, options: Options, world: World) -> dict[str, int]:
     """Encode every shard of `options.source` that is not done yet; shards are dealt over processes.
 
-    Returns {"pictures", "skipped", "shards_kept"} of this process. Raises ValueError for a target of another tokenizer.
+    Returns {"images", "skipped", "shards_kept"} of this process. Raises ValueError for a target of another tokenizer.
     """
     target = ensure_writable_directory(options.target)
     made_by = {"sha256": tokenizer.codes_sha256, "grid_size": tokenizer.grid_size}
@@ -126,7 +126,7 @@ def encode_shards(tokenizer: ImageTokenizer, options: Options, world: World) -> 
             )
         if found.get("views") != options.views:
             raise ValueError(
-                f"{target} holds shards of {found.get('views')} views a picture, not {options.views}"
+                f"{target} holds shards of {found.get('views')} views an image, not {options.views}"
             )
     elif world.is_main:
         write_json(target / TOKENIZER_FILE, made_by)
@@ -234,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, int]:
             counts = encode_shards(tokenizer, options, world)
             if world.is_main:
                 kept = f", {counts['shards_kept']} shards were there already" if counts["shards_kept"] else ""
-                say(f"encoded {counts['pictures']} pictures, skipped {counts['skipped']} corrupt ones{kept}")
+                say(f"encoded {counts['pictures']} images, skipped {counts['skipped']} corrupt ones{kept}")
             if world.is_main and options.check:
                 figure = roundtrip(tokenizer, options, world)
                 say(f"stored codes decode back at {figure:.2f} dB: look at {options.target / ROUNDTRIP}")

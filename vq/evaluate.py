@@ -1,11 +1,11 @@
-"""How good an image tokenizer is: figures over the validation pictures, and a page of them, worst first.
+"""How good an image tokenizer is: figures over the validation images, and a page of them, worst first.
 
     python -m vq.evaluate runs/goods_128_vqgan ../shared/data/goods
     python -m vq.evaluate runs/goods_128_vqgan ../shared/data/goods --perceptual runs/perceptual_eval
 
 PSNR (also over the goods alone, as vq.losses.foreground guesses them) and SSIM of 8-bit levels; LPIPS, or the named
-features of vq.train_perceptual in its place; use of the codebook; colour shift; pictures a second. Writes
-figures.json and index.html (one file, pictures inside). Whether goods are still recognised, and rFID: python -m
+features of vq.train_perceptual in its place; use of the codebook; colour shift; images a second. Writes
+figures.json and index.html (one file, images inside). Whether goods are still recognised, and rFID: python -m
 evaluation.reconstructions.
 """
 
@@ -31,7 +31,7 @@ from common.output import OutputDirectory
 from common.precision import Precision, autocast
 from data_tools.shards.loader import DecodeImage, eval_batches
 from kernels import Kernels, accelerate
-from vq.data import open_pictures
+from vq.data import open_images
 from vq.encoding import ImageEncoder
 from vq.losses.foreground import border_mask
 from vq.losses.perceptual import PerceptualDistance, load_perceptual
@@ -47,9 +47,9 @@ class Options:
     checkpoint: Annotated[str, tyro.conf.Positional]
     """A checkpoint, a run directory or a hub id."""
     data: Annotated[str, tyro.conf.Positional]
-    """Image shards with val-*.tar (a folder, http://, s3:// ...), or with --folder a plain folder of pictures."""
+    """Image shards with val-*.tar (a folder, http://, s3:// ...), or with --folder a plain folder of images."""
     folder: bool = False
-    """`data` is a plain folder: its held-out pictures are looked at."""
+    """`data` is a plain folder: its held-out images are looked at."""
     split: str = "val"
     """Which shards: val or train."""
     out: Path = Path("out/tokenizer")
@@ -59,11 +59,11 @@ class Options:
     image_size: int = 0
     """Side in pixels; 0: that of training."""
     limit: int = 0
-    """Pictures to look at; 0: all."""
+    """Images to look at; 0: all."""
     show: int = 96
-    """Pictures on the page."""
+    """Images on the page."""
     batch_size: int = 32
-    """Pictures of one pass."""
+    """Images of one pass."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     precision: Precision = "auto"
@@ -79,7 +79,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Row:
-    """One picture."""
+    """One image."""
 
     key: str
     text: str
@@ -93,7 +93,7 @@ class Row:
 
 @dataclass
 class Totals:
-    """Sums over pictures."""
+    """Sums over images."""
 
     usage: CodeUsage
     rows: list[Row] = field(default_factory=list)
@@ -112,14 +112,14 @@ def levels(images: Tensor) -> Tensor:
 def evaluate(
     tokenizer: ImageTokenizer, options: Options, device: torch.device
 ) -> tuple[dict[str, Any], list[Row]]:
-    """Figures by name, and the pictures worst first. Raises ValueError for data that holds none."""
+    """Figures by name, and the images worst first. Raises ValueError for data that holds none."""
     perceptual = _perceptual(options, device)
     totals = Totals(CodeUsage(tokenizer.config.codebook_size, tokenizer.config.code_depth))
     encoder = ImageEncoder(tokenizer, device, options.precision)
     for batch in _batches(options, options.image_size or tokenizer.image_size):
         _add(totals, batch, encoder, perceptual, options, device)
     if not totals.rows:
-        raise ValueError(f"none of the pictures in {options.data} could be read")
+        raise ValueError(f"none of the images in {options.data} could be read")
     rows, shift = totals.rows, torch.cat(totals.shifts)
     figures: dict[str, Any] = {
         "pictures": len(rows),
@@ -152,10 +152,10 @@ def _batches(options: Options, image_size: int) -> Iterator[dict[str, Any]]:
     from common.progress import progress
 
     folder = options.data if options.folder else ""
-    index = open_pictures(options.data, folder, options.split)
+    index = open_images(options.data, folder, options.split)
     count = min(len(index), options.limit) if options.limit else len(index)
     decode = DecodeImage(image_size, first_caption=True)
-    with progress(total=count, desc="evaluating", unit="picture") as bar:
+    with progress(total=count, desc="evaluating", unit=" images") as bar:
         for batch in eval_batches(index, decode, options.batch_size, count):
             yield batch
             bar.update(len(batch["key"]))

@@ -1,7 +1,7 @@
-"""A plain folder of pictures in the place of shards, for training the image tokenizer without packing first.
+"""A plain folder of images in the place of shards, for training the image tokenizer without packing first.
 
 It answers like `data_tools.shards.index.ShardIndex`. A caption is the `.txt` of the same stem, if there is one. The
-validation pictures are a fixed share by the hash of the file name, so they stay the same when pictures are added.
+validation images are a fixed share by the hash of the file name, so they stay the same when images are added.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from data_tools.shards.index import Sample
 
 
 class ImageFolder:
-    """A sequence of pictures below a folder. `read(i)` gives the bytes of picture i and of its caption."""
+    """A sequence of images below a folder. `read(i)` gives the bytes of image i and of its caption."""
 
     def __init__(self, root: Path, files: Sequence[Path], problems: Sequence[str]) -> None:
         self.root, self.files, self.problems = root, list(files), list(problems)
@@ -24,37 +24,37 @@ class ImageFolder:
 
     @classmethod
     def open(cls, root: str | Path, split: str = "train", val_share: float = 0.02) -> "ImageFolder":
-        """Files that begin like a picture; others are counted in `problems`. `split`: train or val.
+        """Files that begin like an image; others are counted in `problems`. `split`: train or val.
 
         Raises FileNotFoundError or ValueError when there is nothing to read, or nothing left for one of the splits.
         """
         root = Path(root)
         if not root.is_dir():
-            raise FileNotFoundError(f"no picture folder {root}")
+            raise FileNotFoundError(f"no image folder {root}")
         inventory = take_inventory(root)
-        pictures = [root / name for name in inventory.of("image") if sniff_file(root / name)]
-        others = len(inventory.entries) - len(pictures) - len(inventory.of("caption", "hidden"))
-        if not pictures:
-            raise ValueError(f"no pictures in {root}: {others} files, none of them {', '.join(PLUGINS)}")
-        ranked = sorted(pictures, key=lambda p: hashlib.sha256(str(p.relative_to(root)).encode()).digest())
-        held_out = set(ranked[: max(1, round(val_share * len(pictures)))])
-        chosen = [p for p in pictures if (p in held_out) == (split == "val")]
+        images = [root / name for name in inventory.of("image") if sniff_file(root / name)]
+        others = len(inventory.entries) - len(images) - len(inventory.of("caption", "hidden"))
+        if not images:
+            raise ValueError(f"no images in {root}: {others} files, none of them {', '.join(PLUGINS)}")
+        ranked = sorted(images, key=lambda p: hashlib.sha256(str(p.relative_to(root)).encode()).digest())
+        held_out = set(ranked[: max(1, round(val_share * len(images)))])
+        chosen = [p for p in images if (p in held_out) == (split == "val")]
         if not chosen:
             raise ValueError(
-                f"{root} holds {len(pictures)} picture: at least two are needed, one to validate with"
+                f"{root} holds {len(images)} image: at least two are needed, one to validate with"
             )
-        problems = [f"{others} files of {root} are no pictures and were left out"] if others else []
+        problems = [f"{others} files of {root} are no images and were left out"] if others else []
         return cls(root, chosen, problems)
 
     def __len__(self) -> int:
         return len(self.files)
 
     def require(self, *suffixes: str) -> "ImageFolder":
-        """As `ShardIndex.require`: every sample here is a picture."""
+        """As `ShardIndex.require`: every sample here is an image."""
         return self
 
     def has(self, suffix: str) -> bool:
-        """As `ShardIndex.has`: a folder has pictures and captions, and no further members."""
+        """As `ShardIndex.has`: a folder has images and captions, and no further members."""
         return False
 
     def spread(self, count: int) -> range:
@@ -62,7 +62,7 @@ class ImageFolder:
         return range(0, len(self), max(1, len(self) // count))
 
     def read(self, i: int, suffixes: Sequence[str] | None = None) -> dict[str, bytes]:
-        """`png`: the picture's bytes whatever its format, the decoder looks for itself; `txt`: its caption."""
+        """`png`: the image's bytes whatever its format, the decoder looks for itself; `txt`: its caption."""
         path = self.files[i]
         members = {}
         if suffixes is None or "png" in suffixes:

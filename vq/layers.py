@@ -28,7 +28,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class GroupNorm(nn.GroupNorm):
-    """nn.GroupNorm with a backward pass of our own for channels_last pictures on a CPU; the same parameters."""
+    """nn.GroupNorm with a backward pass of our own for channels_last images on a CPU; the same parameters."""
 
     def forward(self, x: Tensor) -> Tensor:
         written_out = x.device.type == "cpu" and x.requires_grad and torch.is_grad_enabled()

@@ -1,4 +1,4 @@
-"""ImageTokenizer: pictures <-> grids of codes. One config, one checkpoint directory, nothing hard-coded.
+"""ImageTokenizer: images <-> grids of codes. One config, one checkpoint directory, nothing hard-coded.
 
 Encoder and decoder come by `architecture`, the bottleneck by `quantizer`; image side, grid, sequence length and
 vocabulary are derived from the config.
@@ -38,7 +38,7 @@ class TokenizerConfig:
     """The image tokenizer's sizes."""
 
     image_size: int = 128
-    """Side of the training pictures in pixels; other sides that are multiples of the factor work too."""
+    """Side of the training images in pixels; other sides that are multiples of the factor work too."""
     architecture: Literal["fast", "taming", "dvae"] = "fast"
     """Encoder and decoder: fast is ours, taming the published VQGAN, dvae the one of DALLE-pytorch."""
     fast: FastConfig = field(default_factory=FastConfig)
@@ -188,7 +188,7 @@ class ImageTokenizer(nn.Module):
 
     @functools.cached_property
     def codes_sha256(self) -> str:
-        """Identity of the picture -> codes map: hex digest of the encoder's and the quantizer's weights.
+        """Identity of the image -> codes map: hex digest of the encoder's and the quantizer's weights.
 
         Tokenizers that differ in their decoder alone share it, so codes of one are valid for the other: after
         fine-tuning with frozen codes, token shards and generators go on being used. So do a tokenizer and the one that
@@ -210,14 +210,14 @@ class ImageTokenizer(nn.Module):
 
     @property
     def grid_size(self) -> int:
-        """Side of the code grid of a training picture; N = grid_size ** 2."""
+        """Side of the code grid of a training image; N = grid_size ** 2."""
         return self.config.grid_size
 
     def encode(self, images: Tensor) -> Quantized:
         """(B, 3, H, W) in [-1, 1] -> Quantized with a grid of (H/f, W/f). Raises ValueError for other sides."""
         factor = self.downsample_factor
         if images.shape[-1] % factor or images.shape[-2] % factor:
-            raise ValueError(f"picture sides must be multiples of {factor}, not {tuple(images.shape[-2:])}")
+            raise ValueError(f"image sides must be multiples of {factor}, not {tuple(images.shape[-2:])}")
         return self.quantizer(self.encoder(images))
 
     def decode(self, latents: Tensor) -> Tensor:

@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from common import checkpoint
 from common.config import from_mapping, to_mapping
 from common.loop import LoopConfig
 from common.optim import OptimConfig
 from common.precision import Precision
-from data_tools.augment import PictureAugment
+from data_tools.augment import ImageAugment
 from data_tools.images.crops import CropFlip
 from data_tools.shards.remote import RemoteOptions
 from vq.losses.adversary import AdversaryConfig
@@ -21,13 +21,14 @@ CHANGEABLE = {"image_size", "code_depth", "level_dropout"}  # sizes that may dif
 
 @dataclass(frozen=True)
 class Options:
-    """Stage 1: pictures -> image tokenizer."""
+    """Stage 1: images -> image tokenizer."""
 
+    EARLIER_NAMES: ClassVar = {"val_pictures": "val_images"}
     data: str = ""
     """Image shards (train-*.tar, val-*.tar): a folder, http://, s3:// ... or pipe:; empty: the embedded default."""
     remote: RemoteOptions = field(default_factory=RemoteOptions)
     image_folder: str = ""
-    """A plain folder of pictures instead of shards; one in fifty is held out for validation."""
+    """A plain folder of images instead of shards; one in fifty is held out for validation."""
     preset: Literal["vqvae", "vqgan"] = "vqvae"
     """vqvae: reconstruction losses alone; vqgan: with an adversary."""
     model: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -36,7 +37,7 @@ class Options:
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=4e-4, beta1=0.9, beta2=0.99))
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(run_dir=Path("runs/vqgan")))
     augment: CropFlip = field(default_factory=CropFlip)
-    move: PictureAugment = field(default_factory=PictureAugment)
+    move: ImageAugment = field(default_factory=ImageAugment)
     init: str = ""
     """Start from this image tokenizer: a checkpoint, a run directory or a hub id. Its sizes are taken over."""
     freeze_codes: bool = False
@@ -44,11 +45,11 @@ class Options:
     kmeans_step: int = 50
     """Step at which the codebook starts anew from the centres of the latents seen; 0, or with --init: never."""
     revive_every: int = 50
-    """Steps between revivals of codes that no picture used; 0: never."""
+    """Steps between revivals of codes that no image used; 0: never."""
     ema_decay: float = 0.999
     """Decay of the moving average of weights that is saved; 0: none."""
-    val_pictures: int = 500
-    """Validation pictures an evaluation looks at."""
+    val_images: int = 500
+    """Validation images an evaluation looks at."""
     multiscale: tuple[float, ...] = ()
     """Train each step at one of these multiples of model.image_size, drawn by step; empty: always at 1."""
     checkpoint_activations: bool = False
@@ -60,7 +61,7 @@ class Options:
     precision: Precision = "auto"
     """auto takes bf16 autocast where the machine has it."""
     num_workers: int = 1
-    """Processes that decode pictures; 0 decodes in the training process."""
+    """Processes that decode images; 0 decodes in the training process."""
 
     def __post_init__(self) -> None:
         if self.freeze_codes and not self.init:
@@ -74,8 +75,8 @@ class Options:
         for name in ("kmeans_step", "revive_every", "num_workers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
-        if self.val_pictures < 1:
-            raise ValueError(f"val_pictures must be at least 1, not {self.val_pictures}")
+        if self.val_images < 1:
+            raise ValueError(f"val_images must be at least 1, not {self.val_images}")
         loop = self.loop
         smallest, side = (
             self.adversary.discriminator.smallest_side,
@@ -83,7 +84,7 @@ class Options:
         )
         if self.preset == "vqgan" and not self.init and side < smallest:
             raise ValueError(
-                f"the discriminator needs pictures of at least {smallest} pixels, not {side:g}: use fewer "
+                f"the discriminator needs images of at least {smallest} pixels, not {side:g}: use fewer "
                 "adversary.discriminator.layers"
             )
         rolls_back = self.preset == "vqgan" and self.adversary.rollback_share > 0

@@ -11,7 +11,7 @@ trained on. The same command started again goes on from the newest checkpoint.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -38,12 +38,13 @@ from vq.losses.perceptual import DEFAULT_DIRECTORY, FeatureConfig, FeatureNet, P
 class Options:
     """Perceptual network: shards -> features."""
 
+    EARLIER_NAMES: ClassVar = {"val_pictures": "val_images"}
     data: str = ""
     """Folder of image shards (train-*.tar, val-*.tar); empty: the embedded default in data/synthetic."""
     target: TargetKind = "auto"
     """label, caption, or auto: labels where the shards have them."""
     image_size: int = 128
-    """Side of the pictures in pixels; the network then takes any side."""
+    """Side of the images in pixels; the network then takes any side."""
     channels: tuple[int, ...] = (32, 64, 128, 256)
     """Widths of the network, one a halving of the side."""
     augment: CropFlip = field(default_factory=lambda: CropFlip(min_scale=0.5))
@@ -60,14 +61,14 @@ class Options:
             save_every=200,
         )
     )
-    val_pictures: int = 1000
-    """Validation pictures an evaluation looks at."""
+    val_images: int = 1000
+    """Validation images an evaluation looks at."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     precision: Precision = "auto"
     """auto takes bf16 autocast where the machine has it."""
     num_workers: int = 1
-    """Processes that decode pictures; 0 decodes in the training process."""
+    """Processes that decode images; 0 decodes in the training process."""
 
     def __post_init__(self) -> None:
         if not self.channels or self.image_size < 2 ** len(self.channels):
@@ -76,7 +77,7 @@ class Options:
 
 @dataclass(frozen=True)
 class DecodeTargets:
-    """A picture and what it is to be recognised as."""
+    """An image and what it is to be recognised as."""
 
     image: DecodeImage
     targets: Targets
@@ -143,7 +144,7 @@ class PerceptualTask:
     def evaluate(self, step: int) -> dict[str, float]:
         self.model.eval()
         loss = hits = count = 0.0
-        for batch in self._val_batches(self.options.val_pictures):
+        for batch in self._val_batches(self.options.val_images):
             images = batch["image"].to(self.world.device, memory_format=torch.channels_last)
             target = batch["target"].to(self.world.device)
             with autocast(self.world.device, self.options.precision):
@@ -179,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     world = start_world(options.device)
     if not options.data and world.is_main:
         say(
-            "no --data given: training on the embedded default, product-like pictures drawn by data_tools.synthetic"
+            "no --data given: training on the embedded default, product-like images drawn by data_tools.synthetic"
         )
         ensure_synthetic(Path("data/synthetic"))
     world.barrier()
@@ -189,9 +190,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     targets = find_targets(train, options.target)
     if world.is_main:
         what = "labels" if targets.kind == "label" else "words of captions"
-        say(
-            f"{len(train)} pictures; learning {len(targets.names)} {what}: {', '.join(targets.names[:8])} ..."
-        )
+        say(f"{len(train)} images; learning {len(targets.names)} {what}: {', '.join(targets.names[:8])} ...")
     decode = DecodeTargets(DecodeImage(options.image_size, options.augment), targets)
 
     def batches(start_sample: int) -> Iterator[dict[str, Any]]:

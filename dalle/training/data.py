@@ -19,7 +19,7 @@ from common.run_dir import claim
 from dalle.text_tokenizer import TextTokenizer
 from dalle.training.options import Options
 from data_tools.images.line_drawings import LINE_MEMBER
-from data_tools.ingest.prepare import PictureOptions
+from data_tools.ingest.prepare import ImageOptions
 from data_tools.readers.base import ReaderOptions
 from data_tools.shards.captions import CaptionChoice, pick_caption
 from data_tools.shards.holdout import open_splits
@@ -41,7 +41,7 @@ SYNTHETIC = Path("data/synthetic")
 
 @dataclass(frozen=True)
 class TrainData:
-    """Shards, of tokens or of pictures, and the tokenizers that read them."""
+    """Shards, of tokens or of images, and the tokenizers that read them."""
 
     train: ShardIndex
     val: ShardIndex
@@ -153,7 +153,7 @@ class TrainData:
 
 
 def require_data(options: Options) -> None:
-    """What the user named as data is there, and what says how pictures are read has pictures to read.
+    """What the user named as data is there, and what says how images are read has images to read.
 
     Raises FileNotFoundError or ValueError, before anything is looked for that is made of the data.
     """
@@ -161,14 +161,14 @@ def require_data(options: Options) -> None:
     is_local = data and "://" not in data and not data.startswith("pipe:")
     if is_local and not Path(data).exists() and not set("{:") & set(data):
         raise FileNotFoundError(f"there is no file or folder {data} (--data)")
-    reads = (options.reader, options.picture) != (ReaderOptions(), PictureOptions())
+    reads = (options.reader, options.image) != (ReaderOptions(), ImageOptions())
     if reads and not (is_local and Path(data).exists() and not has_shards(Path(data))):
         raise ValueError(
-            "options of reading pictures (--encoding, --captions, --size ...) need --data with pictures, not shards"
+            "options of reading images (--encoding, --captions, --size ...) need --data with images, not shards"
         )
 
 
-def names_pictures(data: str) -> bool:
+def names_images(data: str) -> bool:
     """Whether `data` is a folder or a file on this machine that holds no shards."""
     path = Path(data)
     return bool(data) and path.exists() and not has_shards(path)
@@ -215,7 +215,7 @@ def require_tokenizers_of(init: str, data: TrainData, new_codes: bool = False) -
     if image_tokenizer.codes_sha256 != data.image_tokenizer.codes_sha256 and not new_codes:
         raise ValueError(
             f"--init {init} was trained on the codes of its own image tokenizer: leave --image-tokenizer out, and "
-            f"encode pictures with `python -m vq.encode_shards {directory / 'image_tokenizer'} IMAGES TOKENS`; or, "
+            f"encode images with `python -m vq.encode_shards {directory / 'image_tokenizer'} IMAGES TOKENS`; or, "
             "where the new tokenizer was trained on from its own, add --new-codes"
         )
     if not data.cuts_captions_as(TextTokenizer.from_pretrained(directory)):
@@ -232,7 +232,7 @@ def synthetic_tokens(tokenizer: ImageTokenizer, world: World) -> str:
     target = Path(f"data/synthetic_tokens_{tokenizer.codes_sha256[:8]}")
     if world.is_main:
         say(
-            "no --data given: training on the embedded default, product-like pictures drawn by data_tools.synthetic"
+            "no --data given: training on the embedded default, product-like images drawn by data_tools.synthetic"
         )
         ensure_synthetic(SYNTHETIC, image_size=tokenizer.image_size)
     world.barrier()

@@ -1,9 +1,9 @@
-"""A folder of pictures in the place of token shards: shards, image tokenizer and codes are made on the way.
+"""A folder of images in the place of token shards: shards, image tokenizer and codes are made on the way.
 
 Each part is what its own command makes and is found again when the same command starts again: `data/NAME_shards` of
 data_tools.shard, `runs/NAME_vqgan` of train_vqgan.py, `data/NAME_tokens` of vq.encode_shards, NAME being the folder's.
 `data/NAME_source.json` says which folder that is and what lay in it: another folder of the same name gets names of its
-own, and where pictures were added, changed or removed the shards and codes are made anew and the trainings go on.
+own, and where images were added, changed or removed the shards and codes are made anew and the trainings go on.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ MADE_FROM = "made_from.json"
 
 @dataclass(frozen=True)
 class Names:
-    """What is made of one folder of pictures."""
+    """What is made of one folder of images."""
 
     name: str
 
@@ -62,15 +62,15 @@ class Names:
         return Path(f"runs/{self.name}_vqgan")
 
 
-def prepare_pictures(options: Options, world: World) -> Options:
+def prepare_images(options: Options, world: World) -> Options:
     """`options` with token shards for `data`, and the tokenizer that made them.
 
-    Raises ValueError for pictures that cannot be recognised, for too few, and under several processes, which would
+    Raises ValueError for images that cannot be recognised, for too few, and under several processes, which would
     all do the same.
     """
     if world.size > 1:
         raise ValueError(
-            f"{options.data} holds pictures: make token shards first, with one process, by the same command without a "
+            f"{options.data} holds images: make token shards first, with one process, by the same command without a "
             "launcher, or by data_tools.shard, train_vqgan.py and vq.encode_shards"
         )
     _require_named(options)
@@ -168,11 +168,11 @@ def _make_shards(options: Options, source: Source, names: Names) -> None:
         str(names.shards),
         val_share=0.0 if has_val else VAL_SHARE,
         overwrite=before is not None,  # then the folder is this command's own
-        picture=options.picture,
+        image=options.image,
         reader=options.reader,
     )
     record: dict[str, Any] = {"source": str(source.path.resolve()), "files": contents_of(source)}
-    record["options"] = {"reader": to_mapping(options.reader), "picture": to_mapping(options.picture)}
+    record["options"] = {"reader": to_mapping(options.reader), "picture": to_mapping(options.image)}
     if before and before != record:
         told = changes(before.get("files", {}), record["files"]) or "the options of reading have changed"
         say(f"note: {source.path} is not what it was ({told}): its shards and codes are made anew")
@@ -189,7 +189,7 @@ def _make_shards(options: Options, source: Source, names: Names) -> None:
         )
     if not report["splits"].get("val") or not report["splits"].get("train"):
         raise ValueError(
-            f"{source.path} holds {report['kept']} usable pictures with captions, too few to hold some back for "
+            f"{source.path} holds {report['kept']} usable images with captions, too few to hold some back for "
             "validation: a hundred are the least, a thousand a beginning"
         )
 
@@ -200,10 +200,10 @@ def _made_from(names: Names, codes: str) -> dict[str, Any]:
 
 
 def _drop_old_codes(names: Names, codes: str) -> None:
-    """Codes of an earlier state of the pictures are of no use; those that were made before this was noted are kept."""
+    """Codes of an earlier state of the images are of no use; those that were made before this was noted are kept."""
     noted = names.tokens / MADE_FROM
     if noted.is_file() and read_json(noted) != _made_from(names, codes):
-        say(f"note: the codes in {names.tokens} are of other pictures or of another tokenizer: made anew")
+        say(f"note: the codes in {names.tokens} are of other images or of another tokenizer: made anew")
         for path in (*names.tokens.glob("*.tar"), names.tokens / DATASET_FILE, names.tokens / TOKENIZER_FILE):
             path.unlink(missing_ok=True)
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import tyro
 
@@ -18,7 +18,7 @@ from dalle.model import SIZES, TRAINING_ONLY, DalleConfig, ModelOptions, read_mo
 from dalle.sampling import SamplingOptions
 from data_tools.augment import TextAugment
 from data_tools.images.crops import CropFlip
-from data_tools.ingest.prepare import PictureOptions
+from data_tools.ingest.prepare import ImageOptions
 from data_tools.readers.base import ReaderOptions
 from data_tools.shards.captions import FactCaptions
 from data_tools.shards.remote import RemoteOptions
@@ -28,16 +28,17 @@ from data_tools.shards.remote import RemoteOptions
 class Options:
     """Stage 2: captions and image tokens -> generator."""
 
+    EARLIER_NAMES: ClassVar = {"picture": "image"}
     data: str = ""
-    """Token shards or image shards: a folder, http://, s3:// ...; or pictures with captions in any format that
+    """Token shards or image shards: a folder, http://, s3:// ...; or images with captions in any format that
     data_tools.inspect knows: all that is missing is made on the way. Empty: the embedded default."""
     vqgan_config: str = ""
-    """Recipe of the image tokenizer that is trained where `data` are pictures and no image_tokenizer is named; empty:
+    """Recipe of the image tokenizer that is trained where `data` are images and no image_tokenizer is named; empty:
     configs/own_128/vqgan.yaml."""
     reader: tyro.conf.OmitArgPrefixes[ReaderOptions] = field(default_factory=ReaderOptions)
-    """How `data` is read where it holds pictures, as data_tools.shard takes it."""
-    picture: tyro.conf.OmitArgPrefixes[PictureOptions] = field(default_factory=PictureOptions)
-    """Size and limits of the pictures in the shards that are made of it."""
+    """How `data` is read where it holds images, as data_tools.shard takes it."""
+    image: tyro.conf.OmitArgPrefixes[ImageOptions] = field(default_factory=ImageOptions)
+    """Size and limits of the images in the shards that are made of it."""
     remote: RemoteOptions = field(default_factory=RemoteOptions)
     image_tokenizer: str = ""
     """Stage 1 checkpoint or run directory; empty: that of the run, or the newest one in runs/."""
@@ -54,7 +55,7 @@ class Options:
     caption_dropout: float = 0.1
     """Share of captions hidden in training, which teaches the model to draw without text, for guidance."""
     short_caption_share: float = 0.0
-    """Where a picture has several captions: share of the draws that take the shortest; the others take any."""
+    """Where an image has several captions: share of the draws that take the shortest; the others take any."""
     fact_captions: FactCaptions = field(default_factory=FactCaptions)
     lines: bool = False
     """Train the generator to follow line drawings, of token shards that vq.encode_shards --lines made; with --init it
@@ -79,7 +80,7 @@ class Options:
     sample_texts: tuple[str, ...] = ()
     """Captions of the sample grids, one a row; empty: the first four of the validation shards."""
     sample_images: int = 4
-    """Pictures a caption in the sample grids; 0: no grids."""
+    """Images a caption in the sample grids; 0: no grids."""
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     """How the sample grids are drawn."""
     engine: EngineName = "auto"

@@ -1,4 +1,4 @@
-"""One picture from one address, safely: no private address, no endless body, retries with back-off, opt-out honoured.
+"""One image from one address, safely: no private address, no endless body, retries with back-off, opt-out honoured.
 
 Server-side request forgery: a list may name http://169.254.169.254/ or a host that resolves to 10.0.0.1, or redirect
 there. Literal addresses are checked in the url, names in the resolver, whose answer is the very address connected to,
@@ -28,7 +28,7 @@ _RETRY_STATUS = (408, 425, 429, 500, 502, 503, 504)
 
 @dataclass(frozen=True)
 class FetchOptions:
-    """How pictures are fetched."""
+    """How images are fetched."""
 
     concurrency: int = 128
     """Requests at a time, all hosts together."""
@@ -64,7 +64,7 @@ class Outcome:
 
     data: bytes = b""
     reason: str = ""
-    """"" for a picture, else image_unavailable, image_too_large, not_an_image, opted_out, private_address."""
+    """"" for an image, else image_unavailable, image_too_large, not_an_image, opted_out, private_address."""
     detail: str = ""
     """Short and the same each time: `HTTP 404`, `timeout`, `no such host` ..."""
     wait_s: float | None = None
@@ -235,9 +235,9 @@ class Fetcher:
             if len(data) > options.max_bytes:
                 return Outcome(reason="image_too_large", detail=f"over {options.max_bytes} bytes")
             if len(data) >= 64 and not sniff(data[:64]):  # a page that says "not found", or an endless stream
-                return Outcome(reason="not_an_image", detail="no picture in the answer")
+                return Outcome(reason="not_an_image", detail="no image in the answer")
         if not sniff(bytes(data[:64])):
-            return Outcome(reason="not_an_image", detail="no picture in the answer")
+            return Outcome(reason="not_an_image", detail="no image in the answer")
         return Outcome(bytes(data))
 
 

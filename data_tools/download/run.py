@@ -9,7 +9,7 @@ SRC is a list with a url and a caption column (CSV, TSV, JSONL, parquet). DST ge
 rows of the list, `report.json` with the success of each host, and `dropped.jsonl` with the reason of each row that did
 not come. The same command goes on after a kill, even kill -9, and ends in the same bytes; after the end it tries only
 the failures again. `--rules` drops rows whose caption would not be kept, before they cost a request; run
-`python -m data_tools.clean` on the result, which looks at the pictures too. With `--engine ray` the nodes of a cluster
+`python -m data_tools.clean` on the result, which looks at the images too. With `--engine ray` the nodes of a cluster
 fetch, a tar's rows each, and this process writes; `--concurrency` and `--per-host` hold for the whole cluster.
 
 Why not img2dataset (1.47.0 was read): it requires webdataset < 0.3, pandas < 3, opencv < 5 and wandb, so it cannot be
@@ -36,7 +36,7 @@ from common.config import command, parse_options, to_mapping
 from common.files import atomic_path, read_json, write_json
 from common.progress import progress
 from data_tools.download.fetch import Fetcher, FetchOptions, Outcome, check_url
-from data_tools.download.spool import Spool, read_pictures, write_tar
+from data_tools.download.spool import Spool, read_images, write_tar
 from data_tools.engine import EngineOptions, Tasks
 from data_tools.images.decode import sniff
 from data_tools.ingest.records import Problem, Record
@@ -54,16 +54,16 @@ WORK = ".download"  # spools of unfinished parts, outcomes of finished ones
 REASONS = CAPTION_REASONS | {
     "image_unavailable": "the server did not give it (details in dropped.jsonl); run again to try the failures again",
     "image_too_large": "raise --max-bytes to have it",
-    "not_an_image": "the answer was no picture, often a page that says so",
+    "not_an_image": "the answer was no image, often a page that says so",
     "opted_out": "the site asks not to be used for this (X-Robots-Tag, tdm-reservation)",
     "private_address": "the url leads into a private network; --allow-private permits it for a list of your own",
-    "no_url": "the row has neither a url nor a picture",
+    "no_url": "the row has neither a url nor an image",
 }
 
 
 @dataclass(frozen=True)
 class DownloadConfig:
-    """Fetch the pictures of a list."""
+    """Fetch the images of a list."""
 
     src: tyro.conf.Positional[str]
     """List with urls: CSV, TSV, JSONL or parquet; a path, or a URL itself."""
@@ -195,7 +195,7 @@ class Download:
         """Why a row is not worth a request."""
         if record.image:
             raise ValueError(
-                f"{self.config.src} holds pictures, not urls ({record.where}): nothing to download"
+                f"{self.config.src} holds images, not urls ({record.where}): nothing to download"
             )
         if not record.meta.get("url"):
             return Problem(record.where, record.key, "no_url", REASONS["no_url"])
@@ -281,14 +281,14 @@ class Download:
         if self.tried >= self.config.min_rows and self.came < self.config.min_success * self.tried:
             most = ", ".join(f"{count} x {what}" for what, count in self.failures.most_common(3))
             raise ValueError(
-                f"only {self.came} of {self.tried} pictures came, less than --min-success {self.config.min_success:g}; "
+                f"only {self.came} of {self.tried} images came, less than --min-success {self.config.min_success:g}; "
                 f"mostly {most}. Look at the network and the DNS server; what came is kept, the same command goes on"
             )
 
     def _close_chunk(self, chunk: Chunk, spool: Spool, before: dict[str, Any] | None) -> None:
         """Tar, then its outcomes, then the spool away: a kill between any two is repaired by doing this again."""
         tar = self.config.dst / f"{chunk.name}.tar"
-        old = read_pictures(tar) if before and tar.is_file() else {}
+        old = read_images(tar) if before and tar.is_file() else {}
         failed, came, records = [], Counter(), []
         for number, record in chunk.records.items():
             entry = spool.entries.get(number)
@@ -300,11 +300,11 @@ class Download:
             else:
                 came[entry.host] += 1
                 records.append((record, number))
-        pictures = (
-            _with_picture(record, old[record.key] if number is None else spool.read(number))
+        images = (
+            _with_image(record, old[record.key] if number is None else spool.read(number))
             for record, number in records
         )
-        kept = write_tar(tar, pictures)
+        kept = write_tar(tar, images)
         status = {
             "round": self.round,
             "kept": kept,
@@ -393,7 +393,7 @@ _DROPPED = ("where", "key", "reason", "detail", "url")
 
 
 def failure(number: int, record: Record, entry: Any) -> dict[str, Any]:
-    """The row of dropped.jsonl for a picture that did not come, with its number in the chunk and its host."""
+    """The row of dropped.jsonl for an image that did not come, with its number in the chunk and its host."""
     row = Problem(record.where, record.key, entry.reason, entry.detail).to_json()
     return row | {"url": record.meta["url"], "number": number, "host": entry.host}
 
@@ -409,7 +409,7 @@ def _place(path: Path) -> tuple[str, int]:
     return split, int(number)
 
 
-def _with_picture(record: Record, data: bytes) -> Record:
+def _with_image(record: Record, data: bytes) -> Record:
     return replace(record, image=data, suffix=sniff(data))
 
 
@@ -462,5 +462,5 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         say(f"  {host}: {counts['came']} of {total} came ({counts['came'] / total:.0%})")
     say(f"  {time.monotonic() - start:.1f} s")
     if not report["kept"]:
-        raise ValueError(f"none of {report['read']} pictures of {config.src} came; the reasons are above")
+        raise ValueError(f"none of {report['read']} images of {config.src} came; the reasons are above")
     return report

@@ -1,6 +1,6 @@
 """What has been fetched of one part of a list, on disk, so that kill -9 loses nothing but requests under way.
 
-A spool is one append-only file: for each row a line of JSON, then the picture. A torn tail (a killed process, a power
+A spool is one append-only file: for each row a line of JSON, then the image. A torn tail (a killed process, a power
 cut) is recognised by its length or checksum and cut off. Finished parts become tars and their spools are deleted.
 """
 
@@ -19,7 +19,7 @@ from data_tools.shards.index import ShardIndex
 
 
 class Entry(NamedTuple):
-    """A row's outcome: where its picture is in the spool, or why there is none."""
+    """A row's outcome: where its image is in the spool, or why there is none."""
 
     offset: int
     size: int
@@ -67,7 +67,7 @@ class Spool:
         self._end += len(line) + len(data)
 
     def read(self, row: int) -> bytes:
-        """The picture of a row."""
+        """The image of a row."""
         entry = self.entries[row]
         return os.pread(self._file.fileno(), entry.size, entry.offset)
 
@@ -111,8 +111,8 @@ def write_tar(path: Path, records: Iterable[Record]) -> int:
     return count
 
 
-def read_pictures(tar: Path) -> dict[str, bytes]:
-    """Key to picture of a shard that was written before."""
+def read_images(tar: Path) -> dict[str, bytes]:
+    """Key to image of a shard that was written before."""
     index = ShardIndex.open(tar, "")
-    pictures = ((sample.key, index.read(i, SUFFIXES)) for i, sample in enumerate(index.samples))
-    return {key: next(iter(members.values())) for key, members in pictures}
+    images = ((sample.key, index.read(i, SUFFIXES)) for i, sample in enumerate(index.samples))
+    return {key: next(iter(members.values())) for key, members in images}

@@ -11,9 +11,9 @@ class CropFlip:
     """A square crop of at least `min_scale` of the short side, flipped left to right half of the time."""
 
     min_scale: float = 0.8
-    """Smallest crop side as a share of the picture's short side, in (0, 1]; 1 takes the centre crop."""
+    """Smallest crop side as a share of the image's short side, in (0, 1]; 1 takes the centre crop."""
     flip: bool = True
-    """Mirror half of the pictures; off where text on the goods matters."""
+    """Mirror half of the images; off where text on the goods matters."""
 
     def __post_init__(self) -> None:
         if not 0 < self.min_scale <= 1:

@@ -1,7 +1,7 @@
-"""Pictures of unknown origin to RGB and back: decode within limits, resize, encode. Never trusts a header.
+"""Images of unknown origin to RGB and back: decode within limits, resize, encode. Never trusts a header.
 
 Formats are an allow-list, so no PostScript interpreter or other helper ever starts; sizes are checked before pixels
-are allocated. Transparency is laid on white, the background of product pictures.
+are allocated. Transparency is laid on white, the background of product images.
 """
 
 import io
@@ -63,7 +63,7 @@ _TRANSPOSE = {  # EXIF tag 0x0112, orientation: how to turn the stored pixels up
 
 
 class BadImage(ValueError):
-    """A picture that is left out; `reason` is a code of `records.HINTS`."""
+    """An image that is left out; `reason` is a code of `records.HINTS`."""
 
     def __init__(self, reason: str, what: str = ""):
         assert reason in HINTS, reason
@@ -73,7 +73,7 @@ class BadImage(ValueError):
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """What a picture may be; outside of it is dropped and counted."""
+    """What an image may be; outside of it is dropped and counted."""
 
     max_image_bytes: int = 64 * 2**20
     """Largest encoded file, in bytes."""
@@ -121,7 +121,7 @@ def sniff(data: bytes) -> str:
 def decode(
     data: bytes, limits: ImageLimits | None = None, near: int = 0, background: str = "white"
 ) -> Image.Image:
-    """The first frame, upright, as an RGB picture (W, H), uint8; what is transparent is laid on `background`.
+    """The first frame, upright, as an RGB image (W, H), uint8; what is transparent is laid on `background`.
 
     `near` > 0 allows a JPEG to be decoded at a half, a quarter or an eighth while both sides stay at or above `near`.
     Raises BadImage with the reason; never anything else for bad bytes.
@@ -182,12 +182,12 @@ def is_plain_rgb(data: bytes) -> bool:
 def open_file(path: Path, background: str = "white") -> Image.Image:
     """`decode` of an image file. Raises FileNotFoundError or ValueError naming the file."""
     if not path.is_file():
-        raise FileNotFoundError(f"no picture {path}")
+        raise FileNotFoundError(f"no image {path}")
     try:
         return decode(path.read_bytes(), background=background)
     except BadImage as error:
         reason = f"{error.reason.replace('_', ' ')} {error.what}".strip()
-        raise ValueError(f"{path} is no readable picture: {reason}") from error
+        raise ValueError(f"{path} is no readable image: {reason}") from error
 
 
 def _check_shape(size: tuple[int, int], limits: ImageLimits) -> None:
@@ -240,7 +240,7 @@ def _to_rgb(image: Image.Image, background: str) -> Image.Image:
 def resize(image: Image.Image, mode: ResizeMode, size: int) -> Image.Image:
     """Lanczos. `square`: short side to `size`, centre crop; `pad`: long side to `size`, white bars; `longest`: at most.
 
-    `keep` returns the picture; `longest` never enlarges. Output (size, size) for `square` and `pad`.
+    `keep` returns the image; `longest` never enlarges. Output (size, size) for `square` and `pad`.
     """
     width, height = image.size
     if mode == "keep":

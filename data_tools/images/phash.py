@@ -17,7 +17,7 @@ from PIL import Image
 from data_tools.parallel import Workers, ordered_map
 
 HASH_BITS = 64
-MAX_DISTANCE = 16  # beyond it unrelated pictures match: 2 random hashes differ in 32 +- 4 bits
+MAX_DISTANCE = 16  # beyond it unrelated images match: 2 random hashes differ in 32 +- 4 bits
 _SIDE = 32
 _BLOCK = 1 << 17  # candidate pairs compared at a time: their arrays stay in a processor's cache
 _PROBES = 64  # masks of a part of the search: sorting the band again costs a few of them
@@ -31,7 +31,7 @@ def _dct_rows() -> np.ndarray:
 
 @dataclass(frozen=True)
 class Signature:
-    """What dedup keeps of a picture: 56 bytes."""
+    """What dedup keeps of an image: 56 bytes."""
 
     phash: int
     """64-bit DCT hash."""
@@ -39,15 +39,15 @@ class Signature:
     """Mean RGB of the 4 x 4 cells, row by row, 48 bytes."""
 
 
-def picture_signature(image: Image.Image) -> Signature:
-    """Hash and colour grid of a picture of any size; converted to RGB first."""
+def image_signature(image: Image.Image) -> Signature:
+    """Hash and colour grid of an image of any size; converted to RGB first."""
     rgb = image.convert("RGB")
     grid = np.asarray(rgb.resize((4, 4), Image.Resampling.BOX), np.uint8)
     return Signature(dct_hash(rgb), grid.tobytes())
 
 
 def dct_hash(image: Image.Image) -> int:
-    """The 8 x 8 lowest DCT coefficients of the 32 x 32 grey picture, each compared with their median."""
+    """The 8 x 8 lowest DCT coefficients of the 32 x 32 grey image, each compared with their median."""
     grey = np.asarray(image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.LANCZOS), np.float64)
     rows = _dct_rows()
     low = rows @ grey @ rows.T  # (8, 8)
@@ -171,8 +171,8 @@ def _choose(n: int, k: int) -> int:
 def _band_values(hashes: np.ndarray, band: int, num_bands: int) -> np.ndarray:
     """Every `num_bands`-th bit of the hashes, packed (N,) uint32.
 
-    Bands take bits in turns rather than in runs: the high frequencies of flat pictures are nearly constant, and a
-    band made of these alone would put all pictures into one bucket.
+    Bands take bits in turns rather than in runs: the high frequencies of flat images are nearly constant, and a
+    band made of these alone would put all images into one bucket.
     """
     octets = hashes.view(np.uint8).reshape(-1, 8)  # (N, 8)
     table = np.zeros((8, 256), np.uint32)

@@ -1,4 +1,4 @@
-"""What happens to the pictures of one record on its way into a shard: decode within limits, resize, encode.
+"""What happens to the images of one record on its way into a shard: decode within limits, resize, encode.
 
 Kept apart from the command so that its worker processes import nothing but Pillow.
 """
@@ -25,8 +25,8 @@ from data_tools.ingest.records import Problem, Record, problem
 
 
 @dataclass(frozen=True)
-class PictureOptions:
-    """Size, format and limits of the pictures in the shards."""
+class ImageOptions:
+    """Size, format and limits of the images in the shards."""
 
     resize: ResizeMode = "square"
     """square: short side to `size`, centre crop; pad: long side, white bars; longest: at most `size`; keep: as is."""
@@ -37,9 +37,9 @@ class PictureOptions:
     quality: int = 90
     """1 to 100, for webp and jpg."""
     max_pixels: int = 64_000_000
-    """Most pixels (width x height) of a source picture; more are refused before they are allocated."""
+    """Most pixels (width x height) of a source image; more are refused before they are allocated."""
     min_side: int = 0
-    """Smallest shorter side of a source picture in pixels; 0 keeps all."""
+    """Smallest shorter side of a source image in pixels; 0 keeps all."""
     max_aspect: float = 0.0
     """Largest ratio of longer to shorter side; 0 keeps all."""
 
@@ -61,20 +61,20 @@ class PictureOptions:
 
 @dataclass(frozen=True)
 class Prepare:
-    """A picklable function from records to records with finished pictures, or to problems, in order."""
+    """A picklable function from records to records with finished images, or to problems, in order."""
 
-    options: PictureOptions
+    options: ImageOptions
     max_image_bytes: int
 
     def __call__(self, records: Sequence[Record]) -> list[Record | Problem]:
         return [self.one(record) for record in records]
 
     def one(self, record: Record) -> Record | Problem:
-        """The record with its picture, and the pictures among its further members, decoded and encoded anew."""
+        """The record with its image, and the images among its further members, decoded and encoded anew."""
         if not record.image:
             return problem(record.where, record.key, "no_image")
         try:
-            suffix, image = self._picture(record.image, record.suffix)
+            suffix, image = self._image(record.image, record.suffix)
             extra = dict(self._extra(name, data) for name, data in record.extra.items())
         except BadImage as error:
             return problem(record.where, record.key, error.reason, error.what)
@@ -83,16 +83,16 @@ class Prepare:
             meta = {**meta, "color_profile": BROKEN}
         return replace(record, suffix=suffix, image=image, extra=extra, meta=meta)
 
-    def _picture(self, data: bytes, suffix: str) -> tuple[str, bytes]:
-        picture = self._decode(data)
+    def _image(self, data: bytes, suffix: str) -> tuple[str, bytes]:
+        image = self._decode(data)
         if self.options.image_format == "same":
             if suffix in ("jpg", "png", "webp") and is_plain_rgb(data):
                 return suffix, data
-            return "png", encode(picture, "png")  # lossless, since "same" promises the pixels
-        return self.options.image_format, encode(picture, self.options.image_format, self.options.quality)
+            return "png", encode(image, "png")  # lossless, since "same" promises the pixels
+        return self.options.image_format, encode(image, self.options.image_format, self.options.quality)
 
     def _extra(self, name: str, data: bytes) -> tuple[str, bytes]:
-        """A drawing is cut like its photo and stays lossless; what is no picture is passed on."""
+        """A drawing is cut like its photo and stays lossless; what is no image is passed on."""
         head, _, suffix = name.rpartition(".")
         if suffix not in SUFFIXES:
             return name, data
@@ -103,8 +103,8 @@ class Prepare:
         near = (
             0 if options.resize == "keep" else 2 * options.size
         )  # twice: Lanczos still has pixels to average
-        picture = decode(data, options.limits(self.max_image_bytes), near)
-        return resize(picture, options.resize, options.size)
+        image = decode(data, options.limits(self.max_image_bytes), near)
+        return resize(image, options.resize, options.size)
 
 
 def _has_broken_profile(data: bytes, suffix: str) -> bool:

@@ -13,36 +13,36 @@ from common.files import split_lines
 
 # Reason codes and what to do about each: the codes stand in dropped.jsonl and in reports, so they do not change.
 HINTS: dict[str, str] = {
-    "aspect_ratio": "the picture is too long or too wide; raise --max-aspect to keep it",
-    "bad_base64": "the picture field is not base64; was the file cut or edited by a spreadsheet?",
+    "aspect_ratio": "the image is too long or too wide; raise --max-aspect to keep it",
+    "bad_base64": "the image field is not base64; was the file cut or edited by a spreadsheet?",
     "bad_column_count": "the row has another number of columns; look for tabs or commas inside a caption",
     "bad_csv": "quotes do not balance; write captions that hold commas or quotes inside double quotes",
     "bad_encoding": "the row is not valid UTF-8; if the file is GB18030 pass --encoding gb18030",
     "bad_json": "the line is not one JSON object; each line of JSONL holds one",
     "bad_key": "the id cannot name a file; ids need visible characters",
     "bad_value": "a field has another type than expected; captions are text or lists of text",
-    "decoder_crashed": "the decoder process died on this picture; it is left out, look at the file",
+    "decoder_crashed": "the decoder process died on this image; it is left out, look at the file",
     "duplicate_key": "an earlier row has the same id; ids name files, so each must be unique",
-    "empty_image": "the picture field is empty",
-    "image_too_large": "the file of the picture is larger than --max-image-bytes",
+    "empty_image": "the image field is empty",
+    "image_too_large": "the file of the image is larger than --max-image-bytes",
     "image_too_small": "the shorter side is under --min-side pixels",
     "missing_file": "no such file; paths are relative to the list or to --image-root",
     "missing_id": "the id field is empty",
     "no_caption": "no caption; --caption-column names its column, --captions optional keeps images without text",
     "no_pair": "the drawing and the photo are joined by their file names, and one of the two is missing",
-    "no_image": "no picture was found for this text; rows with a url need python -m data_tools.download first",
+    "no_image": "no image was found for this text; rows with a url need python -m data_tools.download first",
     "needs_pillow_heif": "a HEIC photo, as phones make them: pip install pillow-heif, or convert it to JPEG",
     "not_an_image": "the bytes are no image of a known kind (JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, HEIC)",
     "not_in_list": "an image that the list does not name; --format folder reads the images and their .txt instead",
     "not_read": "the file is none of the format that was recognised",
     "hidden_file": "names that begin with a dot are never read; rename it if it belongs to the data",
     "not_in_split_file": "the key is not in --split-file; make it anew from the present source",
-    "path_outside_root": "the path leaves the folder of the list; set --image-root to the folder of the pictures",
+    "path_outside_root": "the path leaves the folder of the list; set --image-root to the folder of the images",
     "row_too_large": "the row is longer than --max-row-bytes",
-    "too_many_pixels": "the picture has more than --max-pixels pixels, as decompression bombs have",
+    "too_many_pixels": "the image has more than --max-pixels pixels, as decompression bombs have",
     "truncated_file": "the file ends early; copy or download it again",
-    "truncated_image": "the picture ends early; download it again",
-    "undecodable": "the picture is damaged; download it again",
+    "truncated_image": "the image ends early; download it again",
+    "undecodable": "the image is damaged; download it again",
     "unknown_header": "no column is an image or a url: name it with --image-column, captions with --caption-column",
     "unreadable_file": "the file or a part of it cannot be read; copy or download it again",
     "unsafe_name": "the name leaves the archive or is no plain file; such members are never read",
@@ -61,12 +61,12 @@ _UNSAFE = re.compile(r"[./\\\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 @dataclass(frozen=True)
 class Record:
-    """One picture with its captions, as it came."""
+    """One image with its captions, as it came."""
 
     key: str
     """Unique name of the sample; passes `validate_key`."""
     image: bytes
-    """The encoded file as it came; empty when the source names only a url or has no picture."""
+    """The encoded file as it came; empty when the source names only a url or has no image."""
     suffix: str
     """jpg, png, webp, gif, bmp, tiff, avif by content; empty when unknown."""
     captions: tuple[str, ...]

@@ -19,7 +19,9 @@ from data_tools.readers.detect import Source
 from data_tools.shards.image_shards import DATASET_FILE, ShardWriter
 from data_tools.shards.targets import DROPPED_FILE, JOB_FILE, JOURNAL, REPORT_FILE, Journal, Target
 
-BATCH = 16  # records a work package: 200 kB of pictures, so that the hand-over costs less than a tenth of the work
+BATCH = (
+    16  # records a work package: 200 kB of images, so that the hand-over costs less than a tenth of the work
+)
 EXAMPLES = 3  # places that are named of each reason
 
 
@@ -261,7 +263,7 @@ def is_shard(name: str) -> bool:
 
 
 def crashed(record: Record) -> Problem:
-    """What becomes of a record whose picture ends its worker process."""
+    """What becomes of a record whose image ends its worker process."""
     return problem(record.where, record.key, "decoder_crashed")
 
 

@@ -1,4 +1,4 @@
-"""The signatures of all pictures of a source, computed in processes, kept in a file so that a killed run goes on."""
+"""The signatures of all images of a source, computed in processes, kept in a file so that a killed run goes on."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -9,7 +9,7 @@ import numpy as np
 
 from common.progress import progress
 from data_tools.images.decode import BadImage, ImageLimits, decode, image_size
-from data_tools.images.phash import picture_signature
+from data_tools.images.phash import image_signature
 from data_tools.ingest.records import Problem, Record, problem
 from data_tools.parallel import Workers, ordered_map
 from data_tools.readers.base import Meter
@@ -20,7 +20,7 @@ SIGNATURE = np.dtype(
     [
         ("row", "<u8"),  # number of the row in the source, from 1, problems of the reader counted
         ("part", "u1"),  # which split of the source
-        ("sound", "u1"),  # 0: the picture cannot be decoded, and the rest is nothing
+        ("sound", "u1"),  # 0: the image cannot be decoded, and the rest is nothing
         ("pixels", "<u4"),
         ("phash", "<u8"),
         ("colours", "u1", 48),
@@ -41,8 +41,8 @@ class Sign:
     def one(self, record: Record) -> bytes:
         found = np.zeros((), SIGNATURE)
         if not isinstance(self.check(record), Problem):
-            picture = decode(record.image, self.limits, near=128)
-            signature = picture_signature(picture)
+            image = decode(record.image, self.limits, near=128)
+            signature = image_signature(image)
             found["sound"], found["phash"] = 1, signature.phash
             found["pixels"] = _pixels(record.image)
             found["colours"] = np.frombuffer(signature.colours, np.uint8)
@@ -50,7 +50,7 @@ class Sign:
         return found.tobytes()
 
     def check(self, record: Record) -> Record | Problem:
-        """The record, or why its picture has no signature."""
+        """The record, or why its image has no signature."""
         if not record.image:
             return problem(record.where, record.key, "no_image")
         try:

@@ -6,5 +6,5 @@
         ...
 
 Formats: Tianchi ECommerce-T2I, EasyNLP, Chinese-CLIP, CSV (Wukong, open_clip), JSONL, parquet, folders with captions,
-line-drawing pairs, WebDataset tars. All stream: memory does not grow with the pictures.
+line-drawing pairs, WebDataset tars. All stream: memory does not grow with the images.
 """

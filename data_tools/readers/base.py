@@ -43,7 +43,7 @@ class ReaderOptions:
     encoding: str = "utf-8"
     """Of text files: utf-8 (a byte order mark is fine), gb18030, big5 ..."""
     captions: Literal["required", "optional"] = "required"
-    """optional keeps pictures without text, which is enough to train an image tokenizer."""
+    """optional keeps images without text, which is enough to train an image tokenizer."""
     image_root: Path | None = None
     """Folder that the paths in a list are relative to; default: the folder of the list."""
     key_column: str = ""
@@ -51,11 +51,11 @@ class ReaderOptions:
     caption_column: str = ""
     """Column or field with the caption; empty tries the known names."""
     image_column: str = ""
-    """Column or field with the picture, its path or its url; empty tries the known names."""
+    """Column or field with the image, its path or its url; empty tries the known names."""
     max_row_bytes: int = 96 * 2**20
     """Longest line of a text file, in bytes; longer ones are dropped unread."""
     max_image_bytes: int = 64 * 2**20
-    """Largest encoded picture, in bytes."""
+    """Largest encoded image, in bytes."""
 
     def __post_init__(self):
         try:
@@ -96,19 +96,19 @@ class Part:
 
     split: str
     files: tuple[Path, ...]
-    """Files with pictures or rows, in reading order; the folder itself for folders of pictures."""
+    """Files with images or rows, in reading order; the folder itself for folders of images."""
     texts: Path | None = None
     """The captions, where they are in a file of their own."""
     root: Path = Path()
     """What relative paths start from, unless `image_root` is set."""
     inventory: Inventory | None = field(default=None, compare=False, repr=False)
-    """The files below a folder of pictures."""
+    """The files below a folder of images."""
     fetch: Callable[[Sequence[Path]], Iterator[Path]] | None = field(default=None, compare=False, repr=False)
     """Of shards elsewhere: brings each file, which is here until the next is asked for."""
 
     @property
     def has_images(self) -> bool:
-        """False for the texts of a test split that come without pictures."""
+        """False for the texts of a test split that come without images."""
         return bool(self.files)
 
 

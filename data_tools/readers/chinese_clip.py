@@ -1,7 +1,7 @@
 """Chinese-CLIP: `{split}_imgs.tsv` (`image_id<TAB>base64`) and `{split}_texts.jsonl`.
 
-A line of texts is `{"text_id": 8428, "text": "...", "image_ids": [1076345]}`: a text may belong to several pictures
-and a picture to several texts. https://github.com/OFA-Sys/Chinese-CLIP, section "data preparation".
+A line of texts is `{"text_id": 8428, "text": "...", "image_ids": [1076345]}`: a text may belong to several images
+and an image to several texts. https://github.com/OFA-Sys/Chinese-CLIP, section "data preparation".
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ META = {"source": "chinese_clip"}
 
 
 def read(part: Part, options: ReaderOptions, meter: Meter) -> Iterator[Item]:
-    """One record a picture with all its texts; without a file of pictures, one a text with an empty `image`."""
+    """One record an image with all its texts; without a file of images, one a text with an empty `image`."""
 
     def parse(line: Line, where: str) -> tuple[list[str], str] | Problem:
         row = _parse_text(line, where, options)

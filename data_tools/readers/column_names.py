@@ -136,7 +136,7 @@ PATHS = (
     ),
     *("主图路径", "主图文件"),
 )
-PICTURES = (
+IMAGES = (
     *(
         "image",
         "img",
@@ -190,12 +190,12 @@ def find_column(names: Sequence[str], known: Sequence[str], chosen: str = "") ->
 
 
 def has_known_columns(names: Sequence[str], image_column: str = "") -> bool:
-    """True if a row with these columns says where its picture is."""
-    return bool(find_column(names, (*URLS, *PATHS, *PICTURES, *PHOTOS, "image_id"), image_column))
+    """True if a row with these columns says where its image is."""
+    return bool(find_column(names, (*URLS, *PATHS, *IMAGES, *PHOTOS, "image_id"), image_column))
 
 
 def is_line_drawing(names: Sequence[str]) -> bool:
-    """True if rows hold a drawing beside the picture."""
+    """True if rows hold a drawing beside the image."""
     drawing = find_column(names, DRAWINGS)
     pair = bool(drawing) and any(find_column(names, (p,)) not in ("", drawing) for p in PHOTOS)
     return pair or {"source", "target"} <= set(map(normal, names))

@@ -1,7 +1,7 @@
 """A row with named columns to a Record: the names that CSV, JSONL and parquet files use for the same things.
 
 Known forms: Wukong `url,caption`; open_clip `filepath<TAB>title`; DALL-E lists `image_path, sentences`; BriVL
-`image_id` as a path, `sentences` as [kind, text] pairs; Hugging Face imagefolder `file_name, text` and pictures as
+`image_id` as a path, `sentences` as [kind, text] pairs; Hugging Face imagefolder `file_name, text` and images as
 `{"bytes", "path"}`; line drawings `pd_line_drawing, pd_realistic_drawing, pd_title` and diffusers
 `conditioning_image, image, text`; catalogues of shops in English and Chinese. Names are in `column_names.py`.
 """
@@ -27,10 +27,10 @@ from data_tools.readers.base import (
 from data_tools.readers.column_names import (
     CAPTIONS,
     DRAWINGS,
+    IMAGES,
     KEYS,
     PATHS,
     PHOTOS,
-    PICTURES,
     URLS,
     find_column,
     normal,
@@ -63,21 +63,19 @@ class RowReader:
         self.key = find_column(names, KEYS, options.key_column)
         self.caption = find_column(names, CAPTIONS, options.caption_column)
         self.drawing = ""
-        known = (*PATHS, *PICTURES, *URLS)
+        known = (*PATHS, *IMAGES, *URLS)
         if drawing:
             self.drawing = find_column(names, DRAWINGS) or "source"
-            known = tuple(n for n in (*PHOTOS, *PATHS, *PICTURES) if normal(n) != normal(self.drawing))
-        self.picture = find_column(names, known, options.image_column)
-        if not self.picture and normal(self.key) == "imageid":  # BriVL: the id is the path
-            self.picture, self.key = self.key, ""
-        self.holds_urls = bool(self.picture) and bool(find_column([self.picture], URLS))
-        self.used = {self.key, self.caption, self.picture, self.drawing} - {""}
+            known = tuple(n for n in (*PHOTOS, *PATHS, *IMAGES) if normal(n) != normal(self.drawing))
+        self.image = find_column(names, known, options.image_column)
+        if not self.image and normal(self.key) == "imageid":  # BriVL: the id is the path
+            self.image, self.key = self.key, ""
+        self.holds_urls = bool(self.image) and bool(find_column([self.image], URLS))
+        self.used = {self.key, self.caption, self.image, self.drawing} - {""}
 
     def record(self, row: dict[str, Any], where: str, fallback_key: str) -> Item:
         """The row's record or problem; `fallback_key` names a row that has neither an id, a path nor a url."""
-        for column in filter(
-            None, (self.picture, self.drawing)
-        ):  # a row that is lost has named its files too
+        for column in filter(None, (self.image, self.drawing)):  # a row that is lost has named its files too
             self._mark(row.get(column))
         captions = caption_list(row.get(self.caption)) if self.caption else ()
         if captions is None:
@@ -89,7 +87,7 @@ class RowReader:
             )
         meta = {"source": self.source}
         meta |= plain({k: v for k, v in row.items() if k not in self.used and not isinstance(v, bytes)})
-        value, key = row.get(self.picture), self._key(row)
+        value, key = row.get(self.image), self._key(row)
         if self.key and not key:
             return problem(where, "", "missing_id")
         if isinstance(value, list) and len(value) == 1:
@@ -114,14 +112,14 @@ class RowReader:
     def _bytes(self, value: Any, where: str, key: str) -> bytes | Problem:
         """Bytes, `{"bytes", "path"}`, base64 or a path."""
         if isinstance(value, dict):
-            value = value.get("bytes") or value.get("path")  # an empty picture may still have a path
+            value = value.get("bytes") or value.get("path")  # an empty image may still have a path
         if value is None or value == "" or value == b"":
-            return problem(where, key, "empty_image" if self.picture else "no_image")
+            return problem(where, key, "empty_image" if self.image else "no_image")
         if isinstance(value, (bytes, bytearray)):
             return bytes(value)
         if not isinstance(value, str):
-            return problem(where, key, "bad_value", f"{self.picture} is a {type(value).__name__}")
-        if "base64" in self.picture.lower() or looks_like_base64(value):
+            return problem(where, key, "bad_value", f"{self.image} is a {type(value).__name__}")
+        if "base64" in self.image.lower() or looks_like_base64(value):
             try:
                 return decode_base64(value.encode())
             except ValueError as error:
@@ -158,7 +156,7 @@ class RowReader:
             return drawing
         suffix = sniff(drawing)
         if not suffix:
-            return problem(where, key, "not_an_image", "the drawing is no picture")
+            return problem(where, key, "not_an_image", "the drawing is no image")
         return {f"drawing.{suffix}": drawing}
 
 
@@ -192,7 +190,7 @@ def plain(value: Any, depth: int = 0) -> Any:
 
 
 def looks_like_base64(value: str) -> bool:
-    """True for a data URI or a long text whose first bytes decode to a known kind of picture."""
+    """True for a data URI or a long text whose first bytes decode to a known kind of image."""
     head = value[:400].translate(_SPACES)[:64]
     if head[:5].lower() == "data:":
         return True
@@ -206,7 +204,7 @@ def looks_like_base64(value: str) -> bool:
 
 
 def _key_of_path(value: Any) -> str:
-    """The path without its picture suffix, so that `a/1.jpg` and `b/1.jpg` stay apart; "" for bytes."""
+    """The path without its image suffix, so that `a/1.jpg` and `b/1.jpg` stay apart; "" for bytes."""
     if isinstance(value, dict):
         value = None if value.get("bytes") else value.get("path")
     if not isinstance(value, str) or len(value) > 4096 or looks_like_base64(value):

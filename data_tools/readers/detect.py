@@ -55,7 +55,7 @@ BY_PRODUCTS += ("roundtrip.png", "scores.jsonl")
 class Source:
     """A recognised source: iterate it for all items, or read one part at a time.
 
-    The records of a test split without pictures, and of lists of urls, have an empty `image`.
+    The records of a test split without images, and of lists of urls, have an empty `image`.
     """
 
     path: Path | str
@@ -138,7 +138,7 @@ class Source:
 
     @property
     def num_bytes(self) -> int:
-        """Size of the files that are read, 0 for folders of pictures, whose files are counted when they are listed."""
+        """Size of the files that are read, 0 for folders of images, whose files are counted when they are listed."""
         return sum(max(size, 0) for _, size in self.named_files)
 
     @property

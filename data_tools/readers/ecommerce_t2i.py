@@ -1,6 +1,6 @@
 """Tianchi ECommerce-T2I (MUGE): `T2I_{train,val,test}.text.tsv` or `.txt.tsv` and `.img.tsv`, without headers.
 
-Texts are `img_id<TAB>description`, pictures `img_id<TAB>base64` in the url-safe or the standard alphabet. The two are
+Texts are `img_id<TAB>description`, images `img_id<TAB>base64` in the url-safe or the standard alphabet. The two are
 joined by id, a 32-digit hex string in the published files and any text here, in any order.
 """
 
@@ -23,7 +23,7 @@ META = {"source": "ecommerce_t2i"}
 
 
 def read(part: Part, options: ReaderOptions, meter: Meter) -> Iterator[Item]:
-    """Records of the joined files; of a test split, which has no pictures, records with an empty `image`."""
+    """Records of the joined files; of a test split, which has no images, records with an empty `image`."""
 
     def parse(line: Line, where: str) -> tuple[list[str], str] | Problem:
         parsed = _parse_text(line, where, options)
@@ -33,11 +33,11 @@ def read(part: Part, options: ReaderOptions, meter: Meter) -> Iterator[Item]:
         yield from _texts_alone(part, options, meter)
         return
     if part.texts is None:
-        for picture in read_base64_rows(part.files[0], options, meter, META):
-            if isinstance(picture.image, Problem):
-                yield picture.image
+        for image in read_base64_rows(part.files[0], options, meter, META):
+            if isinstance(image.image, Problem):
+                yield image.image
             else:
-                yield make_record(picture.identifier, picture.image, (), picture.meta, picture.where, options)
+                yield make_record(image.identifier, image.image, (), image.meta, image.where, options)
         return
     index = TextIndex(part.texts, parse, options)
     try:

@@ -72,13 +72,13 @@ def grouped(paths: Sequence[Path], root: Path | None = None) -> list[Part]:
 # --- joined pairs of files -------------------------------------------------------------------------------------
 
 
-def _joined(pictures: re.Pattern, texts: re.Pattern) -> Finder:
+def _joined(images: re.Pattern, texts: re.Pattern) -> Finder:
     """Parts from pairs of files that share the name before the suffix; a file that is named brings its partner."""
 
     def find(folder: Folder) -> list[Part]:
         found: dict[str, dict[str, Path]] = {}
         for name in folder.inventory.at_top:
-            for kind, pattern in (("pictures", pictures), ("texts", texts)):
+            for kind, pattern in (("pictures", images), ("texts", texts)):
                 if match := pattern.fullmatch(name):
                     found.setdefault(match.group(1), {}).setdefault(kind, folder.root / name)
         parts = []
@@ -120,7 +120,7 @@ def _is_table(path: Path, options: ReaderOptions) -> bool:
 
 
 def _is_json_lines(path: Path, options: ReaderOptions) -> bool:
-    """Its first line says where a picture is: most files of JSON are something else."""
+    """Its first line says where an image is: most files of JSON are something else."""
     if options.format == "jsonl" and path.suffix.lower() != ".json":
         return True
     return has_known_columns(json_fields(path, options) or [], options.image_column)

@@ -29,7 +29,7 @@ from data_tools.readers.inventory import Inventory, image_stems, take_inventory
 
 META = {"source": "folder"}
 MAX_CAPTION_BYTES = 1 << 20
-PICTURE_FOLDERS, CAPTION_FOLDERS = ("images", "image", "imgs"), ("captions", "caption", "texts", "labels")
+IMAGE_FOLDERS, CAPTION_FOLDERS = ("images", "image", "imgs"), ("captions", "caption", "texts", "labels")
 
 
 class Image(NamedTuple):
@@ -77,7 +77,7 @@ def _image_stem(stem: str, folders: set[str]) -> str:
     """`captions/a` belongs to `images/a` where the two folders stand side by side."""
     head, slash, tail = stem.partition("/")
     if slash and head in CAPTION_FOLDERS:
-        for folder in PICTURE_FOLDERS:
+        for folder in IMAGE_FOLDERS:
             if folder in folders:
                 return f"{folder}/{tail}"
     return stem
@@ -126,7 +126,7 @@ def _captions(
 
 def _short_key(stem: str) -> str:
     head, slash, tail = stem.partition("/")
-    return tail if slash and head in PICTURE_FOLDERS else stem
+    return tail if slash and head in IMAGE_FOLDERS else stem
 
 
 def _is_plain(name: str) -> bool:

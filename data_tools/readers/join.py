@@ -1,7 +1,7 @@
-"""Pictures in one file, texts in another, joined by id in any order: the index of texts that makes it one pass.
+"""Images in one file, texts in another, joined by id in any order: the index of texts that makes it one pass.
 
-21 bytes a text row stay in memory (hash of the id, place in the file, line, seen or not); neither the pictures nor
-the texts do. A text is read again from its place when its picture comes, so two ids of one hash cannot be confused.
+21 bytes a text row stay in memory (hash of the id, place in the file, line, seen or not); neither the images nor
+the texts do. A text is read again from its place when its image comes, so two ids of one hash cannot be confused.
 """
 
 from array import array
@@ -24,16 +24,16 @@ from data_tools.readers.base import (
     make_record,
 )
 
-# Parses one line of the texts to (ids of its pictures, caption), or says why not.
+# Parses one line of the texts to (ids of its images, caption), or says why not.
 TextParser = Callable[[Line, str], tuple[list[str], str] | Problem]
 
 MAX_CAPTIONS = (
-    1000  # of one picture; the texts beyond are reported as left without one, so reading stays linear
+    1000  # of one image; the texts beyond are reported as left without one, so reading stays linear
 )
 
 
 class TextIndex:
-    """Where in the file of texts the captions of a picture are, and which texts no picture came for."""
+    """Where in the file of texts the captions of an image are, and which texts no image came for."""
 
     def __init__(self, path: Path, parse: TextParser, options: ReaderOptions):
         self.path, self._parse, self._options = path, parse, options
@@ -79,8 +79,8 @@ class TextIndex:
             raise ValueError(f"{self.path} changed while it was read: start again when it is complete")
         return parsed
 
-    def without_picture(self) -> Iterator[Problem]:
-        """The texts no picture came for, in the order of the file."""
+    def without_image(self) -> Iterator[Problem]:
+        """The texts no image came for, in the order of the file."""
         rows = np.flatnonzero(~self._seen)
         for row in rows[np.argsort(self._offsets[rows], kind="stable")]:
             for identifier in self._ids_of_hash(row):
@@ -98,8 +98,8 @@ def _view(values: array) -> np.ndarray:
     return np.frombuffer(values, f"u{values.itemsize}") if values else np.zeros(0, f"u{values.itemsize}")
 
 
-class Picture(NamedTuple):
-    """A row of the file of pictures before its texts are known."""
+class GeneratedImage(NamedTuple):
+    """A row of the file of images before its texts are known."""
 
     identifier: str
     where: str
@@ -108,42 +108,40 @@ class Picture(NamedTuple):
 
 
 def join(
-    index: TextIndex, pictures: Iterable[Picture], options: ReaderOptions, meter: Meter
+    index: TextIndex, images: Iterable[GeneratedImage], options: ReaderOptions, meter: Meter
 ) -> Iterator[Item]:
-    """Rows of the file of texts that are lost, then one item a picture, then the texts left without a picture."""
+    """Rows of the file of texts that are lost, then one item an image, then the texts left without an image."""
     yield from index.build(meter)
-    for picture in pictures:
-        captions = index.captions(picture.identifier) if picture.identifier else []
-        if isinstance(picture.image, Problem):
-            yield picture.image
+    for image in images:
+        captions = index.captions(image.identifier) if image.identifier else []
+        if isinstance(image.image, Problem):
+            yield image.image
         elif not captions and options.captions == "required":
-            what = f"id {picture.identifier[:80]!r} is not in {index.path.name}"
-            yield problem(picture.where, picture.identifier, "no_caption", what)
+            what = f"id {image.identifier[:80]!r} is not in {index.path.name}"
+            yield problem(image.where, image.identifier, "no_caption", what)
         else:
-            yield make_record(
-                picture.identifier, picture.image, captions, picture.meta, picture.where, options
-            )
-    yield from index.without_picture()
+            yield make_record(image.identifier, image.image, captions, image.meta, image.where, options)
+    yield from index.without_image()
 
 
 def read_base64_rows(
     path: Path, options: ReaderOptions, meter: Meter, meta: dict[str, Any]
-) -> Iterator[Picture]:
-    """`id<TAB>base64` of each line; the meta of a picture is a copy of `meta`."""
+) -> Iterator[GeneratedImage]:
+    """`id<TAB>base64` of each line; the meta of an image is a copy of `meta`."""
     for line in iter_lines(path, options.max_row_bytes, meter):
         where = f"{path.name}:{line.number}"
         if line.data is None:
-            yield Picture("", where, problem(where, "", "row_too_large"), {})
+            yield GeneratedImage("", where, problem(where, "", "row_too_large"), {})
             continue
         fields = line.data.split(b"\t")
         identifier = decode_text(fields[0].strip(), options.encoding, where)
         if isinstance(identifier, Problem):
-            yield Picture("", where, identifier, {})
+            yield GeneratedImage("", where, identifier, {})
         else:
-            yield Picture(identifier, where, _picture_bytes(fields, identifier, where), dict(meta))
+            yield GeneratedImage(identifier, where, _image_bytes(fields, identifier, where), dict(meta))
 
 
-def _picture_bytes(fields: list[bytes], identifier: str, where: str) -> bytes | Problem:
+def _image_bytes(fields: list[bytes], identifier: str, where: str) -> bytes | Problem:
     if len(fields) != 2:
         return problem(where, identifier, "bad_column_count", f"{len(fields)} columns instead of 2")
     if not identifier:
@@ -152,7 +150,7 @@ def _picture_bytes(fields: list[bytes], identifier: str, where: str) -> bytes | 
 
 
 def base64_image(field: bytes, where: str, key: str) -> bytes | Problem:
-    """The picture in a base64 field, or why there is none."""
+    """The image in a base64 field, or why there is none."""
     if not field.strip():
         return problem(where, key, "empty_image")
     try:

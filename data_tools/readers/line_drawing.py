@@ -2,7 +2,7 @@
 
 Parquet: columns `pd_line_drawing, pd_realistic_drawing, pd_title` (GoodsLine2Real) or `conditioning_image, image,
 text` (diffusers), paths or bytes. Folders: `source/ target/ prompt.json` of the ControlNet tutorial, or a folder of
-drawings beside one of photos with the same names and `titles.tsv`. The photo is the record's picture; the drawing is
+drawings beside one of photos with the same names and `titles.tsv`. The photo is the record's image; the drawing is
 its member `drawing.png`. Ids need not be contiguous: names join the two, numbers are never counted.
 """
 
@@ -134,6 +134,6 @@ def _read_pair(
             return data
     suffix = sniff(parts[1])
     if not suffix:
-        return problem(_where(drawing), stem, "not_an_image", "the drawing is no picture")
+        return problem(_where(drawing), stem, "not_an_image", "the drawing is no image")
     captions = [title] if title.strip() else []
     return make_record(stem, parts[0], captions, dict(META), where, options, {f"drawing.{suffix}": parts[1]})

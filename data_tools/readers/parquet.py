@@ -1,6 +1,6 @@
-"""Parquet tables: pictures as bytes, as Hugging Face `{"bytes", "path"}`, as paths or urls; column names as in CSV.
+"""Parquet tables: images as bytes, as Hugging Face `{"bytes", "path"}`, as paths or urls; column names as in CSV.
 
-Read in batches of 64 rows, so memory holds some pictures, never the table.
+Read in batches of 64 rows, so memory holds some images, never the table.
 """
 
 from collections.abc import Iterator

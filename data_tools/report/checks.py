@@ -56,7 +56,7 @@ class Wants:
 
     @property
     def reads_text(self) -> bool:
-        """False for stage 1 and the judge, which look at pictures alone."""
+        """False for stage 1 and the judge, which look at images alone."""
         return self.kind in ("generator", "ranker")
 
 
@@ -116,7 +116,7 @@ def share(part: float, whole: float) -> str:
 
 
 def check_rows(facts: Sequence[Facts], path: Path, source_format: str) -> Iterator[Finding]:
-    """Rows that cannot be read, pictures and captions that are missing, the form of the source."""
+    """Rows that cannot be read, images and captions that are missing, the form of the source."""
     kept = sum(fact.kept for fact in facts)
     reasons = sum((fact.reasons for fact in facts), Counter())
     for reason in LEFT_OUT:
@@ -127,11 +127,11 @@ def check_rows(facts: Sequence[Facts], path: Path, source_format: str) -> Iterat
     for reason, count in reasons.most_common():
         level = "stop" if lost > max(20, 0.05 * (kept + lost)) else "spoil"
         yield Finding(level, f"{share(count, kept + lost)} rows cannot be used: {reason}", HINTS[reason])
-    without = sum(fact.without_picture for fact in facts)
+    without = sum(fact.without_image for fact in facts)
     if without:
         level = "stop" if without == kept else "spoil"
         todo = f"fetch them with python -m data_tools.download {path} DST"
-        yield Finding(level, f"{share(without, kept)} rows have a url or a text and no picture", todo)
+        yield Finding(level, f"{share(without, kept)} rows have a url or a text and no image", todo)
     if source_format != "webdataset":
         todo = f"python -m data_tools.shard {path} DST --val-share 0.1"
         yield Finding("stop", f"{path} is {source_format}, and training reads shards", todo)
@@ -187,13 +187,13 @@ def check_captions(facts: Sequence[Facts]) -> Iterator[Finding]:
         )
 
 
-def check_pictures(facts: Sequence[Facts]) -> Iterator[Finding]:
-    """Formats the loader cannot read, blank, blurred and cropped pictures."""
-    pictures = np.concatenate([fact.pictures for fact in facts])
-    count = len(pictures)
+def check_images(facts: Sequence[Facts]) -> Iterator[Finding]:
+    """Formats the loader cannot read, blank, blurred and cropped images."""
+    images = np.concatenate([fact.images for fact in facts])
+    count = len(images)
     if not count:
         return
-    foreign = Counter(FORMATS[i] for i in pictures["format"] if FORMATS[i] not in TRAINER_FORMATS)
+    foreign = Counter(FORMATS[i] for i in images["format"] if FORMATS[i] not in TRAINER_FORMATS)
     if foreign:
         names = ", ".join(f"{n} {name}" for name, n in foreign.most_common())
         yield Finding(
@@ -202,7 +202,7 @@ def check_pictures(facts: Sequence[Facts]) -> Iterator[Finding]:
             "python -m data_tools.shard SRC DST",
         )
     flags = flag_counts(facts)
-    clean = "python -m data_tools.clean SRC DST --rules shop flags them; --pictures.drop-flags drops them"
+    clean = "python -m data_tools.clean SRC DST --rules shop flags them; --images.drop-flags drops them"
     for name, text in (
         ("near_constant", "blank"),
         ("blurred", "blurred or enlarged"),
@@ -210,29 +210,29 @@ def check_pictures(facts: Sequence[Facts]) -> Iterator[Finding]:
     ):
         if flags[name] > 0.01 * count:
             level: Level = "note" if name == "watermark" else "spoil"
-            yield Finding(level, f"{share(flags[name], count)} pictures are {text}", clean)
-    aspect = pictures["width"] / np.maximum(pictures["height"], 1)
+            yield Finding(level, f"{share(flags[name], count)} images are {text}", clean)
+    aspect = images["width"] / np.maximum(images["height"], 1)
     long = int((np.maximum(aspect, 1 / np.maximum(aspect, 1e-9)) > 2).sum())
     if long > 0.02 * count:
-        what = f"{share(long, count)} pictures are more than twice as long as wide: the centre crop loses half of them"
-        yield Finding(
-            "spoil", what, "python -m data_tools.shard SRC DST --resize pad keeps the whole picture"
-        )
+        what = f"{share(long, count)} images are more than twice as long as wide: the centre crop loses half of them"
+        yield Finding("spoil", what, "python -m data_tools.shard SRC DST --resize pad keeps the whole image")
 
 
 def check_likeness(alike: Likeness, facts: Sequence[Facts]) -> Iterator[Finding]:
-    """Duplicates, and pictures of validation that are in training."""
+    """Duplicates, and images of validation that are in training."""
     count = sum(len(fact.rows) for fact in facts)
     todo = "python -m data_tools.dedup SRC DST"
     if alike.across:
-        what = f"{alike.across} pairs of like pictures lie in different splits: validation is answered from memory"
+        what = (
+            f"{alike.across} pairs of like images lie in different splits: validation is answered from memory"
+        )
         yield Finding("spoil", what, f"{todo} takes them out of train")
     if alike.exact > 0.005 * count:
-        yield Finding("spoil", f"{share(alike.exact, count)} pictures are there more than once", todo)
+        yield Finding("spoil", f"{share(alike.exact, count)} images are there more than once", todo)
     elif alike.near > 0.02 * count:
         yield Finding(
             "note",
-            f"{alike.near} pairs of pictures look alike",
+            f"{alike.near} pairs of images look alike",
             f"look at them with data_tools.stats; {todo}",
         )
 
@@ -298,16 +298,16 @@ def _batches(wants: Wants, samples: int) -> Iterator[Finding]:
 
 
 def _sizes(wants: Wants, facts: Sequence[Facts]) -> Iterator[Finding]:
-    pictures = np.concatenate([fact.pictures for fact in facts])
-    shorter = np.minimum(pictures["width"], pictures["height"])
+    images = np.concatenate([fact.images for fact in facts])
+    shorter = np.minimum(images["width"], images["height"])
     small = int((shorter < wants.image_size).sum())
     if small > 0.02 * len(shorter):
-        what = f"{share(small, len(shorter))} pictures are smaller than the {wants.image_size} pixels of the training"
-        todo = f"python -m data_tools.clean SRC DST --pictures.min-side {wants.image_size}, or train at a smaller size"
-        yield Finding("spoil", what, f"{todo}: enlarged pictures teach blur")
+        what = f"{share(small, len(shorter))} images are smaller than the {wants.image_size} pixels of the training"
+        todo = f"python -m data_tools.clean SRC DST --images.min-side {wants.image_size}, or train at a smaller size"
+        yield Finding("spoil", what, f"{todo}: enlarged images teach blur")
     large = float(np.median(shorter)) if len(shorter) else 0
     if large > 4 * wants.image_size:
-        what = f"half of the pictures have over {large:g} pixels where training takes {wants.image_size}"
+        what = f"half of the images have over {large:g} pixels where training takes {wants.image_size}"
         todo = f"python -m data_tools.shard SRC DST --size {2 * wants.image_size}: reading gets faster"
         yield Finding("note", what, todo)
 

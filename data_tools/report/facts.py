@@ -1,4 +1,4 @@
-"""What is measured of a source for its report: captions, attributes, labels, pictures; one pass, 130 bytes a sample."""
+"""What is measured of a source for its report: captions, attributes, labels, images; one pass, 130 bytes a sample."""
 
 from array import array
 from collections import Counter
@@ -10,17 +10,17 @@ import numpy as np
 from PIL import Image
 
 from data_tools.images.decode import BadImage, ImageLimits, decode, image_size
-from data_tools.images.phash import picture_signature
+from data_tools.images.phash import image_signature
 from data_tools.ingest.records import Problem, Record, problem
 from data_tools.report.pair_facts import densities, drawing_density, missing_ids, number_of
 from data_tools.report.token_count import CountTokens
 from data_tools.rules.captions import han_share, special_characters
+from data_tools.rules.images import grey256, sharpness, tiling
 from data_tools.rules.lexicon import Lexicon
-from data_tools.rules.pictures import grey256, sharpness, tiling
 from data_tools.rules.titles import TitleNormaliser
 
 FORMATS = ("jpg", "png", "webp", "gif", "bmp", "tiff", "avif", "heic")
-PICTURE = np.dtype(
+IMAGE = np.dtype(
     [
         ("width", "<u4"),
         ("height", "<u4"),
@@ -34,7 +34,7 @@ PICTURE = np.dtype(
         ("tiling", "<f4"),
         ("phash", "<u8"),
         ("colours", "u1", 48),
-        ("white_area", "<f4"),  # share of the whole picture that is white
+        ("white_area", "<f4"),  # share of the whole image that is white
         ("line_density", "<f4"),  # of its line drawing; below 0: pair_facts
     ]
 )
@@ -44,7 +44,7 @@ MOST_WORDS = 200_000  # different words that are counted at a time; the rare hal
 
 
 @dataclass(frozen=True)
-class MeasurePicture:
+class MeasureImage:
     """Records to measurements as bytes of PICTURE, or to problems; picklable. `tiled`: watermarks, 8 ms each."""
 
     limits: ImageLimits
@@ -55,36 +55,36 @@ class MeasurePicture:
 
     def one(self, record: Record) -> bytes | Problem:
         try:
-            picture = decode(record.image, self.limits, near=256)
+            image = decode(record.image, self.limits, near=256)
         except BadImage as error:
             return problem(record.where, record.key, error.reason, error.what)
-        found = measure(picture, record, self.tiled)
+        found = measure(image, record, self.tiled)
         found["line_density"] = drawing_density(record, self.limits)
         return found.tobytes()
 
 
-def measure(picture: Image.Image, record: Record, tiled: bool) -> np.ndarray:
-    """One PICTURE of an RGB picture; sizes are those of the file."""
-    found = np.zeros((), PICTURE)
+def measure(image: Image.Image, record: Record, tiled: bool) -> np.ndarray:
+    """One PICTURE of an RGB image; sizes are those of the file."""
+    found = np.zeros((), IMAGE)
     found["width"], found["height"] = image_size(record.image)
     found["bytes"] = len(record.image)
     found["format"] = FORMATS.index(record.suffix)
-    picture.thumbnail((256, 256), Image.Resampling.BOX)
-    pixels = np.asarray(picture)  # (H, W, 3)
+    image.thumbnail((256, 256), Image.Resampling.BOX)
+    pixels = np.asarray(image)  # (H, W, 3)
     ring = ring_pixels(pixels)
     found["mean"], found["background"] = pixels.mean(axis=(0, 1)), np.median(ring, axis=0)
     found["white"] = (ring.min(axis=1) >= WHITE).mean()
     found["white_area"] = (pixels.min(axis=2) >= WHITE).mean()
-    grey = grey256(picture)
+    grey = grey256(image)
     found["sharpness"], found["contrast"] = sharpness(grey), grey.std()
     found["tiling"] = tiling(grey) if tiled else 0.0
-    signature = picture_signature(picture)
+    signature = image_signature(image)
     found["phash"], found["colours"] = signature.phash, np.frombuffer(signature.colours, np.uint8)
     return found
 
 
 def ring_pixels(pixels: np.ndarray) -> np.ndarray:
-    """The outer ring (N, 3) of a picture (H, W, 3): the background on which a product stands."""
+    """The outer ring (N, 3) of an image (H, W, 3): the background on which a product stands."""
     edge = max(1, round(min(pixels.shape[:2]) * RING))
     inside = np.zeros(pixels.shape[:2], bool)
     inside[edge:-edge, edge:-edge] = True
@@ -97,7 +97,7 @@ class Facts:
 
     split: str
     kept: int = 0
-    without_picture: int = 0
+    without_image: int = 0
     without_caption: int = 0
     several_captions: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
@@ -120,16 +120,16 @@ class Facts:
     ids: array = field(default_factory=lambda: array("q"))
     """The number that each id ends in, -1 for none."""
     rows: array = field(default_factory=lambda: array("Q"))
-    """Row of each measured picture in its split, from 0."""
+    """Row of each measured image in its split, from 0."""
     raw: bytearray = field(default_factory=bytearray)
 
     @property
-    def pictures(self) -> np.ndarray:
+    def images(self) -> np.ndarray:
         """All measurements (N,) of dtype PICTURE."""
-        return np.frombuffer(bytes(self.raw), PICTURE)
+        return np.frombuffer(bytes(self.raw), IMAGE)
 
-    def add_picture(self, row: int, measured: bytes) -> None:
-        """What MeasurePicture found."""
+    def add_image(self, row: int, measured: bytes) -> None:
+        """What MeasureImage found."""
         self.rows.append(row)
         self.raw += measured
 
@@ -139,7 +139,7 @@ class Facts:
         """Count a record's captions and the fields `names` of its meta."""
         self.kept += 1
         self.ids.append(number_of(record))
-        self.without_picture += not record.image
+        self.without_image += not record.image
         self.without_caption += not record.captions
         self.several_captions += len(record.captions) > 1
         for caption in record.captions[:1]:
@@ -175,12 +175,12 @@ class Facts:
 
     def numbers(self) -> dict[str, Any]:
         """The counts, JSON-ready."""
-        pictures = self.pictures
+        images = self.images
         captions = max(len(self.chars), 1)
         return {
             "kept": self.kept,
             "dropped": dict(self.reasons),
-            "without_picture": self.without_picture,
+            "without_picture": self.without_image,
             "without_caption": self.without_caption,
             "several_captions": self.several_captions,
             "repeated_captions": self.repeated_captions,
@@ -188,24 +188,22 @@ class Facts:
             "caption_tokens": spread(self.tokens),
             "unknown_token_share": self.unknown_tokens / max(sum(self.tokens), 1),
             "attribute_unnamed_share": {kind: 1 - self.named[kind] / captions for kind in sorted(self.named)},
-            "shorter_side": spread(np.minimum(pictures["width"], pictures["height"])),
-            "aspect": spread(aspects(pictures)),
-            "mean_rgb": [round(float(v) / 255, 4) for v in pictures["mean"].mean(0)]
-            if len(pictures)
+            "shorter_side": spread(np.minimum(images["width"], images["height"])),
+            "aspect": spread(aspects(images)),
+            "mean_rgb": [round(float(v) / 255, 4) for v in images["mean"].mean(0)] if len(images) else None,
+            "ground_rgb": [round(float(v) / 255, 4) for v in images["background"].mean(0)]
+            if len(images)
             else None,
-            "ground_rgb": [round(float(v) / 255, 4) for v in pictures["background"].mean(0)]
-            if len(pictures)
-            else None,
-            "white_grounds": int((pictures["white"] >= 0.9).sum()),
-            "pictures": len(pictures),
-            "white_area": spread(pictures["white_area"]),
+            "white_grounds": int((images["white"] >= 0.9).sum()),
+            "pictures": len(images),
+            "white_area": spread(images["white_area"]),
             "ids": missing_ids(self.ids),
             "drawings": self._drawings(),
         }
 
     def _drawings(self) -> dict[str, Any] | None:
-        """Of line drawings beside the pictures; None where there are none."""
-        found, unreadable = densities(self.pictures["line_density"])
+        """Of line drawings beside the images; None where there are none."""
+        found, unreadable = densities(self.images["line_density"])
         if not found and not unreadable:
             return None
         return {"count": len(found), "unreadable": unreadable, "line_density": spread(found)}
@@ -228,9 +226,9 @@ def words_of(caption: str, lexicon: Lexicon) -> list[str]:
     return found
 
 
-def aspects(pictures: np.ndarray) -> np.ndarray:
+def aspects(images: np.ndarray) -> np.ndarray:
     """Width over height (N,)."""
-    return pictures["width"] / np.maximum(pictures["height"], 1)
+    return images["width"] / np.maximum(images["height"], 1)
 
 
 def spread(values: Sequence[float]) -> dict[str, float] | None:

@@ -1,4 +1,4 @@
-"""What is alike among measured pictures, and which of them to show."""
+"""What is alike among measured images, and which of them to show."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,8 +9,8 @@ from data_tools.dedup import close_pairs
 from data_tools.images.phash import distances
 from data_tools.report.facts import Facts
 
-NEAR = 8  # hash bits: pictures shown as nearest pairs
-COLOURS = 32  # levels by which the colours of near pictures may differ
+NEAR = 8  # hash bits: images shown as nearest pairs
+COLOURS = 32  # levels by which the colours of near images may differ
 Row = tuple[int, int]  # split, number of the row in it
 
 
@@ -19,31 +19,31 @@ class Likeness:
     """What is twice or nearly so, over all splits."""
 
     exact: int
-    """Pictures whose hash and colours another picture has too."""
+    """Images whose hash and colours another image has too."""
     near: int
     """Pairs within NEAR bits, those of equal hashes left out."""
     across: int
-    """Pairs of both kinds whose pictures are in different splits."""
+    """Pairs of both kinds whose images are in different splits."""
     nearest: list[tuple[int, Row, Row]]
-    """(distance, one, other), nearest first, one pair of each two pictures."""
+    """(distance, one, other), nearest first, one pair of each two images."""
 
 
 def likeness(facts: Sequence[Facts], shown: int = 12) -> Likeness:
-    """Duplicates and near pairs among the measured pictures of all splits."""
-    pictures = np.concatenate([f.pictures for f in facts])
+    """Duplicates and near pairs among the measured images of all splits."""
+    images = np.concatenate([f.images for f in facts])
     split = np.repeat(np.arange(len(facts)), [len(f.rows) for f in facts])
     row = np.concatenate([np.array(f.rows, np.int64) for f in facts])
     marks = np.concatenate(
-        [pictures["phash"][:, None].view(np.uint8).reshape(-1, 8), pictures["colours"]], axis=1
+        [images["phash"][:, None].view(np.uint8).reshape(-1, 8), images["colours"]], axis=1
     )
     _, first, place, counts = np.unique(
         marks, axis=0, return_index=True, return_inverse=True, return_counts=True
     )
     place = place.reshape(-1)
-    pairs = first[close_pairs(pictures["phash"][first], pictures["colours"][first], NEAR, COLOURS)]
-    twins = np.flatnonzero(first[place] != np.arange(len(pictures)))
+    pairs = first[close_pairs(images["phash"][first], images["colours"][first], NEAR, COLOURS)]
+    twins = np.flatnonzero(first[place] != np.arange(len(images)))
     same = np.stack([first[place[twins]], twins], axis=1)
-    away = distances(pictures["phash"][pairs[:, 0]], pictures["phash"][pairs[:, 1]])
+    away = distances(images["phash"][pairs[:, 0]], images["phash"][pairs[:, 1]])
     every = np.concatenate([same, pairs[np.argsort(away, kind="stable")]])
     nearest, seen = [], set()
     for (i, j), d in zip(every, [*[0] * len(same), *np.sort(away, kind="stable")], strict=True):
@@ -60,12 +60,12 @@ def examples(facts: Sequence[Facts], count: int = 12) -> dict[str, list[Row]]:
     """Rows to show: some of all, the least sharp, the least contrast, the most tiled."""
     shown: dict[str, list[Row]] = {name: [] for name in ("sample", "blurred", "near_constant", "watermark")}
     for split, fact in enumerate(facts):
-        pictures, rows = fact.pictures, np.array(fact.rows, np.int64)
+        images, rows = fact.images, np.array(fact.rows, np.int64)
         if not len(rows):
             continue
         spaced = np.linspace(0, len(rows) - 1, min(len(rows), 2 * count)).astype(int)
-        faults = {"blurred": pictures["sharpness"] < 0.12, "near_constant": pictures["contrast"] < 4.0}
-        faults["watermark"] = pictures["tiling"] > 0.06
+        faults = {"blurred": images["sharpness"] < 0.12, "near_constant": images["contrast"] < 4.0}
+        faults["watermark"] = images["tiling"] > 0.06
         faults["blurred"] &= ~faults["near_constant"]
         picks = {"sample": spaced} | {name: np.flatnonzero(bad)[:count] for name, bad in faults.items()}
         for name, chosen in picks.items():
@@ -74,12 +74,12 @@ def examples(facts: Sequence[Facts], count: int = 12) -> dict[str, list[Row]]:
 
 
 def flag_counts(facts: Sequence[Facts]) -> dict[str, int]:
-    """Pictures that data_tools.clean --rules shop would flag."""
-    pictures = np.concatenate([fact.pictures for fact in facts])
-    blank = pictures["contrast"] < 4.0
-    blurred = (pictures["sharpness"] < 0.12) & ~blank
+    """Images that data_tools.clean --rules shop would flag."""
+    images = np.concatenate([fact.images for fact in facts])
+    blank = images["contrast"] < 4.0
+    blurred = (images["sharpness"] < 0.12) & ~blank
     return {
         "near_constant": int(blank.sum()),
         "blurred": int(blurred.sum()),
-        "watermark": int(((pictures["tiling"] > 0.06) & ~blank).sum()),
+        "watermark": int(((images["tiling"] > 0.06) & ~blank).sum()),
     }

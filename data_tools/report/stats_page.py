@@ -1,4 +1,4 @@
-"""The page of data_tools.stats: tables, plots and example pictures, all inside one file."""
+"""The page of data_tools.stats: tables, plots and example images, all inside one file."""
 
 import colorsys
 from collections import Counter
@@ -13,7 +13,7 @@ from common.language import Words
 from data_tools.images.decode import BadImage, decode, encode, resize
 from data_tools.ingest.records import Record
 from data_tools.report import svg
-from data_tools.report.facts import FORMATS, PICTURE, Facts, aspects
+from data_tools.report.facts import FORMATS, IMAGE, Facts, aspects
 from data_tools.report.likeness import COLOURS, NEAR, Likeness, Row
 from data_tools.rules.lexicon import load_lexicon
 
@@ -58,7 +58,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Cell:
-    """A picture of a gallery: its address, "" where it cannot be decoded for `reason`."""
+    """An image of a gallery: its address, "" where it cannot be decoded for `reason`."""
 
     caption: str
     name: str
@@ -98,7 +98,7 @@ def page(report: Report, words: Words) -> str:
 
 
 def _all(facts: Sequence[Facts]) -> np.ndarray:
-    return np.concatenate([fact.pictures for fact in facts]) if facts else np.zeros(0, PICTURE)
+    return np.concatenate([fact.images for fact in facts]) if facts else np.zeros(0, IMAGE)
 
 
 def _joined(facts: Sequence[Facts], name: str, kind: type) -> np.ndarray:
@@ -124,7 +124,7 @@ def _overview(numbers: Mapping[str, Any], words: Words) -> list[tuple[str, list[
         ("mean colour R G B, 0 to 1", lambda s: _rgb(s["mean_rgb"])),
         ("background colour R G B, 0 to 1", lambda s: _rgb(s["ground_rgb"])),
         (
-            "white pixels of a picture, median",
+            "white pixels of an image, median",
             lambda s: f"{s['white_area']['median']:.1%}" if s["white_area"] else "-",
         ),
         ("line drawings, unreadable ones", lambda s: _drawings(s["drawings"])),
@@ -223,47 +223,47 @@ def _fields(facts: Sequence[Facts], words: Words) -> Section | None:
 
 
 def _sizes(facts: Sequence[Facts], words: Words) -> Section | None:
-    pictures = _all(facts)
-    if not len(pictures):
+    images = _all(facts)
+    if not len(images):
         return None
-    shorter = np.minimum(pictures["width"], pictures["height"]).astype(np.int64)
-    formats = Counter(FORMATS[i] for i in pictures["format"])
-    kib = pictures["bytes"] / 1024
+    shorter = np.minimum(images["width"], images["height"]).astype(np.int64)
+    formats = Counter(FORMATS[i] for i in images["format"])
+    kib = images["bytes"] / 1024
     charts = [
-        svg.scatter(pictures["width"], pictures["height"], words("width"), words("height in pixels")),
+        svg.scatter(images["width"], images["height"], words("width"), words("height in pixels")),
         svg.histogram(
             shorter, words("shorter side in pixels"), limits=(0, float(np.percentile(shorter, 99.5)))
         ),
         svg.histogram(
-            np.log2(aspects(pictures)), words("log2 of width over height: 0 is square"), limits=(-2, 2)
+            np.log2(aspects(images)), words("log2 of width over height: 0 is square"), limits=(-2, 2)
         ),
         svg.histogram(kib, words("file size in KiB"), limits=(0, np.percentile(kib, 99.5))),
         svg.bars(formats.most_common(), words("formats"), width=320),
     ]
-    return Section("Picture sizes", charts=[Chart(chart) for chart in charts])
+    return Section("Image sizes", charts=[Chart(chart) for chart in charts])
 
 
 def _colours(facts: Sequence[Facts], words: Words) -> Section | None:
-    pictures = _all(facts)
-    if not len(pictures):
+    images = _all(facts)
+    if not len(images):
         return None
-    means, backgrounds = pictures["mean"], pictures["background"]
+    means, backgrounds = images["mean"], images["background"]
     bright, background = (
-        words("mean brightness of a picture, 0 to 1"),
+        words("mean brightness of an image, 0 to 1"),
         words("brightness of the background, 0 to 1"),
     )
     ring = words("white share of the outer ring")
     charts = [
-        Chart(svg.strip(_palette(means), words("mean colours")), words("Mean colours of pictures")),
+        Chart(svg.strip(_palette(means), words("mean colours")), words("Mean colours of images")),
         Chart(
             svg.strip(_palette(backgrounds), words("background colours")), words("Colours of the backgrounds")
         ),
         Chart(_background_bars(backgrounds, words), words("Most frequent backgrounds, as shares")),
         Chart(svg.histogram(means.mean(1) / 255, bright, limits=(0, 1))),
         Chart(svg.histogram(backgrounds.mean(1) / 255, background, limits=(0, 1))),
-        Chart(svg.histogram(pictures["white"], ring, bins=20, limits=(0, 1))),
+        Chart(svg.histogram(images["white"], ring, bins=20, limits=(0, 1))),
     ]
-    said = words("{share} stand on a white background.", share=f"{(pictures['white'] >= 0.9).mean():.1%}")
+    said = words("{share} stand on a white background.", share=f"{(images['white'] >= 0.9).mean():.1%}")
     return Section("Colours and backgrounds", said, charts)
 
 
@@ -299,7 +299,7 @@ def _faults(report: Report, words: Words) -> list[tuple[str, list[Cell]]]:
 
 def _duplicates(alike: Likeness, words: Words) -> str:
     return words(
-        "{exact} pictures look exactly like another one, {near} pairs nearly so (at most {bits} of 64 hash bits and "
+        "{exact} images look exactly like another one, {near} pairs nearly so (at most {bits} of 64 hash bits and "
         "{levels} of 255 levels of colour); {across} pairs lie in different splits.",
         exact=alike.exact,
         near=alike.near,
@@ -316,7 +316,7 @@ def _gallery(rows: Sequence[Row], report: Report) -> list[Cell]:
 def _cell(record: Record, split: str) -> Cell:
     texts = (record.captions[0][:60] if record.captions else "", f"{record.key} ({split})")
     try:
-        picture = resize(decode(record.image, near=2 * THUMBNAIL), "longest", THUMBNAIL)
+        image = resize(decode(record.image, near=2 * THUMBNAIL), "longest", THUMBNAIL)
     except BadImage as error:
         return Cell(*texts, reason=error.reason)
-    return Cell(*texts, data_url(encode(picture, "webp", 80)), *picture.size)
+    return Cell(*texts, data_url(encode(image, "webp", 80)), *image.size)

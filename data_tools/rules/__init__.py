@@ -1,9 +1,9 @@
-"""What a caption and a picture must be to be kept, and the presets: `wukong`, `wukong_food`, `shop`, or a file."""
+"""What a caption and an image must be to be kept, and the presets: `wukong`, `wukong_food`, `shop`, or a file."""
 
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from common.config import from_mapping, read_mapping
 
@@ -64,8 +64,8 @@ class CaptionRules:
 
 
 @dataclass(frozen=True)
-class PictureRules:
-    """Conditions on the picture; 0 switches one off. Flags are measured on at most 256 pixels."""
+class ImageRules:
+    """Conditions on the image; 0 switches one off. Flags are measured on at most 256 pixels."""
 
     min_side: int = 0
     """Smallest shorter side, in pixels."""
@@ -74,15 +74,15 @@ class PictureRules:
     aspect_thumbnail: int = 0
     """Measure the aspect after shrinking into a square of this side, rounding included, as the food recipe does."""
     drop_duplicates: bool = False
-    """Drop a picture with the same bytes as one kept before; near duplicates are the work of data_tools.dedup."""
+    """Drop an image with the same bytes as one kept before; near duplicates are the work of data_tools.dedup."""
     min_sharpness: float = 0.0
-    """Flag `blurred` under this edge sharpness; 0.12 finds four-fold enlargements (see `rules/pictures.py`)."""
+    """Flag `blurred` under this edge sharpness; 0.12 finds four-fold enlargements (see `rules/images.py`)."""
     min_contrast: float = 0.0
     """Flag `near_constant` under this standard deviation of brightness, in levels of 255."""
     max_tiling: float = 0.0
     """Flag `watermark` above this strength of a repeated overlay; 0.06 finds tiled text."""
     drop_flags: tuple[Flag, ...] = ()
-    """Flags that drop the picture; the others are written into its metadata."""
+    """Flags that drop the image; the others are written into its metadata."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -94,17 +94,18 @@ class PictureRules:
             "max_tiling",
         ):
             if getattr(self, name) < 0:
-                raise ValueError(f"pictures.{name} must be 0 or more, not {getattr(self, name)}")
+                raise ValueError(f"images.{name} must be 0 or more, not {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
 class Rules:
     """Both."""
 
+    EARLIER_NAMES: ClassVar = {"pictures": "images"}
     captions: CaptionRules = field(default_factory=CaptionRules)
     """Conditions on captions."""
-    pictures: PictureRules = field(default_factory=PictureRules)
-    """Conditions on pictures."""
+    images: ImageRules = field(default_factory=ImageRules)
+    """Conditions on images."""
 
 
 def rules_path(name: str) -> Path:

@@ -65,7 +65,7 @@ def encode_shards(
 
     encode: (n, 3, S, S) in [-1, 1] -> (n, ...), of which each image's rows (A, ...) become `{key}.{member}`, an .npy;
     picklable where there is a cluster, whose nodes read the source and send whole shards back to this process.
-    Returns {"pictures", "skipped", "shards_kept"} of this process. Raises FileNotFoundError without training shards.
+    Returns {"images", "skipped", "shards_kept"} of this process. Raises FileNotFoundError without training shards.
     """
     jobs = [(split, place) for split in ("train", "val") for place in source.find(split)]
     if not any(split == "train" for split, _ in jobs):

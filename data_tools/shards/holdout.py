@@ -1,7 +1,7 @@
-"""Training and validation samples of one source, which never share a picture.
+"""Training and validation samples of one source, which never share an image.
 
 Where a source names no splits (one tar, a pattern of numbers) a share of its samples is held out by hash of key;
-pictures that stand in both splits are trained on in neither silently: they are left to validation, and that is said.
+images that stand in both splits are trained on in neither silently: they are left to validation, and that is said.
 """
 
 from collections.abc import Callable, Sequence
@@ -80,7 +80,7 @@ def _without(train: ShardIndex, val: ShardIndex) -> ShardIndex:
 
 
 def _are_equal(train: ShardIndex, i: int, val: ShardIndex, j: int) -> bool:
-    """By the picture or its codes: sizes first, which cost no reading."""
+    """By the image or its codes: sizes first, which cost no reading."""
     one, other = train.samples[i].members, val.samples[j].members
     names = [name for name in DATA_SUFFIXES if name in one]
     if not names or any(name not in other or one[name][1] != other[name][1] for name in names):

@@ -62,7 +62,7 @@ class ShardWriter:
     def write(self, record: Record) -> Path | None:
         """Add a sample; returns the path of a shard that this sample completed.
 
-        Raises ValueError for a bad key, a key twice in one shard, or a picture without suffix.
+        Raises ValueError for a bad key, a key twice in one shard, or an image without suffix.
         """
         key = validate_key(record.key)
         if key in self._keys:
@@ -143,7 +143,7 @@ def tar_writer(file: BinaryIO) -> Any:
 
 
 def write_sample(writer: Any, record: Record) -> None:
-    """Picture, further members, caption, meta: one at a time, since the writer would sort them, and readers know by the
+    """Image, further members, caption, meta: one at a time, since the writer would sort them, and readers know by the
     meta, which is last, that the sample of a tar which breaks off is whole."""
     for suffix, data in sample_members(record):
         writer.write({"__key__": record.key, suffix: data})
@@ -153,7 +153,7 @@ def write_sample(writer: Any, record: Record) -> None:
 def sample_members(record: Record) -> list[tuple[str, bytes]]:
     """Suffixes and bytes of a sample's members, in the order in which they are written."""
     if record.image and not record.suffix:
-        raise ValueError(f"{record.where}: the picture of {record.key!r} has no suffix")
+        raise ValueError(f"{record.where}: the image of {record.key!r} has no suffix")
     if "__key__" in record.extra:
         raise ValueError(f"{record.where}: no member may be called {record.key}.__key__")
     members = [(record.suffix, record.image)] if record.image else []

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from data_tools.augment import Chain, PictureAugment
+from data_tools.augment import Chain, ImageAugment
 from data_tools.images.line_drawings import METHODS, extract, resize_lines
 
 LineSource = Literal["none", "given", "canny", "xdog", "contour", "mixed"]
@@ -47,7 +47,7 @@ def without_light(augment: Augment) -> Augment:
     """The same movements; lines keep their levels. What it draws from a generator stays the same."""
     if isinstance(augment, Chain):
         return Chain(tuple(without_light(step) for step in augment.steps))
-    return replace(augment, brightness=0.0) if isinstance(augment, PictureAugment) else augment
+    return replace(augment, brightness=0.0) if isinstance(augment, ImageAugment) else augment
 
 
 def _square(view: Image.Image, side: int) -> np.ndarray:

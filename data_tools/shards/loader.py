@@ -24,7 +24,7 @@ from common.distributed import World
 from common.image import from_levels, resize_square, to_levels
 from common.log import say
 from data_tools.images.decode import BadImage
-from data_tools.images.decode import decode as decode_picture
+from data_tools.images.decode import decode as decode_image
 from data_tools.images.line_drawings import LINE_MEMBER, decode_lines
 from data_tools.shards.captions import ANY_LINE, CaptionChoice
 from data_tools.shards.index import ShardIndex
@@ -263,7 +263,7 @@ def view_lines(members: dict[str, bytes], view: int, num_views: int) -> torch.Te
 def open_image(data: bytes) -> Image.Image:
     """Decode to RGB, upright, transparency on white. Raises CorruptSample, also for a decompression bomb."""
     try:
-        return decode_picture(data)
+        return decode_image(data)
     except BadImage as error:
         raise CorruptSample(f"{error.reason}: {error.what}" if error.what else error.reason) from error
 

@@ -192,7 +192,7 @@ class Journal:
     """What an interrupted run of the same job has finished.
 
     One entry a shard: its split, name and samples, the last row that was consumed when it became whole, and the rows
-    up to it that were lost while their pictures were prepared (those lost in reading are lost again); and `counts`,
+    up to it that were lost while their images were prepared (those lost in reading are lost again); and `counts`,
     what a run counts of kept records, up to that row. Being in one file the two cannot disagree.
     """
 
@@ -209,7 +209,7 @@ class Journal:
         self._lost_since: dict[int, Problem] = {}
 
     def lose(self, row: int, item: Problem) -> None:
-        """A row was lost while its picture was prepared."""
+        """A row was lost while its image was prepared."""
         if row > self.last_row:
             self._lost_since[row] = item
 

@@ -1,8 +1,8 @@
-"""Pictures of `Goods`: outlines drawn at four times the size for smooth edges, light and background by the pixel.
+"""Images of `Goods`: outlines drawn at four times the size for smooth edges, light and background by the pixel.
 
-The marks are drawn as weights of four materials (body, inner, trim, line), reduced to the picture's size,
+The marks are drawn as weights of four materials (body, inner, trim, line), reduced to the image's size,
 and only then coloured: colour = sum of weight x material colour, times the light, over the background. The
-picture's size changes the sampling alone: the same look at 64 and at 128 pixels.
+image's size changes the sampling alone: the same look at 64 and at 128 pixels.
 """
 
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class Look:
     pattern: Pattern
     background: Background
     size: float
-    """Half of the longer side of the goods, 1 = half of the picture."""
+    """Half of the longer side of the goods, 1 = half of the image."""
     center: tuple[float, float]
     """Where in the room that is left, each in [-1, 1]."""
     tilt: float
@@ -41,7 +41,7 @@ class Look:
     """Width over height, relative to the shape's own."""
     flip: bool
     outline: float
-    """Width of the outline in pixels of a 64-pixel picture; 0 draws none."""
+    """Width of the outline in pixels of a 64-pixel image; 0 draws none."""
     light: float
     """Direction the light comes from; 90 is straight above."""
     depth: float
@@ -55,7 +55,7 @@ class Look:
 
 
 def render(goods: Goods, look: Look, image_size: int) -> tuple[Image.Image, np.ndarray]:
-    """An RGB picture of `image_size` pixels a side, and how much of each pixel the goods cover: (S, S) in [0, 1]."""
+    """An RGB image of `image_size` pixels a side, and how much of each pixel the goods cover: (S, S) in [0, 1]."""
     matrix, shift = _placement(goods, look)
     weights = _material_weights(goods, look, matrix, shift, image_size)  # (S, S, 4)
     alpha = np.minimum(weights[..., 0] + weights[..., 1] + weights[..., 2] + weights[..., 3], 1.0)  # (S, S)
@@ -63,12 +63,12 @@ def render(goods: Goods, look: Look, image_size: int) -> tuple[Image.Image, np.n
     goods_rgb = weights[..., :1] * body + weights[..., 1:] @ others  # (S, S, 3), premultiplied
     goods_rgb = _lit(goods_rgb, alpha, _light(goods, look, alpha, matrix, shift))
     background = _background(look, image_size) * (1.0 - _shadow(goods, look, alpha, matrix, shift))[..., None]
-    picture = background * (1.0 - alpha)[..., None] + goods_rgb
-    return Image.fromarray(np.clip(picture + 0.5, 0, 255).astype(np.uint8)), alpha
+    image = background * (1.0 - alpha)[..., None] + goods_rgb
+    return Image.fromarray(np.clip(image + 0.5, 0, 255).astype(np.uint8)), alpha
 
 
 def _placement(goods: Goods, look: Look) -> tuple[np.ndarray, np.ndarray]:
-    """Goods units -> picture units in [-1, 1]: `p @ matrix + shift`, so that the goods stay in the frame."""
+    """Goods units -> image units in [-1, 1]: `p @ matrix + shift`, so that the goods stay in the frame."""
     points = np.concatenate([mark.points for mark in goods.marks])
     low, high = points.min(axis=0), points.max(axis=0)
     half = (high - low) / 2 * np.array([look.stretch, 1.0])
@@ -164,7 +164,7 @@ def _blurred(field: np.ndarray, radius: float) -> np.ndarray:
 
 
 def _slopes(height: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Down and right per picture side, over a step wide enough that the 8 bits of the blur leave no grain."""
+    """Down and right per image side, over a step wide enough that the 8 bits of the blur leave no grain."""
     size = height.shape[0]
     step = max(size // 32, 1)
     padded = np.pad(height, step, mode="edge")

@@ -1,4 +1,4 @@
-"""Outlines of the ten kinds of goods that the synthetic pictures show, as numbers and without any pixels.
+"""Outlines of the ten kinds of goods that the synthetic images show, as numbers and without any pixels.
 
 A shape function draws its proportions from a generator and returns `Goods`: marks in painter's order plus
 creases for the shading. Coordinates are goods units, x to the right and y down, roughly in [-1, 1]; the

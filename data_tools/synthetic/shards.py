@@ -1,12 +1,12 @@
-"""The embedded default: product-like pictures drawn by us, with Chinese captions, as image shards.
+"""The embedded default: product-like images drawn by us, with Chinese captions, as image shards.
 
     python -m data_tools.synthetic data/synthetic
     python -m data_tools.synthetic data/synthetic_128 --image-size 128 --num-train 20000
 
 Ten kinds of goods in ten colours, plain, striped or dotted, on white, grey or wooden background, with
-proportions, size, place, tilt, light and outline drawn at random, so that no two pictures are the same.
+proportions, size, place, tilt, light and outline drawn at random, so that no two images are the same.
 Sample `index` of `seed` is a pure function of the two; validation samples have indices from VAL_START on.
-Nothing is downloaded; the pictures are CC0.
+Nothing is downloaded; the images are CC0.
 """
 
 import functools
@@ -58,7 +58,7 @@ WEBP_QUALITY = 92
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture and what it shows; the fields are keys of KINDS, COLORS, PATTERNS and BACKGROUNDS."""
+    """One image and what it shows; the fields are keys of KINDS, COLORS, PATTERNS and BACKGROUNDS."""
 
     image: Image.Image
     caption: str
@@ -70,18 +70,18 @@ class Sample:
 
 @dataclass(frozen=True)
 class SyntheticOptions:
-    """Which pictures to draw, and where to."""
+    """Which images to draw, and where to."""
 
     dst: tyro.conf.Positional[Path] = Path("data/synthetic")
     """Folder of the shards."""
     num_train: int = 8000
-    """Pictures to train on."""
+    """Images to train on."""
     num_val: int = 500
-    """Pictures held out."""
+    """Images held out."""
     image_size: int = 64
     """Side in pixels."""
     seed: int = 0
-    """Another seed draws other pictures."""
+    """Another seed draws other images."""
     num_workers: int = 0
     """Processes that draw; 0 uses every core."""
 
@@ -122,14 +122,14 @@ def draw_sample(seed: int, index: int, image_size: int = 64) -> Sample:
 def draw_goods(
     rng: np.random.Generator, kind: str, color: str, pattern: str, background: str, image_size: int = 64
 ) -> Image.Image:
-    """A picture of the named goods; the rest is drawn from `rng`. Raises ValueError for unknown names."""
+    """An image of the named goods; the rest is drawn from `rng`. Raises ValueError for unknown names."""
     return draw_masked(rng, kind, color, pattern, background, image_size)[0]
 
 
 def draw_masked(
     rng: np.random.Generator, kind: str, color: str, pattern: str, background: str, image_size: int = 64
 ) -> tuple[Image.Image, np.ndarray]:
-    """The same picture and the share of each pixel that the goods cover: (S, S) in [0, 1]; shadows are none of them."""
+    """The same image and the share of each pixel that the goods cover: (S, S) in [0, 1]; shadows are none of them."""
     for name, table in ((kind, KINDS), (color, COLORS), (pattern, PATTERNS), (background, BACKGROUNDS)):
         if name not in table:
             raise ValueError(f"{name!r} is none of {', '.join(table)}")
@@ -204,18 +204,18 @@ def ensure_synthetic(
     """Make the shards in `dst` where they are missing, saying so, and return `dst`.
 
     Whole shards of an interrupted run are kept; of several processes one draws and the others wait. Raises
-    ValueError where `dst` holds anything else, or synthetic pictures of another recipe.
+    ValueError where `dst` holds anything else, or synthetic images of another recipe.
     """
     options = SyntheticOptions(Path(dst), num_train, num_val, image_size, seed, num_workers)
     recipe = _recipe(options)
     _check_destination(options.dst, recipe)
     if _is_whole(options):
-        print(f"synthetic pictures: {num_train} + {num_val} in {options.dst}, reused", flush=True)
+        print(f"synthetic images: {num_train} + {num_val} in {options.dst}, reused", flush=True)
         return options.dst
     ensure_writable_directory(options.dst)
     with locked(options.dst, waits=True):  # alone among the processes of this machine
         if not _is_whole(options):  # another process may have drawn them while this one waited
-            print(f"synthetic pictures: drawing {num_train} + {num_val} into {options.dst}", flush=True)
+            print(f"synthetic images: drawing {num_train} + {num_val} into {options.dst}", flush=True)
             write_json(options.dst / RECIPE_FILE, recipe)
             _draw_missing(options)
     return options.dst
@@ -234,7 +234,7 @@ def _recipe(options: SyntheticOptions) -> dict[str, Any]:
 
 @functools.cache
 def drawing_fingerprint() -> str:
-    """Changes when the drawing code, or Pillow's, draws other pictures or writes other captions."""
+    """Changes when the drawing code, or Pillow's, draws other images or writes other captions."""
     digest = hashlib.sha256()
     for index in range(16):
         sample = draw_sample(0, index, 32)
@@ -246,17 +246,17 @@ def _check_destination(dst: Path, recipe: dict[str, Any]) -> None:
     if not dst.exists():
         return
     if not dst.is_dir():
-        raise ValueError(f"{dst} is a file: name a folder for the synthetic pictures")
+        raise ValueError(f"{dst} is a file: name a folder for the synthetic images")
     file = dst / RECIPE_FILE
     if not file.is_file():
         if any(dst.glob("*.tar")):
-            raise ValueError(f"{dst} holds other shards: name another folder for the synthetic pictures")
+            raise ValueError(f"{dst} holds other shards: name another folder for the synthetic images")
         return
     found = read_json(file)
     differing = [f"{k} {found.get(k)} instead of {v}" for k, v in recipe.items() if found.get(k) != v]
     if differing:
         raise ValueError(
-            f"{dst} holds synthetic pictures with {', '.join(differing)}: delete it or name another folder"
+            f"{dst} holds synthetic images with {', '.join(differing)}: delete it or name another folder"
         )
 
 
@@ -281,7 +281,7 @@ def _draw_missing(options: SyntheticOptions) -> None:
     workers = options.num_workers or available_cpus()
     draw = functools.partial(make_record, seed=options.seed, image_size=options.image_size)
     with (
-        progress(total=total, desc="drawing", unit="picture") as bar,
+        progress(total=total, desc="rendering", unit=" images") as bar,
         multiprocessing.Pool(workers, _set_up_worker, (os.getpid(),)) as pool,
     ):
         for split, first, count in _splits(options):

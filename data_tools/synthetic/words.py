@@ -1,4 +1,4 @@
-"""Names and words of the synthetic pictures: kinds, colours, patterns, backgrounds and Chinese captions."""
+"""Names and words of the synthetic images: kinds, colours, patterns, backgrounds and Chinese captions."""
 
 from dataclasses import dataclass
 

@@ -17,7 +17,7 @@ from common.files import atomic_path
 from common.image import resize_square, to_levels
 from common.log import say
 from data_tools.augment import Chain
-from data_tools.ingest.prepare import PictureOptions
+from data_tools.ingest.prepare import ImageOptions
 from data_tools.readers.base import ReaderOptions
 from data_tools.readers.detect import open_source
 from data_tools.shard import ShardConfig, shard
@@ -195,7 +195,7 @@ def _shards_of(source: str, options: DataOptions, world: World) -> "str | Captio
             str(target),
             val_share=0.0 if has_val else options.val_share,
             workers=options.num_workers,
-            picture=PictureOptions(resize="keep", image_format="same"),  # buckets need the sizes they have
+            image=ImageOptions(resize="keep", image_format="same"),  # buckets need the sizes they have
         )
         report = shard(config)
         for reason, count in report["reasons"].items():

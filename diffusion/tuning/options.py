@@ -7,7 +7,7 @@ from common.deepspeed_engine import DeepSpeedConfig
 from common.engine import EngineName
 from common.loop import LoopConfig
 from common.optim import OptimConfig
-from data_tools.augment import PictureAugment, TextAugment
+from data_tools.augment import ImageAugment, TextAugment
 from data_tools.images.crops import CropFlip
 from data_tools.shards.captions import FactCaptions
 from data_tools.shards.remote import RemoteOptions
@@ -38,7 +38,7 @@ class DataOptions:
     """Squares of the one resolution from every image, small ones enlarged and counted, in the place of buckets."""
     crops: CropFlip = field(default_factory=lambda: CropFlip(min_scale=1.0, flip=False))
     """Only with enlarge: random square crops and mirror images."""
-    move: PictureAugment = field(default_factory=PictureAugment)
+    move: ImageAugment = field(default_factory=ImageAugment)
     text_augment: TextAugment = field(default_factory=TextAugment)
     fact_captions: FactCaptions = field(default_factory=FactCaptions)
     short_caption_share: float = 0.0

@@ -1,7 +1,7 @@
 """What choosing the best of n is worth: curves over n, chosen by a ranker, judged by another network.
 
-A prompt with N pictures gives floor(N / n) choices among n different ones; their mean is its value at width n. So
-width 1 is the mean of all N, the expectation of a random picture, and all widths see the same pictures.
+A prompt with N images gives floor(N / n) choices among n different ones; their mean is its value at width n. So
+width 1 is the mean of all N, the expectation of a random image, and all widths see the same images.
 """
 
 from collections.abc import Sequence
@@ -54,8 +54,8 @@ class Curve:
     """(widths, prompts), NaN where the prompt does not count."""
 
 
-def score_pictures(samples: SampleSet, ranker: Any, part: Part) -> SampleSet:
-    """Scores of every picture by `ranker`, from kept features where it has towers."""
+def score_images(samples: SampleSet, ranker: Any, part: Part) -> SampleSet:
+    """Scores of every image by `ranker`, from kept features where it has towers."""
     if not hasattr(ranker, "image_features"):
         return samples.scored(ranker.name, ranker.score)
     images = part.features(RankerTower(ranker))  # (N, D)
@@ -77,7 +77,7 @@ def check_independent(ranker: Any, networks: Networks) -> None:
     for name, identity in networks.identities.items():
         if identity in identities(ranker):
             raise ValueError(
-                f"{ranker.name} chooses the pictures, so {name} cannot judge them too: name another network, or "
+                f"{ranker.name} chooses the images, so {name} cannot judge them too: name another network, or "
                 "another --ranker"
             )
 
@@ -126,9 +126,9 @@ def curve(
     draws: int = 2000,
     seed: int = 0,
 ) -> Curve | None:
-    """The curve of (N,) values; None where no prompt counts. Widths beyond the pictures of a prompt are left out.
+    """The curve of (N,) values; None where no prompt counts. Widths beyond the images of a prompt are left out.
 
-    Raises ValueError for a picture without the scorer's score.
+    Raises ValueError for an image without the scorer's score.
     """
     unscored = [s.path for s in samples.samples if scorer not in s.scores]
     if unscored and max(widths) > 1:

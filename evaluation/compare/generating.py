@@ -1,4 +1,4 @@
-"""Drawing a system's pictures into its directory: what stands there is kept, so a killed run goes on where it was."""
+"""Drawing a system's images into its directory: what stands there is kept, so a killed run goes on where it was."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -23,7 +23,7 @@ SYSTEMS = "systems"  # folder of an arena's directory: an out directory a system
 
 @dataclass(frozen=True)
 class Plan:
-    """Which pictures a system has to have."""
+    """Which images a system has to have."""
 
     texts: tuple[str, ...]
     num_images: int
@@ -33,22 +33,22 @@ class Plan:
         return [Request(text, index) for text in self.texts for index in range(self.num_images)]
 
     def of(self, found: SampleSet) -> SampleSet:
-        """The planned pictures of `found`. Raises ValueError when some are missing."""
+        """The planned images of `found`. Raises ValueError when some are missing."""
         groups = found.by_prompt()
         for text in self.texts:
             count = len(groups.get(text, ()))
             if count < self.num_images:
                 raise ValueError(
-                    f"{found.name} has {count} pictures of {text!r}, {self.num_images} are needed: draw them, lower "
+                    f"{found.name} has {count} images of {text!r}, {self.num_images} are needed: draw them, lower "
                     "--num-images, or leave the prompt out"
                 )
         return found.only(self.texts).first(self.num_images)
 
 
 def draw_into(directory: Path, name: str, system: System, plan: Plan) -> SampleSet:
-    """The planned pictures of `system`, those that `directory` lacks drawn now, in rounds of one progress bar.
+    """The planned images of `system`, those that `directory` lacks drawn now, in rounds of one progress bar.
 
-    Raises ValueError when `directory` holds pictures of another checkpoint, seed or setting.
+    Raises ValueError when `directory` holds images of another checkpoint, seed or setting.
     """
     with OutDirectory(directory, _plain(system.origin)) as out:
         standing = _standing(directory, out.origin)
@@ -58,10 +58,10 @@ def draw_into(directory: Path, name: str, system: System, plan: Plan) -> SampleS
         total = len(plan.requests)
         out.require_ours(out.count + len(todo))
         if have and todo:
-            say(f"{name}: {total - len(todo)} of {total} pictures stand in {directory}: going on behind them")
+            say(f"{name}: {total - len(todo)} of {total} images stand in {directory}: going on behind them")
         bar = progress(system.generate(todo), desc=name, total=total, initial=total - len(todo), unit="image")
-        for picture in bar:
-            out.add(picture)
+        for image in bar:
+            out.add(image)
         out.forget_leftovers()  # a damaged tail
     return plan.of(SampleSet.from_out_dir(directory, name))
 
@@ -103,7 +103,7 @@ def caption_texts(source: str, split: str, count: int, seed: int) -> list[str]:
     captions = (pick_caption(index.read(i, ("txt",)).get("txt", b""), None) for i in range(len(index)))
     texts = list(dict.fromkeys(text for text in captions if text))
     if not texts:
-        raise ValueError(f"the pictures of {source} have no captions: name a file with --prompts")
+        raise ValueError(f"the images of {source} have no captions: name a file with --prompts")
     return some_of(texts, count, seed)
 
 

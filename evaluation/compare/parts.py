@@ -1,4 +1,4 @@
-"""Parts of a comparison: pictures with texts, generated or real, and their features, each computed once."""
+"""Parts of a comparison: images with texts, generated or real, and their features, each computed once."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,33 +17,33 @@ from evaluation.metrics.features import (
     FeatureNetwork,
     Features,
     FeatureStore,
+    Images,
     Inception,
     JudgeNetwork,
-    MirroredPictures,
-    Pictures,
+    MirroredImages,
     RankerTower,
-    SamplePictures,
-    SomePictures,
+    SampleImages,
+    SomeImages,
     embed,
     find_inception,
 )
 from evaluation.metrics.pixel_colors import ColorHistogram, PixelColors
 from evaluation.metrics.resampling import Resampling
-from evaluation.reference import Facts, ReferencePictures, common_side
+from evaluation.reference import Facts, ReferenceImages, common_side
 from evaluation.sets import SampleSet
 from rankers import load_ranker
 
 
 @dataclass(frozen=True)
 class Networks:
-    """What measures. None of them may have chosen the pictures."""
+    """What measures. None of them may have chosen the images."""
 
     statistics: tuple[FeatureNetwork, ...] = ()
     """For distances between sets, diversity and memorisation; the first is the main one."""
     judge: GoodsJudge | None = None
     """Names categories and colours."""
     scorer: RankerTower | None = None
-    """Scores texts with pictures."""
+    """Scores texts with images."""
 
     @classmethod
     def load(cls, judge: str = "", clip: str = "", inception: str = "", device: str = "auto") -> "Networks":
@@ -71,19 +71,19 @@ class Networks:
 
 
 class Part:
-    """Pictures with their texts."""
+    """Images with their texts."""
 
     def __init__(
         self,
         texts: Sequence[str],
-        pictures: Pictures,
+        images: Images,
         resampling: Resampling,
         cache: Path | None = CACHE,
         rows: NDArray | None = None,
         whole: "Part | None" = None,
     ) -> None:
         """`rows`, `whole`: this is a choice of another part, whose features are taken."""
-        self.texts, self.pictures, self.resampling = list(texts), pictures, resampling
+        self.texts, self.images, self.resampling = list(texts), images, resampling
         self.cache, self.rows, self.whole = cache, rows, whole
         self._features: dict[str, Features] = {}
 
@@ -91,43 +91,43 @@ class Part:
         return len(self.texts)
 
     def features(self, network: FeatureNetwork, mirrored: bool = False) -> Features:
-        """(N, D); NaN in the row of a picture that cannot be read. Raises ValueError when none can."""
+        """(N, D); NaN in the row of an image that cannot be read. Raises ValueError when none can."""
         if isinstance(network, FeatureColumns):
             return self.features(network.whole, mirrored)[:, network.columns]
         if self.whole is not None:
             return self.whole.features(network, mirrored)[self.rows]
         name = network.identity + "m" * mirrored
         if name not in self._features:
-            pictures = MirroredPictures(self.pictures) if mirrored else self.pictures
+            images = MirroredImages(self.images) if mirrored else self.images
             store = FeatureStore(network, self.cache) if self.cache else None
-            found, kept = embed(network, pictures, store)
+            found, kept = embed(network, images, store)
             rows = np.full((len(self), found.shape[1]), np.nan, np.float32)
             rows[kept] = found
             self._features[name] = rows
         return self._features[name]
 
     def readable(self, network: FeatureNetwork) -> "Part":
-        """Without the pictures that cannot be read; how many they are is said."""
+        """Without the images that cannot be read; how many they are is said."""
         sound = np.isfinite(self.features(network)[:, 0])
         if sound.all():
             return self
-        say(f"left out {int((~sound).sum())} of {len(self)} real pictures that cannot be read")
+        say(f"left out {int((~sound).sum())} of {len(self)} real images that cannot be read")
         return self.choice(np.flatnonzero(sound), 1)
 
     def choice(self, rows: NDArray, draws: int) -> "Part":
-        """Some of the pictures, as a part of its own."""
+        """Some of the images, as a part of its own."""
         texts = [self.texts[i] for i in rows]
         whole, places = (self, rows) if self.whole is None else (self.whole, self.rows[rows])
-        return Part(texts, self.pictures, Resampling(texts, draws), self.cache, places, whole)
+        return Part(texts, self.images, Resampling(texts, draws), self.cache, places, whole)
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Real pictures: those that generated ones should look like, and those that the generator was trained on."""
+    """Real images: those that generated ones should look like, and those that the generator was trained on."""
 
-    real: ReferencePictures
+    real: ReferenceImages
     """Held out from training."""
-    train: ReferencePictures | None = None
+    train: ReferenceImages | None = None
     facts: tuple[Facts, ...] = field(default=(), repr=False)
     """Of `real`."""
 
@@ -137,16 +137,16 @@ class Reference:
     ) -> "Reference":
         """Both splits of a folder of image shards, at the size of the samples.
 
-        `train_split` empty: no training pictures, so no memorisation. Raises FileNotFoundError or ValueError.
+        `train_split` empty: no training images, so no memorisation. Raises FileNotFoundError or ValueError.
         """
         side = common_side([sample.image for sample in samples.samples[:256]])
-        real = ReferencePictures.of_split(source, split, side, **options)
-        train = ReferencePictures.of_split(source, train_split, side) if train_split else None
+        real = ReferenceImages.of_split(source, split, side, **options)
+        train = ReferenceImages.of_split(source, train_split, side) if train_split else None
         return cls(real, train, tuple(real.facts(i) for i in range(len(real))))
 
 
 def rows_like(texts: Sequence[str], prompts: Sequence[str], count: int, seed: int) -> NDArray[np.int64]:
-    """Rows of real pictures with captions `texts` to read with prompts: those whose caption is a prompt, where half
+    """Rows of real images with captions `texts` to read with prompts: those whose caption is a prompt, where half
     of the prompts are captions, else `count` drawn from all with a caption."""
     wanted = set(prompts)
     own = [i for i, text in enumerate(texts) if text in wanted]
@@ -158,13 +158,13 @@ def rows_like(texts: Sequence[str], prompts: Sequence[str], count: int, seed: in
 
 def generated_part(samples: SampleSet, draws: int, seed: int, cache: Path | None = CACHE) -> Part:
     texts = [sample.text for sample in samples.samples]
-    return Part(texts, SamplePictures(samples.samples), Resampling(texts, draws, seed), cache)
+    return Part(texts, SampleImages(samples.samples), Resampling(texts, draws, seed), cache)
 
 
-def real_part(pictures: ReferencePictures, facts: Sequence[Facts] | None, cache: Path | None = CACHE) -> Part:
-    """`facts` None: pictures that are looked at without their captions."""
-    texts = [fact.caption for fact in facts] if facts else [""] * len(pictures)
-    return Part(texts, pictures, Resampling(texts, 1), cache)
+def real_part(images: ReferenceImages, facts: Sequence[Facts] | None, cache: Path | None = CACHE) -> Part:
+    """`facts` None: images that are looked at without their captions."""
+    texts = [fact.caption for fact in facts] if facts else [""] * len(images)
+    return Part(texts, images, Resampling(texts, 1), cache)
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ class MeasureOptions:
     set_draws: int = 100
     """Drawings for the Frechet distance, each of which costs a decomposition."""
     seed: int = 0
-    """Of the drawings, of R-precision's other texts and of choices among real pictures."""
+    """Of the drawings, of R-precision's other texts and of choices among real images."""
     neighbours: int = 5
     """k of precision, recall, density and coverage."""
     top: int = 5
@@ -184,9 +184,9 @@ class MeasureOptions:
     among: int = 100
     """R-precision against a sample of texts: the own one first among so many."""
     near: float = 0.01
-    """A sample is near a training picture when this share of real held-out pictures is nearer still."""
+    """A sample is near a training image when this share of real held-out images is nearer still."""
     pairs: int = 24
-    """Nearest training pictures that are kept to be looked at."""
+    """Nearest training images that are kept to be looked at."""
 
     def __post_init__(self) -> None:
         if self.draws < 20 or not 2 <= self.set_draws <= self.draws:
@@ -199,21 +199,19 @@ class MeasureOptions:
             raise ValueError(f"near must lie between 0 and 1, not {self.near}")
 
 
-MOST_COLORED = 5000  # training pictures of known colour that name colours
+MOST_COLORED = 5000  # training images of known colour that name colours
 
 
-def pixel_colors_of(
-    pictures: ReferencePictures, places: Sequence[int], cache: Path | None
-) -> PixelColors | None:
-    """What names colours in pixels, from those of `pictures` at `places` whose colour is known; None where too few
+def pixel_colors_of(images: ReferenceImages, places: Sequence[int], cache: Path | None) -> PixelColors | None:
+    """What names colours in pixels, from those of `images` at `places` whose colour is known; None where too few
     are."""
-    found = [(int(place), pictures.facts(int(place)).color) for place in places]
+    found = [(int(place), images.facts(int(place)).color) for place in places]
     found = [(place, color) for place, color in found if color]
     found = found[:: max(1, -(-len(found) // MOST_COLORED))]
     colors = [color for _, color in found]
     if not PixelColors.enough(colors):
         return None
-    chosen = SomePictures(pictures, [place for place, _ in found])
+    chosen = SomeImages(images, [place for place, _ in found])
     part = Part(colors, chosen, Resampling(colors, 1), cache)
     return PixelColors(part.features(ColorHistogram()), colors)
 
@@ -240,15 +238,15 @@ class Bench:
         self._colors: PixelColors | None = None
 
     def pixel_colors(self) -> PixelColors | None:
-        """What names colours in pixels, from training pictures of known colour; None where too few are known."""
+        """What names colours in pixels, from training images of known colour; None where too few are known."""
         if self._colors is None and self.train is not None:
-            pictures = self.reference.train
-            places = range(len(pictures)) if self.train.rows is None else self.train.rows
-            self._colors = pixel_colors_of(pictures, places, self.train.cache)
+            images = self.reference.train
+            places = range(len(images)) if self.train.rows is None else self.train.rows
+            self._colors = pixel_colors_of(images, places, self.train.cache)
         return self._colors
 
     def train_like_generated(self) -> Part | None:
-        """As many training pictures as generated ones: what a perfect generator would give."""
+        """As many training images as generated ones: what a perfect generator would give."""
         if self.train is None:
             return None
         count = min(len(self.generated), len(self.train))

@@ -12,7 +12,7 @@ from evaluation import report
 from evaluation.compare.sweep_results import Stage, Sweep, Trial, mean_ranks, objective_figure
 from evaluation.metrics.rows import Figure
 
-SHOWN = 16  # prompts whose pictures stand on the page
+SHOWN = 16  # prompts whose images stand on the page
 PER_PROMPT = 4
 
 
@@ -46,10 +46,10 @@ def write_sweep_page(path: Path, sweep: Sweep) -> Path:
     settings = {
         "winner": ", ".join(f"{k} {v}" for k, v in to_mapping(sweep.winner).items()),
         "objectives": ", ".join(options.objectives),
-        "search": f"{sweep.num_texts[0]} prompts, {options.num_images} pictures each, seed {options.seed}",
+        "search": f"{sweep.num_texts[0]} prompts, {options.num_images} images each, seed {options.seed}",
         "report": f"{sweep.num_texts[1]} other prompts",
         "generator": options.checkpoint or "the one that was trained last",
-        "real pictures": f"{options.reference}, split {options.split}",
+        "real images": f"{options.reference}, split {options.split}",
     }
     sets = [samples for _, samples, _ in sweep.report]
     texts = report.spread(sets[0].texts, SHOWN)
@@ -57,7 +57,7 @@ def write_sweep_page(path: Path, sweep: Sweep) -> Path:
         report.section("What was found", report.facts(settings)),
         *(_stage(sweep, stage) for stage in sweep.stages),
         report.section("On prompts that the search has not seen", _compared(sweep)),
-        report.section("Pictures of these prompts", report.prompt_grids(sets, texts, PER_PROMPT)),
+        report.section("Images of these prompts", report.prompt_grids(sets, texts, PER_PROMPT)),
     ]
     return report.write_page(path, "Sweep of sampling options", sections, report.ENGLISH)
 
@@ -122,6 +122,6 @@ def _compared(sweep: Sweep) -> str:
                     report.better(figure.higher_is_better),
                 )
             )
-    header = ("figure", f"defaults: {default}", f"winner: {winner}", "difference", "real pictures", "better")
+    header = ("figure", f"defaults: {default}", f"winner: {winner}", "difference", "real images", "better")
     text = "Green: better beyond doubt at 95 %; red: worse; grey: the interval holds zero."
     return report.note(text) + report.table(header, rows)

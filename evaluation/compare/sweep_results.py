@@ -81,7 +81,7 @@ class Sweep:
     stages: tuple[Stage, ...]
     winner: SamplingOptions
     report: tuple[tuple[str, SampleSet, tuple[Figure, ...]], ...]
-    """Name, pictures and figures of the defaults and of the winner, on prompts that the search has not seen."""
+    """Name, images and figures of the defaults and of the winner, on prompts that the search has not seen."""
     differences: tuple[Difference, ...]
     """Winner minus defaults."""
     num_texts: tuple[int, int]

@@ -1,4 +1,4 @@
-"""Pictures and their texts: CLIP score, R-precision both ways, recall, and the attributes that the titles name.
+"""Images and their texts: CLIP score, R-precision both ways, recall, and the attributes that the titles name.
 
 CLIP score: Hessel et al. 2021 (arXiv:2104.08718) without its factor 2.5. R-precision against all texts is the form of
 the e-commerce plan; among 100, first place, that of AttnGAN (Xu et al. 2018, arXiv:1711.10485, section 4).
@@ -54,17 +54,17 @@ def figures(
 
 
 def _recall(scores: np.ndarray, part: Part, distinct: list[str]) -> dict[str, tuple[Estimate | None, str]]:
-    """Text to picture over all pictures of the part: is one of its own among the first k."""
+    """Text to image over all images of the part: is one of its own among the first k."""
     relevant = caption_matches(part.texts, distinct)
     place = {text: i for i, text in enumerate(distinct)}
     found = {}
     for k, hit in hits_at(torch.from_numpy(scores.copy()), relevant, KS).items():
-        first = dict.fromkeys(part.texts)  # one value a text, at its first picture
+        first = dict.fromkeys(part.texts)  # one value a text, at its first image
         values = np.full(len(part), np.nan)
         for text in first:
             values[part.texts.index(text)] = float(hit[place[text]])
         estimate = mean_estimate(values, part.resampling, is_share=True)
-        note = f"{len(distinct)} texts, each looking for its pictures among all {len(part)}"
+        note = f"{len(distinct)} texts, each looking for its images among all {len(part)}"
         found[f"recall_at_{k}"] = (estimate, note)
     return found
 
@@ -87,7 +87,7 @@ def attribute_hits(bench: Bench, part: Part) -> dict[str, tuple[SlotHits, str, s
     if measured:
         histograms = part.features(ColorHistogram())
         hits = pixel_colors(measured, lexicon, part.texts, histograms)
-        note = f"named by {len(measured.labels)} real pictures of known colour"
+        note = f"named by {len(measured.labels)} real images of known colour"
         found["color_right[pixels]"] = (hits, "pixels", note)
     if networks.scorer:
         scorer = networks.scorer

@@ -1,4 +1,4 @@
-"""Does a picture show what its title names: slots of the title, checked three ways.
+"""Does an image show what its title names: slots of the title, checked three ways.
 
 Slots are the category, the colour, and whatever else the closed word lists of data_tools find in the reference's
 captions (material, pattern, audience ...). A scorer of texts and images must prefer the title to the same title with
@@ -100,7 +100,7 @@ def _without(caption: str, words: set[str]) -> str:
 
 @dataclass(frozen=True)
 class SlotHits:
-    """1.0 where the picture shows the word of the slot, 0.0 where another one, NaN where the text has none."""
+    """1.0 where the image shows the word of the slot, 0.0 where another one, NaN where the text has none."""
 
     hits: NDArray[np.float64]
     chance: float
@@ -112,7 +112,7 @@ def hard_negative_hits(
 ) -> SlotHits | None:
     """Whether the own title scores above every other filling of the slot, by a ranker with text features.
 
-    `images` (N, D): the ranker's unit picture features. None where no text has the slot.
+    `images` (N, D): the ranker's unit image features. None where no text has the slot.
     """
     negatives = {text: lexicon.negatives(text, slot) for text in sorted(set(texts))}
     negatives = {text: others for text, others in negatives.items() if others}

@@ -1,11 +1,11 @@
-"""Every figure of a set of pictures, each with its interval, what real pictures get, and all that it depends on.
+"""Every figure of a set of images, each with its interval, what real images get, and all that it depends on.
 
     figures = measure(samples, Reference.open(shards, samples), Networks.load(judge, clip))
 
-What is measured: how the pictures lie among real ones (FID, KID, IS, precision, recall, density, coverage), whether
+What is measured: how the images lie among real ones (FID, KID, IS, precision, recall, density, coverage), whether
 they fit their texts (CLIP score, R-precision, recall), whether they show what the titles name, how different the
-pictures of one text are, and whether they repeat training pictures. "Real" is the same figure of real pictures with
-their own captions, or of training pictures: what a perfect generator would get.
+images of one text are, and whether they repeat training images. "Real" is the same figure of real images with
+their own captions, or of training images: what a perfect generator would get.
 """
 
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ def settings_of(samples: SampleSet) -> dict[str, Any]:
 
 
 def refuse_rerankers(samples: SampleSet, networks: Networks) -> None:
-    """Raises ValueError when an encoder that ordered the pictures would judge them.
+    """Raises ValueError when an encoder that ordered the images would judge them.
 
     Encoders are told by their weights: `encoders` in ranking.json, or in the set's settings.
     """
@@ -56,7 +56,7 @@ def refuse_rerankers(samples: SampleSet, networks: Networks) -> None:
     for name, identity in networks.identities.items():
         if identity in encoders:
             raise ValueError(
-                f"{name} ordered the pictures of {samples.name}, so it cannot judge them too: name another ranker "
+                f"{name} ordered the images of {samples.name}, so it cannot judge them too: name another ranker "
                 "with --clip, or leave it out"
             )
 
@@ -68,7 +68,7 @@ def measure(
     options: MeasureOptions | None = None,
     cache: Path | None = CACHE,
 ) -> list[Figure]:
-    """All figures that these pictures and networks allow; what is left out is said, with the reason.
+    """All figures that these images and networks allow; what is left out is said, with the reason.
 
     Raises ValueError for an encoder that reranked.
     """
@@ -110,6 +110,6 @@ def networks_note(networks: Networks) -> Sequence[str]:
             share, low, high = (known[f"{slot}_{n}"] for n in ("accuracy", "low", "high"))
             lines.append(
                 f"{networks.judge.name} names the {slot} of {share:.1%} [{low:.1%}, {high:.1%}] of "
-                f"{known[f'{slot}_count']:.0f} real held-out pictures right"
+                f"{known[f'{slot}_count']:.0f} real held-out images right"
             )
     return lines

@@ -16,20 +16,20 @@ from evaluation.metrics.statistics import mean_pair_distance, pairwise_distances
 
 Floats = NDArray[np.float64]
 _BLOCK = 512  # rows of a kernel matrix held at a time
-MOST_NEIGHBOURS = 5000  # pictures a side whose neighbours are looked for
+MOST_NEIGHBOURS = 5000  # images a side whose neighbours are looked for
 
 
 class Frechet:
     """Distance of weighted sets to one set of real features: |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)).
 
     The eigenvalues of C_a C_b are those of R^T C_a R with C_b = R R^T, which is symmetric and has the rank of the
-    smaller of pictures and widths.
+    smaller of images and widths.
     """
 
     def __init__(self, real: NDArray) -> None:
         """real (M, D). Raises ValueError for fewer than two rows."""
         if len(real) < 2:
-            raise ValueError(f"a covariance needs at least 2 real pictures, not {len(real)}")
+            raise ValueError(f"a covariance needs at least 2 real images, not {len(real)}")
         real = np.asarray(real, np.float64)
         self.mean = real.mean(0)
         centred = (real - self.mean) / np.sqrt(len(real) - 1)  # (M, D)
@@ -40,7 +40,7 @@ class Frechet:
     def estimate(self, features: NDArray, resampling: Resampling, draws: int) -> Estimate:
         """Of (N, D) features. Raises ValueError for fewer than two."""
         if len(features) < 2:
-            raise ValueError(f"a covariance needs at least 2 pictures, not {len(features)}")
+            raise ValueError(f"a covariance needs at least 2 images, not {len(features)}")
         features = np.asarray(features, np.float64)
         projected = features @ self.root  # (N, r)
 
@@ -58,11 +58,11 @@ class Frechet:
 def kernel_estimate(features: NDArray, real: NDArray, resampling: Resampling) -> Estimate:
     """Unbiased squared MMD under (x.y / D + 1)^3 of (N, D) against (M, D), all pairs: what KID estimates by subsets.
 
-    A picture that a drawing holds twice makes no pair with itself. Raises ValueError for fewer than two a side.
+    An image that a drawing holds twice makes no pair with itself. Raises ValueError for fewer than two a side.
     """
     if min(len(features), len(real)) < 2:
         raise ValueError(
-            f"a kernel distance needs at least 2 pictures a side, not {len(features)} and {len(real)}"
+            f"a kernel distance needs at least 2 images a side, not {len(features)} and {len(real)}"
         )
     a, b = np.asarray(features, np.float64), np.asarray(real, np.float64)
     weights = np.concatenate(
@@ -111,16 +111,16 @@ def manifold_estimates(
 ) -> dict[str, Estimate]:
     """precision, recall, density, coverage with k-nearest-neighbour balls.
 
-    More than MOST_NEIGHBOURS pictures a side are thinned evenly. Raises ValueError when a side has not more than k.
+    More than MOST_NEIGHBOURS images a side are thinned evenly. Raises ValueError when a side has not more than k.
     """
     if k >= min(len(real), len(features)):
-        raise ValueError(f"k {k} needs more than {k} pictures a side, not {len(real)} and {len(features)}")
+        raise ValueError(f"k {k} needs more than {k} images a side, not {len(real)} and {len(features)}")
     rows = _thinned(len(features))
     real = np.asarray(real, np.float64)[_thinned(len(real))]
     fake = np.asarray(features, np.float64)[rows]
     real_radius = np.partition(pairwise_distances(real, real), k, axis=1)[
         :, k
-    ]  # the nearest is the picture itself
+    ]  # the nearest is the image itself
     fake_radius = np.partition(pairwise_distances(fake, fake), k, axis=1)[:, k]
     distances = pairwise_distances(real, fake)  # (R, F)
     in_real, in_fake = distances <= real_radius[:, None], distances <= fake_radius[None, :]
@@ -145,7 +145,7 @@ def _thinned(count: int) -> NDArray[np.int64]:
 
 
 def diversity_values(features: NDArray, texts: Sequence[str]) -> Floats:
-    """(N,): for every picture the mean of 1 - cosine over pairs of pictures of its text, NaN for a single picture."""
+    """(N,): for every image the mean of 1 - cosine over pairs of images of its text, NaN for a single image."""
     rows = np.asarray(features, np.float64)
     rows = rows / np.clip(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12, None)
     values = np.full(len(rows), np.nan)

@@ -1,4 +1,4 @@
-"""The families of figures: how pictures lie among real ones, fit their texts, show what is named, vary, repeat."""
+"""The families of figures: how images lie among real ones, fit their texts, show what is named, vary, repeat."""
 
 from collections.abc import Callable
 
@@ -36,7 +36,7 @@ Family = tuple[list[Figure], list[str]]
 
 
 def distribution_figures(bench: Bench) -> Family:
-    """How the pictures lie among the real ones, on each network."""
+    """How the images lie among the real ones, on each network."""
     figures, left_out = [], []
     perfect = bench.train_like_generated()
     for network in bench.networks.statistics:
@@ -56,9 +56,9 @@ def _statistic_note(name: str, count: int, num_real: int, dim: int) -> str:
     if name == "inception_score":
         parts = IS_PARTS if count >= IS_PARTS * IS_PART_SIZE else 1
         return f"mean of {parts} parts" if parts > 1 else "over the whole set in one part"
-    note = f"against {num_real} real pictures"
+    note = f"against {num_real} real images"
     if name == "frechet_distance" and min(count, num_real) <= dim:
-        note += f"; no more pictures than the {dim} features: compare only with the same number of pictures"
+        note += f"; no more images than the {dim} features: compare only with the same number of images"
     return note
 
 
@@ -80,7 +80,7 @@ def _statistics(
     for name, step in steps:
         try:
             found |= step()
-        except ValueError as error:  # too few pictures for this one
+        except ValueError as error:  # too few images for this one
             left_out.append(f"{name} on {network.name}: {error}")
     probabilities = network.probabilities(features)
     if probabilities is not None:
@@ -89,7 +89,7 @@ def _statistics(
 
 
 def _inception(probabilities: NDArray, part: Part) -> Estimate:
-    """As published, the mean of ten parts, where there are enough pictures for that."""
+    """As published, the mean of ten parts, where there are enough images for that."""
     whole = inception_estimate(probabilities, part.resampling)
     if len(probabilities) < IS_PARTS * IS_PART_SIZE:
         return whole
@@ -98,7 +98,7 @@ def _inception(probabilities: NDArray, part: Part) -> Estimate:
 
 
 def agreement_figures(bench: Bench) -> Family:
-    """Whether the pictures fit their texts, by the scorer."""
+    """Whether the images fit their texts, by the scorer."""
     scorer, options = bench.networks.scorer, bench.options
     if scorer is None:
         return [], ["CLIP score, R-precision and recall: no ranker was named (--clip)"]
@@ -114,7 +114,7 @@ def agreement_figures(bench: Bench) -> Family:
 
 
 def attributes_figures(bench: Bench) -> Family:
-    """Whether the pictures show what the titles name."""
+    """Whether the images show what the titles name."""
     found = agreement.attribute_hits(bench, bench.generated)
     real = agreement.attribute_hits(bench, bench.captioned) if bench.captioned else {}
     figures = []
@@ -129,7 +129,7 @@ def attributes_figures(bench: Bench) -> Family:
 
 
 def diversity_figures(bench: Bench) -> Family:
-    """How different the pictures of one text are."""
+    """How different the images of one text are."""
     figures = []
     for network in bench.networks.statistics:
         parts = [bench.generated, *([bench.captioned] if bench.captioned else [])]
@@ -138,17 +138,17 @@ def diversity_figures(bench: Bench) -> Family:
             for part in parts
         ]
         if estimates[0]:
-            note = "mean 1 - cosine over pairs of pictures of one text"
+            note = "mean 1 - cosine over pairs of images of one text"
             best = estimates[1] if len(estimates) > 1 else None
             name = name_on("diversity", network)
             figures.append(figure_of(name, estimates[0], None, network.name, note, best))
-    return figures, [] if figures else ["diversity: no text has two pictures"]
+    return figures, [] if figures else ["diversity: no text has two images"]
 
 
 def memorisation_figures(bench: Bench) -> Family:
-    """Whether pictures repeat training pictures."""
+    """Whether images repeat training images."""
     if bench.train is None:
-        return [], ["memorisation: no training pictures were named (--train-split)"]
+        return [], ["memorisation: no training images were named (--train-split)"]
     figures = []
     hashes, main = PerceptualHash(), bench.networks.statistics[0]
     sample_views, real_views = (
@@ -178,8 +178,8 @@ def _nearest_figures(bench: Bench, nearest: Nearest) -> list[Figure]:
     copies = mean_estimate(nearest.copies, bench.generated.resampling, is_share=True)
     distance = mean_estimate(nearest.distances, bench.generated.resampling)
     note = (
-        f"nearer to one of {len(bench.train)} training pictures than {nearest.threshold:.4g}, as "
-        f"{nearest.quantile:.1%} of the real held-out pictures are"
+        f"nearer to one of {len(bench.train)} training images than {nearest.threshold:.4g}, as "
+        f"{nearest.quantile:.1%} of the real held-out images are"
     )
     pairs = tuple(_pair(bench, nearest, found) for found in nearest.closest(bench.options.pairs))
     share = Figure(
@@ -188,7 +188,7 @@ def _nearest_figures(bench: Bench, nearest: Nearest) -> list[Figure]:
     )  # fmt: skip
     mean = Figure(
         f"nearest_distance[{nearest.measure}]", distance.interval, None, nearest.measure, distance.count,
-        "mean distance to the nearest training picture", nearest.real_mean, distance.by_prompt, distance.drawn,
+        "mean distance to the nearest training image", nearest.real_mean, distance.by_prompt, distance.drawn,
     )  # fmt: skip
     return [share, mean]
 

@@ -1,4 +1,4 @@
-"""Pictures as vectors: the feature networks that statistics are computed on, and features kept on disk by content.
+"""Images as vectors: the feature networks that statistics are computed on, and features kept on disk by content.
 
 FID, KID and IS are these statistics on the published Inception weights and on nothing else; on any other network
 they carry its name (`frechet_distance[efficientnet_lite1]`). Weights are never downloaded silently.
@@ -24,7 +24,7 @@ from common.files import sha256_file
 from common.image import resize_square, to_tensor
 from data_tools.engine import RayCluster
 from data_tools.images.decode import BadImage
-from data_tools.images.phash import picture_signature
+from data_tools.images.phash import image_signature
 from data_tools.parallel import ordered_map
 from data_tools.shards.loader import CorruptSample
 from rankers.base import as_rgb, content_hash, identities
@@ -45,14 +45,14 @@ Features = NDArray[np.float32]
 
 
 class FeatureNetwork(Protocol):
-    """What turns pictures into vectors."""
+    """What turns images into vectors."""
 
     name: str
     identity: str
     """Hex sha256 of what the features depend on."""
 
     def features(self, images: Sequence[Image.Image]) -> Features:
-        """Pictures of any size and mode -> (N, D)."""
+        """Images of any size and mode -> (N, D)."""
         ...
 
     def probabilities(self, features: Features) -> NDArray[np.float64] | None:
@@ -60,13 +60,13 @@ class FeatureNetwork(Protocol):
         ...
 
 
-class Pictures(Protocol):
-    """A sequence of pictures that are opened when they are looked at."""
+class Images(Protocol):
+    """A sequence of images that are opened when they are looked at."""
 
     def __len__(self) -> int: ...
 
     def key(self, i: int) -> bytes:
-        """Equal for equal pictures: the key of the features on disk."""
+        """Equal for equal images: the key of the features on disk."""
         ...
 
     def open(self, i: int) -> Image.Image:
@@ -74,8 +74,8 @@ class Pictures(Protocol):
         ...
 
 
-class ListedPictures:
-    """Pictures in memory."""
+class ListedImages:
+    """Images in memory."""
 
     def __init__(self, images: Sequence[Image.Image]) -> None:
         self.images = images
@@ -90,8 +90,8 @@ class ListedPictures:
         return as_rgb(self.images[i])
 
 
-class SamplePictures:
-    """The pictures of samples (evaluation.sets), by their files."""
+class SampleImages:
+    """The images of samples (evaluation.sets), by their files."""
 
     def __init__(self, samples: Sequence[Any]) -> None:
         self.samples = samples
@@ -106,36 +106,36 @@ class SamplePictures:
         return self.samples[i].image
 
 
-class SomePictures:
+class SomeImages:
     """Those at the given places of a sequence."""
 
-    def __init__(self, pictures: Pictures, places: Sequence[int]) -> None:
-        self.pictures, self.places = pictures, [int(place) for place in places]
+    def __init__(self, images: Images, places: Sequence[int]) -> None:
+        self.images, self.places = images, [int(place) for place in places]
 
     def __len__(self) -> int:
         return len(self.places)
 
     def key(self, i: int) -> bytes:
-        return self.pictures.key(self.places[i])
+        return self.images.key(self.places[i])
 
     def open(self, i: int) -> Image.Image:
-        return self.pictures.open(self.places[i])
+        return self.images.open(self.places[i])
 
 
-class MirroredPictures:
-    """The same pictures, left and right exchanged."""
+class MirroredImages:
+    """The same images, left and right exchanged."""
 
-    def __init__(self, pictures: Pictures) -> None:
-        self.pictures = pictures
+    def __init__(self, images: Images) -> None:
+        self.images = images
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def key(self, i: int) -> bytes:
-        return self.pictures.key(i) + b"mirrored"
+        return self.images.key(i) + b"mirrored"
 
     def open(self, i: int) -> Image.Image:
-        return self.pictures.open(i).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return self.images.open(i).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
 
 
 # --- networks ------------------------------------------------------------------------------------------------------
@@ -226,7 +226,7 @@ class Inception:
 
     @torch.inference_mode()
     def features(self, images: Sequence[Image.Image]) -> Features:
-        """(N, 2048); pictures are resized as TensorFlow 1 did, so those of one size go together."""
+        """(N, 2048); images are resized as TensorFlow 1 did, so those of one size go together."""
         rows: dict[int, NDArray] = {}
         by_size: dict[tuple[int, int], list[int]] = {}
         for i, image in enumerate(images):
@@ -273,9 +273,7 @@ class RankerTower:
     def __init__(self, ranker: Any) -> None:
         """Raises ValueError for a ranker without features of its own."""
         if not hasattr(ranker, "image_features"):
-            raise ValueError(
-                f"the ranker {ranker.name} has no picture features: name one that reads pictures"
-            )
+            raise ValueError(f"the ranker {ranker.name} has no image features: name one that reads images")
         self.ranker, self.name = ranker, short_name(ranker.name)
         self.identity = identities(ranker)[0]
 
@@ -303,7 +301,7 @@ class PerceptualHash:
         """64 bits, then 48 levels in [0, 1]."""
         rows = []
         for image in images:
-            found = picture_signature(as_rgb(image))
+            found = image_signature(as_rgb(image))
             bits = np.unpackbits(np.frombuffer(found.phash.to_bytes(8, "big"), np.uint8))
             rows.append(np.concatenate([bits, np.frombuffer(found.colours, np.uint8) / 255]))
         return np.stack(rows).astype(np.float32)
@@ -347,24 +345,24 @@ class FeatureStore:
 
 def embed(
     network: FeatureNetwork,
-    pictures: Pictures,
+    images: Images,
     store: FeatureStore | None = None,
     batch_size: int = 64,
     cluster: RayCluster | None = None,
 ) -> tuple[Features, NDArray[np.int64]]:
-    """Features (M, D) of the readable pictures, and their places (M,) in `pictures`.
+    """Features (M, D) of the readable images, and their places (M,) in `images`.
 
-    Every batch is stored when it is done, so a run that was killed goes on there. `cluster`: batches of pictures are
+    Every batch is stored when it is done, so a run that was killed goes on there. `cluster`: batches of images are
     its tasks. Raises ValueError when none can be read.
     """
     from common.progress import progress
 
-    keys = [pictures.key(i) for i in range(len(pictures))]
+    keys = [images.key(i) for i in range(len(images))]
     rows = store.get(list(dict.fromkeys(keys))) if store else {}
     first = {key: i for i, key in reversed(list(enumerate(keys)))}
     todo = sorted(i for key, i in first.items() if key not in rows)
-    with progress(total=len(todo), desc=f"features of {network.name}", unit=" pictures") as bar:
-        batches = _readable(pictures, todo, batch_size)
+    with progress(total=len(todo), desc=f"features of {network.name}", unit=" images") as bar:
+        batches = _readable(images, todo, batch_size)
         for places, found in ordered_map(EmbedBatch(network), batches, cluster or 0, _crashed):
             fresh = dict(zip([keys[i] for i in places], found[0], strict=True)) if places else {}
             if store and fresh:
@@ -373,13 +371,13 @@ def embed(
             bar.update(min(batch_size, bar.total - bar.n))
     kept = [i for i, key in enumerate(keys) if key in rows]
     if not kept:
-        raise ValueError(f"none of the {len(keys)} pictures can be read")
+        raise ValueError(f"none of the {len(keys)} images can be read")
     return np.stack([rows[keys[i]] for i in kept]).astype(np.float32), np.array(kept)
 
 
 @dataclass(frozen=True)
 class EmbedBatch:
-    """Batches of pictures to their features (N, D)."""
+    """Batches of images to their features (N, D)."""
 
     network: FeatureNetwork
 
@@ -388,13 +386,13 @@ class EmbedBatch:
 
 
 def _crashed(images: list[Image.Image]) -> Features:
-    raise OSError(f"the features of {len(images)} pictures ended their process each time they were tried")
+    raise OSError(f"the features of {len(images)} images ended their process each time they were tried")
 
 
 def _readable(
-    pictures: Pictures, todo: Sequence[int], batch_size: int
+    pictures: Images, todo: Sequence[int], batch_size: int
 ) -> Iterator[tuple[list[int], list[list[Image.Image]]]]:
-    """Places and the one batch of pictures at them; none where nothing can be read."""
+    """Places and the one batch of images at them; none where nothing can be read."""
     for start in range(0, len(todo), batch_size):
         places, images = [], []
         for i in todo[start : start + batch_size]:

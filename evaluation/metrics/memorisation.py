@@ -1,8 +1,8 @@
-"""Is a picture drawn anew, or a training picture again: the nearest training picture of every sample.
+"""Is an image drawn anew, or a training image again: the nearest training image of every sample.
 
 Two measures: the perceptual hash (bits that differ, 0 to 64, plus the mean difference of the colour grid below 1; also
-of the mirrored sample), and 1 - cosine of a network's features. "Near" is what is rare among real pictures: the
-threshold is the distance below which only 1 % of the validation pictures have a training picture. Whole pictures are
+of the mirrored sample), and 1 - cosine of a network's features. "Near" is what is rare among real images: the
+threshold is the distance below which only 1 % of the validation images have a training image. Whole images are
 compared. Carlini et al. 2023 (arXiv:2301.13188) on what such copies mean.
 """
 
@@ -17,29 +17,29 @@ _BLOCK = 1 << 22  # similarities held at a time
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A sample and its nearest training picture."""
+    """A sample and its nearest training image."""
 
     sample: int
     """Place in the sample set."""
     row: int
-    """Place in the training pictures, for `ReferencePictures.open`."""
+    """Place in the training images, for `ReferenceImages.open`."""
     distance: float
 
 
 @dataclass(frozen=True)
 class Nearest:
-    """Nearest training pictures by one measure."""
+    """Nearest training images by one measure."""
 
     measure: str
     distances: NDArray = field(repr=False)
     """(N,) of the samples."""
     rows: NDArray = field(repr=False)
-    """(N,) places of the training pictures."""
+    """(N,) places of the training images."""
     threshold: float
-    """Below it lies `quantile` of the real validation pictures."""
+    """Below it lies `quantile` of the real validation images."""
     quantile: float
     real_mean: float
-    """Mean distance of validation pictures to their nearest training picture."""
+    """Mean distance of validation images to their nearest training image."""
 
     @property
     def copies(self) -> NDArray:
@@ -47,7 +47,7 @@ class Nearest:
         return (self.distances < self.threshold).astype(np.float64)
 
     def closest(self, count: int = 24) -> list[Neighbour]:
-        """The samples that are nearest to a training picture, nearest first, each training picture once."""
+        """The samples that are nearest to a training image, nearest first, each training image once."""
         found, seen = [], set()
         for i in np.argsort(self.distances, kind="stable"):
             row = int(self.rows[i])
@@ -84,7 +84,7 @@ def nearest_by_hash(samples: NDArray, training: NDArray) -> tuple[NDArray, NDArr
     """(N, 112), (M, 112) of `PerceptualHash` -> distances (N,) and rows (N,) of the nearest.
 
     A distance is the bits that differ plus the mean difference of the colour grids, which is below 1 and decides among
-    equal bits. Exact, by comparing all: a thousand samples and a million pictures take seconds.
+    equal bits. Exact, by comparing all: a thousand samples and a million images take seconds.
     """
     bits = _packed(training)
     distances, rows = np.empty(len(samples)), np.empty(len(samples), np.int64)
@@ -109,9 +109,9 @@ def nearest_training(
     training: NDArray,
     quantile: float = 0.01,
 ) -> Nearest:
-    """Nearest training pictures of the samples, and the threshold from the validation pictures.
+    """Nearest training images of the samples, and the threshold from the validation images.
 
-    `samples`, `validation`: one or several views of the same pictures (N, D), of which the nearest counts.
+    `samples`, `validation`: one or several views of the same images (N, D), of which the nearest counts.
     Raises ValueError for a quantile outside (0, 1).
     """
     if not 0 < quantile < 1:

@@ -1,7 +1,7 @@
 """The colour of real goods, measured in the pixels and named as the reference's captions name it.
 
-No network: a histogram of CIELAB colours over the goods (the middle of the picture, and what is not joined to the
-border), compared with those of reference pictures whose colour is known (k nearest neighbours, Hellinger affinity).
+No network: a histogram of CIELAB colours over the goods (the middle of the image, and what is not joined to the
+border), compared with those of reference images whose colour is known (k nearest neighbours, Hellinger affinity).
 Shops have twenty names for colours, and where navy ends is theirs to say.
 """
 
@@ -20,31 +20,31 @@ _SIDE = 64
 _LIGHT_CELLS, _TONE_CELLS = 7, 9
 _CENTRE_WIDTH = 0.45  # of half a side: the deviation of the weight of the middle
 _BACKGROUND_DISTANCE = 7.0  # CIELAB distance up to which a pixel may be background
-_MIN_MASK = 0.03  # a mask of less than this share of the picture has missed the goods
+_MIN_MASK = 0.03  # a mask of less than this share of the image has missed the goods
 NEIGHBOURS = 7
 MIN_PER_COLOR = 5
 
 
 class PixelColors:
-    """Names colours by the nearest reference pictures."""
+    """Names colours by the nearest reference images."""
 
     name = "pixels"
 
     def __init__(self, histograms: NDArray, names: Sequence[str]) -> None:
-        """Histograms (R, H) of reference pictures and their colours. Colours of fewer than MIN_PER_COLOR are left out.
+        """Histograms (R, H) of reference images and their colours. Colours of fewer than MIN_PER_COLOR are left out.
 
         Raises ValueError when fewer than two colours are left.
         """
         self.colors = _frequent(names)
         if len(self.colors) < 2:
-            raise ValueError(f"fewer than two colours have {MIN_PER_COLOR} reference pictures each")
+            raise ValueError(f"fewer than two colours have {MIN_PER_COLOR} reference images each")
         kept = [i for i, name in enumerate(names) if name in self.colors]
         self.histograms = np.asarray(histograms)[kept]
         self.labels = np.array([self.colors.index(names[i]) for i in kept])
 
     @staticmethod
     def enough(names: Sequence[str]) -> bool:
-        """Whether pictures of these colours can name colours."""
+        """Whether images of these colours can name colours."""
         return len(_frequent(names)) >= 2
 
     def votes(self, histograms: NDArray) -> NDArray[np.float64]:

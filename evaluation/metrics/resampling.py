@@ -1,4 +1,4 @@
-"""Intervals by bootstrap over prompts: the pictures of one prompt are no independent trials, the prompts are.
+"""Intervals by bootstrap over prompts: the images of one prompt are no independent trials, the prompts are.
 
 Every figure is computed on the same drawings of prompts, which depend on the set of prompts and the seed alone, so the
 difference of two systems on the same prompts has a paired interval, whatever the figure. Efron and Tibshirani 1993,
@@ -17,17 +17,17 @@ Floats = NDArray[np.float64]
 
 
 class Resampling:
-    """How often every picture counts in each of `draws` drawings of the prompts, with replacement.
+    """How often every image counts in each of `draws` drawings of the prompts, with replacement.
 
-    A set with a single prompt draws pictures instead.
+    A set with a single prompt draws images instead.
     """
 
     def __init__(self, texts: Sequence[str], draws: int = 1000, seed: int = 0) -> None:
-        """`texts` (N,): the prompt of every picture."""
+        """`texts` (N,): the prompt of every image."""
         if not len(texts):
-            raise ValueError("no pictures to measure")
+            raise ValueError("no images to measure")
         self.texts, self.draws, self.seed = list(texts), draws, seed
-        self.prompts = sorted(set(texts))  # the order of the pictures does not matter
+        self.prompts = sorted(set(texts))  # the order of the images does not matter
         place = {text: i for i, text in enumerate(self.prompts)}
         self.prompt_of = np.array([place[text] for text in texts])
         if len(self.prompts) == 1:
@@ -45,10 +45,10 @@ class Resampling:
 
     @property
     def unit(self) -> str:
-        return "pictures" if len(self.prompts) == 1 else "prompts"
+        return "images" if len(self.prompts) == 1 else "prompts"
 
     def weights(self, rows: NDArray | None = None, draws: int | None = None) -> Floats:
-        """(draws, N): how often each picture counts; `rows`: of these pictures only."""
+        """(draws, N): how often each image counts; `rows`: of these images only."""
         units = self.unit_of if rows is None else self.unit_of[rows]
         return self.counts[: draws or self.draws][:, units].astype(np.float64)
 
@@ -66,17 +66,17 @@ class Estimate:
 
     interval: Interval
     count: int
-    """Pictures that it is over."""
+    """Images that it is over."""
     drawn: Floats = field(repr=False, compare=False)
-    """The figure on each drawing; NaN where a drawing has no picture that counts."""
+    """The figure on each drawing; NaN where a drawing has no image that counts."""
     by_prompt: dict[str, float] = field(default_factory=dict, repr=False)
-    """Its mean over the pictures of each prompt, for figures that are means."""
+    """Its mean over the images of each prompt, for figures that are means."""
 
 
 def interval_of(value: float, drawn: Floats, least: float = -np.inf, most: float = np.inf) -> Interval:
     """95 %: the quantiles of the drawings moved so that their mean is the value, within [least, most].
 
-    The move takes the bias out: a drawing holds fewer different pictures than the set, which makes a Frechet distance
+    The move takes the bias out: a drawing holds fewer different images than the set, which makes a Frechet distance
     larger and a coverage smaller; for means it does nothing.
     """
     known = drawn[np.isfinite(drawn)]
@@ -121,7 +121,7 @@ def set_estimate(
 ) -> Estimate:
     """A statistic of a whole set, `statistic(weights (N,)) -> float`, on the first `draws` drawings.
 
-    `rows`: the pictures that it looks at; all where None.
+    `rows`: the images that it looks at; all where None.
     """
     count = len(resampling) if rows is None else len(rows)
     value = statistic(np.ones(count))

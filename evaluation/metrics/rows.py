@@ -16,12 +16,12 @@ PLAIN = {"frechet_distance": "FID", "kernel_distance": "KID", "inception_score":
 
 @dataclass(frozen=True)
 class Pair:
-    """A sample beside its nearest training picture."""
+    """A sample beside its nearest training image."""
 
     sample: int
     """Place in the sample set."""
     row: int
-    """Place in the training pictures: `reference.train.open(row)`."""
+    """Place in the training images: `reference.train.open(row)`."""
     key: str
     caption: str
     distance: float
@@ -40,12 +40,12 @@ class Figure:
     network: str
     """What computed the features or judged."""
     count: int
-    """Pictures that it is over."""
+    """Images that it is over."""
     note: str = ""
     real: float | None = None
-    """The same figure of real pictures; None where there is none."""
+    """The same figure of real images; None where there is none."""
     by_prompt: dict[str, float] = field(default_factory=dict, repr=False)
-    """Means over the pictures of each prompt, for figures that are means."""
+    """Means over the images of each prompt, for figures that are means."""
     draws: NDArray | None = field(default=None, repr=False, compare=False)
     """The figure on each drawing of the prompts; see `paired_difference`."""
     pairs: tuple[Pair, ...] = field(default=(), repr=False)

@@ -43,9 +43,9 @@ def pairwise_distances(a: Floats, b: Floats) -> Floats:
 
 
 def r_precision_all(similarity: Floats, own_text: NDArray, top: int = 5) -> NDArray:
-    """(N pictures, T texts), own text's column of each picture -> (N,) 1.0 where it is among the `top` best.
+    """(N images, T texts), own text's column of each image -> (N,) 1.0 where it is among the `top` best.
 
-    The form of the e-commerce plan: against all texts. Ties count against the picture.
+    The form of the e-commerce plan: against all texts. Ties count against the image.
     """
     own = np.take_along_axis(similarity, np.asarray(own_text)[:, None], axis=1)
     better = (similarity >= own).sum(1) - 1
@@ -72,7 +72,7 @@ def r_precision_sampled(similarity: Floats, own_text: NDArray, among: int = 100,
 def mean_pair_distance(features: Floats) -> float:
     """(N, D) unit vectors -> mean of 1 - cosine over pairs: how different the samples of one prompt are."""
     if len(features) < 2:
-        raise ValueError("diversity needs at least 2 pictures of a prompt")
+        raise ValueError("diversity needs at least 2 images of a prompt")
     similarity = features @ features.T
     n = len(features)
     return float(1 - (similarity.sum() - np.trace(similarity)) / (n * (n - 1)))

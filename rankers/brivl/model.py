@@ -67,7 +67,7 @@ class SetTransformer(nn.Module):
 
 
 class ImageTower(nn.Module):
-    """Pictures and boxes -> unit vectors; names as under `imgencoder.`."""
+    """Images and boxes -> unit vectors; names as under `imgencoder.`."""
 
     def __init__(self, config: BrivlConfig) -> None:
         import timm

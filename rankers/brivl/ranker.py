@@ -1,11 +1,11 @@
-"""BriVL as a ranker: weights from a file, pictures prepared as one of three published set-ups did.
+"""BriVL as a ranker: weights from a file, images prepared as one of three published set-ups did.
 
     load_ranker("brivl:brivl-with-roberta-base.pth?preset=nmi-grid&vocab=chinese-roberta-wwm-ext/vocab.txt")
 
 | preset | side | ImageNet mean and deviation | regions |
-| nmi-grid (default) | 456 | yes | 6 x 6 cells and the whole picture; needs no detector |
-| brivl1 | 380 | yes | up to 36 detector boxes from `boxes=FILE.jsonl` and the whole picture |
-| seed | 456 | no | the whole picture |
+| nmi-grid (default) | 456 | yes | 6 x 6 cells and the whole image; needs no detector |
+| brivl1 | 380 | yes | up to 36 detector boxes from `boxes=FILE.jsonl` and the whole image |
+| seed | 456 | no | the whole image |
 """
 
 import json
@@ -34,7 +34,7 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Preset:
-    """How pictures become tensors and regions."""
+    """How images become tensors and regions."""
 
     image_size: int
     normalize: bool
@@ -85,7 +85,7 @@ class BrivlTowers:
         device: str = "cpu",
         precision: str = "fp32",
     ) -> None:
-        """`boxes`: detector boxes in the pictures' pixels by content hash. Raises FileNotFoundError for no vocab."""
+        """`boxes`: detector boxes in the images' pixels by content hash. Raises FileNotFoundError for no vocab."""
         from transformers import BertTokenizer
 
         if not vocab.is_file():
@@ -113,13 +113,13 @@ class BrivlTowers:
         return (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
     def _regions(self, image: Image.Image) -> tuple[Tensor, Tensor]:
-        """The regions, the whole picture last, then zero boxes that do not count."""
+        """The regions, the whole image last, then zero boxes that do not count."""
         size, limit = float(self.preset.image_size), self.model.config.max_boxes
         regions = grid_boxes(self.preset.grid, size)
         if self.preset.takes_boxes:
             found = (self.boxes or {}).get(content_hash(image))
             if found is None:
-                raise ValueError(f"{self.name}: there are no detector boxes for one of the pictures")
+                raise ValueError(f"{self.name}: there are no detector boxes for one of the images")
             across, down = size / image.width, size / image.height
             regions = [
                 (x1 * across, y1 * down, x2 * across, y2 * down) for x1, y1, x2, y2 in found[: limit - 1]
@@ -154,7 +154,7 @@ def grid_boxes(cells: int, size: float) -> list[Box]:
 
 
 def read_boxes(path: Path) -> dict[bytes, list[Box]]:
-    """BriVL's JSONL, `image_id` (a path) and `bbox` (boxes in the picture's pixels) a line, by content hash."""
+    """BriVL's JSONL, `image_id` (a path) and `bbox` (boxes in the image's pixels) a line, by content hash."""
     if not path.is_file():
         raise FileNotFoundError(f"no file of boxes {path}")
     found: dict[bytes, list[Box]] = {}

@@ -1,4 +1,4 @@
-"""What `rankers.train` trains on: shards, the names in them, the text tower's folder, the validation pictures."""
+"""What `rankers.train` trains on: shards, the names in them, the text tower's folder, the validation images."""
 
 import hashlib
 import shutil
@@ -48,7 +48,7 @@ class RankerData:
         """From `rankers.train.Options`. Raises FileNotFoundError or ValueError naming what is wrong."""
         source = options.data or _embedded_default(world)
         train, val = (i.require(*IMAGE_SUFFIXES) for i in open_splits(source, options.remote))
-        pairs = load_pairs(val, options.attributes, options.val_pictures)
+        pairs = load_pairs(val, options.attributes, options.val_images)
         require_mismatches(pairs, source)
         names = scan_names(train, options.attributes)
         claim(options.loop.run_dir, world.is_main)
@@ -93,7 +93,7 @@ class RankerData:
 def _embedded_default(world: World) -> str:
     if world.is_main:
         say(
-            "no --data given: training on the embedded default, product-like pictures drawn by data_tools.synthetic"
+            "no --data given: training on the embedded default, product-like images drawn by data_tools.synthetic"
         )
         if not any(EMBEDDED.glob("train-*.tar")):
             ensure_synthetic(EMBEDDED)

@@ -1,4 +1,4 @@
-"""Pictures that grow during a training: small ones first are cheap, and a little under the size of use is best.
+"""Images that grow during a training: small ones first are cheap, and a little under the size of use is best.
 
 Touvron et al. 2019, arXiv 1906.06423.
 """

@@ -1,6 +1,6 @@
 """The contrastive objective, and how its batch grows beyond what memory or one process holds.
 
-InfoNCE over pictures and captions (CLIP, arXiv 2103.00020, section 2.3), without the pairs that are true though not
+InfoNCE over images and captions (CLIP, arXiv 2103.00020, section 2.3), without the pairs that are true though not
 matched; captions with a wrong colour as further negatives; and the kind's name among all kinds' names.
 """
 
@@ -33,7 +33,7 @@ class LossWeights:
 
 @dataclass(frozen=True)
 class Features:
-    """Unit vectors: pictures (B, D), captions (B, D), captions with a wrong colour (B, D), kinds (K, D); scale ()."""
+    """Unit vectors: images (B, D), captions (B, D), captions with a wrong colour (B, D), kinds (K, D); scale ()."""
 
     image: Tensor
     caption: Tensor
@@ -43,7 +43,7 @@ class Features:
 
 
 def ranker_loss(features: Features, batch: dict[str, Tensor], weights: LossWeights) -> dict[str, Tensor]:
-    """`loss`, its parts, and the share of pictures whose own caption wins, over a whole batch.
+    """`loss`, its parts, and the share of images whose own caption wins, over a whole batch.
 
     batch: caption (B, 2), facts (B, 2, F), has_twin (B,), label (B,); see `rankers.training.pairs.DecodePair`. Float32.
     """
@@ -52,7 +52,7 @@ def ranker_loss(features: Features, batch: dict[str, Tensor], weights: LossWeigh
     elsewhere = ~torch.eye(len(caption), dtype=torch.bool, device=caption.device)
     true, twin_true = (
         describes(caption[:, i], facts[:, i], caption[:, 0], facts[:, 0]) & elsewhere for i in (0, 1)
-    )  # (B, B) pictures x captions
+    )  # (B, B) images x captions
     logits = features.scale * features.image @ features.caption.T  # (B, B)
     twin_logits = features.scale * features.image @ features.twin.T  # (B, B)
     logits = logits.masked_fill(true, float("-inf"))

@@ -1,6 +1,6 @@
-"""Pictures with their captions as training pairs: which caption is true of which picture, and wrong ones on purpose.
+"""Images with their captions as training pairs: which caption is true of which image, and wrong ones on purpose.
 
-In a shop most captions repeat: the other pictures of a batch whose caption is equal are not negatives, nor are those of
+In a shop most captions repeat: the other images of a batch whose caption is equal are not negatives, nor are those of
 which the caption is true by the attributes in the shards' JSON (`fact_fields`: "a T-shirt" is true of a red T-shirt).
 A caption that names a colour gets a twin that names another one.
 """
@@ -107,15 +107,15 @@ def facts_of(meta: dict[str, Any], fields: Sequence[str]) -> Facts:
     return tuple(number(f"{n}={v}") if v else 0 for n, v in zip(fields, values, strict=True))
 
 
-def describes(caption: Tensor, caption_facts: Tensor, picture: Tensor, picture_facts: Tensor) -> Tensor:
-    """Whether caption j is true of picture i, (B, M) bool.
+def describes(caption: Tensor, caption_facts: Tensor, image: Tensor, image_facts: Tensor) -> Tensor:
+    """Whether caption j is true of image i, (B, M) bool.
 
-    caption (M,), picture (B,): numbers of the captions and of the pictures' own captions; facts (M, F) and (B, F).
-    True where the captions are equal, or where the caption's facts, at least one, are all among the picture's.
+    caption (M,), image (B,): numbers of the captions and of the images' own captions; facts (M, F) and (B, F).
+    True where the captions are equal, or where the caption's facts, at least one, are all among the image's.
     """
-    equal = picture[:, None] == caption[None, :]  # (B, M)
+    equal = image[:, None] == caption[None, :]  # (B, M)
     stated = caption_facts[None] != 0  # (1, M, F)
-    held = (caption_facts[None] == picture_facts[:, None]) | ~stated  # (B, M, F)
+    held = (caption_facts[None] == image_facts[:, None]) | ~stated  # (B, M, F)
     return equal | (held.all(-1) & stated.any(-1))
 
 
@@ -135,15 +135,15 @@ class CropAugment:
     """Random crop, mirror, a little light, an erased patch. Hue and saturation stay: colour is a label."""
 
     min_area: float = 0.3
-    """Smallest crop as a share of the picture's area, in (0, 1]."""
+    """Smallest crop as a share of the image's area, in (0, 1]."""
     max_aspect: float = 1.33
     """Largest stretch of a crop's sides."""
     flip: bool = True
-    """Mirror half of the pictures."""
+    """Mirror half of the images."""
     light: float = 0.1
     """Largest relative change of brightness and of contrast."""
     erase: float = 0.25
-    """Share of pictures with a grey patch of 5 to 20 % of the area."""
+    """Share of images with a grey patch of 5 to 20 % of the area."""
 
     def __post_init__(self) -> None:
         if not 0 < self.min_area <= 1 or self.max_aspect < 1 or not 0 <= self.light < 1:
@@ -152,7 +152,7 @@ class CropAugment:
             raise ValueError(f"erase must lie in [0, 1], not {self.erase}")
 
     def __call__(self, image: Image.Image, size: int, rng: np.random.Generator) -> Tensor:
-        """RGB picture -> float (3, size, size) in [-1, 1]."""
+        """RGB image -> float (3, size, size) in [-1, 1]."""
         crop = image.resize((size, size), Image.Resampling.BILINEAR, box=self._box(image.size, rng))
         pixels = to_tensor(crop)
         if self.flip and rng.random() < 0.5:

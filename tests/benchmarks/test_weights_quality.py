@@ -25,9 +25,9 @@ def small(tmp_path_factory):
 def test_an_engine_that_reads_its_own_tokens_chooses_them(small):
     pipeline = TextToImage.from_pretrained(small, "cpu", FastOptions("torch", "float32"))
     for options in (SamplingOptions(), SamplingOptions(cfg_scale=1.0)):
-        pictures = list(pipeline.generate(CAPTIONS[:2], 2, 3, options))
-        found = tokens_after(pipeline.generator, pipeline, pictures, options)
-        assert found.tolist() == [p.ids.tolist() for p in pictures]
+        images = list(pipeline.generate(CAPTIONS[:2], 2, 3, options))
+        found = tokens_after(pipeline.generator, pipeline, images, options)
+        assert found.tolist() == [p.ids.tolist() for p in images]
 
 
 def test_the_table(small, monkeypatch):

@@ -1,4 +1,4 @@
-"""Pictures and tensors."""
+"""Images and tensors."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ def test_resize_square_crops_the_middle():
     assert resize_square(image, 10).getcolors() == [(100, (0, 0, 255))]
 
 
-def test_grid_places_pictures_row_by_row_on_white():
+def test_grid_places_images_row_by_row_on_white():
     colors = ["red", "green", "blue"]
     grid = make_grid([Image.new("RGB", (4, 3), c) for c in colors], columns=2, gap=2)
     assert grid.size == (10, 8)
@@ -39,7 +39,7 @@ def test_grid_places_pictures_row_by_row_on_white():
     assert grid.getpixel((0, 5)) == (0, 0, 255)
     assert grid.getpixel((6, 5)) == grid.getpixel((4, 0)) == (255, 255, 255)
     assert make_grid([Image.new("RGB", (4, 4))] * 5, gap=0).size == (12, 8)
-    with pytest.raises(ValueError, match="at least one picture"):
+    with pytest.raises(ValueError, match="at least one image"):
         make_grid([])
 
 

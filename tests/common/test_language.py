@@ -93,9 +93,9 @@ def doctor_sentences() -> set[str]:
 
 def test_every_finding_of_the_doctor_is_known_in_chinese():
     words = words_of("zh", "doctor")
-    sentences = {text for text in doctor_sentences() if not text.endswith("pictures are 7")}
+    sentences = {text for text in doctor_sentences() if not text.endswith("images are 7")}
     sentences |= {
-        f"7 (7.0%) pictures are {text}" for text in ("blank", "blurred or enlarged", "patterned all over")
+        f"7 (7.0%) images are {text}" for text in ("blank", "blurred or enlarged", "patterned all over")
     }
     assert len(sentences) > 40
     bare = re.compile(r"python -m [\w.]+( [A-Z0-9]+| --[\w.-]+ [\w.]+)*")  # a command and nothing else

@@ -44,12 +44,12 @@ def test_the_log_goes_on_where_the_checkpoint_stands(tmp_path):
         )  # killed in the middle of a line and of a character
     log = MetricLog(tmp_path, 2, tensorboard=False, wandb_project="", options={})
     log.write(3, "train", {"loss": 9.0})
-    picture = log.picture(3, "grid", Image.new("RGB", (2, 2)))
+    image = log.image(3, "grid", Image.new("RGB", (2, 2)))
     log.close()
     rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     assert [(r["step"], r["kind"]) for r in rows] == [(1, "train"), (2, "train"), (2, "val"), (3, "train")]
     assert rows[-1]["loss"] == 9.0
-    assert picture == tmp_path / "samples" / "grid_00000003.png" and picture.is_file()
+    assert image == tmp_path / "samples" / "grid_00000003.png" and image.is_file()
 
 
 def test_nothing_to_drop_is_no_mistake(tmp_path):
@@ -70,9 +70,9 @@ def test_numbers_are_short():
     assert [clock(s) for s in (-3, 59, 3723)] == ["0:00:00", "0:00:59", "1:02:03"]
 
 
-def test_pictures_reach_tensorboard(tmp_path):
+def test_images_reach_tensorboard(tmp_path):
     log = MetricLog(tmp_path, 0, True, "", {})
-    assert log.picture(3, "samples", Image.new("RGB", (8, 8), "red")).is_file()
+    assert log.image(3, "samples", Image.new("RGB", (8, 8), "red")).is_file()
     log.close()
     (events,) = (tmp_path / "tensorboard").iterdir()
     assert b"samples" in events.read_bytes() and b"PNG" in events.read_bytes()
@@ -85,7 +85,7 @@ def test_weights_and_biases_if_asked(tmp_path, monkeypatch):
     for step in (1, 2):
         log = MetricLog(tmp_path, step, False, "goods", {"lr": 1e-3})
         log.write(step, "train", {"loss": 2.0})
-        log.picture(step, "samples", Image.new("RGB", (8, 8)))
+        log.image(step, "samples", Image.new("RGB", (8, 8)))
         identity = log.wandb.id
         log.close()
         assert identity == (tmp_path / "wandb_id").read_text("utf-8")

@@ -1,4 +1,4 @@
-"""A whole generator checkpoint, small enough for tests: 100 image tokens, 24 codes, pictures of 40 pixels."""
+"""A whole generator checkpoint, small enough for tests: 100 image tokens, 24 codes, images of 40 pixels."""
 
 from collections.abc import Callable
 from dataclasses import replace

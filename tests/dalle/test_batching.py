@@ -48,7 +48,7 @@ def job(text: int, count: int, **changes) -> Job:
 
 
 def expected(pipeline, work: Job) -> list[list[int]]:
-    pictures = pipeline.draw(
+    images = pipeline.draw(
         work.requests,
         work.seed,
         work.options,
@@ -57,7 +57,7 @@ def expected(pipeline, work: Job) -> list[list[int]]:
         source=work.source,
         line=work.line,
     )
-    return [picture.ids.tolist() for picture in pictures]
+    return [image.ids.tolist() for image in images]
 
 
 def run(batcher, jobs: list[Job], apart: int) -> dict[int, list[list[int]]]:
@@ -173,8 +173,8 @@ def test_likelihoods_are_those_of_the_pipeline(pipeline):
     found = []
     while not batcher.is_idle:
         found += batcher.step()
-    pictures = pipeline.draw(work.requests, work.seed, work.options)
-    wanted = [picture.log_likelihood for picture in pictures]
+    images = pipeline.draw(work.requests, work.seed, work.options)
+    wanted = [image.log_likelihood for image in images]
     assert [f.log_likelihood for f in found] == pytest.approx(wanted, abs=1e-2)
 
 

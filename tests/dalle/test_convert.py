@@ -280,14 +280,14 @@ def test_an_imported_generator_draws(tmp_path, vocabulary, capsys):
     ids, note = pipeline.encode_text("红色的鞋子")
     assert note == "" and ids[0].tolist() == [7, 8, 9, 15, 18, 0]  # no marks, zeros behind
     assert pipeline.encode_text("红" * 9)[1] and pipeline.encode_text("红" * 9)[0].min() == 7
-    pictures = list(pipeline.generate(["红色的鞋子"], 2, 0, SamplingOptions(cfg_scale=2.0)))
-    assert pictures[0].image.size == (32, 32) and not torch.equal(pictures[0].ids, pictures[1].ids)
+    images = list(pipeline.generate(["红色的鞋子"], 2, 0, SamplingOptions(cfg_scale=2.0)))
+    assert images[0].image.size == (32, 32) and not torch.equal(images[0].ids, images[1].ids)
     with torch.no_grad():  # the likelihood that was recorded, by a pass over the whole sequence
-        logits = pipeline.generator.model(ids, pictures[1].ids[None])[:, 6:, 29:].log_softmax(-1)
-    expected = logits.gather(-1, pictures[1].ids[None, :, None]).sum()
-    assert pictures[1].log_likelihood == pytest.approx(float(expected), rel=1e-4)
+        logits = pipeline.generator.model(ids, images[1].ids[None])[:, 6:, 29:].log_softmax(-1)
+    expected = logits.gather(-1, images[1].ids[None, :, None]).sum()
+    assert images[1].log_likelihood == pytest.approx(float(expected), rel=1e-4)
     alone = next(pipeline.draw([Request("红色的鞋子", 1)], 0, SamplingOptions(cfg_scale=2.0)))
-    assert alone.image.tobytes() == pictures[1].image.tobytes()
+    assert alone.image.tobytes() == images[1].image.tobytes()
 
 
 def test_openais_tokenizer_is_named_as_unsupported(tmp_path, vocabulary, capsys):

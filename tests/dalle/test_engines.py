@@ -13,7 +13,7 @@ from dalle.engines import (
 )
 from dalle.engines.packed import Int8Linear
 from dalle.model import Block, Dalle, ModelOptions, SwiGLU
-from dalle.sampling import SamplingOptions, picture_generator, sample_ids
+from dalle.sampling import SamplingOptions, noise_generator, sample_ids
 from kernels import decode
 from kernels.compiler import level
 
@@ -50,7 +50,7 @@ def inputs(rows: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.inference_mode()
 def step_logits(decoder, known: int, rows: slice = slice(None)) -> torch.Tensor:
-    """Logits of positions `known` .. 120 of given pictures: (R, 121 - known, V)"""
+    """Logits of positions `known` .. 120 of given images: (R, 121 - known, V)"""
     text, image = (t[rows] for t in inputs())
     cache = decoder.new_cache(text)
     steps = [decoder.prefill(text, cache, image[:, :known] if known else None).clone()]
@@ -254,11 +254,11 @@ def test_a_changed_model_is_left_to_torch(change, engine, monkeypatch, capsys):
 def test_graphs_equal_a_full_pass_and_can_be_used_again():
     model = make().cuda()
     decoder = CudaGraphDecoder(model)
-    generators = [picture_generator(0, i) for i in range(5)]
+    generators = [noise_generator(0, i) for i in range(5)]
     text = inputs()[0].cuda()
     drawn = [
         sample_ids(decoder, text, torch.zeros_like(text), generators, SamplingOptions(cfg_scale=2.0)).ids
-        for generators in ([picture_generator(0, i) for i in range(5)] for _ in range(2))
+        for generators in ([noise_generator(0, i) for i in range(5)] for _ in range(2))
     ]
     assert torch.equal(*drawn)
     plain = sample_ids(

@@ -16,7 +16,7 @@ from common.checkpoint import resolve
 from common.label import open_labelled, read_labels, read_manifest
 from common.output import OutputDirectory
 from dalle.pipeline import default_checkpoint
-from generate import main, open_mask, open_picture
+from generate import main, open_image, open_mask
 from serve.label import main as label_command
 
 ROOT = Path(__file__).parent.parent.parent
@@ -26,7 +26,7 @@ def lines(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "images.jsonl").read_text("utf-8").splitlines()]
 
 
-def pictures(out: Path) -> dict[str, bytes]:
+def some_images(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(out.glob("0*.png"))}
 
 
@@ -67,7 +67,7 @@ def test_the_same_seed_gives_the_same_bytes_in_any_batch(generator_dir, tmp_path
     first = run(generator_dir, tmp_path / "a", "--batch-size", "8")
     second = run(generator_dir, tmp_path / "b", "--batch-size", "2")
     other = run(generator_dir, tmp_path / "c", "--seed", "1")
-    assert pictures(first) == pictures(second) != pictures(other)
+    assert some_images(first) == some_images(second) != some_images(other)
     assert (first / "grid.png").read_bytes() == (second / "grid.png").read_bytes()
 
 
@@ -91,7 +91,7 @@ def test_the_released_generator_gives_the_same_bytes_in_any_batch(tmp_path):
             main(
                 [*arguments, "--checkpoint", str(ROOT / "pretrained/goods-128/generator"), "--device", "cpu"]
             )
-            found.append(pictures(out))
+            found.append(some_images(out))
     finally:
         torch.set_num_threads(before)
     assert len(found[0]) == 8 and all(one == found[0] for one in found)
@@ -103,7 +103,7 @@ def test_the_default_generator_is_found_from_any_directory(tmp_path, monkeypatch
     assert resolve("pretrained/goods-128/generator") == ROOT / "pretrained/goods-128/generator"
 
 
-def test_fewer_pictures_leave_none_of_the_earlier_run(generator_dir, tmp_path):
+def test_fewer_images_leave_none_of_the_earlier_run(generator_dir, tmp_path):
     run(generator_dir, tmp_path / "out")
     with OutputDirectory(tmp_path / "out") as files:
         files.write_json("ranking.json", {})
@@ -139,7 +139,7 @@ def test_one_writer_at_a_time(generator_dir, tmp_path, capsys):
     with OutputDirectory(tmp_path / "out"), pytest.raises(SystemExit) as stopped:
         run(generator_dir, tmp_path / "out")
     assert stopped.value.code == 2 and "another command is writing to" in capsys.readouterr().err
-    assert len(pictures(run(generator_dir, tmp_path / "out"))) == 3
+    assert len(some_images(run(generator_dir, tmp_path / "out"))) == 3
 
 
 @pytest.mark.slow
@@ -155,7 +155,7 @@ def test_two_at_once_in_one_directory(generator_dir, tmp_path):
     codes = [process.returncode for process in running]
     assert sorted(codes) == [0, 2]
     assert "another command is writing to" in said[codes.index(2)] and "Traceback" not in "".join(said)
-    assert len(lines(tmp_path / "out")) == len(pictures(tmp_path / "out")) == 80
+    assert len(lines(tmp_path / "out")) == len(some_images(tmp_path / "out")) == 80
 
 
 def test_a_file_of_prompts(generator_dir, tmp_path, prompts, capsys):
@@ -163,13 +163,13 @@ def test_a_file_of_prompts(generator_dir, tmp_path, prompts, capsys):
     assert [(x["text"], x["index"]) for x in lines(out)] == [(t, i) for t in CAPTIONS for i in range(2)]
     assert "skipped 1 of the texts" in capsys.readouterr().out
     single = run(generator_dir, tmp_path / "single", CAPTIONS[3], "2")
-    assert pictures(single)["0001.png"] == pictures(out)["0007.png"]
+    assert some_images(single)["0001.png"] == some_images(out)["0007.png"]
 
 
 def test_a_file_of_prompts_goes_on_where_it_was(generator_dir, tmp_path, prompts):
     arguments = ("", "2", "--prompts-file", str(prompts))
     whole = run(generator_dir, tmp_path / "whole", *arguments)
-    expected = pictures(whole)
+    expected = some_images(whole)
     listed = (whole / "images.jsonl").read_bytes().splitlines(keepends=True)
     part = tmp_path / "part"
     part.mkdir()
@@ -178,15 +178,15 @@ def test_a_file_of_prompts_goes_on_where_it_was(generator_dir, tmp_path, prompts
     (part / "images.jsonl").write_bytes(b"".join(listed[:5]) + listed[5][:40])  # killed while writing line 6
     before = {name: (part / name).stat().st_mtime_ns for name in list(expected)[:5]}
     run(generator_dir, part, *arguments)
-    assert pictures(part) == expected and len(lines(part)) == 10
+    assert some_images(part) == expected and len(lines(part)) == 10
     assert before == {name: (part / name).stat().st_mtime_ns for name in before}
 
 
 def test_other_options_start_anew(generator_dir, tmp_path, prompts):
     out = run(generator_dir, tmp_path / "out", "", "1", "--prompts-file", str(prompts))
-    before = pictures(out)
+    before = some_images(out)
     run(generator_dir, out, "", "1", "--prompts-file", str(prompts), "--seed", "3")
-    assert not set(before.values()) & set(pictures(out).values()) and len(lines(out)) == 5
+    assert not set(before.values()) & set(some_images(out).values()) and len(lines(out)) == 5
 
 
 @pytest.mark.parametrize(
@@ -195,10 +195,10 @@ def test_other_options_start_anew(generator_dir, tmp_path, prompts):
         (("--seed", "-1"), "seed must be 0 or more"),
         (("--negative", "红色", "--cfg-scale", "1"), "works through guidance"),
         (("--prompts-file", "UNKNOWN"), "no text that can be drawn"),
-        (("--prime", "UNKNOWN"), "no readable picture"),
+        (("--prime", "UNKNOWN"), "no readable image"),
     ],
 )
-def test_a_command_that_fails_leaves_the_earlier_pictures(
+def test_a_command_that_fails_leaves_the_earlier_images(
     arguments, message, generator_dir, tmp_path, prompts, capsys
 ):
     out = run(generator_dir, tmp_path / "out", "", "1", "--prompts-file", str(prompts))
@@ -216,7 +216,7 @@ def test_what_gives_way_is_counted(generator_dir, tmp_path, prompts, capsys):
     run(
         generator_dir, out, "", "1", "--prompts-file", str(prompts), "--fast.engine", "plain"
     )  # an earlier name
-    assert f"5 pictures in {out} were drawn otherwise and give way" in capsys.readouterr().out
+    assert f"5 images in {out} were drawn otherwise and give way" in capsys.readouterr().out
     assert {line["engine"] for line in lines(out)} == {"torch"}
 
 
@@ -224,14 +224,14 @@ def test_fewer_prompts_leave_none_of_the_others(generator_dir, tmp_path, prompts
     out = run(generator_dir, tmp_path / "out", "", "1", "--prompts-file", str(prompts))
     prompts.write_text("\n".join(CAPTIONS[:2]), encoding="utf-8")
     run(generator_dir, out, "", "1", "--prompts-file", str(prompts))
-    assert [line["text"] for line in lines(out)] == CAPTIONS[:2] and len(pictures(out)) == 2
+    assert [line["text"] for line in lines(out)] == CAPTIONS[:2] and len(some_images(out)) == 2
 
 
-def test_a_negative_text_and_a_schedule_change_the_pictures(generator_dir, tmp_path):
+def test_a_negative_text_and_a_schedule_change_the_images(generator_dir, tmp_path):
     plain = run(generator_dir, tmp_path / "plain")
     negative = run(generator_dir, tmp_path / "negative", "--negative", CAPTIONS[1])
     rising = run(generator_dir, tmp_path / "rising", "--cfg-schedule", "cosine")
-    drawn = [pictures(out) for out in (plain, negative, rising)]
+    drawn = [some_images(out) for out in (plain, negative, rising)]
     assert len({tuple(p.values()) for p in drawn}) == 3
     assert (
         lines(negative)[0]["null_log_likelihood"] is None
@@ -264,56 +264,56 @@ def test_kill_9_loses_nothing_and_the_same_command_goes_on(generator_dir, tmp_pa
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "going on behind them" in again.stdout
     whole = run(generator_dir, tmp_path / "whole", "", "1", "--prompts-file", str(prompts))
-    assert pictures(tmp_path / "out") == pictures(whole)
+    assert some_images(tmp_path / "out") == some_images(whole)
 
 
-def test_starting_from_a_picture(generator_dir, tmp_path):
+def test_starting_from_a_image(generator_dir, tmp_path):
     source = run(generator_dir, tmp_path / "source")
     mask = tmp_path / "mask.png"
     Image.new("L", (40, 40), 255).save(mask)
-    picture = str(source / "0000.png")
+    image = str(source / "0000.png")
     for arguments in (
-        ("--prime", picture, "--keep-rows", "6"),
-        ("--inpaint", picture, "--mask", str(mask)),
-        ("--vary", picture, "--strength", "0.2"),
+        ("--prime", image, "--keep-rows", "6"),
+        ("--inpaint", image, "--mask", str(mask)),
+        ("--vary", image, "--strength", "0.2"),
     ):
         out = run(generator_dir, tmp_path / arguments[0].strip("-"), *arguments)
-        assert lines(out)[0]["source"][arguments[0].strip("-")] == picture
-        assert len(pictures(out)) == 3
+        assert lines(out)[0]["source"][arguments[0].strip("-")] == image
+        assert len(some_images(out)) == 3
 
 
-def test_pictures_are_read_as_those_of_a_catalogue(tmp_path):
+def test_images_are_read_as_those_of_a_catalogue(tmp_path):
     """What is transparent lies on white, 16 bits are scaled, a camera's turn is undone."""
     clear = Image.new("RGBA", (40, 40), (0, 0, 0, 0))
     clear.paste((200, 0, 0, 255), (0, 0, 20, 40))
     clear.save(tmp_path / "clear.png")
-    read = open_picture(tmp_path / "clear.png")
+    read = open_image(tmp_path / "clear.png")
     assert read.getpixel((5, 5)) == (200, 0, 0) and read.getpixel((35, 5)) == (255, 255, 255)
-    assert open_picture(tmp_path / "clear.png", background="black").getpixel((35, 5)) == (0, 0, 0)
+    assert open_image(tmp_path / "clear.png", background="black").getpixel((35, 5)) == (0, 0, 0)
     Image.fromarray(np.full((4, 4), 0x4080, np.uint16)).save(tmp_path / "deep.png")
-    assert open_picture(tmp_path / "deep.png").getpixel((0, 0)) == (64, 64, 64)
+    assert open_image(tmp_path / "deep.png").getpixel((0, 0)) == (64, 64, 64)
     turned, exif = Image.new("RGB", (40, 20)), Image.Exif()
     exif[0x0112] = 6
     turned.save(tmp_path / "turned.jpg", exif=exif)
-    assert open_picture(tmp_path / "turned.jpg").size == (20, 40)
+    assert open_image(tmp_path / "turned.jpg").size == (20, 40)
 
 
 def test_a_mask_of_another_shape_is_refused(tmp_path):
-    picture = Image.new("RGB", (40, 40))
+    image = Image.new("RGB", (40, 40))
     Image.new("L", (80, 80), 255).save(tmp_path / "larger.png")
-    assert open_mask(tmp_path / "larger.png", picture).size == (80, 80)
+    assert open_mask(tmp_path / "larger.png", image).size == (80, 80)
     Image.new("L", (80, 40), 255).save(tmp_path / "wide.png")
-    with pytest.raises(ValueError, match="80 x 40, the picture 40 x 40: both must have the same shape"):
-        open_mask(tmp_path / "wide.png", picture)
+    with pytest.raises(ValueError, match="80 x 40, the image 40 x 40: both must have the same shape"):
+        open_mask(tmp_path / "wide.png", image)
 
 
-def test_another_picture_under_the_same_name_starts_anew(generator_dir, tmp_path, prompts):
+def test_another_image_under_the_same_name_starts_anew(generator_dir, tmp_path, prompts):
     source = tmp_path / "source.png"
     arguments = ("", "1", "--prompts-file", str(prompts), "--prime", str(source))
     Image.new("RGB", (40, 40), "red").save(source)
-    before = pictures(run(generator_dir, tmp_path / "out", *arguments))
+    before = some_images(run(generator_dir, tmp_path / "out", *arguments))
     Image.new("RGB", (40, 40), "blue").save(source)
-    after = pictures(run(generator_dir, tmp_path / "out", *arguments))
+    after = some_images(run(generator_dir, tmp_path / "out", *arguments))
     assert len(after) == len(before) == 5 and not set(before.values()) & set(after.values())
 
 
@@ -330,8 +330,8 @@ BAD = [
     (["鞋", "3", "OUT", "--batch-size", "0"], "batch_size"),
     (["鞋", "3", "OUT", "--seed", "-4"], "seed"),
     (["鞋", "3", "OUT", "--device", "gpu"], "gpu"),
-    (["鞋", "3", "OUT", "--prime", "nowhere.png"], "no picture nowhere.png"),
-    (["鞋", "3", "OUT", "--prime", "FILE"], "no readable picture"),
+    (["鞋", "3", "OUT", "--prime", "nowhere.png"], "no image nowhere.png"),
+    (["鞋", "3", "OUT", "--prime", "FILE"], "no readable image"),
     (["鞋", "3", "OUT", "--keep-rows", "3"], "--keep-rows needs --prime"),
     (["鞋", "3", "OUT", "--strength", "0.5"], "--strength needs --vary"),
     (["鞋", "3", "OUT", "--inpaint", "a.png"], "--inpaint needs --mask"),
@@ -367,7 +367,7 @@ def test_bad_input_ends_in_one_sentence_and_code_2(arguments, message, generator
 
 def test_a_long_prompt_is_cut_with_a_note(generator_dir, tmp_path, capsys):
     out = run(generator_dir, tmp_path / "out", "红色的鞋" * 2500, "1")
-    assert "note: the text" in capsys.readouterr().out and len(pictures(out)) == 1
+    assert "note: the text" in capsys.readouterr().out and len(some_images(out)) == 1
 
 
 def test_labels(generator_dir, tmp_path):

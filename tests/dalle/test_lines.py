@@ -11,7 +11,7 @@ from common.config import from_mapping, to_mapping
 from dalle.engines import CpuKernelDecoder, CudaGraphDecoder, PackedDecoder, TorchDecoder
 from dalle.lines import LineControl, LineEncoder, LineFeatures, encode_control, to_drawing
 from dalle.model import Dalle, DalleConfig, ModelOptions, config_mapping
-from dalle.sampling import Canvas, SamplingOptions, picture_generator, sample_ids
+from dalle.sampling import Canvas, SamplingOptions, noise_generator, sample_ids
 from kernels import decode
 
 FACTOR = 4
@@ -178,7 +178,7 @@ class TestEngines:
 def sample(model, lines=None, batch=2, cfg=3.0, seed=0, canvas=None):
     text, _ = tiny_ids(1)
     text = text.expand(batch, -1)
-    generators = [picture_generator(seed, i) for i in range(batch)]
+    generators = [noise_generator(seed, i) for i in range(batch)]
     options = SamplingOptions(cfg_scale=cfg)
     return sample_ids(TorchDecoder(model), text, torch.zeros_like(text), generators, options, canvas, lines)
 

@@ -33,7 +33,7 @@ def test_cached_logits_are_the_uncached_ones(num_kv_heads, as_tensor):
 
 
 @pytest.mark.parametrize("known", [1, 7, N - 1])
-def test_prefill_of_half_a_picture_goes_on_as_the_whole_pass(known):
+def test_prefill_of_half_a_image_goes_on_as_the_whole_pass(known):
     model, (text, image) = tiny_model(), tiny_ids()
     with torch.no_grad():
         whole = model(text, image).image

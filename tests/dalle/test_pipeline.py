@@ -15,17 +15,17 @@ from dalle.text_tokenizer import TextTokenizer
 OPTIONS = SamplingOptions(cfg_scale=2.0, top_p=0.95)
 
 
-def bytes_of(pictures) -> list[bytes]:
-    return [picture.image.tobytes() for picture in pictures]
+def bytes_of(images) -> list[bytes]:
+    return [image.image.tobytes() for image in images]
 
 
-def test_pictures_have_the_tokenizers_size_and_differ(pipeline):
-    pictures = pipeline(CAPTIONS[0], 3, seed=1, cfg_scale=2.0)
-    assert [p.size for p in pictures] == [(40, 40)] * 3 and len({p.tobytes() for p in pictures}) == 3
+def test_images_have_the_tokenizers_size_and_differ(pipeline):
+    images = pipeline(CAPTIONS[0], 3, seed=1, cfg_scale=2.0)
+    assert [p.size for p in images] == [(40, 40)] * 3 and len({p.tobytes() for p in images}) == 3
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_a_picture_does_not_depend_on_its_batch(pipeline, batch_size):
+def test_a_image_does_not_depend_on_its_batch(pipeline, batch_size):
     together = list(pipeline.generate(CAPTIONS[:2], 3, 4, OPTIONS, batch_size=6))
     other = list(pipeline.generate(CAPTIONS[:2], 3, 4, OPTIONS, batch_size=batch_size))
     assert bytes_of(together) == bytes_of(other)
@@ -33,7 +33,7 @@ def test_a_picture_does_not_depend_on_its_batch(pipeline, batch_size):
     assert [(p.text, p.index) for p in together] == [(t, i) for t in CAPTIONS[:2] for i in range(3)]
 
 
-def test_seed_text_and_options_change_pictures(pipeline):
+def test_seed_text_and_options_change_images(pipeline):
     def draw(text=CAPTIONS[0], seed=0, options=OPTIONS, negative=""):
         return bytes_of(pipeline.generate([text], 1, seed, options, negative))[0]
 
@@ -47,7 +47,7 @@ def test_seed_text_and_options_change_pictures(pipeline):
     assert len(set(variants)) == len(variants) and draw() == variants[0]
 
 
-def test_requests_pick_single_pictures_of_a_seed(pipeline):
+def test_requests_pick_single_images_of_a_seed(pipeline):
     whole = bytes_of(pipeline.generate([CAPTIONS[0]], 4, 9, OPTIONS))
     picked = bytes_of(pipeline.draw([Request(CAPTIONS[0], 3), Request(CAPTIONS[0], 1)], 9, OPTIONS))
     assert picked == [whole[3], whole[1]]
@@ -56,13 +56,13 @@ def test_requests_pick_single_pictures_of_a_seed(pipeline):
 def test_likelihoods_are_recorded(pipeline, generator_dir):
     from dalle.model import Dalle
 
-    picture = next(pipeline.generate([CAPTIONS[0]], 1, 0, OPTIONS))
+    image = next(pipeline.generate([CAPTIONS[0]], 1, 0, OPTIONS))
     text_ids, _ = pipeline.encode_text(CAPTIONS[0])
-    expected = log_likelihood(Dalle.from_pretrained(generator_dir), text_ids, picture.ids[None])
-    assert picture.log_likelihood == pytest.approx(
+    expected = log_likelihood(Dalle.from_pretrained(generator_dir), text_ids, image.ids[None])
+    assert image.log_likelihood == pytest.approx(
         float(expected), rel=0.02
     )  # the weights were bfloat16 at drawing
-    assert picture.null_log_likelihood < 0 and picture.seconds > 0
+    assert image.null_log_likelihood < 0 and image.seconds > 0
     assert next(pipeline.generate([CAPTIONS[0]], 1, 0, OPTIONS, CAPTIONS[1])).null_log_likelihood is None
     assert (
         next(pipeline.generate([CAPTIONS[0]], 1, 0, SamplingOptions(cfg_scale=1.0))).null_log_likelihood
@@ -168,7 +168,7 @@ def test_weights_that_were_changed_on_the_way_are_refused(damaged):
         TextToImage.from_pretrained(damaged)
 
 
-def test_numbers_that_are_not_finite_do_not_become_pictures(damaged):
+def test_numbers_that_are_not_finite_do_not_become_images(damaged):
     replace_weights(damaged, lambda w: w["blocks.0.ffn.out.weight"].fill_(float("nan")))
     broken = TextToImage.from_pretrained(damaged, "cpu", FastOptions("torch", "float32"))
     with pytest.raises(ValueError, match="not finite"):

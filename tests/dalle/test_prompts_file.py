@@ -2,7 +2,7 @@
 
 import pytest
 from small_checkpoint import CAPTIONS
-from test_generate import lines, pictures, run
+from test_generate import lines, run, some_images
 
 from data_tools.submit import main as submit
 
@@ -16,7 +16,7 @@ def test_a_bad_line_is_found_before_anything_is_drawn(generator_dir, tmp_path, c
     assert not (tmp_path / "out").exists()
 
 
-def test_pictures_are_found_again_by_their_ids(generator_dir, tmp_path, capsys):
+def test_images_are_found_again_by_their_ids(generator_dir, tmp_path, capsys):
     """From the file of texts to a submission."""
     path = tmp_path / "T2I_test.text.tsv"
     path.write_text("".join(f"id{i}\t{text}\n" for i, text in enumerate(CAPTIONS)), "utf-8")
@@ -28,7 +28,7 @@ def test_pictures_are_found_again_by_their_ids(generator_dir, tmp_path, capsys):
     plain = tmp_path / "plain.txt"
     plain.write_text("\n".join(CAPTIONS), "utf-8")
     without = run(generator_dir, tmp_path / "without", "", "2", "--prompts-file", str(plain))
-    assert pictures(without) == pictures(out) and "key" not in lines(without)[0]
+    assert some_images(without) == some_images(out) and "key" not in lines(without)[0]
 
 
 def test_other_ids_start_anew(generator_dir, tmp_path, capsys):
@@ -38,7 +38,7 @@ def test_other_ids_start_anew(generator_dir, tmp_path, capsys):
         out = run(generator_dir, tmp_path / "out", "", "1", "--prompts-file", str(path))
         assert "going on" not in capsys.readouterr().out and [x["key"] for x in lines(out)] == [first]
     run(generator_dir, out, "", "1", "--prompts-file", str(path))
-    assert "1 pictures stand" in capsys.readouterr().out
+    assert "1 images stand" in capsys.readouterr().out
 
 
 def test_texts_that_were_cut_or_skipped_are_counted(generator_dir, tmp_path, capsys):

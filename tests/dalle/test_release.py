@@ -50,8 +50,8 @@ def test_a_release_draws_and_holds_no_training_state(run_dir, tmp_path, capsys):
     ):
         assert word in card, word
     assert "secret" not in card and "weights in float16" in capsys.readouterr().out
-    pictures = TextToImage.from_pretrained(target, "cpu")(CAPTIONS[0], 2, cfg_scale=2.0)
-    assert len(pictures) == 2
+    images = TextToImage.from_pretrained(target, "cpu")(CAPTIONS[0], 2, cfg_scale=2.0)
+    assert len(images) == 2
 
 
 def test_the_runs_last_sample_grid_is_shown(run_dir, tmp_path):
@@ -79,10 +79,10 @@ def test_eight_bits_draw_too_and_can_be_released_again(generator_dir, tmp_path, 
     monkeypatch.setattr(compact, "LARGE", 64)
     target = release(generator_dir, tmp_path / "released", Card(), "int8")
     assert torch.int8 in {t.dtype for t in load_file(target / "model.safetensors").values()}
-    pictures = TextToImage.from_pretrained(target, "cpu")(CAPTIONS[0], 1)
-    assert len(pictures) == 1
+    images = TextToImage.from_pretrained(target, "cpu")(CAPTIONS[0], 1)
+    assert len(images) == 1
     release(target, tmp_path / "wider", Card(), "float16")
-    assert TextToImage.from_pretrained(tmp_path / "wider", "cpu")(CAPTIONS[0], 1)[0].size == pictures[0].size
+    assert TextToImage.from_pretrained(tmp_path / "wider", "cpu")(CAPTIONS[0], 1)[0].size == images[0].size
 
 
 def test_what_cannot_be_released_says_why(generator_dir, tmp_path, capsys):
@@ -92,7 +92,7 @@ def test_what_cannot_be_released_says_why(generator_dir, tmp_path, capsys):
     replace_weights(lost, lambda w: w["norm.weight"][:1].fill_(float("nan")))
     short = shutil.copytree(generator_dir, tmp_path / "short")
     (short / "model.safetensors").write_bytes((short / "model.safetensors").read_bytes()[:-9])
-    (tmp_path / "grid.txt").write_text("no picture")
+    (tmp_path / "grid.txt").write_text("no image")
     for arguments, message in (
         (
             [str(copy), str(tmp_path / "a")],
@@ -102,7 +102,7 @@ def test_what_cannot_be_released_says_why(generator_dir, tmp_path, capsys):
         ([str(short), str(tmp_path / "a")], "short/model.safetensors is not the file that was saved"),
         (
             [str(generator_dir), str(tmp_path / "a"), "--card.grid", str(tmp_path / "grid.txt")],
-            "is no picture",
+            "is no image",
         ),
         ([str(generator_dir), str(tmp_path)], "exists already"),
         ([str(tmp_path / "nowhere"), str(tmp_path / "a")], "nowhere"),

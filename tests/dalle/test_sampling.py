@@ -20,7 +20,7 @@ from dalle.sampling import (
     keep_top_k,
     keep_top_p,
     log_likelihood,
-    picture_generator,
+    noise_generator,
     sample_ids,
 )
 
@@ -94,20 +94,18 @@ def test_temperature_zero_takes_the_likeliest():
 
 def test_noise_is_finite_and_of_gumbel(monkeypatch):
     cpu = torch.device("cpu")
-    noise = draw_noise([picture_generator(0, 0)], 1024, cpu).flatten().double()
+    noise = draw_noise([noise_generator(0, 0)], 1024, cpu).flatten().double()
     assert noise.mean().item() == pytest.approx(0.5772, abs=0.02)  # Euler's constant
     assert noise.var().item() == pytest.approx(math.pi**2 / 6, abs=0.05)
     for u in (0.0, 1 - 2.0**-24):
         monkeypatch.setattr(torch, "rand", lambda *size, u=u, generator: torch.full(size, u))
-        assert draw_noise([picture_generator(0, 0)], 2, cpu).isfinite().all()
+        assert draw_noise([noise_generator(0, 0)], 2, cpu).isfinite().all()
 
 
-def test_a_picture_has_noise_of_its_own():
-    noise = [
-        draw_noise([picture_generator(s, i)], 5, torch.device("cpu")) for s, i in ((0, 0), (0, 1), (1, 0))
-    ]
+def test_a_image_has_noise_of_its_own():
+    noise = [draw_noise([noise_generator(s, i)], 5, torch.device("cpu")) for s, i in ((0, 0), (0, 1), (1, 0))]
     assert len({float(n[0, 0, 0]) for n in noise}) == 3
-    together = draw_noise([picture_generator(0, 0), picture_generator(0, 1)], 5, torch.device("cpu"))
+    together = draw_noise([noise_generator(0, 0), noise_generator(0, 1)], 5, torch.device("cpu"))
     assert torch.equal(together[:, 1], noise[1][:, 0]) and together.shape == (NOISE_CHUNK, 2, 5)
 
 
@@ -149,7 +147,7 @@ def texts(model: Dalle, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def draw(model, options: SamplingOptions, batch_size: int = 3, canvas: Canvas | None = None):
     text, null = texts(model, batch_size)
-    generators = [picture_generator(5, i) for i in range(batch_size)]
+    generators = [noise_generator(5, i) for i in range(batch_size)]
     return sample_ids(TorchDecoder(model), text, null, generators, options, canvas)
 
 
@@ -157,7 +155,7 @@ def draw(model, options: SamplingOptions, batch_size: int = 3, canvas: Canvas | 
 def draw_uncached(model: Dalle, options: SamplingOptions, batch_size: int = 3) -> torch.Tensor:
     """The same draws by a full forward pass a token."""
     text, null = texts(model, batch_size)
-    generators = [picture_generator(5, i) for i in range(batch_size)]
+    generators = [noise_generator(5, i) for i in range(batch_size)]
     ids = torch.zeros(batch_size, 100, dtype=torch.long)
     for n in range(100):
         if n % NOISE_CHUNK == 0:

@@ -31,13 +31,13 @@ def test_targets_survive_trimming():
     assert sequence.text_targets(trimmed, 0).tolist() == sequence.text_targets(TEXT, 0).tolist()
 
 
-def test_positions_text_on_the_diagonal_pictures_in_rows():
+def test_positions_text_on_the_diagonal_images_in_rows():
     table = sequence.positions(max_text_len=3, grid_size=2)
     assert table.tolist() == [[0, 0], [1, 1], [2, 2], [3, 3], [4, 4], [4, 5], [5, 4], [5, 5]]
 
 
 @pytest.mark.parametrize("text_len", [1, 3])
-def test_a_trimmed_text_leaves_the_picture_where_it_is(text_len):
+def test_a_trimmed_text_leaves_the_image_where_it_is(text_len):
     rows = torch.arange(8)
     text, image = (rows[r] for r in sequence.input_rows(text_len, 3, 4))
     assert text.tolist() == list(range(text_len)) and image.tolist() == [3, 4, 5, 6]

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_data import picture, write_image_shards, write_image_tokenizer, write_token_shards
+from tiny_data import some_image, write_image_shards, write_image_tokenizer, write_token_shards
 
 import train_dalle
 from common.checkpoint import read_weights
@@ -89,8 +89,8 @@ def test_a_run_leaves_a_checkpoint_that_draws(whole):
     assert {"config.json", "model.safetensors", "image_tokenizer", "sentencepiece.model"} <= names
     assert {"train_config.json", "training_state"} <= names
     shutil.copytree(directory, whole.parent / "elsewhere", symlinks=False)
-    pictures = TextToImage.from_pretrained(whole.parent / "elsewhere", device="cpu")("一个红色的圆盘", 2)
-    assert [p.size for p in pictures] == [(16, 16)] * 2
+    images = TextToImage.from_pretrained(whole.parent / "elsewhere", device="cpu")("一个红色的圆盘", 2)
+    assert [p.size for p in images] == [(16, 16)] * 2
     assert (whole / "samples" / "samples_00000008.png").is_file()
 
 
@@ -177,7 +177,7 @@ def test_compiled_training_gives_the_plain_losses(made, tmp_path):
     assert compiled == pytest.approx(plain, rel=1e-4)
 
 
-def test_pictures_encoded_on_the_fly(made, tmp_path):
+def test_images_encoded_on_the_fly(made, tmp_path):
     more = ("--augment.min-scale", "1.0", "--augment.flip", "False", "--loop.save-every", "0")
     train_dalle.main(flags(made, tmp_path / "run", *more, data="images", steps=2))
     train_dalle.main(flags(made, tmp_path / "tokens", "--loop.save-every", "0", steps=2))
@@ -200,10 +200,10 @@ def test_options_matter(made, whole, tmp_path):
 
 
 def test_short_captions_mix(made):
-    """Two captions a picture: any of them, or the short one only, as the share says."""
+    """Two captions an image: any of them, or the short one only, as the share says."""
     with ShardWriter(made / "long", "train") as writer:
         for i in range(40):
-            writer.write(Record(f"{i:06d}", picture(i), "png", ("一个很长的描述", "短"), {}, "test"))
+            writer.write(Record(f"{i:06d}", some_image(i), "png", ("一个很长的描述", "短"), {}, "test"))
     index, shares = ShardIndex.open(made / "long"), {}
     for share in (0.0, 0.5, 1.0):
         decode = DecodeImage(16, captions=CaptionChoice(share))

@@ -191,7 +191,7 @@ def test_a_metrics_file_with_strange_lines_is_no_obstacle(made, run):
 def test_a_strange_description_of_the_shards_is_one_sentence(content, made, tmp_path, capsys):
     shutil.copytree(made / "tokens", tmp_path / "tokens")
     (tmp_path / "tokens" / "tokenizer.json").write_text(content)
-    assert "encode the pictures again" in refusal(
+    assert "encode the images again" in refusal(
         capsys, flags(made, tmp_path / "run", data=tmp_path / "tokens")
     )
 

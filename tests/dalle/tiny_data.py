@@ -20,7 +20,7 @@ FAST = FastConfig(
 )
 
 
-def picture(index: int, size: int = 16) -> bytes:
+def some_image(index: int, size: int = 16) -> bytes:
     """A disc in one of the colours on light background."""
     color = list(COLORS.values())[index % len(COLORS)]
     y, x = np.mgrid[:size, :size]
@@ -38,7 +38,7 @@ def write_image_shards(folder: Path, num_train: int = 48, num_val: int = 8) -> P
         with ShardWriter(folder, split, samples_per_shard=16) as writer:
             for i in range(first, first + count):
                 caption = f"一个{list(COLORS)[i % len(COLORS)]}的圆盘"
-                writer.write(Record(f"{i:06d}", picture(i), "png", (caption,), {}, "test"))
+                writer.write(Record(f"{i:06d}", some_image(i), "png", (caption,), {}, "test"))
     return folder
 
 

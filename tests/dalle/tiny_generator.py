@@ -1,4 +1,4 @@
-"""A generator small enough for tests, and texts and pictures as ids."""
+"""A generator small enough for tests, and texts and images as ids."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Small sources in every format for the tests: drawn pictures, Chinese captions, nothing downloaded."""
+"""Small sources in every format for the tests: drawn images, Chinese captions, nothing downloaded."""
 
 import base64
 import csv
@@ -15,8 +15,8 @@ from data_tools.shards.image_shards import ShardWriter
 CAPTIONS = ["一件红色连衣裙", "超市里的青苹果", "黑色皮鞋", "儿童连帽卫衣 商品图片", "一条长裤的照片"]
 
 
-def picture(seed: int, size: tuple[int, int] = (48, 40), suffix: str = "jpg", mode: str = "RGB") -> bytes:
-    """A smooth drawn picture, (W, H), that no two seeds share."""
+def some_image(seed: int, size: tuple[int, int] = (48, 40), suffix: str = "jpg", mode: str = "RGB") -> bytes:
+    """A smooth drawn image, (W, H), that no two seeds share."""
     width, height = size
     generator = np.random.default_rng(seed)
     colour, slope = generator.integers(40, 215, 3), generator.uniform(-1, 1, (2, 3))
@@ -39,8 +39,8 @@ def url_safe(data: bytes) -> str:
 
 
 def rows(count: int = 5) -> list[tuple[str, str, bytes]]:
-    """(id, caption, picture)."""
-    return [(f"{i:032x}", CAPTIONS[i % len(CAPTIONS)], picture(i)) for i in range(count)]
+    """(id, caption, image)."""
+    return [(f"{i:032x}", CAPTIONS[i % len(CAPTIONS)], some_image(i)) for i in range(count)]
 
 
 def write_t2i(
@@ -88,13 +88,13 @@ def write_jsonl(folder: Path, count: int = 5) -> Path:
 
 
 def write_chinese_clip(folder: Path, count: int = 5) -> Path:
-    """Every picture has a text of its own; text 1000 belongs to the first two."""
+    """Every image has a text of its own; text 1000 belongs to the first two."""
     folder.mkdir(parents=True, exist_ok=True)
     data = rows(count)
-    pictures = "".join(
+    images = "".join(
         f"{1000 + i}\t{base64.b64encode(image).decode()}\n" for i, (_, _, image) in enumerate(data)
     )
-    (folder / "train_imgs.tsv").write_text(pictures, "utf-8")
+    (folder / "train_imgs.tsv").write_text(images, "utf-8")
     texts = [
         {"text_id": i, "text": caption, "image_ids": [1000 + i]} for i, (_, caption, _) in enumerate(data)
     ]
@@ -105,7 +105,7 @@ def write_chinese_clip(folder: Path, count: int = 5) -> Path:
 
 
 def write_parquet(folder: Path, count: int = 5) -> Path:
-    """Hugging Face pictures and text, in row groups of 4."""
+    """Hugging Face images and text, in row groups of 4."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -123,7 +123,7 @@ def write_parquet(folder: Path, count: int = 5) -> Path:
 
 
 def write_folder(folder: Path, count: int = 5) -> Path:
-    """Pictures with captions of the same stem, one of them in a folder below."""
+    """Images with captions of the same stem, one of them in a folder below."""
     (folder / "more").mkdir(parents=True, exist_ok=True)
     for i, (_, caption, image) in enumerate(rows(count)):
         base = folder / ("more" if i == 0 else ".")
@@ -140,7 +140,7 @@ def write_line_drawing(folder: Path, count: int = 5) -> Path:
     for i, (_, caption, image) in enumerate(rows(count)):
         name = 24805 + i + (i > 1)  # 24807 does not exist
         (folder / "Realistic Drawing" / f"{name}.jpg").write_bytes(image)
-        (folder / "Line Drawing" / f"{name}.png").write_bytes(picture(i, suffix="png", mode="L"))
+        (folder / "Line Drawing" / f"{name}.png").write_bytes(some_image(i, suffix="png", mode="L"))
         titles.append(f"{name}\t{caption}\n")
     (folder / "titles.tsv").write_text("".join(titles), "utf-8")
     return folder
@@ -155,11 +155,11 @@ def write_webdataset(folder: Path, count: int = 5) -> Path:
 
 
 def write_mixed(folder, count=30):
-    """A T2I source of which every seventh picture is cut and every eleventh is no base64."""
+    """A T2I source of which every seventh image is cut and every eleventh is no base64."""
     folder.mkdir()
     images, texts = [], []
     for i in range(count):
-        data = picture(i)
+        data = some_image(i)
         data = data[: len(data) // 2] if i % 7 == 3 else data
         images.append(f"{i:032x}\t{'***' if i % 11 == 5 else url_safe(data)}\n")
         texts.append(f"{i:032x}\t第{i}件\n")

@@ -1,4 +1,4 @@
-"""Variants of captions are deterministic and lose nothing; moved pictures stay where the geometry says."""
+"""Variants of captions are deterministic and lose nothing; moved images stay where the geometry says."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from common.distributed import World
-from data_tools.augment import Chain, PictureAugment, TextAugment, load_tables, main
+from data_tools.augment import Chain, ImageAugment, TextAugment, load_tables, main
 from data_tools.images.crops import CropFlip
 from data_tools.images.decode import encode
 from data_tools.ingest.records import Record
@@ -100,7 +100,7 @@ class TestText:
             TextAugment(drop=2)
 
 
-class TestPicture:
+class TestImage:
     def rng(self):
         return np.random.Generator(np.random.Philox(key=[1, 2]))
 
@@ -110,40 +110,38 @@ class TestPicture:
         return image
 
     def test_off_by_default(self):
-        assert PictureAugment()(self.image(), self.rng()).tobytes() == self.image().tobytes()
+        assert ImageAugment()(self.image(), self.rng()).tobytes() == self.image().tobytes()
 
     def test_a_shift_moves_by_what_was_drawn(self):
         right, down = self.rng().uniform(-1, 1, 5)[:2] * 0.25
-        moved = PictureAugment(shift=0.25)(self.image(), self.rng())
+        moved = ImageAugment(shift=0.25)(self.image(), self.rng())
         red = np.argwhere(np.asarray(moved)[..., 1] < 120)
         assert np.allclose(red.mean(0), (23.5 + down * 48, 31.5 + right * 64), atol=0.6)
         assert moved.size == (64, 48)
 
     def test_zoom_scales_the_area(self):
         scale = 1 + self.rng().uniform(-1, 1, 5)[3] * 0.4
-        zoomed = PictureAugment(zoom=0.4)(self.image(), self.rng())
+        zoomed = ImageAugment(zoom=0.4)(self.image(), self.rng())
         area = (np.asarray(zoomed)[..., 1] < 135).sum()
         assert abs(area / 256 - scale**2) < 0.15
 
     def test_the_background_goes_on(self):
         """What comes into view of a plain background is the plain background: no black corners."""
-        moved = PictureAugment(shift=0.3, zoom=0.3, rotate=30)(self.image(), self.rng())
+        moved = ImageAugment(shift=0.3, zoom=0.3, rotate=30)(self.image(), self.rng())
         assert np.asarray(moved)[..., 0].min() > 150
 
     def test_brightness_keeps_grey_grey(self):
         light = self.rng().uniform(-1, 1, 5)[4]
-        out = np.asarray(
-            PictureAugment(brightness=0.2)(Image.new("RGB", (4, 4), (100, 100, 100)), self.rng())
-        )
+        out = np.asarray(ImageAugment(brightness=0.2)(Image.new("RGB", (4, 4), (100, 100, 100)), self.rng()))
         assert (out == round(100 * (1 + light * 0.2))).all()
 
-    def test_same_draw_same_picture(self):
-        augment = PictureAugment(0.1, 0.1, 10, 0.1)
+    def test_same_draw_same_image(self):
+        augment = ImageAugment(0.1, 0.1, 10, 0.1)
         assert augment(self.image(), self.rng()).tobytes() == augment(self.image(), self.rng()).tobytes()
 
     def test_bad_limits(self):
         with pytest.raises(ValueError, match="rotate must be between 0 and 45, not 90"):
-            PictureAugment(rotate=90)
+            ImageAugment(rotate=90)
 
 
 def test_command_shows_variants(goods, capsys):
@@ -177,11 +175,11 @@ class TestInTraining:
         plain = self.batches(index, DecodeImage(16), 0, 2)
         assert {text for batch in plain for text in batch} == {"黑色纯棉T恤 男"}
 
-    def test_pictures_are_moved_then_cropped_with_their_mask(self):
+    def test_images_are_moved_then_cropped_with_their_mask(self):
         image = Image.new("RGB", (32, 32), "white")
         ImageDraw.Draw(image).rectangle((8, 8, 23, 23), fill=(60, 60, 60))
         image.putalpha(Image.fromarray((np.asarray(image)[..., 0] < 128).astype(np.uint8) * 255))
-        chain = Chain((PictureAugment(shift=0.2, brightness=0.3), CropFlip(min_scale=0.9)))
+        chain = Chain((ImageAugment(shift=0.2, brightness=0.3), CropFlip(min_scale=0.9)))
         for seed in range(5):
             moved = np.asarray(chain(image, np.random.default_rng(seed)))
             dark, mask = moved[..., 0] < 150, moved[..., 3] > 128

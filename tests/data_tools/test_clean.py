@@ -1,4 +1,4 @@
-"""Rules on captions and pictures: the published food recipe to the letter, shop titles, flags, resume, accounting."""
+"""Rules on captions and images: the published food recipe to the letter, shop titles, flags, resume, accounting."""
 
 import json
 import os
@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from make_sources import encoded, picture, write_easynlp, write_t2i
+from data_tools.rules.images import check_shape, grey256, sharpness, thumbnail_size, tiling
+from make_sources import encoded, some_image, write_easynlp, write_t2i
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from data_tools.clean import CleanConfig, clean, preset_to_config
@@ -21,10 +22,9 @@ from data_tools.ingest.records import Record
 from data_tools.ingest.shard_run import DROPPED_FILE
 from data_tools.readers.detect import open_source
 from data_tools.report.token_count import token_counter
-from data_tools.rules import CaptionRules, PictureRules, load_rules, rules_path
+from data_tools.rules import CaptionRules, ImageRules, load_rules, rules_path
 from data_tools.rules.captions import CaptionJudge, han_share, special_characters
 from data_tools.rules.lexicon import load_lexicon
-from data_tools.rules.pictures import check_shape, grey256, sharpness, thumbnail_size, tiling
 from data_tools.rules.titles import TitleNormaliser
 
 SHARED = Path(__file__).parents[3] / "shared"
@@ -103,11 +103,11 @@ class TestFoodRecipe:
             assert thumbnail_size(size, 512) == image.size
 
     def test_sizes(self):
-        rules = load_rules("wukong-food").pictures
+        rules = load_rules("wukong-food").images
         assert check_shape((51, 51), rules) is None
         assert check_shape((50, 200), rules)[0] == "image_too_small"
         assert check_shape((1537, 512), rules) is None, "512 x 171 after rounding"
-        assert check_shape((1537, 512), PictureRules(max_aspect=3.0))[0] == "aspect_ratio"
+        assert check_shape((1537, 512), ImageRules(max_aspect=3.0))[0] == "aspect_ratio"
         assert check_shape((512, 1540), rules)[0] == "aspect_ratio"
 
     @needs_shared
@@ -228,7 +228,7 @@ class TestTitles:
 
 
 def textured(seed: int, side: int = 200) -> Image.Image:
-    """A picture like a photo: smooth colours, one body with sharp edges, fine grain, no repeats."""
+    """An image like a photo: smooth colours, one body with sharp edges, fine grain, no repeats."""
     generator = np.random.default_rng(seed)
     coarse = Image.fromarray(generator.integers(60, 220, (5, 5, 3), np.uint8))
     image = coarse.resize((side, side), Image.Resampling.BICUBIC)
@@ -268,7 +268,7 @@ class TestFlags:
         stripes = Image.fromarray(np.uint8(np.arange(200)[None, :] // 10 % 2 * 120 + np.zeros((200, 1)) + 60))
         assert tiling(grey256(stripes)) < 0.06, "a striped shirt is no watermark"
 
-    def test_tiny_and_flat_pictures_are_measured_too(self):
+    def test_tiny_and_flat_images_are_measured_too(self):
         for size in ((1, 1), (2, 300), (64, 64), (256, 256)):
             grey = grey256(Image.new("RGB", size, "grey"))
             assert sharpness(grey) == 0.0 and tiling(grey) == 0.0
@@ -293,7 +293,7 @@ class TestFlags:
         ]
         assert report["counts"] == {"flag blurred": 1, "flag watermark": 1}
         argv = [str(src), str(tmp_path / "strict"), "--rules", "shop", "--workers", "0"]
-        clean_main([*argv, "--pictures.drop-flags", "near_constant", "blurred", "watermark"])
+        clean_main([*argv, "--images.drop-flags", "near_constant", "blurred", "watermark"])
         assert [r.key for r in open_source(tmp_path / "strict")] == ["good"]
 
 
@@ -307,7 +307,7 @@ class TestClean:
             str(tmp_path / "out"),
             "--captions.max-chars",
             "8",
-            "--pictures.drop-duplicates",
+            "--images.drop-duplicates",
             "True",
         ]
         report = clean_main([*argv, "--workers", "2"])
@@ -327,7 +327,8 @@ class TestClean:
 
     def test_several_captions_lose_the_bad_ones_alone(self, tmp_path):
         src = write_folder(
-            tmp_path / "in", {"a": (picture(1), "包邮 红色衬衫\n!!!!!!\n蓝色衬衫"), "b": (picture(2), "包邮")}
+            tmp_path / "in",
+            {"a": (some_image(1), "包邮 红色衬衫\n!!!!!!\n蓝色衬衫"), "b": (some_image(2), "包邮")},
         )
         clean_main(
             [str(src), str(tmp_path / "out"), "--captions.normalise", "shop", "--captions.min-chars", "2"]
@@ -340,9 +341,9 @@ class TestClean:
 
     def test_same_bytes_are_kept_once(self, tmp_path):
         src = write_folder(
-            tmp_path / "in", {n: (picture(s), "一件衬衫") for n, s in [("a", 1), ("b", 2), ("c", 1)]}
+            tmp_path / "in", {n: (some_image(s), "一件衬衫") for n, s in [("a", 1), ("b", 2), ("c", 1)]}
         )
-        clean_main([str(src), str(tmp_path / "out"), "--pictures.drop-duplicates", "True", "--workers", "0"])
+        clean_main([str(src), str(tmp_path / "out"), "--images.drop-duplicates", "True", "--workers", "0"])
         assert [r.key for r in open_source(tmp_path / "out")] == ["a", "b"]
         assert [(r["key"], r["reason"]) for r in dropped(tmp_path / "out")] == [("c", "duplicate_image")]
 
@@ -431,7 +432,7 @@ def test_an_interrupted_run_ends_in_the_same_bytes(tmp_path, monkeypatch):
 
     def config(name):
         return CleanConfig(
-            src, str(tmp_path / name), rules.captions, rules.pictures, samples_per_shard=4, workers=0
+            src, str(tmp_path / name), rules.captions, rules.images, samples_per_shard=4, workers=0
         )
 
     whole = clean(config("whole"))
@@ -464,7 +465,7 @@ def test_kill_9_at_random_moments(tmp_path):
     write_t2i(tmp_path / "in", 400)
     generator = random.Random(4)
     command = [sys.executable, "-m", "data_tools.clean", str(tmp_path / "in")]
-    options = ["--rules", "shop", "--pictures.min-side", "0", "--samples-per-shard", "10", "--workers", "1"]
+    options = ["--rules", "shop", "--images.min-side", "0", "--samples-per-shard", "10", "--workers", "1"]
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     start = time.monotonic()
     subprocess.run([*command, str(tmp_path / "whole"), *options], env=env, check=True, capture_output=True)

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageEnhance
 
 from data_tools.dedup import DedupConfig, close_pairs, dedup, first_twins
 from data_tools.dedup import main as dedup_main
-from data_tools.images.phash import components, dct_hash, distances, near_pairs, picture_signature
+from data_tools.images.phash import components, dct_hash, distances, image_signature, near_pairs
 from data_tools.ingest.records import Record
 from data_tools.readers.detect import open_source
 from data_tools.shards.image_shards import ShardWriter
@@ -39,9 +39,9 @@ def jpeg(image: Image.Image, quality: int = 90) -> bytes:
 
 
 def write_shards(folder: Path, splits: dict[str, dict[str, bytes]]) -> Path:
-    for split, pictures in splits.items():
+    for split, images in splits.items():
         with ShardWriter(folder, split) as writer:
-            for key, image in pictures.items():
+            for key, image in images.items():
                 writer.write(Record(key, image, "jpg", (f"商品{key}",), {}))
     return folder
 
@@ -58,7 +58,7 @@ def reasons(folder: Path) -> dict[str, str]:
 
 class TestHash:
     def test_is_the_published_dct_hash(self):
-        """imagehash.phash: scipy's DCT-II on both axes of the 32 x 32 grey picture, lowest 8 x 8, over the median."""
+        """imagehash.phash: scipy's DCT-II on both axes of the 32 x 32 grey image, lowest 8 x 8, over the median."""
         from scipy.fft import dct
 
         for seed in range(20):
@@ -70,7 +70,7 @@ class TestHash:
 
     def test_copies_are_near_and_others_far(self):
         def distance(a, b):
-            return int(distances(*(np.array([picture_signature(i).phash], np.uint64) for i in (a, b)))[0])
+            return int(distances(*(np.array([image_signature(i).phash], np.uint64) for i in (a, b)))[0])
 
         near, far = [], []
         for seed in range(40):
@@ -81,8 +81,8 @@ class TestHash:
         assert max(near) <= 4
         assert min(far) > 12
 
-    def test_recoloured_pictures_have_other_colours(self):
-        red, blue = picture_signature(photo(1, hue=60)), picture_signature(photo(1, hue=-60))
+    def test_recoloured_images_have_other_colours(self):
+        red, blue = image_signature(photo(1, hue=60)), image_signature(photo(1, hue=-60))
         assert bin(red.phash ^ blue.phash).count("1") <= 4, "the hash sees brightness alone"
         a, b = (np.frombuffer(s.colours, np.uint8).astype(int) for s in (red, blue))
         assert np.abs(a - b).max() > 64
@@ -142,16 +142,16 @@ class TestIndex:
 
 
 class TestDedup:
-    def test_keeps_the_largest_of_near_pictures(self, tmp_path):
+    def test_keeps_the_largest_of_near_images(self, tmp_path):
         image = photo(1, (320, 240))
-        pictures = {
+        images = {
             "a_small": jpeg(image.resize((160, 120))),
             "b_large": jpeg(image),
             "c_same": jpeg(image),
             "d_other": jpeg(photo(2)),
             "e_broken": jpeg(photo(3))[:200],
         }
-        src = write_shards(tmp_path / "in", {"train": pictures})
+        src = write_shards(tmp_path / "in", {"train": images})
         report = dedup(DedupConfig(src, tmp_path / "out", workers=0))
         assert kept(tmp_path / "out") == {"train": ["b_large", "d_other"]}
         found = reasons(tmp_path / "out")
@@ -162,8 +162,8 @@ class TestDedup:
         assert kept(tmp_path / "first") == {"train": ["a_small", "d_other"]}
 
     def test_colour_variants_are_different_products(self, tmp_path):
-        pictures = {"red": jpeg(photo(1, hue=60)), "blue": jpeg(photo(1, hue=-60))}
-        src = write_shards(tmp_path / "in", {"train": pictures})
+        images = {"red": jpeg(photo(1, hue=60)), "blue": jpeg(photo(1, hue=-60))}
+        src = write_shards(tmp_path / "in", {"train": images})
         dedup(DedupConfig(src, tmp_path / "out", workers=0))
         assert kept(tmp_path / "out") == {"train": ["red", "blue"]}
         dedup(DedupConfig(src, tmp_path / "shapes", max_colour=255, workers=0))
@@ -184,8 +184,8 @@ class TestDedup:
 
     def test_groups_hold_what_is_near_but_not_a_duplicate(self, tmp_path):
         image, cropped = photo(7, (200, 200)), photo(7, (200, 200)).crop((6, 4, 196, 197))
-        bits = bin(picture_signature(image).phash ^ picture_signature(cropped).phash).count("1")
-        assert 0 < bits <= 8, "the picture of this test"
+        bits = bin(image_signature(image).phash ^ image_signature(cropped).phash).count("1")
+        assert 0 < bits <= 8, "the image of this test"
         src = write_shards(
             tmp_path / "in", {"train": {"a": jpeg(image), "b": jpeg(photo(8)), "c": jpeg(cropped)}}
         )
@@ -199,8 +199,8 @@ class TestDedup:
         }
 
     def test_interrupted_anywhere_it_ends_in_the_same_bytes(self, tmp_path, monkeypatch):
-        pictures = {f"{i:02d}": jpeg(photo(i % 17), 60 + i) for i in range(40)}
-        src = write_shards(tmp_path / "in", {"train": pictures})
+        images = {f"{i:02d}": jpeg(photo(i % 17), 60 + i) for i in range(40)}
+        src = write_shards(tmp_path / "in", {"train": images})
 
         def config(name):
             return DedupConfig(src, tmp_path / name, samples_per_shard=5, workers=0)

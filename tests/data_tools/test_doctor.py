@@ -33,7 +33,7 @@ def run(*argv) -> tuple[int, list[dict]]:
 
 
 def shards(folder: Path, train: dict[str, tuple], val: dict[str, tuple] | None = None) -> Path:
-    """key -> (picture, caption[, suffix])"""
+    """key -> (image, caption[, suffix])"""
     for split, rows in (("train", train), ("val", val)):
         if rows is None:
             continue
@@ -69,7 +69,7 @@ class TestData:
         argv = [
             "--for",
             str(CONFIGS / "goods_128/vqgan_pixels.yaml"),
-            "--picture-share",
+            "--image-share",
             "0.01",
             "--split",
             "val",
@@ -128,23 +128,22 @@ class TestData:
         assert "captions speak of the sale" not in found, "one in 62 is under the limit of 2 %"
         assert "captions are mostly not Chinese" not in whats(findings, "note")
 
-    def test_pictures_that_spoil(self, tmp_path):
+    def test_images_that_spoil(self, tmp_path):
         train = good(0, 20)
         train |= {f"blank{i}": (jpeg(Image.new("RGB", (99, 99), (250 - i,) * 3)), "空") for i in range(3)}
         train |= {f"long{i}": (jpeg(photo(400 + i, (500, 100))), "长") for i in range(3)}
         _, findings = run(shards(tmp_path / "in", train, good(100, 3)))
         found = whats(findings, "spoil")
         assert (
-            "3 (10.3%) pictures are blank" in found
-            and "3 (10.3%) pictures are more than twice as long" in found
+            "3 (10.3%) images are blank" in found and "3 (10.3%) images are more than twice as long" in found
         )
 
     def test_leaks_and_duplicates(self, tmp_path):
         train = good(0, 10) | {"again": (jpeg(photo(0, (160, 160))), "同款上衣")}
         _, findings = run(shards(tmp_path / "in", train, good(5, 2)))
         found = whats(findings, "spoil")
-        assert "2 pairs of like pictures lie in different splits" in found
-        assert "pictures are there more than once" in found
+        assert "2 pairs of like images lie in different splits" in found
+        assert "images are there more than once" in found
 
 
 class TestConfig:
@@ -168,8 +167,8 @@ class TestConfig:
         assert code == 1 and "micro_batch_size 7 does not divide" in whats(findings, "stop")
         found = whats(findings, "spoil")
         assert "vqgan.yaml: 12 training samples are fewer than a batch of 24" in found
-        assert "15 (100.0%) pictures are smaller than the 256 pixels" in found
-        assert "learned by heart" not in found, "stage 1 may see pictures often"
+        assert "15 (100.0%) images are smaller than the 256 pixels" in found
+        assert "learned by heart" not in found, "stage 1 may see images often"
 
     def test_text(self, tmp_path, roberta):
         train = good(0, 12) | {

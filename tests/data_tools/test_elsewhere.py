@@ -26,7 +26,7 @@ BUCKET = "memory://elsewhere/images"
 
 @pytest.fixture
 def images(tmp_path):
-    """Shards of both splits; the pictures of some are the same."""
+    """Shards of both splits; the images of some are the same."""
     write_t2i(tmp_path / "t2i", 60)
     shard([str(tmp_path / "t2i"), str(tmp_path / "images"), "--samples-per-shard", "5", "--size", "32",
            "--val-share", "0.2", *ALONE])  # fmt: skip

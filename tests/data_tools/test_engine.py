@@ -121,7 +121,7 @@ class TestRay:
         assert tree(tmp_path / "ray") == tree(tmp_path / "local")
 
     def test_the_search_for_near_hashes_is_spread(self, nodes):
-        """Below 200,000 pictures dedup searches in one process, so its tests do not come here."""
+        """Below 200,000 images dedup searches in one process, so its tests do not come here."""
         hashes = np.unique(np.random.default_rng(0).integers(0, 2**64, 3000, np.uint64) // 2**20 * 2**20)
         hashes = np.unique(np.concatenate([hashes, hashes[::7] ^ np.uint64(5)]))
         alone, spread = (list(near_pairs(hashes, 4, workers)) for workers in (0, RayCluster(nodes.address)))

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from make_sources import SOURCES
 
-from data_tools.ingest.prepare import PictureOptions
+from data_tools.ingest.prepare import ImageOptions
 from data_tools.ingest.records import HINTS, Problem, Record, validate_key
 from data_tools.readers.base import ReaderOptions
 from data_tools.readers.detect import open_source
@@ -95,14 +95,14 @@ def recode(data: bytes, rng: random.Random) -> bytes:
 
 def wrong_base64(data: bytes, rng: random.Random) -> bytes:
     bomb = base64.b64encode(png_bomb())
-    picture = data.find(b"/9j/4AAQ") if b"/9j/4AAQ" in data else data.find(b"_9j_4AAQ")
-    if picture < 0:
+    image = data.find(b"/9j/4AAQ") if b"/9j/4AAQ" in data else data.find(b"_9j_4AAQ")
+    if image < 0:
         return insert(data, rng)
     other = rng.choice(
         [b"====", b"", b"!!" * 40, bomb, base64.b64encode(b"GIF89a" + bytes(90)), b"\xc3\xbf" * 30]
     )
-    end = next((i for i in range(picture, len(data)) if data[i] in b'\n\t",'), len(data))
-    return data[:picture] + other + data[end:]
+    end = next((i for i in range(image, len(data)) if data[i] in b'\n\t",'), len(data))
+    return data[:image] + other + data[end:]
 
 
 def escape(data: bytes, rng: random.Random) -> bytes:
@@ -222,8 +222,8 @@ def run_case(name: str, template: Path, work: Path, seed: int) -> str:
         assert str(error) and "\n" not in str(error)
         return "refused"
     check_items(items, count_lines(name, source))
-    picture = PictureOptions(size=16, resize=rng.choice(["square", "longest", "pad"]))
-    config = ShardConfig(source, str(work / "dst"), workers=0, picture=picture, reader=options)
+    image = ImageOptions(size=16, resize=rng.choice(["square", "longest", "pad"]))
+    config = ShardConfig(source, str(work / "dst"), workers=0, image=image, reader=options)
     try:
         report = shard(config)
         assert report["read"] == report["kept"] + report["dropped"] == len(items)

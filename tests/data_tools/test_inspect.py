@@ -4,7 +4,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from make_sources import SOURCES, picture, write_folder, write_t2i
+from make_sources import SOURCES, some_image, write_folder, write_t2i
 
 from data_tools.inspect import main
 
@@ -41,8 +41,8 @@ def test_every_format_has_a_page_with_ten_rows(name, tmp_path, capsys):
     source = SOURCES[name](tmp_path / "src", 14)
     (findings,), page = inspect(source, tmp_path / "page.html")
     assert findings.read == findings.kept == 14 and not findings.reasons
-    pictures = {"csv": 0, "line_drawing": 20}.get(name, 10)
-    assert page.count.get("img", 0) == pictures and len(findings.shown) == 10
+    images = {"csv": 0, "line_drawing": 20}.get(name, 10)
+    assert page.count.get("img", 0) == images and len(findings.shown) == 10
     assert all(source.startswith("data:image/webp;base64,") for source in page.sources)  # nothing is fetched
     assert "Nothing wrong was found." in page.text and "红色连衣裙" in "".join(page.text)
     assert f": {name}" in capsys.readouterr().err
@@ -55,13 +55,13 @@ def test_problems_are_listed_with_hints(tmp_path, capsys):
     (findings,), page = inspect(source, tmp_path / "page.html")
     text = " ".join(page.text)
     assert findings.reasons == {"bad_base64": 1, "empty_image": 2} and findings.read == 7
-    assert "T2I_train.img.tsv:5" in text and "the picture field is empty" in text
+    assert "T2I_train.img.tsv:5" in text and "the image field is empty" in text
     assert "2 x empty_image, first T2I_train.img.tsv:6" in capsys.readouterr().err
 
 
-def test_undecodable_pictures_are_found(tmp_path):
+def test_undecodable_images_are_found(tmp_path):
     source = write_folder(tmp_path / "src", 3)
-    (source / "001.jpg").write_bytes(picture(1)[:300])
+    (source / "001.jpg").write_bytes(some_image(1)[:300])
     (findings,), _ = inspect(source, tmp_path / "page.html")
     assert findings.kept == 2 and sum(findings.reasons.values()) == 1
 

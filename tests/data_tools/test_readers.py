@@ -10,8 +10,8 @@ import pytest
 from make_sources import (
     CAPTIONS,
     SOURCES,
-    picture,
     rows,
+    some_image,
     url_safe,
     write_chinese_clip,
     write_folder,
@@ -44,7 +44,7 @@ def test_every_format_is_recognised_and_read(name, tmp_path):
     assert not problems and len(records) == 7
     assert sorted(r.captions[0].split(",")[0] for r in records) == sorted(CAPTIONS[i % 5] for i in range(7))
     assert len({validate_key(r.key) for r in records}) == 7
-    expected = set() if name == "csv" else {picture(i) for i in range(7)}
+    expected = set() if name == "csv" else {some_image(i) for i in range(7)}
     assert {r.image for r in records} - {b""} == expected
     assert {r.suffix for r in records} == ({""} if name == "csv" else {"jpg"})
     for record in records:
@@ -117,7 +117,7 @@ def test_t2i_join_reports_both_sides(tmp_path):
     with (tmp_path / "T2I_train.text.tsv").open("ab") as file:
         file.write("lonely\t没有图片\nno tab\n\t没有编号\nempty\t  \n".encode() + b"bad\t\xff\xfe\n")
     with (tmp_path / "T2I_train.img.tsv").open("a") as file:
-        file.write(f"stranger\t{url_safe(picture(8))}\nx\ty\tz\n")
+        file.write(f"stranger\t{url_safe(some_image(8))}\nx\ty\tz\n")
     records, problems = read(tmp_path)
     assert len(records) == 3
     assert lost(problems) == [
@@ -186,9 +186,9 @@ def test_wukong_quotes_and_missing_header(tmp_path):
     assert records[0].captions == ("两行 的句子",) and lost(problems) == [("wukong.csv:4", "duplicate_key")]
 
 
-def test_open_clip_list_with_local_pictures(tmp_path):
+def test_open_clip_list_with_local_images(tmp_path):
     (tmp_path / "img").mkdir()
-    (tmp_path / "img" / "a.b.jpg").write_bytes(picture(1))
+    (tmp_path / "img" / "a.b.jpg").write_bytes(some_image(1))
     (tmp_path / "train.tsv").write_text(
         "title\tfilepath\n红裙\timg/a.b.jpg\n没有\timg/x.jpg\n外面\t../../etc/passwd\n", "utf-8"
     )
@@ -208,18 +208,18 @@ def test_absolute_paths_need_a_root(tmp_path):
     path = tmp_path / "lists" / "a.jsonl"
     path.write_text(json.dumps(row))
     assert lost(read(path)[1]) == [("a.jsonl:1", "path_outside_root")]
-    assert read(path, image_root=tmp_path / "pictures")[0][0].image == picture(1)
+    assert read(path, image_root=tmp_path / "pictures")[0][0].image == some_image(1)
     with pytest.raises(FileNotFoundError, match="image-root"):
         read(path, image_root=tmp_path / "nowhere")
 
 
 def test_jsonl_forms(tmp_path):
     for i in range(3):
-        (tmp_path / f"{i}.jpg").write_bytes(picture(i))
+        (tmp_path / f"{i}.jpg").write_bytes(some_image(i))
     lines = [
         {"file_name": "0.jpg", "text": "一"},
         {"image_id": "1.jpg", "sentences": [["sur_text", "二"], ["sur_text", "三"]], "bbox": [[0, 0, 1, 1]]},
-        {"id": 7, "image": base64.b64encode(picture(4)).decode(), "title": "四", "price": 9.5},
+        {"id": 7, "image": base64.b64encode(some_image(4)).decode(), "title": "四", "price": 9.5},
         {"url": "https://a/b.jpg", "caption": "五"},
         {"file_name": "2.jpg", "text": 5},
         {"file_name": "2.jpg", "text": ""},
@@ -246,7 +246,7 @@ def test_jsonl_forms(tmp_path):
 
 
 def test_half_characters_in_ids_and_urls_can_still_be_written(tmp_path):
-    (tmp_path / "0.jpg").write_bytes(picture(0))
+    (tmp_path / "0.jpg").write_bytes(some_image(0))
     lines = [
         {"id": "a\ud800", "file_name": "0.jpg", "text": "x", "\ud800": 1},
         {"url": "http://a/\udfff", "text": "y"},
@@ -262,7 +262,7 @@ def test_half_characters_in_ids_and_urls_can_still_be_written(tmp_path):
 
 
 def test_columns_can_be_named(tmp_path):
-    (tmp_path / "0.jpg").write_bytes(picture(0))
+    (tmp_path / "0.jpg").write_bytes(some_image(0))
     (tmp_path / "a.csv").write_text("sku,bild,image,name\n17,0.jpg,x,红裙\n", "utf-8")
     records, _ = read(tmp_path / "a.csv", key_column="sku", image_column="bild", caption_column="name")
     assert (
@@ -305,14 +305,16 @@ def test_parquet_rows_lists_and_damage(tmp_path):
 
     (tmp_path / "d").mkdir()
     for i in range(2):
-        (tmp_path / "d" / f"l{i}.png").write_bytes(picture(i, suffix="png"))
-        (tmp_path / "d" / f"r{i}.jpg").write_bytes(picture(i + 5))
+        (tmp_path / "d" / f"l{i}.png").write_bytes(some_image(i, suffix="png"))
+        (tmp_path / "d" / f"r{i}.jpg").write_bytes(some_image(i + 5))
     table = {"pd_line_drawing": ["d/l0.png", "d/l1.png"], "pd_realistic_drawing": ["d/r0.jpg", "d/r1.jpg"]}
     pq.write_table(pa.table({**table, "pd_title": ["red dress", None]}), tmp_path / "train_data.parquet")
     source = open_source(tmp_path)
     assert source.format == "line_drawing"
     records, problems = read(tmp_path)
-    assert records[0].image == picture(5) and records[0].extra == {"drawing.png": picture(0, suffix="png")}
+    assert records[0].image == some_image(5) and records[0].extra == {
+        "drawing.png": some_image(0, suffix="png")
+    }
     assert lost(problems) == [("train_data.parquet:2", "no_caption")]
     (tmp_path / "train_data.parquet").write_bytes(b"PAR1 nonsense PAR1")
     assert [p.reason for p in read(tmp_path)[1]] == ["unreadable_file"] + ["not_in_list"] * 4
@@ -337,13 +339,13 @@ def test_a_damaged_row_group_costs_only_its_rows(tmp_path):
 
 def test_folder_keys_captions_and_leftovers(tmp_path):
     write_folder(tmp_path, 3)
-    (tmp_path / "x.y.png").write_bytes(picture(9, suffix="png"))
+    (tmp_path / "x.y.png").write_bytes(some_image(9, suffix="png"))
     (tmp_path / "x.y.txt").write_text("点\n")
-    (tmp_path / "silent.jpg").write_bytes(picture(10))
+    (tmp_path / "silent.jpg").write_bytes(some_image(10))
     (tmp_path / "empty.jpg").write_bytes(b"")
     (tmp_path / "empty.txt").write_text("空")
     (tmp_path / "alone.txt").write_text("只有字")
-    (tmp_path / ".hidden.jpg").write_bytes(picture(11))
+    (tmp_path / ".hidden.jpg").write_bytes(some_image(11))
     records, problems = read(tmp_path)
     assert sorted(r.key for r in records) == ["001", "002", "more%2F000", "x%2Ey"]
     assert records[0].captions == (CAPTIONS[1], "第二句")
@@ -359,7 +361,7 @@ def test_folder_keys_captions_and_leftovers(tmp_path):
 def test_folder_with_images_and_captions_side_by_side(tmp_path):
     for name in ("images", "captions"):
         (tmp_path / name).mkdir()
-    (tmp_path / "images" / "a.jpg").write_bytes(picture(1))
+    (tmp_path / "images" / "a.jpg").write_bytes(some_image(1))
     (tmp_path / "captions" / "a.txt").write_text("卡通风格", "utf-8")
     records, problems = read(tmp_path)
     assert not problems and records[0].key == "a" and records[0].captions == ("卡通风格",)
@@ -373,7 +375,7 @@ def test_folders_named_like_splits_are_splits(tmp_path):
 
 
 def test_imagefolder_with_metadata(tmp_path):
-    (tmp_path / "0.jpg").write_bytes(picture(0))
+    (tmp_path / "0.jpg").write_bytes(some_image(0))
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "0.jpg", "text": "红裙"}\n', "utf-8")
     assert open_source(tmp_path).format == "jsonl" and read(tmp_path)[0][0].captions == ("红裙",)
 
@@ -398,7 +400,7 @@ def test_line_drawings_by_name_with_gaps(tmp_path):
 def test_control_net_tutorial_layout(tmp_path):
     for name in ("source", "target"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "0.png").write_bytes(picture(len(name), suffix="png", mode="L"))
+        (tmp_path / name / "0.png").write_bytes(some_image(len(name), suffix="png", mode="L"))
     (tmp_path / "prompt.json").write_text(
         '{"source": "source/0.png", "target": "target/0.png", "prompt": "圆形"}\n'
     )
@@ -423,8 +425,13 @@ def tar_of(path, members):
 
 
 def test_tar_members_that_leave_the_archive_are_never_read(tmp_path):
-    good = [("a.jpg", picture(1)), ("a.txt", "红裙".encode()), ("a.cls", b"5")]
-    bad = [("../../evil.jpg", picture(2)), ("/abs.jpg", picture(2)), ("link.jpg", None), ("x/../y.jpg", b"1")]
+    good = [("a.jpg", some_image(1)), ("a.txt", "红裙".encode()), ("a.cls", b"5")]
+    bad = [
+        ("../../evil.jpg", some_image(2)),
+        ("/abs.jpg", some_image(2)),
+        ("link.jpg", None),
+        ("x/../y.jpg", b"1"),
+    ]
     records, problems = read(tar_of(tmp_path / "x.tar", good + bad))
     assert len(records) == 1 and records[0].extra == {"cls": b"5"}
     assert [p.reason for p in problems] == ["unsafe_name"] * 4
@@ -432,15 +439,15 @@ def test_tar_members_that_leave_the_archive_are_never_read(tmp_path):
 
 def test_tar_samples_without_parts(tmp_path):
     members = [
-        ("a.jpg", picture(1)),
-        ("b.jpg", picture(2)),
+        ("a.jpg", some_image(1)),
+        ("b.jpg", some_image(2)),
         ("b.json", '{"caption": "来自json"}'.encode()),
         ("c.txt", b"alone"),
-        ("d.jpg", picture(3)),
+        ("d.jpg", some_image(3)),
         ("d.json", b"{broken"),
         ("e.jpg", b""),
         ("e.txt", b"x"),
-        ("dir/f.jpg", picture(4)),
+        ("dir/f.jpg", some_image(4)),
         ("dir/f.txt", b"x\ny"),
     ]
     records, problems = read(tar_of(tmp_path / "x.tar", members))
@@ -456,7 +463,7 @@ def test_tar_samples_without_parts(tmp_path):
 def test_truncated_and_damaged_tars_say_so(tmp_path):
     path = SOURCES["webdataset"](tmp_path, 3) / "train-00000.tar"
     data = path.read_bytes()
-    for size in (3000, 1500, 900):  # inside the third header, the picture, its header
+    for size in (3000, 1500, 900):  # inside the third header, the image, its header
         path.write_bytes(data[:size])
         records, problems = read(path)
         assert not records and {p.reason for p in problems} == {"truncated_file"}
@@ -494,7 +501,7 @@ def test_lines_longer_than_allowed_are_skipped_unread(tmp_path):
     assert path.read_bytes()[lines[2].offset :].startswith(b"two")
 
 
-def test_huge_rows_and_pictures_are_problems(tmp_path):
+def test_huge_rows_and_images_are_problems(tmp_path):
     write_t2i(tmp_path, 3)
     assert {p.reason for p in read(tmp_path, max_row_bytes=50)[1]} == {"row_too_large", "no_image"}
     assert {p.reason for p in read(tmp_path, max_image_bytes=50)[1]} == {"image_too_large"}
@@ -505,13 +512,13 @@ def test_key_table_finds_the_first_row():
     assert [table.first_row(f"k{i % 3000}", i + 1) for i in range(6000)] == [0] * 3000 + list(range(1, 3001))
 
 
-def test_memory_does_not_grow_with_the_pictures(tmp_path):
+def test_memory_does_not_grow_with_the_images(tmp_path):
     import tracemalloc
 
     def peak(count):
         folder = tmp_path / str(count)
         folder.mkdir()
-        field = url_safe(picture(0, (300, 300)))
+        field = url_safe(some_image(0, (300, 300)))
         with (
             (folder / "T2I_train.img.tsv").open("w") as images,
             (folder / "T2I_train.text.tsv").open("w") as texts,
@@ -525,5 +532,5 @@ def test_memory_does_not_grow_with_the_pictures(tmp_path):
         tracemalloc.stop()
         return result
 
-    small, large = peak(100), peak(3000)  # 3 kB a picture: holding them would take 9 MB
+    small, large = peak(100), peak(3000)  # 3 kB an image: holding them would take 9 MB
     assert large - small < 1_500_000

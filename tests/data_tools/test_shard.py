@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from make_sources import (
     SOURCES,
-    picture,
     rows,
+    some_image,
     write_folder,
     write_line_drawing,
     write_mixed,
@@ -68,7 +68,7 @@ def test_t2i_samples_give_exactly_what_is_expected(tmp_path):
         assert found.pop(where, "keep") == ("keep" if row["expect"] == "keep" else reasons[row["reason"]]), (
             row
         )
-    assert found == {"T2I_broken.text.tsv:5": "no_image"}  # the text whose picture had lost its id in line 5
+    assert found == {"T2I_broken.text.tsv:5": "no_image"}  # the text whose image had lost its id in line 5
     assert (report["read"], report["kept"], report["dropped"]) == (8, 1, 7)
     (record,) = open_source(tmp_path / "out")
     assert record.key == expected[0]["img_id"]
@@ -243,13 +243,13 @@ def test_urls_alone_say_to_download(tmp_path, capsys):
     assert len(dropped(tmp_path / "out")) == 5
 
 
-def test_texts_without_pictures_are_left_out(tmp_path, capsys):
+def test_texts_without_images_are_left_out(tmp_path, capsys):
     source = write_t2i(tmp_path / "src", 3)
     (source / "T2I_test.text.tsv").write_text("a\t只有文字\n", "utf-8")
     assert run(source, tmp_path / "out")["left_out"] == ["test"]
     with pytest.raises(SystemExit):
         run(source, tmp_path / "test", "--split", "test")
-    assert "texts without pictures" in capsys.readouterr().err
+    assert "texts without images" in capsys.readouterr().err
 
 
 # --- splits ----------------------------------------------------------------------------------------------------
@@ -287,7 +287,7 @@ def test_groups_and_split_files(tmp_path):
     lines = []
     (tmp_path / "src").mkdir()
     for i in range(24):
-        (tmp_path / "src" / f"{i}.jpg").write_bytes(picture(i))
+        (tmp_path / "src" / f"{i}.jpg").write_bytes(some_image(i))
         lines.append(json.dumps({"file_name": f"{i}.jpg", "text": "裙", "item": i // 2}))
     (tmp_path / "src" / "metadata.jsonl").write_text("\n".join(lines))
     run(tmp_path / "src", tmp_path / "out", "--val-share", "0.5", "--group-by", "item")
@@ -300,7 +300,7 @@ def test_groups_and_split_files(tmp_path):
     }
 
 
-# --- pictures --------------------------------------------------------------------------------------------------
+# --- images --------------------------------------------------------------------------------------------------
 
 
 def test_resize_and_format_options(tmp_path):
@@ -318,18 +318,18 @@ def test_resize_and_format_options(tmp_path):
 
 def test_same_keeps_sound_bytes_and_rewrites_others(tmp_path):
     source = write_folder(tmp_path / "src", 3)
-    (source / "grey.png").write_bytes(picture(7, suffix="png", mode="L"))
+    (source / "grey.png").write_bytes(some_image(7, suffix="png", mode="L"))
     (source / "grey.txt").write_text("灰")
     run(source, tmp_path / "out", "--resize", "keep", "--image-format", "same")
     records = {r.key: r for r in open_source(tmp_path / "out")}
-    assert records["001"].image == picture(1)
-    assert records["grey"].suffix == "png" and records["grey"].image != picture(7, suffix="png", mode="L")
+    assert records["001"].image == some_image(1)
+    assert records["grey"].suffix == "png" and records["grey"].image != some_image(7, suffix="png", mode="L")
 
 
-def test_small_long_and_huge_pictures_are_dropped_when_asked(tmp_path):
+def test_small_long_and_huge_images_are_dropped_when_asked(tmp_path):
     source = write_folder(tmp_path / "src", 2)
     for name, size in {"small": (20, 20), "long": (200, 40), "huge": (400, 300)}.items():
-        (source / f"{name}.jpg").write_bytes(picture(1, size))
+        (source / f"{name}.jpg").write_bytes(some_image(1, size))
         (source / f"{name}.txt").write_text(name)
     report = run(source, tmp_path / "out", "--min-side", "30", "--max-aspect", "3", "--max-pixels", "100000")
     assert report["reasons"] == {"aspect_ratio": 1, "image_too_small": 1, "too_many_pixels": 1}

@@ -9,7 +9,7 @@ import random
 from pathlib import Path
 
 import pytest
-from make_sources import picture
+from make_sources import some_image
 from PIL import Image, ImageCms
 
 from data_tools.images.color_profiles import profile_state
@@ -37,7 +37,7 @@ def lost(problems: list[Problem]) -> list[tuple[str, str]]:
 def write_images(folder: Path, count: int, captions: bool = True) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(count):
-        (folder / f"{i:03d}.jpg").write_bytes(picture(i))
+        (folder / f"{i:03d}.jpg").write_bytes(some_image(i))
         if captions:
             (folder / f"{i:03d}.txt").write_text(f"第{i}件红色连衣裙", "utf-8")
     return folder
@@ -70,7 +70,7 @@ class TestChoice:
     def test_shards_of_our_own_beside_an_image_are_shards(self, tmp_path):
         write_images(tmp_path / "in", 3)
         shard(ShardConfig(tmp_path / "in", str(tmp_path / "out"), workers=0))
-        (tmp_path / "out" / "look.png").write_bytes(picture(9, suffix="png"))
+        (tmp_path / "out" / "look.png").write_bytes(some_image(9, suffix="png"))
         records, problems = read(tmp_path / "out", captions="optional")
         assert len(records) == 3 and lost(problems) == [("look.png", "not_in_list")]
 
@@ -180,7 +180,7 @@ class TestLines:
         assert read(tmp_path / "out")[0][0].captions == (self.TITLE,)
 
     def test_fields_have_no_hidden_limit(self, tmp_path):
-        data = picture(0, size=(640, 640), suffix="bmp")
+        data = some_image(0, size=(640, 640), suffix="bmp")
         text = base64.encodebytes(data).decode()
         assert len(text) > 1_000_000 and text.count("\n") > 10_000
         (tmp_path / "a.csv").write_text(
@@ -203,15 +203,15 @@ class TestLines:
 
     @pytest.mark.parametrize("encode", [base64.encodebytes, base64.b64encode, base64.urlsafe_b64encode])
     def test_base64_with_white_space(self, tmp_path, encode):
-        wrapped = encode(picture(3)).decode().replace("\n", "\r\n ")
+        wrapped = encode(some_image(3)).decode().replace("\n", "\r\n ")
         (tmp_path / "l.jsonl").write_text(json.dumps({"id": 1, "image": wrapped, "text": "裙"}))
-        assert read(tmp_path / "l.jsonl")[0][0].image == picture(3)
+        assert read(tmp_path / "l.jsonl")[0][0].image == some_image(3)
 
 
 class TestImages:
     def test_bytes_decide_what_is_an_image(self, tmp_path):
         for i, name in enumerate(("a.jpg", "b.jfif", "c.jpe", "d", "E.JPEG", "f.dat")):
-            (tmp_path / name).write_bytes(picture(i))
+            (tmp_path / name).write_bytes(some_image(i))
         (tmp_path / "g.jpg").write_bytes(b"<html>not found</html>")
         (tmp_path / "b.txt").write_text("红裙", "utf-8")
         records, problems = read(tmp_path, captions="optional")
@@ -302,7 +302,7 @@ def test_files_seen_are_kept_or_dropped(tmp_path, seed):
         kind = rng.choice(["jpg", "JPG", "jfif", "", "txt", "csv", "json", "log", "zip", "broken", "hidden"])
         path = folder / {"": stem, "broken": f"{stem}.png", "hidden": f".{stem}"}.get(kind, f"{stem}.{kind}")
         if kind in ("jpg", "JPG", "jfif", ""):
-            path.write_bytes(picture(number, size=(8, 8)))
+            path.write_bytes(some_image(number, size=(8, 8)))
             images.add(path)
             if rng.random() < 0.6:
                 (folder / f"{stem}.txt").write_text(f"裙{number}", "utf-8")

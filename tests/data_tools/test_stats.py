@@ -14,7 +14,7 @@ from test_dedup import photo, write_shards
 from data_tools.images.decode import ImageLimits
 from data_tools.ingest.records import Record
 from data_tools.report import svg
-from data_tools.report.facts import Facts, MeasurePicture, ring_pixels, words_of
+from data_tools.report.facts import Facts, MeasureImage, ring_pixels, words_of
 from data_tools.rules.lexicon import load_lexicon
 from data_tools.shards.image_shards import ShardWriter
 from data_tools.stats import main
@@ -32,7 +32,7 @@ def product(colour: str, background: str = "white", size: tuple[int, int] = (200
 
 @pytest.fixture
 def report(tmp_path):
-    """Two splits; a caption with markup, a repeated picture across splits, a broken picture, a blank one."""
+    """Two splits; a caption with markup, a repeated image across splits, a broken image, a blank one."""
     records = {
         "train": [
             ("a", product("red"), "一件红色连衣裙", {"label": "裙"}),
@@ -79,7 +79,7 @@ class TestReport:
         assert {"红色", "连衣裙", "T恤"} <= texts
         assert all(chart.get("aria-label") for chart in charts(page))
 
-    def test_shares_of_pictures_are_drawn_by_key(self, report):
+    def test_shares_of_images_are_drawn_by_key(self, report):
         _, _, folder = report
         argv = [
             str(folder / "in"),
@@ -87,7 +87,7 @@ class TestReport:
             str(folder / "part.html"),
             "--workers",
             "0",
-            "--picture-share",
+            "--image-share",
             "0.5",
         ]
         part = main(argv)
@@ -116,7 +116,7 @@ def test_tokens(tmp_path, roberta):
     assert "2 captions (100.00%) have more than 2 tokens" in (tmp_path / "s.html").read_text("utf-8")
 
 
-@pytest.mark.parametrize("argv", [["--picture-share", "0"], ["--max-text-len", "2"], ["--no-such-flag", "1"]])
+@pytest.mark.parametrize("argv", [["--image-share", "0"], ["--max-text-len", "2"], ["--no-such-flag", "1"]])
 def test_bad_options_exit_2(tmp_path, argv):
     with pytest.raises(SystemExit) as exit_:
         main([str(tmp_path), *argv])
@@ -133,10 +133,10 @@ def test_an_empty_source_is_one_sentence(tmp_path, capsys):
 
 class TestMeasure:
     def test_background_and_mean(self):
-        from data_tools.report.facts import PICTURE
+        from data_tools.report.facts import IMAGE
 
         record = Record("k", product("red", "#f5f5f5"), "png", ("x",), {})
-        found = np.frombuffer(MeasurePicture(ImageLimits()).one(record), PICTURE)[0]
+        found = np.frombuffer(MeasureImage(ImageLimits()).one(record), IMAGE)[0]
         assert found["background"].tolist() == [245, 245, 245] and found["white"] == 1
         assert (found["width"], found["height"], found["bytes"]) == (200, 160, len(record.image))
         area = np.pi * 50 * 40 / (200 * 160)
@@ -196,9 +196,9 @@ class TestSvg:
 
 @pytest.mark.parametrize("split", ["val", pytest.param("", marks=pytest.mark.slow)])
 def test_the_goods(goods, tmp_path, split):
-    """The real set has no near pictures across its splits, as its maker says."""
+    """The real set has no near images across its splits, as its maker says."""
     argv = [str(goods), "--out", str(tmp_path / "s.html"), "--workers", "0", "--split", split]
-    numbers = main([*argv, "--picture-share", "0.2" if split else "1", "--watermarks", "False"])
+    numbers = main([*argv, "--image-share", "0.2" if split else "1", "--watermarks", "False"])
     assert {name: found["kept"] for name, found in numbers["splits"].items()} == (
         {"val": 637} if split else {"train": 8896, "val": 637}
     )

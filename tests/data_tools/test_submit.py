@@ -7,7 +7,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from make_sources import CAPTIONS, picture
+from make_sources import CAPTIONS, some_image
 from PIL import Image
 
 from common.label import LabelOptions, labelled, read_labels, read_manifest
@@ -20,10 +20,10 @@ IDS = ["ff02", "0a", "24808", "裙"]
 
 @pytest.fixture
 def work(tmp_path):
-    """A folder of pictures by id and two lists of ids."""
+    """A folder of images by id and two lists of ids."""
     (tmp_path / "out").mkdir()
     for i, name in enumerate(IDS):
-        (tmp_path / "out" / f"{name}.png").write_bytes(picture(i, (32, 32), "png"))
+        (tmp_path / "out" / f"{name}.png").write_bytes(some_image(i, (32, 32), "png"))
     (tmp_path / "T2I_test.tsv").write_text("".join(f"{name}\n" for name in IDS), "utf-8")
     texts = "".join(f"{name}\t{CAPTIONS[i]}\n" for i, name in enumerate(IDS))
     (tmp_path / "T2I_test.text.tsv").write_text(texts, "utf-8")
@@ -44,46 +44,48 @@ def refused(capsys, *arguments):
 def test_t2i_form_to_the_byte(work):
     target = submit(work)
     assert target == work / "out" / "T2I_test.tsv"
-    expected = [f"{n}\t{base64.b64encode(picture(i, (32, 32), 'png')).decode()}\n" for i, n in enumerate(IDS)]
+    expected = [
+        f"{n}\t{base64.b64encode(some_image(i, (32, 32), 'png')).decode()}\n" for i, n in enumerate(IDS)
+    ]
     assert target.read_bytes() == "".join(expected).encode()
     assert validate(target, IDS) == []
 
 
-def test_other_pictures_become_png_of_one_size(work):
+def test_other_images_become_png_of_one_size(work):
     (work / "out" / "0a.png").unlink()
-    (work / "out" / "0a.jpg").write_bytes(picture(5, (64, 48)))
+    (work / "out" / "0a.jpg").write_bytes(some_image(5, (64, 48)))
     target = submit(work, "--size", "24", "--to", str(work / "x" / "result.tsv"))
     for line in target.read_text("utf-8").splitlines():
         data = base64.b64decode(line.split("\t")[1], validate=True)
         assert sniff(data) == "png" and decode(data).size == (24, 24)
 
 
-def test_pictures_of_other_places(work):
+def test_images_of_other_places(work):
     for name in IDS:
         (work / "out" / f"{name}.png").unlink()
     for i, place in enumerate(["ff02/rank00.png", "0a/0000.png", "0002.png", "other.png"]):
         path = work / "out" / place
         path.parent.mkdir(exist_ok=True)
-        path.write_bytes(picture(i, (32, 32), "png"))
+        path.write_bytes(some_image(i, (32, 32), "png"))
     lines = [{"text": "x"}, {"text": "x"}, {"key": "24808"}, {"key": "裙", "file": "other.png"}]
     (work / "out" / "images.jsonl").write_text("\n".join(map(json.dumps, lines)))
     lines = submit(work).read_text("utf-8").splitlines()
     assert [base64.b64decode(line.split("\t")[1]) for line in lines] == [
-        picture(i, (32, 32), "png") for i in range(4)
+        some_image(i, (32, 32), "png") for i in range(4)
     ]
 
 
-def test_the_best_picture_of_a_key_by_the_ranking(work):
+def test_the_best_image_of_a_key_by_the_ranking(work):
     (work / "out" / "0a.png").unlink()
     for i in range(3):
-        (work / "out" / f"{i:04d}.png").write_bytes(picture(i, (32, 32), "png"))
+        (work / "out" / f"{i:04d}.png").write_bytes(some_image(i, (32, 32), "png"))
     lines = [{"key": "0a", "text": "x", "file": f"{i:04d}.png"} for i in range(3)]
     (work / "out" / "images.jsonl").write_text("\n".join(map(json.dumps, lines)))
     ranking = [{"rank": rank, "file": f"{i:04d}.png", "score": -rank} for rank, i in enumerate((2, 0, 1))]
     for texts, best in (([], 0), ([{"text": "x", "pictures": ranking}], 2)):
         (work / "out" / "ranking.json").write_text(json.dumps({"ranker": "r", "texts": texts}))
         line = submit(work).read_text("utf-8").splitlines()[IDS.index("0a")]
-        assert base64.b64decode(line.split("\t")[1]) == picture(best, (32, 32), "png")
+        assert base64.b64decode(line.split("\t")[1]) == some_image(best, (32, 32), "png")
     (work / "out" / "ranking.json").write_text("[]")
     with pytest.raises(SystemExit):
         submit(work)
@@ -93,7 +95,7 @@ def test_easynlp_form_is_read_back(work):
     target = submit(work, "--form", "easynlp", "--to", str(work / "result.tsv"), ids="T2I_test.text.tsv")
     records = list(open_source(target))
     assert [(r.key, r.captions) for r in records] == [(name, (CAPTIONS[i],)) for i, name in enumerate(IDS)]
-    assert (np.asarray(decode(records[1].image)) == np.asarray(decode(picture(1, (32, 32), "png")))).all()
+    assert (np.asarray(decode(records[1].image)) == np.asarray(decode(some_image(1, (32, 32), "png")))).all()
 
 
 def test_zip_of_ids_with_gaps(work):
@@ -113,10 +115,10 @@ def test_zip_of_ids_with_gaps(work):
 def test_what_is_missing_or_damaged_is_named_and_nothing_is_written(work, capsys):
     (work / "out" / "0a.png").unlink()
     message = refused(capsys, work / "out", work / "T2I_test.tsv")
-    assert "1 of 4 ids have no picture" in message and "0a" in message
-    (work / "out" / "0a.png").write_bytes(picture(1, (32, 32), "png")[:50])
+    assert "1 of 4 ids have no image" in message and "0a" in message
+    (work / "out" / "0a.png").write_bytes(some_image(1, (32, 32), "png")[:50])
     assert "0a.png cannot be submitted" in refused(capsys, work / "out", work / "T2I_test.tsv")
-    (work / "out" / "0a.png").write_bytes(picture(1, (32, 31), "png"))
+    (work / "out" / "0a.png").write_bytes(some_image(1, (32, 31), "png"))
     assert "pass --size" in refused(capsys, work / "out", work / "T2I_test.tsv")
     assert not (work / "out" / "T2I_test.tsv").exists() and not list((work / "out").glob(".*"))
 
@@ -146,8 +148,8 @@ def test_ids_never_leave_the_folder(work, capsys):
 
 def mutate(lines, change):
     fields = lines[1].rstrip(b"\n").split(b"\t")
-    rgba = base64.b64encode(picture(1, (32, 32), "png", "RGBA"))
-    small = base64.b64encode(picture(1, (8, 8), "png"))
+    rgba = base64.b64encode(some_image(1, (32, 32), "png", "RGBA"))
+    small = base64.b64encode(some_image(1, (8, 8), "png"))
     safe = base64.urlsafe_b64encode(b"\xff\xfe\xfd" * 9)
     return {
         "a byte order mark": [b"\xef\xbb\xbf" + lines[0], *lines[1:]],
@@ -159,9 +161,9 @@ def mutate(lines, change):
         "1 of 4 ids are missing, first '0a'": [lines[0], *lines[2:]],
         "no standard base64": [lines[0], fields[0] + b"\t" + safe + b"\n", *lines[2:]],
         "neither PNG nor JPEG": [lines[0], fields[0] + b"\tAAAA\n", *lines[2:]],
-        "the picture is bad": [lines[0], fields[0] + b"\t" + fields[1][:80] + b"\n", *lines[2:]],
+        "the image is bad": [lines[0], fields[0] + b"\t" + fields[1][:80] + b"\n", *lines[2:]],
         "not RGB": [lines[0], fields[0] + b"\t" + rgba + b"\n", *lines[2:]],
-        "the picture is (8, 8)": [lines[0], fields[0] + b"\t" + small + b"\n", *lines[2:]],
+        "the image is (8, 8)": [lines[0], fields[0] + b"\t" + small + b"\n", *lines[2:]],
         "no line break": [*lines[:3], lines[3].rstrip(b"\n")],
     }[change]
 
@@ -178,9 +180,9 @@ def mutate(lines, change):
         "1 of 4 ids are missing, first '0a'",
         "no standard base64",
         "neither PNG nor JPEG",
-        "the picture is bad",
+        "the image is bad",
         "not RGB",
-        "the picture is (8, 8)",
+        "the image is (8, 8)",
         "no line break",
     ],
 )
@@ -201,7 +203,7 @@ def test_a_finished_file_is_only_validated(work):
 @pytest.mark.parametrize(("form", "side"), [("t2i", 0), ("t2i", 24), ("zip", 0)])
 def test_labels_are_kept(work, form, side):
     for i, name in enumerate(IDS):
-        image = decode(picture(i, (32, 32), "png"))
+        image = decode(some_image(i, (32, 32), "png"))
         _, arguments = labelled(image, "PNG", LabelOptions("implicit", "shop"), {"seed": i})
         image.save(work / "out" / f"{name}.png", **arguments)
     target = submit(work, "--form", form, "--size", str(side), "--to", str(work / "result"))

@@ -1,4 +1,4 @@
-"""A picture server on 127.0.0.1 for the tests: a folder of files and a few paths that misbehave."""
+"""An image server on 127.0.0.1 for the tests: a folder of files and a few paths that misbehave."""
 
 import socketserver
 import threading
@@ -7,7 +7,7 @@ from collections import Counter
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
-from make_sources import picture
+from make_sources import some_image
 
 
 class Server(socketserver.ThreadingTCPServer):
@@ -68,49 +68,49 @@ class Handler(BaseHTTPRequestHandler):
 
     def get_good(self, times: int) -> None:
         """/good/SEED"""
-        self.answer(200, picture(int(self.path.rpartition("/")[2])))
+        self.answer(200, some_image(int(self.path.rpartition("/")[2])))
 
     def get_missing(self, times: int) -> None:
         self.answer(404)
 
     def get_twice_busy(self, times: int) -> None:
-        self.answer(503, Retry_After="0") if times < 3 else self.answer(200, picture(1))
+        self.answer(503, Retry_After="0") if times < 3 else self.answer(200, some_image(1))
 
     def get_always_busy(self, times: int) -> None:
         self.answer(503)
 
     def get_later(self, times: int) -> None:
         """Fails until the server is repaired."""
-        self.answer(500) if self.server.broken else self.answer(200, picture(2))
+        self.answer(500) if self.server.broken else self.answer(200, some_image(2))
 
     def get_page(self, times: int) -> None:
         self.answer(200, b"<html>" + b"not found " * 100, Content_Type="image/jpeg")
 
     def get_noai(self, times: int) -> None:
-        self.answer(200, picture(1), X_Robots_Tag="noai, noimageai")
+        self.answer(200, some_image(1), X_Robots_Tag="noai, noimageai")
 
     def get_other_robot(self, times: int) -> None:
-        self.answer(200, picture(1), X_Robots_Tag="otherbot: noai")
+        self.answer(200, some_image(1), X_Robots_Tag="otherbot: noai")
 
     def get_tdm(self, times: int) -> None:
-        self.answer(200, picture(1), tdm_reservation="1")
+        self.answer(200, some_image(1), tdm_reservation="1")
 
     def get_large(self, times: int) -> None:
-        self.answer(200, picture(1) + bytes(1 << 20))
+        self.answer(200, some_image(1) + bytes(1 << 20))
 
     def get_endless(self, times: int) -> None:
-        """A picture's first bytes, then zeros without end and without a length."""
+        """An image's first bytes, then zeros without end and without a length."""
         self.send_response(200)
         self.send_header("Connection", "close")
         self.end_headers()
-        self.wfile.write(picture(1))
+        self.wfile.write(some_image(1))
         for _ in range(1000):
             self.wfile.write(bytes(1 << 16))
         self.close_connection = True
 
     def get_short(self, times: int) -> None:
         """Promises more than it sends."""
-        data = picture(1)
+        data = some_image(1)
         self.send_response(200)
         self.send_header("Content-Length", str(len(data) + 100))
         self.end_headers()
@@ -119,7 +119,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def get_slow(self, times: int) -> None:
         time.sleep(3)
-        self.answer(200, picture(1))
+        self.answer(200, some_image(1))
 
     def get_to(self, times: int) -> None:
         """/to/URL: a redirect."""

@@ -140,7 +140,7 @@ def test_loras_are_merged_and_recorded(folder, tmp_path):
     [
         (("--strength", "0.5"), "--strength needs --image"),
         (("--negative", "黑", "--cfg-scale", "1"), "works through guidance"),
-        (("--image", "nothing.png"), "no picture nothing.png"),
+        (("--image", "nothing.png"), "no image nothing.png"),
         (("--size", "30"), "size must be a multiple of 8"),
         (("--lora", "nothing.safetensors"), "nothing.safetensors"),
         (("--base", "nowhere"), "no base model nowhere"),

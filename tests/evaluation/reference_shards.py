@@ -1,4 +1,4 @@
-"""Real pictures for the tests: three kinds in four colours, as shards with the facts of goods."""
+"""Real images for the tests: three kinds in four colours, as shards with the facts of goods."""
 
 import io
 from pathlib import Path

@@ -14,7 +14,7 @@ FEW = ["--measure.draws", "50", "--measure.set-draws", "10"]
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
-    """Every picture shows what its title says."""
+    """Every image shows what its title says."""
     return write_out_dir(tmp_path_factory.mktemp("sets") / "good", per_text=4)
 
 
@@ -126,12 +126,12 @@ def test_what_cannot_be_compared_is_refused(tmp_path, shards, judge_dir, ranker_
     refused(f"{system}?top_k=3", expected="exist already: leave ?... away")
     refused(f"a={tmp_path}/none", expected="none")
     refused(f"a={ranker_dir}", expected="of kind ranker, which makes no images")
-    refused(system, reference="", expected="name real pictures")
+    refused(system, reference="", expected="name real images")
     refused(system, reference=tmp_path / "x", expected="no data folder")
     refused(system, prompts=tmp_path / "none.txt", expected="no prompts file")
     refused(system, prompts=tmp_path / "empty.txt", expected="holds no texts")
-    refused(system, prompts=tmp_path / "other.txt", expected="a has 0 pictures of '别的', 4 are needed")
-    refused(system, num_images=5, expected="has 4 pictures of")
+    refused(system, prompts=tmp_path / "other.txt", expected="a has 0 images of '别的', 4 are needed")
+    refused(system, num_images=5, expected="has 4 images of")
     refused(system, judge=ranker_dir, expected="judge")
     refused(system, ranker=ranker_dir, clip=ranker_dir, expected="cannot judge them too")
     refused(system, num_images=0, expected="num_images must be at least 1")

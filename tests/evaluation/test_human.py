@@ -5,7 +5,7 @@ import urllib.request
 from urllib.parse import quote
 
 import pytest
-from drawn_pictures import write_out_dir
+from drawn_images import write_out_dir
 from PIL import Image
 
 from evaluation.human import Study, main, make_pairs, read_choices, results
@@ -17,13 +17,13 @@ TEXTS = ["一件红色的连衣裙", "一双鞋", "帽子"]
 
 @pytest.fixture
 def sets(tmp_path):
-    """The pictures of `ours` are red, those of `theirs` green."""
+    """The images of `ours` are red, those of `theirs` green."""
 
-    def picture(level: int):
+    def image(level: int):
         return lambda text, i: Image.new("RGB", (8, 8), (level, 255 - level, 10 * i + len(text)))
 
-    a = write_out_dir(tmp_path / "ours", TEXTS, 4, picture(255))
-    b = write_out_dir(tmp_path / "theirs", TEXTS, 4, picture(0))
+    a = write_out_dir(tmp_path / "ours", TEXTS, 4, image(255))
+    b = write_out_dir(tmp_path / "theirs", TEXTS, 4, image(0))
     return [SampleSet.from_out_dir(a, "ours"), SampleSet.from_out_dir(b, "theirs")]
 
 
@@ -130,14 +130,14 @@ def test_the_server_asks_shows_and_records(address, tmp_path):
     question = json.loads(get(f"{address}/next?rater={rater}"))
     assert question["text"] in TEXTS and question["total"] == 15
     assert not {"ours", "theirs"} & set(json.dumps(question))
-    picture = get(f"{address}/picture?pair={question['pair']}&side=left&rater={rater}")
-    assert picture.startswith(b"\x89PNG") and b"ours" not in picture
+    image = get(f"{address}/image?pair={question['pair']}&side=left&rater={rater}")
+    assert image.startswith(b"\x89PNG") and b"ours" not in image
     choice = {"rater": "小王", "pair": question["pair"], "choice": "right", "seconds": 1.5}
     assert json.loads(get(address + "/choice", json.dumps(choice).encode())) == {"new": True}
     assert json.loads(get(address + "/choice", json.dumps(choice).encode())) == {"new": False}
     line = next(read_choices(tmp_path / "c.jsonl"))
     assert (line["rater"], line["choice"]) == ("小王", "right")
-    assert line["winner"] == line["right"].split("/")[-2], "the winner is whose picture stood right"
+    assert line["winner"] == line["right"].split("/")[-2], "the winner is whose image stood right"
     assert json.loads(get(f"{address}/next?rater={rater}"))["done"] == 1
 
 
@@ -147,7 +147,7 @@ def test_the_server_asks_shows_and_records(address, tmp_path):
         ("/other", None, 404),
         ("/next", None, 400),
         ("/next?rater=" + "x" * 65, None, 400),
-        ("/picture?pair=x&side=left&rater=r", None, 400),
+        ("/image?pair=x&side=left&rater=r", None, 400),
         ("/choice", b"no json", 400),
         ("/choice", b"[]", 400),
         ("/choice", b'{"rater": "r", "pair": "x", "choice": "left", "seconds": 1}', 400),
@@ -168,7 +168,7 @@ def test_the_command_refuses_what_it_cannot_use(sets, tmp_path, capsys):
         ([], "two or more sets"),
         ([f"a={ours}"], "two or more sets"),
         ([f"a={ours}", f"a={ours}"], "a name of its own"),
-        ([f"a={ours}", f"b={tmp_path}/none"], "no directory of pictures"),
+        ([f"a={ours}", f"b={tmp_path}/none"], "no directory of images"),
         ([f"{ours}"], "a system is NAME=PATH"),
         (["--results", f"{tmp_path}/none.jsonl"], "no file of choices"),
         (["--num-pairs", "0"], "num_pairs must be at least 1"),

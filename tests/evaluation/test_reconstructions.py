@@ -11,7 +11,7 @@ from evaluation.codecs import Codec
 from evaluation.compare.parts import Networks
 from evaluation.metrics.resampling import Resampling, mean_estimate
 from evaluation.reconstructions import Options, _ratio, main, measure, named_right, reconstruct_all
-from evaluation.reference import ReferencePictures
+from evaluation.reference import ReferenceImages
 from vq.autoencoder import FastConfig
 from vq.model import ImageTokenizer, TokenizerConfig
 
@@ -37,7 +37,7 @@ def cache(tmp_path_factory):
 
 
 def measured(codec, shards, networks, cache):
-    images = ReferencePictures.of_split(str(shards), "val", 40)
+    images = ReferenceImages.of_split(str(shards), "val", 40)
     found, _ = measure(codec, images, networks, options(shards, cache), CPU)
     return {metric.name: metric for metric in found}
 
@@ -71,7 +71,7 @@ def test_a_grey_codec_loses_everything(shards, networks, cache):
 
 
 def test_originals_and_reconstructions_keep_their_order_and_psnr(shards, cache):
-    images = ReferencePictures.of_split(str(shards), "val", 40)
+    images = ReferenceImages.of_split(str(shards), "val", 40)
     pairs = reconstruct_all(codec(lambda x: -x), images, options(shards, cache, limit=5, batch_size=2), CPU)
     assert [fact.key for fact in pairs.facts] == [images.facts(i).key for i in range(5)]
     for original, shown, value in zip(pairs.originals, pairs.reconstructions, pairs.psnr, strict=True):

@@ -3,7 +3,7 @@ from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import numpy as np
-from drawn_pictures import write_out_dir
+from drawn_images import write_out_dir
 from PIL import Image
 
 from data_tools.report import svg
@@ -47,7 +47,7 @@ def test_a_page_is_one_file_and_escapes_what_it_is_given(tmp_path):
     assert len(sources) == 6 and all(s.startswith("data:image/webp;base64,") for s in sources)
     assert not re.findall(r'(?:href|src)="(?!data:)', text)
     widths = [(attrs["width"], attrs["height"]) for tag, attrs in seen.tags if tag == "img"]
-    assert ("128", "38") in widths, "a long picture keeps its shape"
+    assert ("128", "38") in widths, "a long image keeps its shape"
 
 
 def test_numbers_as_people_write_them():

@@ -120,7 +120,7 @@ def test_what_cannot_be_swept_is_refused(tmp_path, shards, judge_dir, generator_
     base = {"--checkpoint": generator_dir, "--reference": shards, "--judge": judge_dir, "--device": "cpu"}
     base |= {"--prompts": tmp_path / "p.txt", "--out": tmp_path / "o", "--search-prompts": 1}
     for changed, expected in [
-        ({"--reference": ""}, "name real pictures"),
+        ({"--reference": ""}, "name real images"),
         ({"--checkpoint": ranker_dir}, "of kind ranker, which makes no images"),
         ({}, "1 prompts leave none for the report"),
         ({"--prompts": tmp_path / "none"}, "no prompts file"),

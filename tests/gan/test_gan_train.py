@@ -110,7 +110,7 @@ def test_two_small_images_train_and_are_said(train, tmp_path, capsys):
     two = [sample(i, None, size=20) for i in (0, 4)]
     data = write_shards(tmp_path / "two", two, two)
     run = train("two", data=data, steps=2)
-    assert "2 of 2 pictures looked at are smaller than 32" in capsys.readouterr().out
+    assert "2 of 2 images looked at are smaller than 32" in capsys.readouterr().out
     assert len(TextToGan.from_pretrained(run, "cpu")(TEXTS[0], 2)) == 2
 
 

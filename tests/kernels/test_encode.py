@@ -41,20 +41,20 @@ def make(fast, **changes):
             torch.nn.init.normal_(parameter, float(name.endswith("norm.weight")), 0.1)
     last = tokenizer.encoder.conv_out
     with torch.no_grad():  # whitened, so that codes differ
-        spread, mean = torch.std_mean(tokenizer.encoder(pictures(64, 64)), (0, 2, 3))
+        spread, mean = torch.std_mean(tokenizer.encoder(some_images(64, 64)), (0, 2, 3))
         last.weight /= spread.view(-1, 1, 1, 1)
         last.bias.sub_(mean).div_(spread)
     return tokenizer
 
 
-def pictures(height, width, count=5):
+def some_images(height, width, count=5):
     return torch.rand(count, 3, height, width, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
 @needs_native
 @pytest.mark.parametrize(("fast", "changes", "sides"), CASES)
 def test_codes_are_those_of_the_model(fast, changes, sides):
-    tokenizer, images = make(fast, **changes), pictures(*sides)
+    tokenizer, images = make(fast, **changes), some_images(*sides)
     found = CompiledEncoder(tokenizer).encode_ids(images)
     expected = tokenizer.encode_ids(images)
     assert found.shape == expected.shape and expected.unique().numel() > 8
@@ -66,7 +66,7 @@ def test_codes_are_those_of_the_model(fast, changes, sides):
 
 @needs_native
 def test_latents_are_as_exact_as_bf16():
-    tokenizer, images = make(DEEP, quantizer="gumbel", gumbel=GumbelConfig()), pictures(36, 60)
+    tokenizer, images = make(DEEP, quantizer="gumbel", gumbel=GumbelConfig()), some_images(36, 60)
     seen = []
     tokenizer.quantizer.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].float()))
     CompiledEncoder(tokenizer).encode_ids(images)
@@ -78,8 +78,8 @@ def test_latents_are_as_exact_as_bf16():
 
 
 @needs_native
-def test_a_picture_depends_on_itself_alone():
-    tokenizer, images = make(DEEP), pictures(32, 32, 7)
+def test_a_image_depends_on_itself_alone():
+    tokenizer, images = make(DEEP), some_images(32, 32, 7)
     encoder = CompiledEncoder(tokenizer)
     together = encoder.encode_ids(images)
     assert torch.equal(encoder.encode_ids(images[3:4]), together[3:4])
@@ -94,16 +94,16 @@ def test_a_picture_depends_on_itself_alone():
 
 
 @needs_native
-def test_another_size_of_picture_after_a_larger_one():
+def test_another_size_of_image_after_a_larger_one():
     encoder = CompiledEncoder(make(DEEP))
-    small = encoder.encode_ids(pictures(16, 16))
-    encoder.encode_ids(pictures(48, 64))
-    assert torch.equal(encoder.encode_ids(pictures(16, 16)), small)
+    small = encoder.encode_ids(some_images(16, 16))
+    encoder.encode_ids(some_images(48, 64))
+    assert torch.equal(encoder.encode_ids(some_images(16, 16)), small)
 
 
 @needs_native
 def test_pixels_that_are_no_numbers_get_codes():
-    images = pictures(16, 16)
+    images = some_images(16, 16)
     images[2] = float("nan")
     encoder = CompiledEncoder(make(DEEP))
     ids = encoder.encode_ids(images)
@@ -114,7 +114,7 @@ def test_pixels_that_are_no_numbers_get_codes():
 @needs_native
 def test_what_it_refuses():
     with pytest.raises(ValueError, match="multiples of 4"):
-        CompiledEncoder(make(DEEP)).encode_ids(pictures(18, 16))
+        CompiledEncoder(make(DEEP)).encode_ids(some_images(18, 16))
     odd_heads = FastConfig(haar_levels=1, channels=(160,), encoder_blocks=(1,), decoder_blocks=(0,))
     with pytest.raises(ValueError, match="multiples of 32"):
         CompiledEncoder(make(odd_heads))
@@ -129,7 +129,7 @@ def test_what_it_refuses():
 @needs_native
 def test_compiled_code_encodes_under_bf16_autocast_alone(monkeypatch):
     monkeypatch.setattr(compiler, "prefers_torch", lambda: False)
-    tokenizer, images = make(DEEP), pictures(32, 32)
+    tokenizer, images = make(DEEP), some_images(32, 32)
     exact, compiled = tokenizer.encode_ids(images), CompiledEncoder(tokenizer).encode_ids(images)
     assert not torch.equal(exact, compiled)  # or the next lines show nothing
     assert accelerate(tokenizer).record()["image encoders"] == "1 of 1 image encoders by compiled code"
@@ -141,7 +141,7 @@ def test_compiled_code_encodes_under_bf16_autocast_alone(monkeypatch):
 @needs_native
 def test_weights_that_changed_are_packed_again(monkeypatch):
     monkeypatch.setattr(compiler, "prefers_torch", lambda: False)
-    tokenizer, images = make(DEEP), pictures(32, 32)
+    tokenizer, images = make(DEEP), some_images(32, 32)
     accelerate(tokenizer)
     other = copy.deepcopy(tokenizer)
     with torch.no_grad():
@@ -175,7 +175,7 @@ def test_a_changed_encoder_stays_with_pytorch(change, monkeypatch, capsys):
 
 @pytest.mark.skipif(not compiler.level(), reason="a CPU without compiled encoding")
 def test_without_a_compiler_pytorch_takes_over(no_compiler):
-    tokenizer, images = make(DEEP), pictures(32, 32)
+    tokenizer, images = make(DEEP), some_images(32, 32)
     expected = ImageEncoder(tokenizer, CPU, "bf16")(images)
     assert "compiling encode.cpp failed: exit code 1" in str(accelerate(tokenizer))
     assert torch.equal(ImageEncoder(tokenizer, CPU, "bf16")(images), expected)

@@ -1,4 +1,4 @@
-"""Pictures of three kinds in four colours with captions, as shards."""
+"""Images of three kinds in four colours with captions, as shards."""
 
 import io
 from pathlib import Path

@@ -10,12 +10,12 @@ from rankers.base import FeatureCache, TwoTowerRanker, as_rgb, content_hash, ide
 from rankers.ensemble import EnsembleRanker, ranks
 
 
-def pictures(count: int) -> list[Image.Image]:
+def some_images(count: int) -> list[Image.Image]:
     return [draw("杯子", "红色", seed) for seed in range(count)]
 
 
 class CountingTowers:
-    """Real towers that count the pictures they encode."""
+    """Real towers that count the images they encode."""
 
     def __init__(self, towers) -> None:
         self.towers, self.name, self.encoded = towers, towers.name, 0
@@ -32,7 +32,7 @@ class CountingTowers:
 
 
 def test_batches_equal_singles_and_order_is_kept(ranker_dir):
-    images = pictures(7)
+    images = some_images(7)
     wide = load_ranker(ranker_dir, precision="fp32")
     narrow = load_ranker(ranker_dir, precision="fp32")
     narrow.batch_size = 2
@@ -46,10 +46,10 @@ def test_batches_equal_singles_and_order_is_kept(ranker_dir):
     assert matrix.shape == (2, 7) and matrix.abs().max() <= 1.00001
 
 
-def test_a_picture_is_encoded_once_whatever_file_it_came_from(ranker_dir):
+def test_a_image_is_encoded_once_whatever_file_it_came_from(ranker_dir):
     towers = CountingTowers(load_ranker(ranker_dir).towers)
     ranker = TwoTowerRanker(towers)
-    images = pictures(3)
+    images = some_images(3)
     first = ranker.score("红色", [*images, images[0].copy()])
     assert towers.encoded == 3 and first[0] == first[3]
     torch.testing.assert_close(ranker.score("红色", images), first[:3])
@@ -57,7 +57,7 @@ def test_a_picture_is_encoded_once_whatever_file_it_came_from(ranker_dir):
     assert ranker.cache.hits >= 3
 
 
-def test_the_cache_forgets_the_picture_used_longest_ago():
+def test_the_cache_forgets_the_image_used_longest_ago():
     cache = FeatureCache(2)
     for name in (b"a", b"b"):
         cache.put(name, torch.zeros(1))
@@ -66,7 +66,7 @@ def test_the_cache_forgets_the_picture_used_longest_ago():
     assert cache.get(b"b") is None and cache.get(b"a") is not None
 
 
-def test_pictures_of_mixed_sizes_and_modes(ranker_dir):
+def test_images_of_mixed_sizes_and_modes(ranker_dir):
     base = draw("杯子", "红色", 0, 64)
     clear = base.convert("RGBA")
     clear.putalpha(0)
@@ -80,13 +80,13 @@ def test_pictures_of_mixed_sizes_and_modes(ranker_dir):
 
 def test_bad_input_is_one_sentence(ranker_dir):
     ranker = load_ranker(ranker_dir)
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="no images"):
         ranker.score("红色", [])
     with pytest.raises(ValueError, match="empty"):
-        ranker.score("  ", pictures(1))
-    assert ranker.score("红" * 10_000, pictures(1)).isfinite().all()
+        ranker.score("  ", some_images(1))
+    assert ranker.score("红" * 10_000, some_images(1)).isfinite().all()
     assert ranker.towers.num_truncated == 1
-    assert ranker.score("未见字", pictures(2)).isfinite().all(), "unknown characters only"
+    assert ranker.score("未见字", some_images(2)).isfinite().all(), "unknown characters only"
 
 
 def test_ranks_share_ties():
@@ -106,10 +106,10 @@ def test_an_ensemble_averages_ranks_not_scores(ranker_dir):
             return torch.tensor(self.values)
 
     both = EnsembleRanker([Fixed("a", [1000.0, 0.0, -1.0]), Fixed("b", [0.1, 0.3, 0.2])])
-    assert both.score("x", pictures(3)).tolist() == pytest.approx([0.5, 0.75, 0.25])
+    assert both.score("x", some_images(3)).tolist() == pytest.approx([0.5, 0.75, 0.25])
     loaded = load_ranker(f"{ranker_dir}, {ranker_dir}")
-    alone = load_ranker(ranker_dir).score("红色", pictures(4))
-    assert torch.equal(loaded.score("红色", pictures(4)).argsort(), alone.argsort())
+    alone = load_ranker(ranker_dir).score("红色", some_images(4))
+    assert torch.equal(loaded.score("红色", some_images(4)).argsort(), alone.argsort())
     with pytest.raises(ValueError, match="at least two"):
         EnsembleRanker([both])
 
@@ -131,7 +131,7 @@ def test_the_default_is_the_newest_run(tmp_path, monkeypatch, ranker_dir):
     shutil.copytree(ranker_dir, tmp_path / "runs/mine/step_00000007")
     (tmp_path / "runs/mine/latest").symlink_to("step_00000007")
     assert default_ranker().name == "step_00000007"
-    assert load_ranker("runs/mine").score("红色", pictures(1)).isfinite().all()
+    assert load_ranker("runs/mine").score("红色", some_images(1)).isfinite().all()
 
 
 def test_weights_are_told_apart_and_known_again_in_fewer_bits(ranker_dir, tmp_path):

@@ -52,7 +52,7 @@ def test_matched_pairs_stand_above_mismatched_ones_for_a_ranker_that_knows(shard
     pairs = load_pairs(ShardIndex.open(shards, "val"), AttributeConfig(fact_fields=("label_zh", "color_zh")))
     lexicon = Lexicon(("红色", "蓝色", "绿色", "黄色"), ("杯子", "鞋子", "帽子"))
     found = calibrate(Knowing(pairs), pairs, lexicon, "val")
-    assert found.num_pictures == 24 and min(found.margin) > 0
+    assert found.num_images == 24 and min(found.margin) > 0
     assert found.matched[0] > found.mismatched[-1] - 1e-6
     assert found.percentile(99) == 100 and found.mismatched_percentile(-1) == 0
 
@@ -61,7 +61,7 @@ def test_a_calibration_is_found_again(shards, ranker_dir, tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     made = main(["--ranker", str(ranker_dir), "--data", str(shards)])
     assert Calibration.load(cache_path(str(ranker_dir))) == made
-    assert "24 pictures" in capsys.readouterr().out
+    assert "24 images" in capsys.readouterr().out
     again = load_ranker(ranker_dir).calibration
     assert again == made and set(again.lexicon.kinds) == {"杯子", "鞋子", "帽子"}
 

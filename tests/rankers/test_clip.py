@@ -37,7 +37,7 @@ def test_score_equals_the_bare_open_clip_model(ranker_dir):
     torch.testing.assert_close(ranker.score(TEXT, images), (image @ text.T)[:, 0], atol=1e-5, rtol=0)
 
 
-def test_every_small_tower_takes_pictures(tmp_path):
+def test_every_small_tower_takes_images(tmp_path):
     write_text_tower(tmp_path, [TEXT], TextTowerConfig(32, 1, 2, 16), None)
     for name in RESNETS:
         model = RankerModel(ModelConfig(image_tower=name, embed_dim=8, image_size=64), tmp_path).eval()
@@ -157,8 +157,8 @@ def five(chinese_clip, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("five")
     ChineseCLIPModel.from_pretrained(str(chinese_clip)).save_pretrained(str(folder), max_shard_size="20KB")
-    pictures = json.loads((chinese_clip / "preprocessor_config.json").read_text())
-    (folder / "processor_config.json").write_text(json.dumps({"image_processor": pictures}))
+    images = json.loads((chinese_clip / "preprocessor_config.json").read_text())
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": images}))
     shutil.copyfile(chinese_clip / "vocab.txt", folder / "vocab.txt")
     assert (folder / "model.safetensors.index.json").is_file() and len(list(folder.glob("model-*"))) > 2
     return folder

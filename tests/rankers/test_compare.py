@@ -25,7 +25,7 @@ def test_one_table_of_several_rankers_and_chance(shards, ranker_dir, chinese_cli
             assert low <= result["figures"][f"recall@{k}"] <= high
     written = json.loads((tmp_path / "figures.json").read_text())
     assert written["chance"] == results["chance"]
-    assert "24 pictures" in capsys.readouterr().out
+    assert "24 images" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -60,9 +60,9 @@ def test_images_of_another_size_pass_through_that_of_the_tokenizer(tokenizer):
     decoded = reference.decode_ids(reference.encode_ids(small))
     expected = resize(decoded, size=(64, 64), mode="bilinear", antialias=True)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
-    picture = draw("杯子", "红色", 1, 32)
-    (decoded,) = made.of_images([picture])
-    torch.testing.assert_close(to_tensor(decoded), made.of(to_tensor(picture)[None])[0], atol=1 / 127, rtol=0)
+    image = draw("杯子", "红色", 1, 32)
+    (decoded,) = made.of_images([image])
+    torch.testing.assert_close(to_tensor(decoded), made.of(to_tensor(image)[None])[0], atol=1 / 127, rtol=0)
 
 
 def test_a_training_sees_them_and_goes_on_bit_for_bit(shards, tokenizer, tmp_path, monkeypatch):

@@ -50,7 +50,7 @@ def test_it_learns_colours_and_kinds(shards, tmp_path):
     ranker = load_ranker(tmp_path / "run")
     images = [draw(kind, "红色", 99 + i) for i, kind in enumerate(("鞋子", "杯子", "帽子"))]
     assert int(ranker.score("杯子", images).argmax()) == 1
-    assert ranker.calibration.num_pictures == 24
+    assert ranker.calibration.num_images == 24
     assert {"config.json", "model.safetensors", "calibration.json", "towers"} <= {
         p.name for p in (tmp_path / "run/latest").iterdir()
     }
@@ -123,7 +123,7 @@ LAUNCHERS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torchrun", pytest.param("deepspeed", marks=pytest.mark.slow)])
 def test_two_processes_follow_the_curve_of_one(shards, tmp_path, launcher):
-    """Two processes of two micro-batches against four micro-batches: batch statistics are of 4 pictures in both."""
+    """Two processes of two micro-batches against four micro-batches: batch statistics are of 4 images in both."""
     more = ("--loop.micro-batch-size", "4", "--model.text.dropout", "0", "--precision", "fp32")
     main(arguments(shards, tmp_path / "one", 3, *more))
     program, *rest = LAUNCHERS[launcher]
@@ -139,7 +139,7 @@ def test_two_processes_follow_the_curve_of_one(shards, tmp_path, launcher):
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert one.keys() == two.keys()
     assert two[1] == pytest.approx(one[1], rel=1e-5)
-    for step, loss in one.items():  # rounding, through statistics of 4 pictures and Adam's first steps
+    for step, loss in one.items():  # rounding, through statistics of 4 images and Adam's first steps
         assert two[step] == pytest.approx(loss, rel=0.01)
     assert load_ranker(tmp_path / "two").score("杯子", [draw("杯子", "红色", 1)]).isfinite().all()
 

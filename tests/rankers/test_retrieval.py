@@ -37,7 +37,7 @@ def test_equal_captions_are_all_relevant():
 
 
 class Knowing:
-    """Scores by what the words and the picture's centre say, as a perfect ranker would."""
+    """Scores by what the words and the image's centre say, as a perfect ranker would."""
 
     name, calibration = "knowing", None
 

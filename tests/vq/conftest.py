@@ -28,9 +28,9 @@ def draw(index: int, size: int = 24) -> Image.Image:
     y, x = np.mgrid[:size, :size]
     center, radius = rng.uniform(0.35, 0.65, 2) * size, rng.uniform(0.15, 0.35) * size
     inside = (x - center[0]) ** 2 + (y - center[1]) ** 2 < radius**2
-    picture = np.full((size, size, 3), 235, np.uint8)
-    picture[inside] = rng.integers(0, 200, 3)
-    return Image.fromarray(picture)
+    image = np.full((size, size, 3), 235, np.uint8)
+    image[inside] = rng.integers(0, 200, 3)
+    return Image.fromarray(image)
 
 
 def write_tar(path: Path, samples: list[dict[str, bytes]], first: int = 0) -> None:
@@ -53,7 +53,7 @@ def sample(index: int) -> dict[str, bytes]:
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 training and 8 validation pictures of 24 pixels."""
+    """24 training and 8 validation images of 24 pixels."""
     folder = tmp_path_factory.mktemp("shards")
     write_tar(folder / "train-00000.tar", [sample(i) for i in range(24)])
     write_tar(folder / "val-00000.tar", [sample(i) for i in range(100, 108)], first=100)

@@ -27,7 +27,7 @@ LOOP = [
     "--loop.save-every",
     "2",
 ]
-LOOP += ["--val-pictures", "8", "--num-workers", "0", "--device", "cpu", "--loop.tensorboard", "False"]
+LOOP += ["--val-images", "8", "--num-workers", "0", "--device", "cpu", "--loop.tensorboard", "False"]
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,7 @@ def _task(shards, run, loss=None, adversary=None, **options):
 def test_a_collapse_goes_back_to_the_best_checkpoint_and_says_so(tmp_path, shards, base, capsys):
     judge = DiscriminatorConfig(channels=32, layers=1)
     config = AdversaryConfig(judge, warmup_steps=0, ramp_steps=0, rollback_share=0.2)
-    task, val = _task(shards, tmp_path, adversary=config, init=str(base), val_pictures=8)
+    task, val = _task(shards, tmp_path, adversary=config, init=str(base), val_images=8)
     batch = next(val(4))
     task.train_step(batch, 0)
     best = task.evaluate(2)["rec_loss"]
@@ -161,7 +161,7 @@ def test_a_collapse_goes_back_to_the_best_checkpoint_and_says_so(tmp_path, shard
 
 def test_a_dip_is_announced_and_left_alone(tmp_path, shards, base, capsys):
     config = AdversaryConfig(warmup_steps=0, ramp_steps=0, rollback_share=0.5)
-    task, _ = _task(shards, tmp_path, adversary=config, init=str(base), val_pictures=8)
+    task, _ = _task(shards, tmp_path, adversary=config, init=str(base), val_images=8)
     value = task.evaluate(2)["rec_loss"]
     task._watch(value * 1.1, 4)
     assert "a dip of 10.0% since the adversary counts" in capsys.readouterr().out
@@ -181,7 +181,7 @@ def test_adversary_schedule():
         (["--freeze-codes", "True"], "freeze_codes needs --init"),
         (["--adversary.weight", "0.7"], "no effect with preset vqvae"),
         (["--preset", "vqgan", "--loop.eval-every", "3", "--loop.save-every", "2"], "multiple of save_every"),
-        (["--preset", "vqgan", "--model.image-size", "16"], "needs pictures of at least 24 pixels, not 16"),
+        (["--preset", "vqgan", "--model.image-size", "16"], "needs images of at least 24 pixels, not 16"),
         (["--init", "/nowhere/at/all"], "no checkpoint directory /nowhere/at/all"),
         (["--loss.perceptual-weight", "0"], "use perceptual none"),
         (["--loss.foreground-weight", "0.5"], "foreground_weight must be at least 1"),

@@ -32,7 +32,7 @@ def test_two_processes_follow_one(tmp_path, shards, small_flags, launcher, quant
         "8",
         "--loop.log-every",
         "1",
-        "--val-pictures",
+        "--val-images",
         "8",
         "--num-workers",
         "0",

@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw
 
 from common.distributed import start_world
 from common.image import resize_square
-from data_tools.augment import Chain, PictureAugment
+from data_tools.augment import Chain, ImageAugment
 from data_tools.images.crops import CropFlip
 from data_tools.images.decode import encode
 from data_tools.images.line_drawings import canny, decode_lines, encode_lines, extract
@@ -66,7 +66,7 @@ def test_each_view_has_the_drawing_of_its_own_pixels(made, tmp_path):
 
 
 def test_given_drawings_move_with_their_images(made, tmp_path):
-    move = PictureAugment(shift=0.1, rotate=10, brightness=0.3)
+    move = ImageAugment(shift=0.1, rotate=10, brightness=0.3)
     index = encoded(made, tmp_path / "given", lines="given", move=move)
     lines = decode_lines(index.read(1)["line.png"])
     for view in (1, 2):

@@ -32,7 +32,7 @@ def tiny_tokenizer(run_dir, seed=0):
 
 @pytest.fixture
 def world(tmp_path):
-    """A run with a tokenizer, and image shards of 9 + 2 pictures, one of them corrupt."""
+    """A run with a tokenizer, and image shards of 9 + 2 images, one of them corrupt."""
     tiny_tokenizer(tmp_path / "run")
     rng = np.random.default_rng(0)
     for split, count in (("train", 9), ("val", 2)):
@@ -40,7 +40,7 @@ def world(tmp_path):
             for i in range(count):
                 buffer = io.BytesIO()
                 Image.fromarray(rng.integers(0, 255, (20, 24, 3), dtype=np.uint8)).save(buffer, "PNG")
-                data = b"no picture" if (split, i) == ("train", 5) else buffer.getvalue()
+                data = b"no image" if (split, i) == ("train", 5) else buffer.getvalue()
                 writer.write(Record(f"{split}{i}", data, "png", (f"caption {i}",), {"label": i}))
     return tmp_path
 
@@ -69,7 +69,7 @@ def encode(world, *flags, run="run", target="tokens"):
     return main([str(world / run), str(world / "images"), str(world / target), "--precision", "fp32", *flags])
 
 
-def test_view_zero_is_the_plain_picture(world, capsys):
+def test_view_zero_is_the_plain_image(world, capsys):
     counts = encode(world, "--views", "3")
     assert counts == {"pictures": 10, "skipped": 1, "shards_kept": 0}
     assert "train5" in capsys.readouterr().out

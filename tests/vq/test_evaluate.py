@@ -52,7 +52,7 @@ def test_figures_and_page_worst_first(checkpoint, network, shards, tmp_path):
     assert len(values) == 5 and values == sorted(values, reverse=True)
 
 
-def test_psnr_is_that_of_the_8_bit_pictures(checkpoint, shards, tmp_path, small_model):
+def test_psnr_is_that_of_the_8_bit_images(checkpoint, shards, tmp_path, small_model):
     from data_tools.shards.index import ShardIndex
     from data_tools.shards.loader import DecodeImage, eval_batches
 

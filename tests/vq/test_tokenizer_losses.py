@@ -107,17 +107,17 @@ def test_psnr_and_color_shift_by_hand():
 
 def test_shifts_cut_a_pair_alike_and_reach_every_phase():
     rows, columns = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
-    pictures = torch.stack([rows, columns])[None]
+    images = torch.stack([rows, columns])[None]
     corners = set()
     for step in range(900):
-        seen = shifted(pictures, 8, 32, (0, step))
-        assert seen.shape == (1, 2, 56, 56) and torch.equal(seen, shifted(pictures, 8, 32, (0, step)))
+        seen = shifted(images, 8, 32, (0, step))
+        assert seen.shape == (1, 2, 56, 56) and torch.equal(seen, shifted(images, 8, 32, (0, step)))
         corners.add((int(seen[0, 0, 0, 0]), int(seen[0, 1, 0, 0])))
         assert seen[0, 0, 0, 0] + 55 == seen[0, 0, -1, -1]
     assert len(corners) == 64
-    assert shifted(pictures, 1, 32, (0, 0)) is pictures
-    assert shifted(pictures, 8, 57, (0, 0)) is pictures, "too small to lose its margins"
-    leaf = pictures.clone().requires_grad_()
+    assert shifted(images, 1, 32, (0, 0)) is images
+    assert shifted(images, 8, 57, (0, 0)) is images, "too small to lose its margins"
+    leaf = images.clone().requires_grad_()
     shifted(leaf, 8, 32, (0, 5)).sum().backward()
     assert float(leaf.grad.sum()) == 2 * 56 * 56
 

@@ -1,4 +1,4 @@
-"""Whole runs of train_vqgan.py on 24 small pictures."""
+"""Whole runs of train_vqgan.py on 24 small images."""
 
 import io
 import json
@@ -21,7 +21,7 @@ from common import checkpoint
 from common.checkpoint import read_weights
 from data_tools.shards.index import ShardIndex
 from train_vqgan import TokenizerTask
-from vq.data import DecodeMasked, small_pictures
+from vq.data import DecodeMasked, small_images
 from vq.image_folder import ImageFolder
 from vq.losses.adversary import Adversary
 from vq.losses.foreground import border_mask, pixel_weights
@@ -33,7 +33,7 @@ COMMON = [
     "4",
     "--loop.log-every",
     "1",
-    "--val-pictures",
+    "--val-images",
     "8",
     "--num-workers",
     "0",
@@ -150,28 +150,28 @@ def test_multiscale_draws_sizes_by_step(train, monkeypatch):
     assert set(first) == {8, 16, 24} and first == seen
 
 
-def test_a_plain_folder_of_odd_pictures_trains(train, tmp_path, make_sample, capsys):
+def test_a_plain_folder_of_odd_images_trains(train, tmp_path, make_sample, capsys):
     folder = tmp_path / "pictures"
     (folder / "more").mkdir(parents=True)
     rng = np.random.default_rng(0)
-    picture = Image.fromarray(rng.integers(0, 255, (40, 30, 3), np.uint8))
+    image = Image.fromarray(rng.integers(0, 255, (40, 30, 3), np.uint8))
     for i in range(8):
         (folder / f"plain{i}.png").write_bytes(make_sample(i)["png"])
-    picture.convert("P").save(folder / "palette.png")
-    picture.convert("CMYK").save(folder / "cmyk.jpg")
-    picture.convert("RGBA").save(folder / "more" / "alpha.webp")
+    image.convert("P").save(folder / "palette.png")
+    image.convert("CMYK").save(folder / "cmyk.jpg")
+    image.convert("RGBA").save(folder / "more" / "alpha.webp")
     Image.fromarray(rng.integers(0, 65535, (20, 20), np.uint16)).save(folder / "deep.png")
     exif = Image.Exif()
     exif[0x0112] = 6
-    picture.save(folder / "turned.jpg", exif=exif)
-    picture.save(folder / "moving.gif", save_all=True, append_images=[picture.transpose(0)])
+    image.save(folder / "turned.jpg", exif=exif)
+    image.save(folder / "moving.gif", save_all=True, append_images=[image.transpose(0)])
     for i in range(3):
-        picture.resize((8, 8 + i)).save(folder / f"small{i}.png")
+        image.resize((8, 8 + i)).save(folder / f"small{i}.png")
     (folder / "labels.json").write_text('{"a": 1}')
     (folder / "plain0.txt").write_text("一件红色的连衣裙")
     run = train("folder", "--image-folder", str(folder), "--loss.foreground-weight", "3", data=False)
     said = capsys.readouterr().out
-    assert "1 files of" in said and "are no pictures and were left out" in said
+    assert "1 files of" in said and "are no images and were left out" in said
     assert "smaller than 16 pixels" in said
     assert len(rows(run)) == 4
 
@@ -184,13 +184,13 @@ def test_a_plain_folder_of_odd_pictures_trains(train, tmp_path, make_sample, cap
     assert captions == ["一件红色的连衣裙"]
 
 
-def test_a_decompression_bomb_and_a_broken_picture_are_replaced_and_counted(
+def test_a_decompression_bomb_and_a_broken_image_are_replaced_and_counted(
     train, tmp_path, make_sample, make_tar, capsys
 ):
     buffer = io.BytesIO()
     Image.new("1", (20_000, 20_000)).save(buffer, "PNG")
     samples = [make_sample(i) for i in range(8)]
-    samples += [{"png": buffer.getvalue(), "txt": b"bomb"}, {"png": b"not a picture", "txt": b"noise"}]
+    samples += [{"png": buffer.getvalue(), "txt": b"bomb"}, {"png": b"not an image", "txt": b"noise"}]
     make_tar(tmp_path / "train-00000.tar", samples)
     make_tar(tmp_path / "val-00000.tar", samples[:4])
     train("bomb", "--data", str(tmp_path), data=False)
@@ -204,7 +204,7 @@ def test_a_decompression_bomb_and_a_broken_picture_are_replaced_and_counted(
     ("flags", "message"),
     [
         (["--data", "/nowhere"], "no data folder /nowhere"),
-        (["--image-folder", "/nowhere"], "no picture folder /nowhere"),
+        (["--image-folder", "/nowhere"], "no image folder /nowhere"),
         (["--data", "a", "--image-folder", "b"], "either data (shards) or image_folder, not both"),
         (["--loop.micro-batch-size", "3"], "do not divide into micro-batches of 3"),
         (["--device", "cuda:7"], "no usable GPU"),
@@ -227,7 +227,7 @@ def test_an_empty_folder_is_said(tmp_path, capsys):
     (tmp_path / "labels.csv").write_text("a,b")
     with pytest.raises(SystemExit):
         train_vqgan.main(["--image-folder", str(tmp_path), "--loop.run-dir", str(tmp_path / "run"), *COMMON])
-    assert "no pictures in" in capsys.readouterr().err
+    assert "no images in" in capsys.readouterr().err
 
 
 def test_nan_stops_names_the_batch_and_keeps_the_last_checkpoint(train, monkeypatch, capsys, tmp_path):
@@ -328,12 +328,12 @@ def test_border_mask_finds_the_goods_and_weights_average_to_one():
 
 
 def test_masks_from_data_go_through_the_same_crop_and_mirror(tmp_path, make_tar, make_sample):
-    picture = np.full((32, 24, 3), 255, np.uint8)
-    picture[4:20, 2:10] = (200, 0, 0)
+    image = np.full((32, 24, 3), 255, np.uint8)
+    image[4:20, 2:10] = (200, 0, 0)
     mask = np.zeros((32, 24), np.uint8)
     mask[4:20, 2:10] = 255
     members = {}
-    for suffix, array in (("png", picture), ("mask.png", mask)):
+    for suffix, array in (("png", image), ("mask.png", mask)):
         buffer = io.BytesIO()
         Image.fromarray(array).save(buffer, "PNG")
         members[suffix] = buffer.getvalue()
@@ -346,7 +346,7 @@ def test_masks_from_data_go_through_the_same_crop_and_mirror(tmp_path, make_tar,
         red = (found["image"][1] < 0).float()  # little green: the goods
         assert (red - (found["mask"][0] > 0.5).float()).abs().mean() < 0.03
     assert torch.all(DecodeMasked(24)(index, 1, np.random.default_rng(0))["mask"] == -1)
-    assert "1 of 2" in small_pictures(index, 25) or "2 of 2" in small_pictures(index, 25)
+    assert "1 of 2" in small_images(index, 25) or "2 of 2" in small_images(index, 25)
 
 
 def test_colour_shift_stays_small_after_a_short_training(train):

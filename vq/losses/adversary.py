@@ -44,7 +44,7 @@ class AdversaryConfig:
     feature_weight: float = 0.0
     """Weight of matching the discriminator's features; 0: none."""
     lecam_weight: float = 0.001
-    """Weight of the LeCam term, which keeps a discriminator of few pictures in bounds; 0: none."""
+    """Weight of the LeCam term, which keeps a discriminator of few images in bounds; 0: none."""
     lr: float = 2.0e-4
     """Learning rate of the discriminator, times that of the schedule relative to its peak."""
     rollback_share: float = 0.25
@@ -103,7 +103,7 @@ class Adversary:
         """What the adversary adds to the gradient by the reconstruction, or None before its loss counts.
 
         `leaf`: the reconstruction cut off from the decoder; `rec_gradient`: of the other losses by it;
-        `view`: what of a picture is looked at.
+        `view`: what of an image is looked at.
         """
         factor = self.config.factor(step)
         if factor == 0:
@@ -131,7 +131,7 @@ class Adversary:
     def train_step(
         self, images: Tensor, reconstructions: Tensor, lr_share: float, step: int
     ) -> dict[str, float]:
-        """One update on this process's pictures; nothing before `start_step`. `lr_share`: of the peak rate."""
+        """One update on this process's images; nothing before `start_step`. `lr_share`: of the peak rate."""
         if step < self.config.start_step:
             return {}
         self.engine.set_lr(self.config.lr * lr_share)

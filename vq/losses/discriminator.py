@@ -1,4 +1,4 @@
-"""PatchGAN: judges overlapping patches of a picture (Isola et al. 2017, arXiv:1611.07004, section 3.2).
+"""PatchGAN: judges overlapping patches of an image (Isola et al. 2017, arXiv:1611.07004, section 3.2).
 
 With `haar_levels` 0, 3 strided layers and batch norm it is the published NLayerDiscriminator of taming (weights
 included); the default looks through one Haar level, which covers the same patch at a quarter of the work.
@@ -36,7 +36,7 @@ class DiscriminatorConfig:
 
     @property
     def smallest_side(self) -> int:
-        """Pictures smaller than this leave no patch to judge, in pixels."""
+        """Images smaller than this leave no patch to judge, in pixels."""
         return 3 * 2 ** (self.haar_levels + self.layers)
 
 

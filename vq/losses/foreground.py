@@ -1,4 +1,4 @@
-"""Where the goods are: a soft mask from the colours of the border, since product pictures stand on plain background."""
+"""Where the goods are: a soft mask from the colours of the border, since product images stand on plain background."""
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ def border_mask(images: Tensor) -> Tensor:
     """(B, 3, H, W) in [-1, 1] -> (B, 1, H, W) in [0, 1]: how unlike the border a pixel is.
 
     The background's colour is the median of a border ring; what lies beyond the spread of 90 % of the ring itself
-    counts as goods. A guess: where it would mark less than 2 % or more than 95 % of a picture it marks everything.
+    counts as goods. A guess: where it would mark less than 2 % or more than 95 % of an image it marks everything.
     """
     _, _, height, width = images.shape
     ring = max(1, min(height, width) // 32)
@@ -37,7 +37,7 @@ def border_mask(images: Tensor) -> Tensor:
 def pixel_weights(images: Tensor, foreground_weight: float, mask: Tensor | None = None) -> Tensor | None:
     """(B, 1, H, W) of mean 1 an image: `foreground_weight` on goods, 1 on background, scaled; None when equal.
 
-    `mask`: (B, 1, H, W) in [0, 1] from data, negative where a picture has none; None: estimated for all.
+    `mask`: (B, 1, H, W) in [0, 1] from data, negative where an image has none; None: estimated for all.
     """
     if foreground_weight == 1:
         return None

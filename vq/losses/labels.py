@@ -1,4 +1,4 @@
-"""What a small network can learn from the shards themselves: the label of a picture, or the words of its caption."""
+"""What a small network can learn from the shards themselves: the label of an image, or the words of its caption."""
 
 import json
 import re

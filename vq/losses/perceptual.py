@@ -1,4 +1,4 @@
-"""Perceptual distance: how far apart two pictures are in the features of a network.
+"""Perceptual distance: how far apart two images are in the features of a network.
 
 LPIPS (Zhang et al. 2018, arXiv:1801.03924) where its published weights are on this machine; EfficientNet-Lite0 trained
 on ImageNet, whose weights a pip package carries; or the features of a small network that `python -m
@@ -147,7 +147,7 @@ class _UnitDistance(torch.autograd.Function):
 
 
 class PerceptualDistance(nn.Module):
-    """Frozen; `forward` gives one distance a picture."""
+    """Frozen; `forward` gives one distance an image."""
 
     def __init__(self, config: FeatureConfig) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
 """What a reconstruction is compared by: pixels, and the terms of the adversary.
 
-Pictures are (B, 3, H, W) in [-1, 1]; every loss is a float32 scalar.
+Images are (B, 3, H, W) in [-1, 1]; every loss is a float32 scalar.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class LossConfig:
     """What the autoencoder minimises, apart from the adversary and the quantizer's own term."""
 
     pixel: PixelLoss = "multiscale_l1"
-    """Distance of pixels; multiscale_l1 adds L1 of the pictures averaged over 4 and 16 pixels, which holds colours."""
+    """Distance of pixels; multiscale_l1 adds L1 of the images averaged over 4 and 16 pixels, which holds colours."""
     perceptual: str = "none"
     """none, efficientnet_lite0, lpips, a directory made by vq.train_perceptual, or auto: lpips if its weights are on
     this machine, else efficientnet_lite0 if its package is installed, else runs/perceptual."""
@@ -37,7 +37,7 @@ class LossConfig:
     """Weight of the error that repeats from patch to patch, where a perceptual or an adversarial loss is in use."""
     jitter: int = 8
     """The perceptual network and the adversary see each batch shifted by 0 to jitter - 1 pixels either way: a strided
-    network that always stands alike on the pictures is fitted at its own places, not between them; 1: no shift."""
+    network that always stands alike on the images is fitted at its own places, not between them; 1: no shift."""
 
     def __post_init__(self) -> None:
         if self.grid_weight < 0:
@@ -57,10 +57,10 @@ class LossConfig:
 def multiscale_l1(
     reconstruction: Tensor, images: Tensor, weight: Tensor | None = None, scales: tuple[int, ...] = (4, 16)
 ) -> Tensor:
-    """Mean absolute error, plus that of the pictures averaged over `scales` x `scales` blocks.
+    """Mean absolute error, plus that of the images averaged over `scales` x `scales` blocks.
 
     The coarse terms hold the colours of areas, which L1 on pixels alone lets drift towards a median. Blocks larger
-    than the picture are left out.
+    than the image are left out.
     """
     difference = reconstruction.float() - images.float()  # (B, 3, S, S)
     loss = _weighted_mean(difference.abs(), weight)
@@ -76,7 +76,7 @@ def grid_loss(reconstruction: Tensor, images: Tensor, period: int = 8, places: i
     """Mean absolute error of what repeats: the difference averaged over `places` x `places` blocks, pixel by pixel.
 
     A decoder that writes patches can add the same dots to each, which features of strided networks take for texture;
-    such dots survive this average and detail does not. Pictures smaller than period * places have none to average.
+    such dots survive this average and detail does not. Images smaller than period * places have none to average.
     """
     height, width = (side // period * period for side in images.shape[-2:])
     if min(height, width) < period * places:
@@ -107,7 +107,7 @@ def _weighted_mean(values: Tensor, weight: Tensor | None) -> Tensor:
 
 
 def discriminator_loss(kind: AdversarialLoss, real: Tensor, fake: Tensor) -> Tensor:
-    """From logits of real and of reconstructed pictures; taming, `hinge_d_loss` and `vanilla_d_loss`."""
+    """From logits of real and of reconstructed images; taming, `hinge_d_loss` and `vanilla_d_loss`."""
     real, fake = real.float(), fake.float()
     if kind == "hinge":
         return 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
@@ -117,7 +117,7 @@ def discriminator_loss(kind: AdversarialLoss, real: Tensor, fake: Tensor) -> Ten
 
 
 def generator_loss(kind: AdversarialLoss, fake: Tensor) -> Tensor:
-    """From the logits of reconstructed pictures."""
+    """From the logits of reconstructed images."""
     if kind == "hinge":
         return -fake.float().mean()
     if kind == "non_saturating":
@@ -157,17 +157,17 @@ def adaptive_weight(
     return (norm(rec_gradient) / (norm(gen_gradient) + 1e-4)).clamp(max=cap)
 
 
-def shifted(pictures: Tensor, jitter: int, smallest: int, key: tuple[int, int]) -> Tensor:
+def shifted(images: Tensor, jitter: int, smallest: int, key: tuple[int, int]) -> Tensor:
     """(B, C, H, W) -> the same without its margins: `jitter` - 1 pixels less each way, rounded down to multiples of 8.
 
-    The corner follows from `key` alone, so that pictures and their reconstructions are cut alike. What would be left
+    The corner follows from `key` alone, so that images and their reconstructions are cut alike. What would be left
     with less than `smallest` pixels stays whole.
     """
-    height, width = ((side - jitter + 1) // 8 * 8 for side in pictures.shape[-2:])
+    height, width = ((side - jitter + 1) // 8 * 8 for side in images.shape[-2:])
     if jitter == 1 or min(height, width) < smallest:
-        return pictures
+        return images
     top, left = np.random.Generator(np.random.Philox(key=list(key))).integers(jitter, size=2)
-    return pictures[..., top : top + height, left : left + width]
+    return images[..., top : top + height, left : left + width]
 
 
 def shrunk_or_cropped(images: Tensor, side: int, key: tuple[int, int]) -> Tensor:

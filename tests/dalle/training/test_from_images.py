@@ -1,4 +1,4 @@
-"""From a folder of pictures to pictures of a text, with two commands."""
+"""From a folder of images to images of a text, with two commands."""
 
 import os
 import shutil
@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from tiny_data import COLORS, picture
+from tiny_data import COLORS, some_image
 
 import generate
 import train_dalle
 from common.checkpoint import read_weights
 from common.distributed import start_world
 from common.files import write_json
-from dalle.training.data import names_pictures
-from dalle.training.from_images import names_of, prepare_pictures
+from dalle.training.data import names_images
+from dalle.training.from_images import names_of, prepare_images
 from dalle.training.options import Options
 from data_tools.shards.index import ShardIndex
 
@@ -33,16 +33,16 @@ num_workers: 0
 def write_folder(folder: Path, count: int) -> None:
     folder.mkdir(parents=True)
     for i in range(count):
-        (folder / f"{i:03d}.png").write_bytes(picture(i, 20))
+        (folder / f"{i:03d}.png").write_bytes(some_image(i, 20))
         (folder / f"{i:03d}.txt").write_text(f"一个{list(COLORS)[i % len(COLORS)]}的圆盘", "utf-8")
 
 
 @pytest.fixture
 def desk(tmp_path, monkeypatch) -> Path:
-    """A working directory with 120 pictures in goods/, one of them broken, and a small recipe."""
+    """A working directory with 120 images in goods/, one of them broken, and a small recipe."""
     monkeypatch.chdir(tmp_path)
     write_folder(tmp_path / "goods", 120)
-    (tmp_path / "goods" / "007.png").write_bytes(b"no picture")
+    (tmp_path / "goods" / "007.png").write_bytes(b"no image")
     (tmp_path / "vqgan.yaml").write_text(VQGAN, "utf-8")
     return tmp_path
 
@@ -57,7 +57,7 @@ def flags(*more: str, data: str = "goods") -> list[str]:
 
 
 def test_two_commands(desk, capsys):
-    assert names_pictures("goods") and not names_pictures("") and not names_pictures("s3://bucket/shards")
+    assert names_images("goods") and not names_images("") and not names_images("s3://bucket/shards")
     train_dalle.main(flags())
     out = capsys.readouterr()
     said = out.out + out.err
@@ -68,7 +68,7 @@ def test_two_commands(desk, capsys):
     ):
         assert line in said
     assert "1 rows of goods were left out" in said
-    assert not names_pictures("data/goods_shards")
+    assert not names_images("data/goods_shards")
     generate.main(["一个红色的圆盘", "2", "out", "--device", "cpu"])
     drawn = [p for p in (desk / "out").rglob("*.png") if Image.open(p).size == (16, 16)]
     assert len(drawn) == 2
@@ -100,10 +100,10 @@ def test_a_tokenizer_that_is_named_is_taken(desk, capsys):
     ("count", "said"),
     [
         (0, "cannot recognise few (an empty folder)"),
-        (3, "holds 3 usable pictures with captions, too few to hold some back for validation"),
+        (3, "holds 3 usable images with captions, too few to hold some back for validation"),
     ],
 )
-def test_too_few_pictures_are_refused(count, said, desk, capsys):
+def test_too_few_images_are_refused(count, said, desk, capsys):
     write_folder(desk / "few", count)
     with pytest.raises(SystemExit) as stopped:
         train_dalle.main(flags(data="few"))
@@ -111,9 +111,9 @@ def test_too_few_pictures_are_refused(count, said, desk, capsys):
     assert said in capsys.readouterr().err
 
 
-def test_it_goes_on_after_pictures_were_added_changed_and_removed(desk, capsys):
+def test_it_goes_on_after_images_were_added_changed_and_removed(desk, capsys):
     train_dalle.main(flags())
-    (desk / "goods" / "new.png").write_bytes(picture(500, 20))
+    (desk / "goods" / "new.png").write_bytes(some_image(500, 20))
     (desk / "goods" / "new.txt").write_text("一个红色的圆盘", "utf-8")
     (desk / "goods" / "003.png").unlink()
     (desk / "goods" / "003.txt").unlink()
@@ -123,7 +123,7 @@ def test_it_goes_on_after_pictures_were_added_changed_and_removed(desk, capsys):
     out = capsys.readouterr()
     said = out.out + out.err
     assert "goods is not what it was (2 added and 2 removed and 1 changed files)" in said
-    assert "the codes in data/goods_tokens are of other pictures" in said
+    assert "the codes in data/goods_tokens are of other images" in said
     assert "runs/goods_vqgan is complete already" in said
     keys = {s.key for split in ("train", "val") for s in ShardIndex.open("data/goods_tokens", split).samples}
     assert "new" in keys and "003" not in keys and len(keys) == 119
@@ -168,4 +168,4 @@ def test_what_cannot_be_recognised_is_refused(desk, capsys):
 def test_several_processes_are_refused(desk):
     world = replace(start_world("cpu"), size=2)
     with pytest.raises(ValueError, match="make token shards first, with one process"):
-        prepare_pictures(Options(data="goods"), world)
+        prepare_images(Options(data="goods"), world)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from aiohttp.abc import AbstractResolver
-from make_sources import picture
+from make_sources import some_image
 from multidict import CIMultiDict
 from web import Server
 
@@ -80,7 +80,7 @@ class TestFetch:
             "/missing": "image_unavailable: HTTP 404",
             "/twice-busy": "",
             "/always-busy": "image_unavailable: HTTP 503",
-            "/page": "not_an_image: no picture in the answer",
+            "/page": "not_an_image: no image in the answer",
             "/noai": "opted_out: noai",
             "/tdm": "opted_out: tdm-reservation",
             "/other-robot": "",
@@ -93,7 +93,7 @@ class TestFetch:
         outcomes = fetch_all([server.url + path for path in expected], allow_private=True, max_bytes=500_000)
         found = {p: f"{o.reason}: {o.detail}".strip(": ") for p, o in zip(expected, outcomes, strict=True)}
         assert found == expected
-        assert outcomes[0].data == picture(1) and outcomes[-1].data == picture(3)
+        assert outcomes[0].data == some_image(1) and outcomes[-1].data == some_image(3)
         assert server.requests["/missing"] == 1, "HTTP 404 is not tried again"
         assert server.requests["/always-busy"] == 3 and server.requests["/twice-busy"] == 3
 
@@ -120,7 +120,7 @@ class TestFetch:
                            "not an http or https url"]  # fmt: skip
 
     def test_connections_are_kept(self, server):
-        """100 pictures one after the other use one connection."""
+        """100 images one after the other use one connection."""
         ports = set()
         real = server.process_request
         server.process_request = lambda request, address: (ports.add(address[1]), real(request, address))
@@ -219,14 +219,14 @@ class TestDownload:
         assert report["reasons"] == {"image_unavailable": 1, "not_an_image": 1, "opted_out": 1}
         assert report["hosts"] == {"127.0.0.1": {"came": 3, "failed": 3}}
         records = list(open_source(tmp_path / "out"))
-        assert [r.image for r in records] == [picture(1), picture(2), picture(3)]
+        assert [r.image for r in records] == [some_image(1), some_image(2), some_image(3)]
         assert all(
             isinstance(r, Record) and r.captions == ("一件红色连衣裙",) and r.meta["url"] for r in records
         )
         rows = dropped_rows(tmp_path / "out")
         assert [(r["where"], r["reason"], r["detail"]) for r in rows] == [
             ("list.csv:3", "image_unavailable", "HTTP 404"),
-            ("list.csv:5", "not_an_image", "no picture in the answer"),
+            ("list.csv:5", "not_an_image", "no image in the answer"),
             ("list.csv:6", "opted_out", "noai"),
         ]
 
@@ -289,7 +289,7 @@ class TestDownload:
         with pytest.raises(SystemExit) as exit_:
             download_main(argv)
         assert exit_.value.code == 2
-        assert "only 0 of 20 pictures came" in capsys.readouterr().err
+        assert "only 0 of 20 images came" in capsys.readouterr().err
         assert 20 <= server.total <= 40
 
     def test_caption_rules_cost_no_request(self, server, tmp_path):
@@ -302,11 +302,11 @@ class TestDownload:
         with pytest.raises(ValueError, match="another list"):
             download(config(write_list(tmp_path / "b.csv", [f"{server.url}/good/2"]), tmp_path / "out"))
 
-    def test_pictures_instead_of_urls_are_refused(self, tmp_path):
+    def test_images_instead_of_urls_are_refused(self, tmp_path):
         (tmp_path / "in").mkdir()
-        (tmp_path / "in" / "1.jpg").write_bytes(picture(1))
+        (tmp_path / "in" / "1.jpg").write_bytes(some_image(1))
         (tmp_path / "in" / "1.txt").write_text("一件衬衫", "utf-8")
-        with pytest.raises(ValueError, match="holds pictures, not urls"):
+        with pytest.raises(ValueError, match="holds images, not urls"):
             download(config(tmp_path / "in", tmp_path / "out"))
 
 
@@ -314,17 +314,17 @@ class TestSpool:
     def test_a_torn_tail_is_cut_off_wherever_it_is_torn(self, tmp_path):
         path = tmp_path / "a.spool"
         spool = Spool(path)
-        spool.add([0, 3], picture(1), "", "", "a.example")
+        spool.add([0, 3], some_image(1), "", "", "a.example")
         spool.add([1], b"", "image_unavailable", "HTTP 404", "b.example")
         end = path.stat().st_size
-        spool.add([2], picture(2), "", "", "a.example")
+        spool.add([2], some_image(2), "", "", "a.example")
         spool.close()
         whole = path.read_bytes()
         for size in range(end, len(whole), 37):
             path.write_bytes(whole[:size])
             torn = Spool(path)
             assert set(torn.entries) == {0, 1, 3} and path.stat().st_size == end
-            assert torn.read(3) == picture(1) and torn.entries[1].detail == "HTTP 404"
+            assert torn.read(3) == some_image(1) and torn.entries[1].detail == "HTTP 404"
             torn.close()
         path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
         assert set(Spool(path).entries) == {0, 1, 3}, "the checksum finds a flipped bit"

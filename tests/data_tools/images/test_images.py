@@ -1,4 +1,4 @@
-"""Decoding pictures of unknown origin: every pixel format to RGB, limits, damage."""
+"""Decoding images of unknown origin: every pixel format to RGB, limits, damage."""
 
 import io
 import struct
@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
-from make_sources import encoded, picture
+from make_sources import encoded, some_image
 from PIL import Image
 
 from data_tools.images.decode import BadImage, ImageLimits, decode, encode, resize, sniff
@@ -32,11 +32,11 @@ def png_header(width, height):
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "gif", "bmp", "tiff", "avif"])
 def test_every_format_is_recognised_and_decoded(suffix):
-    data = picture(3, (40, 30), suffix)
+    data = some_image(3, (40, 30), suffix)
     assert sniff(data) == suffix
     image = decode(data)
     assert image.mode == "RGB" and image.size == (40, 30)
-    difference = np.abs(np.asarray(image, int) - np.asarray(decode(picture(3, (40, 30), "png")), int))
+    difference = np.abs(np.asarray(image, int) - np.asarray(decode(some_image(3, (40, 30), "png")), int))
     assert difference.mean() < 8
 
 
@@ -105,22 +105,22 @@ def test_a_decompression_bomb_is_refused_before_memory_is_taken():
     tracemalloc.start()
     assert reason(png_header(20_000, 20_000)) == "too_many_pixels"
     assert reason(png_header(2**31 - 1, 2**31 - 1)) == "too_many_pixels"
-    assert reason(picture(1, (100, 100)), max_pixels=9_999) == "too_many_pixels"
+    assert reason(some_image(1, (100, 100)), max_pixels=9_999) == "too_many_pixels"
     assert tracemalloc.get_traced_memory()[1] < 5e6
     tracemalloc.stop()
 
 
 def test_limits():
-    assert reason(picture(1), max_image_bytes=10) == "image_too_large"
-    assert reason(picture(1, (40, 30)), min_side=31) == "image_too_small"
-    assert reason(picture(1, (91, 30)), max_aspect=3) == "aspect_ratio"
-    assert decode(picture(1, (90, 30)), ImageLimits(max_aspect=3, min_side=30)).size == (90, 30)
+    assert reason(some_image(1), max_image_bytes=10) == "image_too_large"
+    assert reason(some_image(1, (40, 30)), min_side=31) == "image_too_small"
+    assert reason(some_image(1, (91, 30)), max_aspect=3) == "aspect_ratio"
+    assert decode(some_image(1, (90, 30)), ImageLimits(max_aspect=3, min_side=30)).size == (90, 30)
     with pytest.raises(ValueError, match="min_side"):
         ImageLimits(min_side=-1)
 
 
 def test_damage_has_its_reason():
-    data = picture(1, (100, 100))
+    data = some_image(1, (100, 100))
     assert reason(b"") == "empty_image"
     assert reason("这不是图片".encode() * 10) == "not_an_image"
     assert reason(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n") == "not_an_image"
@@ -162,7 +162,7 @@ def test_half_size_decoding_agrees_with_full_decoding():
 
 
 def test_encoding_is_the_same_each_time_and_quality_matters():
-    image = decode(picture(1, (64, 64), "png"))
+    image = decode(some_image(1, (64, 64), "png"))
     for image_format in ("webp", "jpg", "png"):
         assert (
             encode(image, image_format) == encode(image, image_format)
@@ -185,7 +185,7 @@ def test_no_metadata_of_the_source_is_carried_over():
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "gif", "bmp", "tiff", "avif"])
 def test_damaged_bytes_are_a_bad_image_and_nothing_else(suffix, caplog):
-    rng, outcomes, data = np.random.default_rng(5), {"ok": 0, "bad": 0}, picture(2, (40, 32), suffix)
+    rng, outcomes, data = np.random.default_rng(5), {"ok": 0, "bad": 0}, some_image(2, (40, 32), suffix)
     for case in range(150):
         damaged = bytearray(data)
         for place in rng.integers(0, len(data) if case % 2 else 100, rng.choice([1, 3, 20])):

@@ -30,7 +30,7 @@ def world(rank=0, size=1):
     return World(rank, size, rank, torch.device("cpu"), "none")
 
 
-def picture(i: int) -> bytes:
+def some_image(i: int) -> bytes:
     buffer = io.BytesIO()
     pixels = np.random.default_rng(i).integers(0, 255, (24, 24, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(buffer, "PNG")
@@ -41,7 +41,7 @@ def picture(i: int) -> bytes:
 def shards(tmp_path):
     with ShardWriter(tmp_path, "train", samples_per_shard=7) as writer:
         for i in range(17):
-            writer.write(Record(f"k{i:03d}", picture(i), "png", (f"caption {i}", f"other {i}")))
+            writer.write(Record(f"k{i:03d}", some_image(i), "png", (f"caption {i}", f"other {i}")))
     return tmp_path
 
 
@@ -84,17 +84,17 @@ def test_seeds_differ():
     assert sorted(first) == list(range(100))
 
 
-def test_pictures_are_whole_and_in_range(shards):
+def test_images_are_whole_and_in_range(shards):
     batch = next(eval_batches(ShardIndex.open(shards), DecodeImage(24, first_caption=True), 3))
-    expected = np.asarray(Image.open(io.BytesIO(picture(0))).convert("RGB"), np.float32) / 127.5 - 1
+    expected = np.asarray(Image.open(io.BytesIO(some_image(0))).convert("RGB"), np.float32) / 127.5 - 1
     np.testing.assert_allclose(batch["image"][0].permute(1, 2, 0), expected, atol=1e-6)
     assert batch["text"] == ["caption 0", "caption 1", "caption 2"]
 
 
-def test_a_corrupt_picture_is_replaced_and_counted(tmp_path, capsys):
+def test_a_corrupt_image_is_replaced_and_counted(tmp_path, capsys):
     with ShardWriter(tmp_path, "train") as writer:
         for i in range(6):
-            writer.write(Record(f"k{i}", b"no picture" if i == 2 else picture(i), "png", ("text",)))
+            writer.write(Record(f"k{i}", b"no image" if i == 2 else some_image(i), "png", ("text",)))
     index = ShardIndex.open(tmp_path)
     seen = list(itertools.chain(*keys(index, 0, 3, 2)))
     assert len(seen) == 6 and "k2" not in seen
@@ -103,10 +103,10 @@ def test_a_corrupt_picture_is_replaced_and_counted(tmp_path, capsys):
     assert "left out 1 corrupt" in capsys.readouterr().out
 
 
-def test_nothing_but_corrupt_pictures_is_an_error(tmp_path):
+def test_nothing_but_corrupt_images_is_an_error(tmp_path):
     with ShardWriter(tmp_path, "train") as writer:
         for i in range(3):
-            writer.write(Record(f"k{i}", b"no picture", "png", ("text",)))
+            writer.write(Record(f"k{i}", b"no image", "png", ("text",)))
     with pytest.raises(ValueError, match="cannot be read"):
         next(train_batches(ShardIndex.open(tmp_path), DecodeImage(16), 2, world()))
 
@@ -211,7 +211,7 @@ def test_facts_stand_for_some_captions(tmp_path):
         for i in range(10):
             record_meta = meta if i else {}
             writer.write(
-                Record(f"{i}", picture(i), "png", ("a carton of Arla whole milk",), record_meta, "test")
+                Record(f"{i}", some_image(i), "png", ("a carton of Arla whole milk",), record_meta, "test")
             )
     index = ShardIndex.open(tmp_path, "train")
     facts = FactCaptions(("{kind}", "{item}", "{kids} {kind}", "{count}", "a {nothing}"), 0.5)

@@ -102,7 +102,7 @@ def test_same_order_on_any_ranks_workers_and_after_any_resume(site, tmp_path):
     assert keys(opened(site, tmp_path / "other"), 0, 8, 4, workers=2) == whole[:8]
 
 
-def test_pictures_are_those_of_the_local_shards(site, tmp_path):
+def test_images_are_those_of_the_local_shards(site, tmp_path):
     local, remote = ShardIndex.open(site.folder, "val"), opened(site, tmp_path, "val")
     one, two = (list(eval_batches(index, DecodeImage(16), 3)) for index in (local, remote))
     assert [b["key"] for b in one] == [b["key"] for b in two]

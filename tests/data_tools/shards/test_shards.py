@@ -14,7 +14,7 @@ from data_tools.shards.index import ShardIndex
 
 def records(count):
     return [
-        Record(f"k{i}", b"picture %d" % i, "jpg", ("一件T恤", "白色"), {"标签": i, "a": None})
+        Record(f"k{i}", b"image %d" % i, "jpg", ("一件T恤", "白色"), {"标签": i, "a": None})
         for i in range(count)
     ]
 
@@ -30,7 +30,7 @@ def test_members_and_contents(tmp_path):
     write(tmp_path, 3, samples_per_shard=2)
     with tarfile.open(tmp_path / "train-00000.tar") as tar:
         assert tar.getnames() == ["k0.jpg", "k0.txt", "k0.json", "k1.jpg", "k1.txt", "k1.json"]
-        assert tar.extractfile("k1.jpg").read() == b"picture 1"
+        assert tar.extractfile("k1.jpg").read() == b"image 1"
         assert tar.extractfile("k1.txt").read().decode() == "一件T恤\n白色"
         assert tar.extractfile("k1.json").read().decode() == '{"a": null, "标签": 1}'
         assert {(m.mtime, m.uid, m.gid, m.mode, m.uname) for m in tar} == {(0, 0, 0, 0o644, "")}
@@ -50,7 +50,7 @@ def test_two_splits_share_one_dataset_file(tmp_path):
     assert dataset["splits"] == {"train": 3, "val": 2} and dataset["num_samples"] == 5
 
 
-def test_extra_members_and_a_sample_without_picture():
+def test_extra_members_and_a_sample_without_image():
     record = Record("k", b"x", "png", (), {}, extra={"drawing.png": b"d", "boxes.json": b"[]"})
     assert [name for name, _ in sample_members(record)] == ["png", "boxes.json", "drawing.png", "txt", "json"]
     assert [name for name, _ in sample_members(Record("k", b"", "", ("字",)))] == ["txt", "json"]
@@ -101,7 +101,7 @@ def test_webdataset_and_our_index_read_what_was_written(tmp_path):
     urls = [str(path) for path in sorted(tmp_path.glob("*.tar"))]
     read = list(webdataset.WebDataset(urls, shardshuffle=False))
     assert [sample["__key__"] for sample in read] == [f"k{i}" for i in range(5)]
-    assert read[3]["jpg"] == b"picture 3" and json.loads(read[3]["json"]) == {"标签": 3, "a": None}
+    assert read[3]["jpg"] == b"image 3" and json.loads(read[3]["json"]) == {"标签": 3, "a": None}
     index = ShardIndex.open(tmp_path)
     assert [sample.key for sample in index.samples] == [f"k{i}" for i in range(5)]
 

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from drawn_pictures import write_out_dir
+from drawn_images import write_out_dir
 
 from evaluation.compare.choice import chosen_set, curve, scorer_of, values_by_prompt
 from evaluation.sets import LIKELIHOOD, SampleSet
@@ -8,7 +8,7 @@ from evaluation.sets import LIKELIHOOD, SampleSet
 
 @pytest.fixture
 def samples(tmp_path):
-    """Three texts with five pictures each."""
+    """Three texts with five images each."""
     return SampleSet.from_out_dir(write_out_dir(tmp_path / "out", ["a", "b", "c"], 5))
 
 

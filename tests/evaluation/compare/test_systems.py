@@ -14,7 +14,7 @@ from evaluation.sets import LIKELIHOOD, SampleSet
 
 
 class Painter:
-    """A pipeline that remembers what it was asked; picture i of seed s has the colour (s, i, text length)."""
+    """A pipeline that remembers what it was asked; image i of seed s has the colour (s, i, text length)."""
 
     def __init__(self) -> None:
         self.calls = []
@@ -99,8 +99,8 @@ class TestDrawing:
         assert len(whole) == 6 and whole.texts == ["a", "bb"]
         system = AnySystem(Painter(), "x", 3, {"cfg": 0.1})
         with OutDirectory(tmp_path / "part", system.origin) as out:
-            for picture in list(system.generate(self.PLAN.requests))[:2]:
-                out.add(picture)
+            for image in list(system.generate(self.PLAN.requests))[:2]:
+                out.add(image)
         with (tmp_path / "part" / "images.jsonl").open("a") as file:
             file.write('{"file": "0002.png", "te')
         painter = Painter()
@@ -113,7 +113,7 @@ class TestDrawing:
         draw_into(tmp_path / "part", "w", AnySystem(again, "x", 3, {"cfg": 0.1}), self.PLAN)
         assert again.calls == []
 
-    def test_more_prompts_and_pictures_are_added_and_fewer_taken(self, tmp_path):
+    def test_more_prompts_and_images_are_added_and_fewer_taken(self, tmp_path):
         first = draw_into(tmp_path / "o", "o", AnySystem(Painter(), "x", 0, {}), Plan(("a",), 2))
         before = {s.path: s.path.read_bytes() for s in first.samples}
         more = draw_into(tmp_path / "o", "o", AnySystem(Painter(), "x", 0, {}), Plan(("c", "a"), 3))
@@ -122,7 +122,7 @@ class TestDrawing:
         fewer = draw_into(tmp_path / "o", "o", AnySystem(Painter(), "x", 0, {}), Plan(("a",), 1))
         assert len(fewer) == 1 and len(SampleSet.from_out_dir(tmp_path / "o")) == 6
 
-    def test_pictures_of_another_setting_are_never_mixed_or_lost(self, tmp_path):
+    def test_images_of_another_setting_are_never_mixed_or_lost(self, tmp_path):
         draw_into(tmp_path / "o", "o", AnySystem(Painter(), "x", 0, {"cfg": 1}), self.PLAN)
         before = (tmp_path / "o" / "images.jsonl").read_bytes()
         for identity, seed, sampling in [("y", 0, {"cfg": 1}), ("x", 1, {"cfg": 1}), ("x", 0, {"cfg": 2})]:
@@ -142,9 +142,9 @@ class TestDrawing:
         usable, complaints = common_texts(["白色的杯子", "@@@", "鞋" * 10_000], both)
         assert usable == ["白色的杯子", "鞋" * 10_000] and len(complaints) == 1
 
-    def test_a_drawn_set_must_have_all_pictures(self, tmp_path):
+    def test_a_drawn_set_must_have_all_images(self, tmp_path):
         found = draw_into(tmp_path / "o", "o", AnySystem(Painter(), "x", 0, {}), self.PLAN)
-        with pytest.raises(ValueError, match="o has 3 pictures of 'a', 4 are needed"):
+        with pytest.raises(ValueError, match="o has 3 images of 'a', 4 are needed"):
             Plan(("a",), 4).of(found)
-        with pytest.raises(ValueError, match="o has 0 pictures of 'z'"):
+        with pytest.raises(ValueError, match="o has 0 images of 'z'"):
             Plan(("z",), 1).of(found)

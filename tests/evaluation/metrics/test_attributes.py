@@ -1,4 +1,4 @@
-"""Slots of titles, hard negatives, and what judges say of pictures whose kind and colour are known."""
+"""Slots of titles, hard negatives, and what judges say of images whose kind and colour are known."""
 
 import json
 
@@ -20,7 +20,7 @@ from evaluation.metrics.attributes import (
     pixel_colors,
 )
 from evaluation.metrics.pixel_colors import ColorHistogram, PixelColors
-from evaluation.reference import Facts, ReferencePictures, common_side
+from evaluation.reference import Facts, ReferenceImages, common_side
 
 HISTOGRAMS = ColorHistogram()
 
@@ -111,7 +111,7 @@ def test_the_judges_heads_say_what_is_there(judge_dir, shards):
     judge = GoodsJudge.from_pretrained(judge_dir)
     pairs = [(kind, color) for kind in KINDS for color in COLORS]
     features = judge.features([draw(kind, color, 300) for kind, color in pairs])
-    reference = ReferencePictures.of_split(str(shards), "val", 40)
+    reference = ReferenceImages.of_split(str(shards), "val", 40)
     lexicon = Lexicon.of_reference([reference.facts(i) for i in range(len(reference))])
     right = [caption(kind, color) for kind, color in pairs]
     wrong = [caption(KINDS[(KINDS.index(kind) + 1) % 3], color) for kind, color in pairs]
@@ -156,7 +156,7 @@ def test_rare_colours_are_not_named():
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
-def test_histograms_of_any_picture_are_unit_vectors(mode):
+def test_histograms_of_any_image_are_unit_vectors(mode):
     rows = HISTOGRAMS.features([Image.new(mode, (3, 50)), Image.new(mode, (200, 10), 200)])
     np.testing.assert_allclose((rows**2).sum(1), 1, rtol=1e-4)
 
@@ -166,7 +166,7 @@ def test_colours_of_real_goods_in_their_pixels(goods):
 
     def load(split: str, most: int) -> tuple[list[Image.Image], list[str]]:
         index, images, names = ShardIndex.open(goods, split), [], []
-        reference = ReferencePictures(index, 128)
+        reference = ReferenceImages(index, 128)
         for i in range(len(index)):
             color = json.loads(index.read(i, ("json",))["json"])["color_zh"]
             if color and len(images) < most:
@@ -182,11 +182,11 @@ def test_colours_of_real_goods_in_their_pixels(goods):
     assert len(known) > 40 and np.mean([n == expected[i] for n, i in zip(named, known, strict=True)]) > 0.85
 
 
-def test_reference_pictures_are_squares_with_facts(shards):
-    reference = ReferencePictures.of_split(str(shards), "val", 32, limit=5)
+def test_reference_images_are_squares_with_facts(shards):
+    reference = ReferenceImages.of_split(str(shards), "val", 32, limit=5)
     assert len(reference) == 5 and reference.open(0).size == (32, 32)
     found = reference.facts(0)
     assert found.category in KINDS and found.color in found.caption and found.word in found.caption
-    larger = ReferencePictures.of_split(str(shards), "val", 40)
+    larger = ReferenceImages.of_split(str(shards), "val", 40)
     assert reference.key(0) != larger.key(0) and len({larger.key(i) for i in range(24)}) == 24
     assert common_side([Image.new("RGB", s) for s in ((64, 64), (64, 80), (32, 32))]) == 64

@@ -23,11 +23,11 @@ from evaluation.metrics.features import (
     INCEPTION_FILE,
     FeatureStore,
     Inception,
-    ListedPictures,
-    MirroredPictures,
+    ListedImages,
+    MirroredImages,
     PerceptualHash,
     RankerTower,
-    SamplePictures,
+    SampleImages,
     embed,
     find_inception,
     short_name,
@@ -57,8 +57,8 @@ class Counting:
         return None
 
 
-class Damaged(ListedPictures):
-    """One picture cannot be read."""
+class Damaged(ListedImages):
+    """One image cannot be read."""
 
     def __init__(self, images, bad: int = 1) -> None:
         super().__init__(images)
@@ -70,21 +70,21 @@ class Damaged(ListedPictures):
         return super().open(i)
 
 
-def pictures(count: int) -> list[Image.Image]:
+def some_images(count: int) -> list[Image.Image]:
     return [draw("杯子", "红色", seed) for seed in range(count)]
 
 
 def test_what_was_computed_once_comes_from_disk(tmp_path):
-    network, images = Counting(), pictures(5)
-    first, kept = embed(network, ListedPictures([*images, images[0]]), FeatureStore(network, tmp_path), 2)
+    network, images = Counting(), some_images(5)
+    first, kept = embed(network, ListedImages([*images, images[0]]), FeatureStore(network, tmp_path), 2)
     assert (
         network.computed == 5 and kept.tolist() == [0, 1, 2, 3, 4, 5] and np.array_equal(first[0], first[5])
     )
-    again, _ = embed(network, ListedPictures(images[::-1]), FeatureStore(network, tmp_path), 2)
+    again, _ = embed(network, ListedImages(images[::-1]), FeatureStore(network, tmp_path), 2)
     assert network.computed == 5 and np.array_equal(again, first[4::-1])
     other = Counting()
     other.identity = hashlib.sha256(b"other weights").hexdigest()
-    embed(other, ListedPictures(images), FeatureStore(other, tmp_path))
+    embed(other, ListedImages(images), FeatureStore(other, tmp_path))
     assert other.computed == 5 and len(list(tmp_path.glob("*.sqlite"))) == 2
 
 
@@ -97,25 +97,25 @@ def test_batches_that_were_done_survive_a_kill(tmp_path):
         "        if self.computed == 4: os.kill(os.getpid(), 9)\n"
         "        return super().features(images)\n"
         "n = Killed()\n"
-        "t.embed(n, t.ListedPictures(t.pictures(8)), t.FeatureStore(n, Path(sys.argv[1])), 2)\n"
+        "t.embed(n, t.ListedImages(t.images(8)), t.FeatureStore(n, Path(sys.argv[1])), 2)\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True)
     assert done.returncode == -9, done.stderr.decode()[-2000:]
     network = Counting()
-    rows, _ = embed(network, ListedPictures(pictures(8)), FeatureStore(network, tmp_path))
+    rows, _ = embed(network, ListedImages(some_images(8)), FeatureStore(network, tmp_path))
     assert network.computed == 4 and rows.shape == (8, 3)
 
 
-def test_damaged_pictures_are_left_out():
-    rows, kept = embed(Counting(), Damaged(pictures(3)))
+def test_damaged_images_are_left_out():
+    rows, kept = embed(Counting(), Damaged(some_images(3)))
     assert kept.tolist() == [0, 2] and rows.shape == (2, 3)
-    with pytest.raises(ValueError, match="none of the 1 pictures"):
-        embed(Counting(), Damaged(pictures(1), bad=0))
+    with pytest.raises(ValueError, match="none of the 1 images"):
+        embed(Counting(), Damaged(some_images(1), bad=0))
 
 
-def test_mirrored_pictures_have_keys_of_their_own():
-    plain = ListedPictures([draw("鞋子", "红色", 1), draw("帽子", "蓝色", 4)])
-    mirrored = MirroredPictures(plain)
+def test_mirrored_images_have_keys_of_their_own():
+    plain = ListedImages([draw("鞋子", "红色", 1), draw("帽子", "蓝色", 4)])
+    mirrored = MirroredImages(plain)
     assert plain.key(0) != mirrored.key(0) and len(mirrored) == 2
     twice = np.asarray(mirrored.open(1))[:, ::-1]
     np.testing.assert_array_equal(twice, np.asarray(plain.open(1)))
@@ -124,17 +124,17 @@ def test_mirrored_pictures_have_keys_of_their_own():
 def test_the_key_of_a_sample_is_its_file(tmp_path):
     for name in "ab":
         draw("杯子", "红色", 1).save(tmp_path / f"{name}.png")
-    found = SamplePictures(SampleSet.from_out_dir(tmp_path, text="x").samples)
+    found = SampleImages(SampleSet.from_out_dir(tmp_path, text="x").samples)
     assert found.key(0) == found.key(1) and found.open(0).mode == "RGB"
 
 
 def test_a_ranker_gives_its_tower(ranker_dir):
     ranker = load_ranker(ranker_dir, precision="fp32")
     tower = RankerTower(ranker)
-    rows = tower.features(pictures(3))
+    rows = tower.features(some_images(3))
     np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, rtol=1e-5)
     assert tower.identity == ranker.identity and tower.probabilities(rows) is None
-    with pytest.raises(ValueError, match="no picture features"):
+    with pytest.raises(ValueError, match="no image features"):
         RankerTower(load_ranker(f"{ranker_dir},{ranker_dir}"))
 
 
@@ -234,14 +234,14 @@ def test_all_networks_keep_the_contract(judge_dir, ranker_dir):
         RankerTower(load_ranker(ranker_dir)),
         PerceptualHash(),
     ):
-        rows = network.features([*pictures(2), Image.new("L", (20, 30), 7)])
+        rows = network.features([*some_images(2), Image.new("L", (20, 30), 7)])
         assert rows.dtype == np.float32 and rows.shape[0] == 3 and rows.ndim == 2
         assert len(network.identity) == 64 and network.name
         probabilities = network.probabilities(rows)
         assert probabilities is None or np.allclose(probabilities.sum(1), 1)
 
 
-class CountedPictures(ListedPictures):
+class CountedImages(ListedImages):
     """Counts what is opened."""
 
     opened = 0
@@ -252,7 +252,7 @@ class CountedPictures(ListedPictures):
 
 
 def test_a_cluster_gives_the_same_features(tmp_path):
-    network, images = PerceptualHash(), Damaged(pictures(9))
+    network, images = PerceptualHash(), Damaged(some_images(9))
     alone, kept = embed(network, images, batch_size=4)
     spread, same = embed(network, images, FeatureStore(network, tmp_path), 4, PicklingCluster())
     assert np.array_equal(spread, alone) and same.tolist() == kept.tolist()
@@ -266,7 +266,7 @@ def test_ray_gives_the_same_features_also_when_a_node_dies(judge_dir):
     with two_nodes() as nodes, RayCluster(nodes.address).connected():
         cluster = RayCluster(nodes.address)
         for network in (PerceptualHash(), GoodsJudge.from_pretrained(judge_dir)):
-            images = CountedPictures(pictures(60))
+            images = CountedImages(some_images(60))
             alone, kept = embed(network, images, batch_size=4)
             images.opened = 0
             # 3 batches ahead for each of two nodes are opened at once, the next when a result has come

@@ -1,4 +1,4 @@
-"""Nearest training pictures: found whatever was done to a copy, and the threshold means what it says."""
+"""Nearest training images: found whatever was done to a copy, and the threshold means what it says."""
 
 import numpy as np
 import pytest
@@ -71,7 +71,7 @@ def test_a_copy_is_found_and_counts_as_one(change):
     assert {closest[0].sample, closest[1].sample} == {0, 1} and closest[0].distance <= closest[1].distance
 
 
-def test_the_threshold_lets_its_share_of_real_pictures_pass():
+def test_the_threshold_lets_its_share_of_real_images_pass():
     rng = np.random.default_rng(4)
     training, validation, samples = (
         rng.normal(size=(200, 3)),
@@ -84,7 +84,7 @@ def test_the_threshold_lets_its_share_of_real_pictures_pass():
         nearest_training("x", nearest_by_cosine, (samples,), (validation,), training, 0)
 
 
-def test_every_training_picture_is_shown_once():
+def test_every_training_image_is_shown_once():
     training = np.eye(3)
     samples = np.array([[1, 0, 0], [1, 0.1, 0], [0, 1, 0.2], [0, 0.3, 1]], float)
     found = nearest_training("x", nearest_by_cosine, (samples,), (np.ones((4, 3)),), training)

@@ -1,4 +1,4 @@
-"""The whole measuring: figures that follow what was done to the pictures, and each bad input."""
+"""The whole measuring: figures that follow what was done to the images, and each bad input."""
 
 import json
 import re
@@ -80,7 +80,7 @@ def test_every_figure_says_what_it_depends_on(figures, good):
     assert not {"FID", "KID", "IS"} & set(figures[0])
 
 
-def test_pictures_of_another_kind_and_colour_are_seen(figures):
+def test_images_of_another_kind_and_colour_are_seen(figures):
     good, wrong = figures
     for name in ("category_right[judge]", "color_right[judge]", "color_right[pixels]"):
         assert good[name].value.value > 0.8, name
@@ -93,7 +93,7 @@ def test_pictures_of_another_kind_and_colour_are_seen(figures):
 
 
 def test_a_better_set_is_nearer_to_the_real_one(shards, networks, cache, tmp_path, good):
-    """Grey pictures are further away than drawn ones, by every distance, and cover less."""
+    """Grey images are further away than drawn ones, by every distance, and cover less."""
     folder = tmp_path / "grey"
     shutil.copytree(good.samples[0].path.parent, folder)
     for i, path in enumerate(sorted(folder.glob("*.png"))):
@@ -112,7 +112,7 @@ def test_a_better_set_is_nearer_to_the_real_one(shards, networks, cache, tmp_pat
     assert precision[1] <= precision[0] and coverage[1] < coverage[0]
 
 
-def test_copies_of_training_pictures_are_counted_and_shown(shards, networks, cache, tmp_path, good):
+def test_copies_of_training_images_are_counted_and_shown(shards, networks, cache, tmp_path, good):
     folder = tmp_path / "copies"
     shutil.copytree(good.samples[0].path.parent, folder)
     reference = Reference.open(str(shards), good)
@@ -135,7 +135,7 @@ def test_features_are_not_computed_twice(good, shards, networks, cache, figures,
 
 
 def test_agreement_with_a_scorer_that_knows(tmp_path):
-    """Pictures and texts as one-hot rows: every figure is 1 for matched and 0 for shifted pairs."""
+    """Images and texts as one-hot rows: every figure is 1 for matched and 0 for shifted pairs."""
 
     class Ranker:
         name, identity = "exact", "0" * 64
@@ -153,20 +153,20 @@ def test_agreement_with_a_scorer_that_knows(tmp_path):
     images = [Image.new("RGB", (4, 4), (i, 0, 0)) for i in range(12)]
     scorer = RankerTower(Ranker())
     for shift, expected in ((0, 1.0), (1, 0.0)):
-        from evaluation.metrics.features import ListedPictures
+        from evaluation.metrics.features import ListedImages
 
         texts = [str((i + shift) % 12) for i in range(12)]
-        part = Part(texts, ListedPictures(images), Resampling(texts, 40), None)
+        part = Part(texts, ListedImages(images), Resampling(texts, 40), None)
         found = agreement.figures(scorer, part, 5, 100, 0)
         assert found["clip_score"][0].interval.value == 100 * expected
         for name in ("r_precision_top5", "r_precision_1_of_12", "recall_at_1"):
             assert found[name][0].interval.value == expected, name
             assert found[name][0].count == 12
-    alone = Part(["3"], ListedPictures(images[3:4]), Resampling(["3"], 40), None)
+    alone = Part(["3"], ListedImages(images[3:4]), Resampling(["3"], 40), None)
     assert list(agreement.figures(scorer, alone, 5, 100, 0)) == ["clip_score"]
 
 
-def test_real_pictures_are_those_of_the_prompts_where_there_are():
+def test_real_images_are_those_of_the_prompts_where_there_are():
     texts = ["a", "b", "", "a", "c"]
     assert rows_like(texts, ["a", "b"], 9, 0).tolist() == [0, 1, 3]
     assert rows_like(texts, ["x", "y", "a"], 2, 0).tolist() == sorted(rows_like(texts, ["x", "y", "a"], 2, 0))
@@ -189,7 +189,7 @@ def test_what_cannot_be_measured_is_said(shards, networks, cache, tmp_path):
     )
     assert {f.name for f in found} >= {"category_right[judge]", "color_right[judge]"}
     said = " ".join(left_out)
-    for words in ("at least 2 pictures, not 1", "no text has two pictures", "no training pictures", "--clip"):
+    for words in ("at least 2 images, not 1", "no text has two images", "no training images", "--clip"):
         assert words in said
     assert all(np.isfinite(f.value.value) for f in found)
 
@@ -229,9 +229,7 @@ def test_the_command_writes_a_table_a_file_and_a_page(
     )
     assert written["networks"].keys() == {"efficientnet_lite1", "judge", "checkpoint"}
     page = (out / "report.html").read_text("utf-8")
-    assert (
-        "Nearest training pictures" in page and "category_right" in page and caption("杯子", "红色") in page
-    )
+    assert "Nearest training images" in page and "category_right" in page and caption("杯子", "红色") in page
     assert not re.search(r'(src|href)="(?!data:)', page)
 
 
@@ -251,7 +249,7 @@ def test_the_encoder_that_reranked_is_refused(out, shards, cache, judge_dir, ran
     with pytest.raises(SystemExit) as caught:
         main(arguments(out, shards, cache, "--judge", str(judge_dir), "--clip", str(copy)))
     error = capsys.readouterr().err
-    assert caught.value.code == 2 and "ordered the pictures" in error and error.count("\n") == 1
+    assert caught.value.code == 2 and "ordered the images" in error and error.count("\n") == 1
     main(arguments(out, shards, cache, "--judge", str(judge_dir)))
     ranking = json.loads((out / "ranking.json").read_text("utf-8"))
     assert ranking["encoders"] == [load_ranker(ranker_dir).identity]
@@ -271,7 +269,7 @@ def test_the_encoder_that_reranked_is_refused(out, shards, cache, judge_dir, ran
         (["--inception", "none.pth"], "no Inception weights at none.pth"),
         (["--reference", "none", "--judge", "JUDGE"], "no data folder none"),
         (["--split", "test", "--judge", "JUDGE"], "no test-*.tar"),
-        (["--best-of", "9", "--judge", "JUDGE"], "best of 9 needs 9 pictures"),
+        (["--best-of", "9", "--judge", "JUDGE"], "best of 9 needs 9 images"),
         (["--best-of", "2", "--scorer", "x", "--judge", "JUDGE"], "no score 'x'"),
         (["--measure.near", "0", "--judge", "JUDGE"], "near must lie between 0 and 1"),
         (["--measure.draws", "1", "--judge", "JUDGE"], "draws must be at least 20"),
@@ -287,17 +285,17 @@ def test_bad_input_ends_with_code_2(out, shards, cache, judge_dir, ranker_dir, m
     assert not (out / "metrics.json").exists()
 
 
-def test_no_pictures_one_picture_and_corrupt_pictures(shards, cache, judge_dir, tmp_path, capsys):
+def test_no_images_one_image_and_corrupt_images(shards, cache, judge_dir, tmp_path, capsys):
     judge = ("--judge", str(judge_dir))
     (tmp_path / "empty").mkdir()
-    for name, words in (("none", "no directory of pictures"), ("empty", "holds no pictures")):
+    for name, words in (("none", "no directory of images"), ("empty", "holds no images")):
         with pytest.raises(SystemExit) as caught:
             main(arguments(tmp_path / name, shards, cache, *judge))
         assert caught.value.code == 2 and words in capsys.readouterr().err
     out = write_out_dir(tmp_path / "out")
     (out / "0003.png").write_bytes(b"\x89PNG\r\n\x1a\ncut")
     main(arguments(out, shards, cache, *judge))
-    assert "left out a corrupt picture" in capsys.readouterr().out
+    assert "left out a corrupt image" in capsys.readouterr().out
     assert json.loads((out / "metrics.json").read_text("utf-8"))["settings"]["corrupt"] == 1
 
 

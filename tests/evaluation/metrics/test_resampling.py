@@ -24,7 +24,7 @@ def features(count: int, dim: int = 5, shift: float = 0.0, seed: int = 0) -> np.
     return np.random.default_rng(seed).normal(size=(count, dim)) + shift
 
 
-def test_a_drawing_takes_all_pictures_of_a_prompt():
+def test_a_drawing_takes_all_images_of_a_prompt():
     resampling = Resampling(texts_of(12, 3), draws=50)
     weights = resampling.weights()
     assert weights.shape == (50, 12)
@@ -38,13 +38,13 @@ def test_drawings_depend_on_the_set_of_prompts_alone():
     np.testing.assert_array_equal(one.weights()[:, [2, 0, 1]], other.weights()[:, :3])
 
 
-def test_one_prompt_draws_pictures():
+def test_one_prompt_draws_images():
     resampling = Resampling(["a"] * 6, 30)
-    assert resampling.unit == "pictures" and len(np.unique(resampling.weights())) > 2
+    assert resampling.unit == "images" and len(np.unique(resampling.weights())) > 2
 
 
 def test_the_mean_has_the_interval_of_its_prompts():
-    """Pictures of a prompt that are all alike say no more than one picture."""
+    """Images of a prompt that are all alike say no more than one image."""
     rng = np.random.default_rng(1)
     per_prompt = rng.normal(size=40)
     single = mean_estimate(per_prompt, Resampling(texts_of(40), 2000))
@@ -106,7 +106,7 @@ def test_a_paired_difference_is_narrower_than_two_intervals():
 def test_unknown_ends_stay_unknown():
     interval = interval_of(1.0, np.array([np.nan, np.nan]))
     assert interval.value == 1 and np.isnan(interval.low) and np.isnan(interval.high)
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="no images"):
         Resampling([])
 
 
@@ -164,7 +164,7 @@ def test_weights_count_like_copies():
     np.testing.assert_allclose(drawn, [st.inception_score(rows, 1).value for rows in parts])
 
 
-def test_kernel_distance_equals_its_definition_and_pairs_no_picture_with_itself():
+def test_kernel_distance_equals_its_definition_and_pairs_no_image_with_itself():
     fake, real = features(520, 3, 0.4), features(20, 3, seed=6)  # more than a block of rows
     resampling = Resampling(texts_of(520), 60)
     estimate = kernel_estimate(fake, real, resampling)
@@ -199,10 +199,10 @@ def test_manifold_equals_the_plain_one():
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_too_few_pictures_are_named(count):
+def test_too_few_images_are_named(count):
     rows, real = features(count), features(10)
     resampling = Resampling(texts_of(count), 20)
-    with pytest.raises(ValueError, match="more than 5 pictures a side"):
+    with pytest.raises(ValueError, match="more than 5 images a side"):
         manifold_estimates(rows, real, resampling)
     if count == 1:
         for call in (lambda: Frechet(real).estimate(rows, resampling, 20), lambda: Frechet(rows)):

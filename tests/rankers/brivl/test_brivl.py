@@ -45,7 +45,7 @@ def vocab(tmp_path_factory) -> Path:
     return path
 
 
-def picture(seed: int, size: tuple[int, int] = (50, 40)) -> Image.Image:
+def some_image(seed: int, size: tuple[int, int] = (50, 40)) -> Image.Image:
     generator = torch.Generator().manual_seed(seed)
     levels = torch.randint(0, 256, (size[1], size[0], 3), generator=generator, dtype=torch.uint8)
     return Image.fromarray(levels.numpy())
@@ -158,8 +158,8 @@ def test_text_tower_reads_its_padding_and_equals_the_computation_by_hand(model, 
     assert (short - expected).abs().max() > 1e-4, "the length of the padding is part of the feature"
 
 
-def test_presets_prepare_pictures_as_published(model, vocab):
-    image = picture(0)
+def test_presets_prepare_images_as_published(model, vocab):
+    image = some_image(0)
     plain = BrivlTowers("t", model, Preset(96, False, 0, False), vocab).preprocess([image])
     levels = (
         torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(40, 50, 3).permute(2, 0, 1) / 255
@@ -187,7 +187,7 @@ def test_presets_prepare_pictures_as_published(model, vocab):
 
 
 def test_detector_boxes_come_from_a_file_by_content(model, vocab, tmp_path):
-    image = picture(3)
+    image = some_image(3)
     image.save(tmp_path / "a.png")
     row = {"image_id": "a.png", "bbox": [[5, 4, 25, 20]]}
     (tmp_path / "boxes.jsonl").write_text(json.dumps(row) + "\n")
@@ -196,7 +196,7 @@ def test_detector_boxes_come_from_a_file_by_content(model, vocab, tmp_path):
     _, found, mask = towers.preprocess([image])
     assert found[0, :2].tolist() == [[10, 10, 50, 50], [0, 0, 100, 100]] and mask.sum() == 2
     with pytest.raises(ValueError, match="no detector boxes"):
-        towers.preprocess([picture(4)])
+        towers.preprocess([some_image(4)])
 
 
 def test_the_file_keeps_its_momentum_copies_to_itself(model, vocab, tmp_path):
@@ -205,7 +205,7 @@ def test_the_file_keeps_its_momentum_copies_to_itself(model, vocab, tmp_path):
     learnable["textencoder.backbone.bert.embeddings.position_ids"] = torch.arange(512)[None]
     torch.save({"learnable": learnable, "epoch": 3}, tmp_path / "brivl.pth")
     loaded = load_brivl(tmp_path / "brivl.pth", SMALL)
-    images = [picture(i, (30 + i, 40)) for i in range(3)]
+    images = [some_image(i, (30 + i, 40)) for i in range(3)]
     scores = [
         TwoTowerRanker(BrivlTowers("t", m, Preset(96, True, 2, False), vocab)).score("红色的鞋", images)
         for m in (model, loaded)

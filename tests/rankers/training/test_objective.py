@@ -37,7 +37,7 @@ def batch_of(captions, metas, twins=(), labels=(), fields=("kind", "color")):
     }
 
 
-def test_a_caption_is_true_of_pictures_that_have_all_it_states():
+def test_a_caption_is_true_of_images_that_have_all_it_states():
     metas = [
         {"kind": "T", "color": "red"},
         {"kind": "T", "color": None},
@@ -48,7 +48,7 @@ def test_a_caption_is_true_of_pictures_that_have_all_it_states():
     texts = ["red T", "T", "blue T", "red cap", "something"]
     numbers = torch.tensor([number(t) for t in texts])
     facts = torch.tensor([facts_of(m, ("kind", "color")) for m in metas])
-    true = describes(numbers, facts, numbers, facts)  # pictures x captions
+    true = describes(numbers, facts, numbers, facts)  # images x captions
     assert true.tolist() == [
         [True, True, False, False, False],
         [False, True, False, False, False],
@@ -76,7 +76,7 @@ def test_true_captions_are_no_negatives_and_wrong_colours_are():
     found = ranker_loss(features, batch_of(captions, metas, twins), LossWeights(label_weight=0.0))["loss"]
     logits = (features.scale * features.image @ features.caption.T).exp()
     twin = (features.scale * features.image @ features.twin[2]).exp()
-    # picture 0 and 1 carry the same caption; "T" is also true of picture 2, "red T" not of 0 and 1
+    # image 0 and 1 carry the same caption; "T" is also true of image 2, "red T" not of 0 and 1
     to_text = [
         logits[0, 0] / (logits[0, 0] + logits[0, 2] + twin[0]),
         logits[1, 1] / (logits[1, 1] + logits[1, 2] + twin[1]),
@@ -87,7 +87,7 @@ def test_true_captions_are_no_negatives_and_wrong_colours_are():
     torch.testing.assert_close(found, expected)
 
 
-def test_naming_the_kind_counts_labelled_pictures_only():
+def test_naming_the_kind_counts_labelled_images_only():
     features = random_features(3)
     metas = [{"kind": str(i)} for i in range(3)]
     batch = batch_of(["a", "b", "c"], metas, labels=[2, -1, 0])

@@ -101,7 +101,7 @@ def test_lpips_equals_an_independent_computation_and_reads_from_a_taming_checkpo
     torch.testing.assert_close(same(images, others), model(images, others))
 
 
-def test_lpips_gradient_reaches_the_picture(lpips_files):
+def test_lpips_gradient_reaches_the_image(lpips_files):
     folder, _, _ = lpips_files
     model = lpips_from_files(folder / "vgg16.pth", folder / "vgg.pth")
     images = torch.rand(1, 3, 32, 32, requires_grad=True)

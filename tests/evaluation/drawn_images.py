@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 
-def plain_picture(text: str, index: int) -> Image.Image:
+def plain_image(text: str, index: int) -> Image.Image:
     return Image.new("RGB", (8, 8), (sum(text.encode()) % 256, 20 * index % 256, 0))
 
 
@@ -15,10 +15,10 @@ def write_out_dir(
     path: Path,
     texts: Sequence[str] = ("a", "b"),
     num: int = 3,
-    draw: Callable[[str, int], Image.Image] = plain_picture,
+    draw: Callable[[str, int], Image.Image] = plain_image,
     **values,
 ) -> Path:
-    """The likelihood of picture i of a text is i + 2."""
+    """The likelihood of image i of a text is i + 2."""
     path.mkdir(parents=True)
     lines = []
     for count, (text, index) in enumerate((t, i) for t in texts for i in range(num)):

@@ -1,9 +1,9 @@
-"""Three faults that a header does not show: blur, a blank picture, a repeated overlay. Measured on 256 pixels.
+"""Three faults that a header does not show: blur, a blank image, a repeated overlay. Measured on 256 pixels.
 
-Thresholds were set on 989 pictures of the embedded product set and their damaged copies:
+Thresholds were set on 989 images of the embedded product set and their damaged copies:
 - sharpness: the 1st percentile of the originals is 0.26; the 99th of those blurred with sigma 2 is 0.10, the 95th of
   those enlarged four times 0.12. The plain variance of the Laplacian (Pech-Pacheco et al., 2000) overlaps between
-  sharp pictures of little contrast and blurred ones of much; dividing by the range of brightness separates them.
+  sharp images of little contrast and blurred ones of much; dividing by the range of brightness separates them.
 - tiling: autocorrelation of the clipped local contrast. Textiles repeat too, but in ridges: a lattice of text has
   peaks that stand out from the ring around them. Over 0.06 are 0 of 170 web photos and 0.6 % of 330 goods, 77-96 %
   of those with tiled text of opacity 0.35 and 94-100 % at 0.6. Single logos and banners are not found by it.
@@ -14,7 +14,7 @@ import math
 import numpy as np
 from PIL import Image
 
-from data_tools.rules import PictureRules
+from data_tools.rules import ImageRules
 
 SIDE = 256
 _CLIP = 12.0  # levels: strong edges of the product weigh no more than faint strokes of an overlay
@@ -23,7 +23,7 @@ _RING = (6, 9)  # radii in pixels
 
 
 def thumbnail_size(size: tuple[int, int], side: int) -> tuple[int, int]:
-    """The size that `PIL.Image.thumbnail((side, side))` gives a picture, without its pixels."""
+    """The size that `PIL.Image.thumbnail((side, side))` gives an image, without its pixels."""
     width, height = size
     if width <= side and height <= side:
         return size
@@ -37,7 +37,7 @@ def _nearest(value: float, error) -> int:
     return max(min(math.floor(value), math.ceil(value), key=error), 1)
 
 
-def check_shape(size: tuple[int, int], rules: PictureRules) -> tuple[str, str] | None:
+def check_shape(size: tuple[int, int], rules: ImageRules) -> tuple[str, str] | None:
     """Reason and detail if the size (W, H) in pixels breaks a rule."""
     what = f"{size[0]} x {size[1]} pixels"
     if min(size) < rules.min_side:
@@ -59,13 +59,13 @@ def grey256(image: Image.Image) -> np.ndarray:
     return np.asarray(grey, np.float32)
 
 
-def measure_flags(image: Image.Image, rules: PictureRules) -> list[str]:
-    """The flags of `rules` that the picture earns, in a fixed order."""
+def measure_flags(image: Image.Image, rules: ImageRules) -> list[str]:
+    """The flags of `rules` that the image earns, in a fixed order."""
     if not (rules.min_sharpness or rules.min_contrast or rules.max_tiling):
         return []
     grey = grey256(image)
     if rules.min_contrast and float(grey.std()) < rules.min_contrast:
-        return ["near_constant"]  # the other two mean nothing on a blank picture
+        return ["near_constant"]  # the other two mean nothing on a blank image
     flags = []
     if rules.min_sharpness and sharpness(grey) < rules.min_sharpness:
         flags.append("blurred")
