@@ -85,6 +85,7 @@ class ShardWriter:
     def abort(self) -> None:
         """Drop the open shard; whole shards stay."""
         if self._tar:
+            self._tar.tarstream.fileobj.closed = True  # else the stream writes its end when it is collected
             self._tar.stream.close()
             self._temporary.unlink(missing_ok=True)
             self._tar, self._keys = None, set()

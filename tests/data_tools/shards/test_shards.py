@@ -1,5 +1,6 @@
 """Shards: contents, determinism, whole or absent."""
 
+import gc
 import io
 import json
 import tarfile
@@ -142,3 +143,13 @@ def test_a_full_disk_names_the_shard(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"disk full while writing .*train-00000.tar: .* MiB are free"):
         writer.write(Record("a", b"", "", ("x",)))
     writer.abort()
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_a_dropped_shard_writes_nothing_when_it_is_collected(tmp_path):
+    with pytest.raises(RuntimeError), ShardWriter(tmp_path, "train") as writer:
+        writer.write(next(iter(records(1))))
+        raise RuntimeError
+    del writer
+    gc.collect()
+    assert not list(tmp_path.iterdir())
