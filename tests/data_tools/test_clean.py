@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_tools.rules.images import check_shape, grey256, sharpness, thumbnail_size, tiling
 from make_sources import encoded, some_image, write_easynlp, write_t2i
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
@@ -24,6 +23,7 @@ from data_tools.readers.detect import open_source
 from data_tools.report.token_count import token_counter
 from data_tools.rules import CaptionRules, ImageRules, load_rules, rules_path
 from data_tools.rules.captions import CaptionJudge, han_share, special_characters
+from data_tools.rules.images import check_shape, grey256, sharpness, thumbnail_size, tiling
 from data_tools.rules.lexicon import load_lexicon
 from data_tools.rules.titles import TitleNormaliser
 
