@@ -197,9 +197,9 @@ class GeneratorTask:
             counts = (float(losses.text), len(targets), float(null_loss), float(bare_loss), len(text_ids))
             sums += torch.tensor(counts)
         everything = self.world.sum_(torch.cat([sums, curve]).to(self.world.device)).cpu()
-        return self._figures(*everything[:5].tolist(), everything[5:], step)
+        return self._metrics(*everything[:5].tolist(), everything[5:], step)
 
-    def _figures(
+    def _metrics(
         self,
         text_loss: float,
         num_targets: float,
@@ -217,14 +217,14 @@ class GeneratorTask:
             write_json(path, {"step": step, "bits": [round(b, 4) for b in bits.tolist()]})
         image_bits = float(bits.mean())
         null_bits = null_loss / num_samples / len(bits) / math.log(2)
-        figures = {"image_loss": image_bits * math.log(2), "image_bits": image_bits}
-        figures["text_gain_bits"] = null_bits - image_bits
+        metrics = {"image_loss": image_bits * math.log(2), "image_bits": image_bits}
+        metrics["text_gain_bits"] = null_bits - image_bits
         if self.options.lines:
-            figures["line_gain_bits"] = bare_loss / num_samples / len(bits) / math.log(2) - image_bits
+            metrics["line_gain_bits"] = bare_loss / num_samples / len(bits) / math.log(2) - image_bits
         if self.config.text_head:
-            figures["text_loss"] = text_loss / max(1.0, num_targets)
-            figures["text_bits"] = figures["text_loss"] / math.log(2)
-        return figures | {f"image_bits_quarter_{i}": float(q.mean()) for i, q in enumerate(bits.chunk(4), 1)}
+            metrics["text_loss"] = text_loss / max(1.0, num_targets)
+            metrics["text_bits"] = metrics["text_loss"] / math.log(2)
+        return metrics | {f"image_bits_quarter_{i}": float(q.mean()) for i, q in enumerate(bits.chunk(4), 1)}
 
     def sample(self, step: int) -> dict[str, Image.Image]:
         """A row of images a caption, drawn as generate.py draws them, and the bits of every image position."""

@@ -162,15 +162,15 @@ class TokenizerTask:
             images = micro["image"].to(self.world.device, memory_format=torch.channels_last)
             with autocast(self.world.device, self.options.precision):
                 reconstruction, quantized = self.engine.model(images)
-            gradient, figures = self._gradient(reconstruction, images, micro.get("mask"), step)
+            gradient, metrics = self._gradient(reconstruction, images, micro.get("mask"), step)
             # Its value means nothing; its gradient by the reconstruction is `gradient`.
             surrogate = (reconstruction.float() * gradient).sum()
             self.engine.backward(surrogate if self.options.freeze_codes else surrogate + quantized.loss)
             self.usage.add(quantized.ids)
             reconstructions.append(reconstruction.detach().float())
-            figures["commit_loss"] = float(quantized.loss.detach())
-            figures["loss"] += figures["commit_loss"]
-            for name, value in figures.items():
+            metrics["commit_loss"] = float(quantized.loss.detach())
+            metrics["loss"] += metrics["commit_loss"]
+            for name, value in metrics.items():
                 totals[name] = totals.get(name, 0.0) + value / self.plan.accumulation
         totals["grad_norm"] = self.engine.step()
         if self.config.quantizer == "ema" and not self.options.freeze_codes:
@@ -205,18 +205,18 @@ class TokenizerTask:
         mask = None if mask is None else mask.to(self.world.device)
         weights = pixel_weights(images, options.foreground_weight, mask)
         loss = rec_loss = pixel_loss(options.pixel, leaf, images, weights)
-        figures = {"loss": 0.0, "rec_loss": float(rec_loss.detach())}
+        metrics = {"loss": 0.0, "rec_loss": float(rec_loss.detach())}
         if options.grid_weight and (self.perceptual or self.adversary):
             repeated = grid_loss(leaf, images)
-            figures["grid_loss"] = float(repeated.detach())
+            metrics["grid_loss"] = float(repeated.detach())
             loss = loss + options.grid_weight * repeated
         if self.perceptual:
             with autocast(self.world.device, self.options.precision):
                 views = (self._perceptual_view(x, step) for x in (leaf, images))
                 perceptual_loss = self.perceptual(*views).mean()
-            figures["perceptual_loss"] = float(perceptual_loss.detach())
+            metrics["perceptual_loss"] = float(perceptual_loss.detach())
             loss = loss + options.perceptual_weight * perceptual_loss
-        figures["loss"] = float(loss.detach())
+        metrics["loss"] = float(loss.detach())
         (gradient,) = torch.autograd.grad(loss, leaf)
         if self.adversary:
             last_layer = self.model.decoder.last_layer
@@ -225,8 +225,8 @@ class TokenizerTask:
                 reconstruction, leaf, images, gradient, last_layer, step, view
             )
             gradient = gradient if extra is None else gradient + extra
-            figures |= more
-        return gradient, figures
+            metrics |= more
+        return gradient, metrics
 
     def _perceptual_view(self, images: Tensor, step: int) -> Tensor:
         """`_view`, at the side that the perceptual network is given."""
@@ -322,28 +322,28 @@ class TokenizerTask:
             images = batch["image"].to(device, memory_format=torch.channels_last)
             with autocast(device, self.options.precision):
                 reconstruction, quantized = model(images)
-                figures = {
+                metrics = {
                     "rec_loss": pixel_loss(self.options.loss.pixel, reconstruction, images) * len(images)
                 }
                 if self.perceptual:
                     clamped = reconstruction.float().clamp(-1, 1)
-                    figures["perceptual_loss"] = self.perceptual(clamped, images).sum()
-            figures["psnr"] = psnr(reconstruction, images).sum()
-            figures["pictures"] = torch.tensor(len(images))
+                    metrics["perceptual_loss"] = self.perceptual(clamped, images).sum()
+            metrics["psnr"] = psnr(reconstruction, images).sum()
+            metrics["pictures"] = torch.tensor(len(images))
             usage.add(quantized.ids)
             shifts.append(color_shift(reconstruction, images))
-            for name, value in figures.items():
+            for name, value in metrics.items():
                 sums[name] = sums.get(name, 0.0) + float(value)
         count = sums.pop("pictures")
         shift = torch.cat(shifts)
-        figures = {name: total / count for name, total in sums.items()}
-        figures |= {
+        metrics = {name: total / count for name, total in sums.items()}
+        metrics |= {
             "color_shift": float(shift.mean(0).abs().max()),
             "color_shift_each": float(shift.abs().mean()),
         }
-        self._watch(figures[self.validation_metric], step)
+        self._watch(metrics[self.validation_metric], step)
         self._train_mode()
-        return figures | usage.figures()
+        return metrics | usage.metrics()
 
     def _watch(self, value: float, step: int) -> None:
         """Announce a dip after the adversary's start; go back to the best checkpoint after a collapse."""

@@ -163,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         result = measure(options, Path(folder))
     print(json.dumps(result))
-    over = [name for name, figures in result.items() if figures["bytes_a_row"] > LIMITS[name]]
+    over = [name for name, metrics in result.items() if metrics["bytes_a_row"] > LIMITS[name]]
     if over:
         print(
             f"over the limit of bytes a row: {', '.join(f'{n} {LIMITS[n]}' for n in over)}", file=sys.stderr

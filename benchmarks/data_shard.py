@@ -66,7 +66,7 @@ class BenchConfig:
     workers: int = 0
     """Processes; 0: one a processor."""
     out: Path | None = None
-    """JSON file for the figures."""
+    """JSON file for the metrics."""
 
     def __post_init__(self):
         if min(self.rows, self.rounds) < 1:
@@ -199,7 +199,7 @@ def ratios(pairs: Sequence[tuple[dict, dict]]) -> dict[str, float]:
 
 
 def measure_speed(config: BenchConfig, folder: Path, workers: int) -> Iterator[tuple[str, dict]]:
-    """(question, figures) of the two speeds."""
+    """(question, metrics) of the two speeds."""
     images = real_images(config.images, 300) if config.images else drawn_images(300, SIDE)
     source = write_tsv(folder / "speed", images, config.rows)
     context = multiprocessing.get_context("spawn")
@@ -227,8 +227,8 @@ def measure_memory(config: BenchConfig, folder: Path, workers: int) -> dict:
     peaks = {}
     for rows in config.memory_rows:
         source = write_tsv(folder / f"memory{rows}", drawn_images(50, 48), rows)
-        figures = run_shard(source, folder / f"memory_out{rows}", workers, "--size", "32")
-        peaks[str(rows)] = {name: round(figures[name], 1) for name in ("main_mib", "worker_mib")}
+        metrics = run_shard(source, folder / f"memory_out{rows}", workers, "--size", "32")
+        peaks[str(rows)] = {name: round(metrics[name], 1) for name in ("main_mib", "worker_mib")}
     return {"peaks": peaks, "goal": "flat"}
 
 
@@ -237,16 +237,16 @@ def main(argv: Sequence[str] | None = None) -> dict:
     """Measure and print."""
     config = parse_options(BenchConfig, argv, description=__doc__.splitlines()[0])
     workers = config.workers or cpu_count()
-    figures = {"workers": workers, "load_at_start": round(os.getloadavg()[0], 2)}
+    metrics = {"workers": workers, "load_at_start": round(os.getloadavg()[0], 2)}
     with tempfile.TemporaryDirectory(prefix="data_shard-") as name:
         for question, values in measure_speed(config, Path(name), workers):
-            figures[question] = values
+            metrics[question] = values
             print(f"{question}: {json.dumps(values)}", flush=True)
-        figures["memory"] = measure_memory(config, Path(name), workers)
-        print(f"memory: {json.dumps(figures['memory'])}", flush=True)
+        metrics["memory"] = measure_memory(config, Path(name), workers)
+        print(f"memory: {json.dumps(metrics['memory'])}", flush=True)
     if config.out:
-        write_json(config.out, figures)
-    return figures
+        write_json(config.out, metrics)
+    return metrics
 
 
 if __name__ == "__main__":

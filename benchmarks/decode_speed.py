@@ -64,7 +64,7 @@ class Options:
     clock: Literal["wall", "cpu"] = "wall"
     """cpu: processor time of this process, meaningful with one thread alone."""
     report: Path | None = None
-    """JSON file for the figures."""
+    """JSON file for the metrics."""
 
     def __post_init__(self) -> None:
         if self.clock == "cpu" and (torch.get_num_threads() > 1 or self.device != "cpu"):
@@ -159,7 +159,7 @@ def race(options: Options, drawings: dict[str, Callable[[], object]]) -> dict[st
 
 
 def measure(options: Options, size: SizeName, batch_size: int, cfg_scale: float) -> dict[str, float]:
-    """One setting: prints its lines and returns its figures."""
+    """One setting: prints its lines and returns its metrics."""
     torch.manual_seed(0)
     config = ModelOptions(size=size, text_embed_dim=64).config(TEXT_VOCAB, 0, TEXT_LEN, CODES, GRID)
     model = Dalle(config).eval().to(options.device)
@@ -184,33 +184,33 @@ def measure(options: Options, size: SizeName, batch_size: int, cfg_scale: float)
         f"{at_least * 1e3:.2f} ms a token (memory {memory * 1e3:.2f}, operations {compute * 1e3:.2f}, "
         f"text {text * 1e3:.2f})"
     )
-    figures = {"floor": at_least}
+    metrics = {"floor": at_least}
     for name, seconds in best.items():
         token = seconds / GRID**2
-        figures[name] = token
+        metrics[name] = token
         say(
             f"    {name:16} {token * 1e3:7.2f} ms a token | {token / at_least:5.2f} times the floor | "
             f"{batch_size / token:7.0f} image tokens/s | {batch_size / seconds:6.2f} images/s"
         )
-    return figures
+    return metrics
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
-    """Print and return the figures."""
+    """Print and return the metrics."""
     options = parse_options(Options, argv, description=__doc__)
     say(f"{torch.get_num_threads()} threads, {options.clock} clock, {pick_device(options.device)}")
     if "dalle_pytorch" in options.names and not peer.is_installed():
         say("dalle-pytorch is not installed: left out")
-    figures = {}
+    metrics = {}
     for size in options.sizes:
         for batch_size in options.batch_sizes:
             for cfg_scale in options.cfg_scales:
-                figures[f"{size}/{batch_size}/{cfg_scale:g}"] = measure(options, size, batch_size, cfg_scale)
+                metrics[f"{size}/{batch_size}/{cfg_scale:g}"] = measure(options, size, batch_size, cfg_scale)
     if options.report:
-        write_json(options.report, figures)
-    say(json.dumps(figures))
-    return figures
+        write_json(options.report, metrics)
+    say(json.dumps(metrics))
+    return metrics
 
 
 if __name__ == "__main__":

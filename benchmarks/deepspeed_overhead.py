@@ -96,22 +96,22 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
             contenders[name]()
             if round_number >= 2:  # the first two warm up allocators and traces
                 seconds[name].append(time.perf_counter() - started)
-    figures = {}
+    metrics = {}
     for name in names:
         ratios = [a / b for a, b in zip(seconds[name], seconds["plain"], strict=True)]
         best = min(seconds[name])
-        figures[name] = {
+        metrics[name] = {
             "ms": round(1e3 * best, 1),
             "ratio": round(best / min(seconds["plain"]), 3),
             "median_ratio": round(statistics.median(ratios), 3),
         }
-        say(f"{name:6} {json.dumps(figures[name])}")
-    if "zero1" in figures:
-        ratio = figures["zero1"]["ratio"]
+        say(f"{name:6} {json.dumps(metrics[name])}")
+    if "zero1" in metrics:
+        ratio = metrics["zero1"]["ratio"]
         say(
             f"zero1 costs {ratio} of the plain step: the limit of {LIMIT} is {'kept' if ratio <= LIMIT else 'MISSED'}"
         )
-    return figures
+    return metrics
 
 
 if __name__ == "__main__":

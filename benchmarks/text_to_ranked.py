@@ -56,7 +56,7 @@ class Options:
 
 @command
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
-    """Print and return the figures."""
+    """Print and return the metrics."""
     options = parse_options(Options, argv, description=__doc__)
     checkpoint = options.checkpoint or default_checkpoint()
     pipeline = TextToImage.from_pretrained(checkpoint, options.device, options.fast)
@@ -78,18 +78,18 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             if seed:
                 for name, start, end in (("draw", 0, 1), ("rank", 1, 2), ("write", 2, 3), ("all", 0, 3)):
                     stages[name].append(times[end] - times[start])
-    figures = {name: statistics.median(seconds) for name, seconds in stages.items()}
-    figures["slowest"] = max(stages["all"])
-    shown = ", ".join(f"{name} {figures[name]:.3f} s" for name in ("draw", "rank", "write"))
-    verdict = "reached" if figures["all"] < GOAL else "missed"
+    metrics = {name: statistics.median(seconds) for name, seconds in stages.items()}
+    metrics["slowest"] = max(stages["all"])
+    shown = ", ".join(f"{name} {metrics[name]:.3f} s" for name in ("draw", "rank", "write"))
+    verdict = "reached" if metrics["all"] < GOAL else "missed"
     if pipeline.device.type != "cuda":
         verdict = "not measured here"
     say(
-        f"{options.num_images} ranked images in {figures['all']:.3f} s (slowest {figures['slowest']:.3f} s) on "
+        f"{options.num_images} ranked images in {metrics['all']:.3f} s (slowest {metrics['slowest']:.3f} s) on "
         f"{pipeline.device}: {shown}; the goal of {GOAL:g} s on a GPU: {verdict}"
     )
-    say(json.dumps(figures))
-    return figures
+    say(json.dumps(metrics))
+    return metrics
 
 
 if __name__ == "__main__":

@@ -80,20 +80,20 @@ def measure(options: Options, data: str) -> dict[str, float]:
 
 @command
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
-    """Print and return the figures."""
+    """Print and return the metrics."""
     options = parse_options(Options, argv, description=__doc__)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         if not options.data:
             write_shards(Path(folder), options.samples)
-        figures = measure(options, options.data or folder)
-    rate = figures["per_cpu_second"]
+        metrics = measure(options, options.data or folder)
+    rate = metrics["per_cpu_second"]
     say(
-        f"{rate:,.0f} samples a second of processor time, {figures['per_wall_second']:,.0f} of wall time: the goal of "
+        f"{rate:,.0f} samples a second of processor time, {metrics['per_wall_second']:,.0f} of wall time: the goal of "
         f"{GOAL:,} is {'reached' if rate >= GOAL else 'MISSED'}"
     )
-    say(json.dumps(figures))
-    return figures
+    say(json.dumps(metrics))
+    return metrics
 
 
 if __name__ == "__main__":

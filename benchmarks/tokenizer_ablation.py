@@ -136,17 +136,17 @@ def write_untrained(directory: Path) -> None:
 
 def run(row: str, options: Options) -> dict[str, Any]:
     """Train and evaluate one row; a finished one is read."""
-    figures_path = options.out / row / "evaluation" / "figures.json"
-    if not figures_path.is_file():
+    metrics_path = options.out / row / "evaluation" / "figures.json"
+    if not metrics_path.is_file():
         train_vqgan.main(flags(row, options))
-        where = ["--out", str(figures_path.parent), "--show", "48"]
+        where = ["--out", str(metrics_path.parent), "--show", "48"]
         evaluate.main([str(options.out / row), options.data, "--perceptual", options.perceptual_eval, *where])
-    return read_json(figures_path)
+    return read_json(metrics_path)
 
 
-def table(figures: dict[str, dict[str, Any]], options: Options) -> str:
+def table(metrics: dict[str, dict[str, Any]], options: Options) -> str:
     """Markdown."""
-    kind = next(iter(figures.values()))["perceptual_kind"]
+    kind = next(iter(metrics.values()))["perceptual_kind"]
     head = (
         f"{options.num_steps} steps of {options.batch_size}, {options.image_size} px, seed {options.seed}; "
     )
@@ -156,7 +156,7 @@ def table(figures: dict[str, dict[str, Any]], options: Options) -> str:
         f"| row | {' | '.join(COLUMNS)} |",
         "| --- |" + " ---: |" * len(COLUMNS),
     ]
-    for row, found in figures.items():
+    for row, found in metrics.items():
         lines.append(f"| {row} | {' | '.join(f'{found[c]:.4g}' for c in COLUMNS)} |")
     return "\n".join(lines) + "\n"
 
@@ -166,15 +166,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
     """Train the rows, print and write the table."""
     options = parse_options(Options, argv, description=__doc__)
     write_untrained(options.out / "untrained")
-    figures = {}
+    metrics = {}
     for row in options.rows:
         say(f"== {row}")
-        figures[row] = run(row, options)
+        metrics[row] = run(row, options)
         with atomic_path(options.out / "table.md") as temporary:
-            temporary.write_text(table(figures, options), encoding="utf-8")
-    write_json(options.out / "table.json", figures)
-    say(table(figures, options))
-    return figures
+            temporary.write_text(table(metrics, options), encoding="utf-8")
+    write_json(options.out / "table.json", metrics)
+    say(table(metrics, options))
+    return metrics
 
 
 if __name__ == "__main__":

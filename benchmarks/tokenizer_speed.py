@@ -86,15 +86,15 @@ class Options:
     data: str = ""
     """Image shards for --train-seconds."""
     train_seconds: float = 0.0
-    """Train each contender for so long and compare validation figures; 0: speed alone."""
+    """Train each contender for so long and compare validation metrics; 0: speed alone."""
     perceptual: str = "auto"
-    """Perceptual network of --train-seconds, for training and for the figure."""
+    """Perceptual network of --train-seconds, for training and for the metric."""
     clock: Literal["wall", "cpu"] = "wall"
     """cpu counts this process's CPU seconds: for ratios on a machine that is shared, with --threads 1."""
     threads: int = 0
     """Threads; 0: torch's own choice."""
     out: Path = Path("out/benchmarks/tokenizer_speed.json")
-    """File for the figures."""
+    """File for the metrics."""
 
     def __post_init__(self) -> None:
         if self.train_seconds and not self.data:
@@ -222,7 +222,7 @@ def encoding(options: Options, batch_size: int = 64) -> dict[str, float]:
 
 
 def train(name: Contender, options: Options, images_per_second: float) -> dict[str, float]:
-    """Validation figures after `train_seconds` of training from scratch on `data`."""
+    """Validation metrics after `train_seconds` of training from scratch on `data`."""
     perceptual = load_perceptual(options.perceptual)
     num_steps = max(20, int(options.train_seconds * images_per_second / options.batch_size))
     task = make_task(name, options, perceptual, num_steps)
@@ -262,7 +262,7 @@ def _val_images(options: Options) -> Iterator[Tensor]:
 
 @command
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Measure, print, write the figures."""
+    """Measure, print, write the metrics."""
     options = parse_options(Options, argv, description=__doc__)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -271,38 +271,38 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     say(f"bf16 peak measured: {peak / 1e9:.0f} GFLOP/s on {torch.get_num_threads()} threads")
     found = measure(options)
     peak = max(peak, measure_peak_flops(cpu))
-    figures: dict[str, Any] = {"peak_gflops": peak / 1e9, "threads": torch.get_num_threads()}
+    metrics: dict[str, Any] = {"peak_gflops": peak / 1e9, "threads": torch.get_num_threads()}
     batch = {"image": torch.rand(options.batch_size, 3, options.image_size, options.image_size) * 2 - 1}
     for name, contestant in found.items():
         rate = options.batch_size / min(contestant.seconds)
         share = contestant.flops / min(contestant.seconds) / peak
-        figures[name] = {
+        metrics[name] = {
             "pictures_per_second": rate,
             "share_of_peak": share,
             "where": profile(contestant.task, batch),
         }
         where = ", ".join(
-            f"{group} {part:.0%}" for group, part in figures[name]["where"].items() if part >= 0.02
+            f"{group} {part:.0%}" for group, part in metrics[name]["where"].items() if part >= 0.02
         )
         say(f"{name:>16} | {rate:6.2f} images/s | {share:.0%} of peak | {where}")
     for name in options.contenders[1:]:
-        ratio = figures["fast"]["pictures_per_second"] / figures[name]["pictures_per_second"]
-        figures[f"fast_over_{name}"] = ratio
+        ratio = metrics["fast"]["pictures_per_second"] / metrics[name]["pictures_per_second"]
+        metrics[f"fast_over_{name}"] = ratio
         say(f"fast trains {ratio:.1f} times the images of {name} a second")
-    rates = figures["encoding"] = encoding(options)
+    rates = metrics["encoding"] = encoding(options)
     alone = rates["one_by_one_float32"]
     for name, engine in (("batches_bf16", "PyTorch"), ("encode_shards", "as vq.encode_shards does")):
         say(f"encoding: {alone:.1f} images/s one by one, {rates[name]:.1f} in bf16 batches, {engine}: "
             f"{rates[name] / alone:.2f} times")  # fmt: skip
     if options.train_seconds:
         for name in options.contenders:
-            result = train(name, options, figures[name]["pictures_per_second"])
-            figures[name]["after_equal_time"] = result
+            result = train(name, options, metrics[name]["pictures_per_second"])
+            metrics[name]["after_equal_time"] = result
             say(f"{name}: after {result['seconds']:.0f} s, {result['steps']} steps: {result['psnr']:.2f} dB, "
                 f"perceptual {result['perceptual']:.4f}")  # fmt: skip
-    write_json(options.out, figures)
+    write_json(options.out, metrics)
     say(f"wrote {options.out}")
-    return figures
+    return metrics
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ class Options:
     precision: Precision = "auto"
     """auto takes bf16 autocast where the machine has it."""
     report: Path | None = None
-    """JSON file for the figures."""
+    """JSON file for the metrics."""
 
     def model_config(self) -> DalleConfig:
         sizes = ModelOptions(dim=self.dim, num_layers=self.num_layers, num_heads=self.num_heads)
@@ -192,7 +192,7 @@ def race(steps: dict[str, Callable[[], None]], rounds: int, device: torch.device
 
 @command
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
-    """Print and return the figures."""
+    """Print and return the metrics."""
     options = parse_options(Options, argv, description=__doc__)
     device = pick_device(options.device)
     batch = make_batch(options)
@@ -203,13 +203,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     middle = {name: statistics.median(seconds) for name, seconds in raced.items()}
     peaks.append(measure_peak_flops(device, size=4096))
     flops = options.batch_size * train_flops(options.model_config(), options.max_text_len)
-    figures = {"peak_tflops": max(peaks) / 1e12, "threads": torch.get_num_threads()}
+    metrics = {"peak_tflops": max(peaks) / 1e12, "threads": torch.get_num_threads()}
     say(
         f"{options.batch_size} samples a step, {torch.get_num_threads()} threads, peak {max(peaks) / 1e12:.2f} TFLOP/s"
     )
     for name, seconds in best.items():
-        figures |= {f"{name}_seconds": seconds, f"{name}_mfu": flops / seconds / max(peaks)}
-        figures[f"{name}_median_seconds"] = middle[name]
+        metrics |= {f"{name}_seconds": seconds, f"{name}_mfu": flops / seconds / max(peaks)}
+        metrics[f"{name}_median_seconds"] = middle[name]
         ratio = ""
         if name != "ours" and "ours" in best:
             of_median = middle[name] / middle["ours"]
@@ -219,9 +219,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             f"{flops / seconds / max(peaks):.1%} of the peak for our operations{ratio}"
         )
     if options.report:
-        write_json(options.report, figures)
-    say(json.dumps(figures))
-    return figures
+        write_json(options.report, metrics)
+    say(json.dumps(metrics))
+    return metrics
 
 
 if __name__ == "__main__":

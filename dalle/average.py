@@ -102,7 +102,7 @@ def measure(model: Dalle, texts: TextTokenizer, batches: Iterable[dict[str, Any]
 
 
 def average(options: Options) -> dict[str, float]:
-    """Write the mean as a run directory; its figures. Raises FileNotFoundError or ValueError saying what is wrong."""
+    """Write the mean as a run directory; its metrics. Raises FileNotFoundError or ValueError saying what is wrong."""
     if len(options.sources) < 2:
         raise ValueError("name at least two generators to average")
     require_new(options.target)
@@ -118,12 +118,12 @@ def average(options: Options) -> dict[str, float]:
     models = [Dalle.from_pretrained(directory) for directory in directories]
     mean = Dalle(models[0].config).eval()
     mean.load_state_dict(mean_weights([model.state_dict() for model in models]))
-    figures = {}
+    metrics = {}
     for name, model in zip([*options.sources, "the mean"], [*models, mean], strict=True):
         batches = eval_batches(val, DecodeTokens(first_view=True), options.batch_size, options.val_samples)
-        figures = measure(model.to(device), texts, progress(batches, desc=name, unit="batch", leave=False))
+        metrics = measure(model.to(device), texts, progress(batches, desc=name, unit="batch", leave=False))
         say(
-            f"{name}: {figures['image_bits']:.4f} bits a token, {figures['text_gain_bits']:.4f} saved by the text"
+            f"{name}: {metrics['image_bits']:.4f} bits a token, {metrics['text_gain_bits']:.4f} saved by the text"
         )
     configs = [read_config(directory, KIND) for directory in directories]
     step = max(config["step"] for config in configs)
@@ -134,18 +134,18 @@ def average(options: Options) -> dict[str, float]:
         extra = {"image_tokenizer_sha256": configs[0]["image_tokenizer_sha256"]}
         extra["mean_of"] = [config["sha256"] for config in configs]
         write_model(directory, KIND, config_mapping(mean.config), mean.cpu().state_dict(), step, **extra)
-    row = {"step": step, "kind": "val", **figures}
+    row = {"step": step, "kind": "val", **metrics}
     (options.target / "metrics.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
-    return figures
+    return metrics
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
-    """Average; prints the figures of every source and of the mean."""
+    """Average; prints the metrics of every source and of the mean."""
     options = parse_options(Options, argv, description=__doc__)
-    figures = average(options)
+    metrics = average(options)
     say(f"wrote {options.target}")
-    return figures
+    return metrics
 
 
 if __name__ == "__main__":

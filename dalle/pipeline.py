@@ -249,8 +249,8 @@ class TextToImage:
         null_scores = [None] * len(batch) if no_nulls else sampled.null_log_likelihood.tolist()
         ids = sampled.ids.cpu()
         for i, request in enumerate(batch):
-            figures = (seed, ids[i], scores[i], null_scores[i], seconds)
-            yield GeneratedImage(images[i], request.text, request.index, *figures, key=request.key)
+            metrics = (seed, ids[i], scores[i], null_scores[i], seconds)
+            yield GeneratedImage(images[i], request.text, request.index, *metrics, key=request.key)
 
     def decode_ids(self, ids: Tensor) -> list[Image.Image]:
         """(B, N) long -> B images, each the same in any batch."""

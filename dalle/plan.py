@@ -273,7 +273,7 @@ def dry_run(config: DalleConfig, options: PlanOptions, micro_batch_size: int) ->
 
 @dataclass(frozen=True)
 class Plan:
-    """The figures, and what to think of them."""
+    """The metrics, and what to think of them."""
 
     parameters: int
     samples: int
@@ -336,8 +336,8 @@ def make_plan(options: PlanOptions) -> Plan:
     )
     memory, seen_tokens = (state + activations) / GIB, float(seen * c.num_image_tokens)
     warnings = tuple(judge(options, parameters, epochs, unique, memory))
-    figures = (parameters, samples, epochs, unique, seen_tokens, flops, hours, memory, disk / GIB)
-    return Plan(*figures, lines, warnings)
+    metrics = (parameters, samples, epochs, unique, seen_tokens, flops, hours, memory, disk / GIB)
+    return Plan(*metrics, lines, warnings)
 
 
 def limit_line(options: PlanOptions, parameters: int, hours: float, accumulation: int) -> str:

@@ -96,7 +96,7 @@ def release(
             round_weights(weights, precision)
         if card.grid:
             shutil.copyfile(card.grid, temporary / GRID)
-        (temporary / CARD).write_text(write_card(temporary, card, figures_of(directory)), encoding="utf-8")
+        (temporary / CARD).write_text(write_card(temporary, card, metrics_of(directory)), encoding="utf-8")
     return target
 
 
@@ -142,7 +142,7 @@ def round_weights(path: Path, precision: Precision) -> None:
         write_json(config_path, config)
 
 
-def figures_of(directory: Path) -> dict[str, float]:
+def metrics_of(directory: Path) -> dict[str, float]:
     """The run's last validation at or before the checkpoint's step; empty when the run is not beside it."""
     metrics, step = directory.parent / "metrics.jsonl", read_json(directory / "config.json").get("step", 0)
     if not metrics.is_file():
@@ -166,7 +166,7 @@ def with_samples(card: Card, directory: Path) -> Card:
     return replace(card, grid=grids[-1], texts=card.texts or rows)
 
 
-def write_card(directory: Path, card: Card, figures: dict[str, float]) -> str:
+def write_card(directory: Path, card: Card, metrics: dict[str, float]) -> str:
     """The README.md of a released directory, with the hub's front matter."""
     from huggingface_hub import ModelCardData
 
@@ -191,7 +191,7 @@ def write_card(directory: Path, card: Card, figures: dict[str, float]) -> str:
         ("Data", card.data or "Not stated."),
         ("Licence", card.licence),
         ("Recipe", card.recipe or "Not stated."),
-        ("Figures on the validation set", _table(figures) if figures else "Not stated."),
+        ("Metrics on the validation set", _table(metrics) if metrics else "Not stated."),
         (
             "Sizes",
             _table({n: v for n, v in config.get("model", {}).items() if isinstance(v, (int, float, str))}),

@@ -24,7 +24,7 @@ from common.log import say
 from common.output import OutputDirectory
 from common.tables import plain_console
 from evaluation.metrics.compute import (
-    Figure,
+    Metric,
     measure_all,
     networks_note,
     refuse_rerankers,
@@ -62,8 +62,8 @@ def cell(value: float, digits: int) -> str:
     return "-" if math.isnan(value) else f"{value:.{digits}g}"
 
 
-def show(figures: Sequence[Figure], settings: dict[str, Any]) -> None:
-    """The table: every figure with its network in brackets, what it is over, and how the images were drawn.
+def show(metrics: Sequence[Metric], settings: dict[str, Any]) -> None:
+    """The table: every metric with its network in brackets, what it is over, and how the images were drawn.
 
     Seeds, guidance and rerank width are the same for all rows: they go into the title where columns are scarce.
     """
@@ -76,18 +76,18 @@ def show(figures: Sequence[Figure], settings: dict[str, Any]) -> None:
     if not beside:
         title += ", " + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in how.items())
     table = Table(title=title)
-    table.add_column("figure", no_wrap=True)
+    table.add_column("metric", no_wrap=True)
     columns = ["value", "95 %", "real", "N"]
     for name in (*columns, *(["better", *(name.replace("_", " ") for name in beside)] if beside else ())):
         table.add_column(name, justify="right", overflow="fold")
     digits = 4 if beside else 3
-    for figure in figures:
-        value, real = figure.value, figure.real
+    for metric in metrics:
+        value, real = metric.value, metric.real
         row = [cell(value.value, digits), f"{cell(value.low, digits)} .. {cell(value.high, digits)}"]
-        row += ["" if real is None else cell(real, digits), str(figure.count)]
-        better = {True: "higher", False: "lower", None: ""}[figure.higher_is_better]
+        row += ["" if real is None else cell(real, digits), str(metric.count)]
+        better = {True: "higher", False: "lower", None: ""}[metric.higher_is_better]
         row += [better, *beside.values()] if beside else []
-        table.add_row(figure.name, *row)
+        table.add_row(metric.name, *row)
     console.print(table)
 
 
@@ -107,8 +107,8 @@ def chosen(options: Options) -> SampleSet:
 
 
 @command
-def main(argv: Sequence[str] | None = None) -> list[Figure]:
-    """Measure; returns the figures."""
+def main(argv: Sequence[str] | None = None) -> list[Metric]:
+    """Measure; returns the metrics."""
     options = parse_options(Options, argv, description=__doc__)
     options.check_reference()
     samples = chosen(options)
@@ -117,14 +117,14 @@ def main(argv: Sequence[str] | None = None) -> list[Figure]:
         return report(options, samples, files)
 
 
-def report(options: Options, samples: SampleSet, files: OutputDirectory) -> list[Figure]:
+def report(options: Options, samples: SampleSet, files: OutputDirectory) -> list[Metric]:
     """Measure, show and write."""
     networks = options.networks()
     refuse_rerankers(samples, networks)
     reference = options.real_images(samples)
-    figures, left_out = measure_all(samples, reference, networks, options.measure, options.cache)
+    metrics, left_out = measure_all(samples, reference, networks, options.measure, options.cache)
     settings, judges = settings_of(samples), networks_note(networks)
-    show(figures, settings)
+    show(metrics, settings)
     for line in (*judges, *(f"left out {reason}" for reason in left_out)):
         say(line)
     beside = {name: settings[name] for name in ("seeds", "guidance", "rerank_width", "reranker")}
@@ -132,7 +132,7 @@ def report(options: Options, samples: SampleSet, files: OutputDirectory) -> list
         METRICS,
         {
             "settings": settings,
-            "figures": [figure.to_json() | beside for figure in figures],
+            "figures": [metric.to_json() | beside for metric in metrics],
             "left_out": left_out,
             "judges": judges,
             "networks": networks.identities,
@@ -142,9 +142,9 @@ def report(options: Options, samples: SampleSet, files: OutputDirectory) -> list
     remarks = [*judges, *(f"Left out: {reason}" for reason in left_out)]
     with files.writing(PAGE) as temporary:
         words = words_of(options.language, "evaluation")
-        write_report(temporary, samples, figures, reference, settings, remarks, words=words)
+        write_report(temporary, samples, metrics, reference, settings, remarks, words=words)
     say(f"wrote {files.path / METRICS} | {files.path / PAGE}")
-    return figures
+    return metrics
 
 
 if __name__ == "__main__":

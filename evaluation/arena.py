@@ -185,8 +185,8 @@ def measure_system(
     networks: Networks,
     ranker: Any | None,
 ) -> SystemResult:
-    """Figures of all images of a system, and curves of choosing among them."""
-    figures, left_out = measure_all(samples, reference, networks, options.measure, options.cache)
+    """Metrics of all images of a system, and curves of choosing among them."""
+    metrics, left_out = measure_all(samples, reference, networks, options.measure, options.cache)
     part = generated_part(samples, options.measure.draws, options.measure.seed, options.cache)
     train = reference.train
     measured = pixel_colors_of(train, range(len(train)), options.cache) if train else None
@@ -200,22 +200,22 @@ def measure_system(
     curves = [curve(samples, name, found, scorer, *how) for name, found in values.items()]
     known = tuple(c for c in curves if c)
     return SystemResult(
-        spec, samples, tuple(figures), known, tuple(left_out), values, costs_of(options, spec)
+        spec, samples, tuple(metrics), known, tuple(left_out), values, costs_of(options, spec)
     )
 
 
 def differences(systems: Sequence[SystemResult]) -> list[Difference]:
-    """Every figure that two systems share, the later minus the earlier one."""
+    """Every metric that two systems share, the later minus the earlier one."""
     found = []
     for first, second in itertools.combinations(systems, 2):
-        theirs = {figure.name: figure for figure in second.figures}
-        for figure in first.figures:
-            other = theirs.get(figure.name)
-            if other is None or set(other.by_prompt) != set(figure.by_prompt):
+        theirs = {metric.name: metric for metric in second.metrics}
+        for metric in first.metrics:
+            other = theirs.get(metric.name)
+            if other is None or set(other.by_prompt) != set(metric.by_prompt):
                 continue
-            value = paired_difference(other, figure)
-            names = (figure.name, first.spec.name, second.spec.name)
-            found.append(Difference(*names, value, figure.higher_is_better))
+            value = paired_difference(other, metric)
+            names = (metric.name, first.spec.name, second.spec.name)
+            found.append(Difference(*names, value, metric.higher_is_better))
     return found
 
 
@@ -250,7 +250,7 @@ def run(options: Options) -> Match:
 
 
 def show(match: Match) -> None:
-    """Figures of all systems in the terminal."""
+    """Metrics of all systems in the terminal."""
     from rich.table import Table
 
     title = f"{len(match.texts)} prompts, {match.options.num_images} images each, seed {match.options.seed}"
@@ -258,8 +258,8 @@ def show(match: Match) -> None:
     table.add_column("metric", overflow="fold")
     for system in match.systems:
         table.add_column(system.spec.name, justify="right")
-    for name in dict.fromkeys(figure.name for system in match.systems for figure in system.figures):
-        found = [next((f for f in system.figures if f.name == name), None) for system in match.systems]
+    for name in dict.fromkeys(metric.name for system in match.systems for metric in system.metrics):
+        found = [next((f for f in system.metrics if f.name == name), None) for system in match.systems]
         table.add_row(name, *(str(f.value) if f else "-" for f in found))
     seconds = [system.seconds for system in match.systems]
     table.add_row("seconds an image, median", *("-" if s is None else f"{s:.3g}" for s in seconds))

@@ -226,10 +226,10 @@ def _shown(title: str, text: str, paths: Sequence[Path]) -> str:
 
 def _data(words: Words) -> str:
     from evaluation.reference import ReferenceImages
-    from evaluation.report import figure, section
+    from evaluation.report import captioned, section
 
     train = ReferenceImages.of_split(str(EMBEDDED), "train", 128, limit=SHOWN_DATA)
-    shown = [figure(train.open(i), train.facts(i).caption) for i in range(len(train))]
+    shown = [captioned(train.open(i), train.facts(i).caption) for i in range(len(train))]
     return section(words("The training data: images with Chinese captions"), *shown)
 
 

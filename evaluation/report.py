@@ -19,7 +19,7 @@ from evaluation.sets import SampleSet
 
 if TYPE_CHECKING:
     from evaluation.compare.parts import Reference
-    from evaluation.metrics.compute import Figure
+    from evaluation.metrics.compute import Metric
 
 ENGLISH = Words({}, "en")
 THUMBNAIL = 128  # pixels, longest side
@@ -114,8 +114,8 @@ def inline_image(image: Image.Image, side: int = THUMBNAIL) -> str:
     return _parts().image(image_url(small, 82), *small.size)
 
 
-def figure(image: Image.Image, caption: str) -> str:
-    return _parts().figure(inline_image(image), caption)
+def captioned(image: Image.Image, caption: str) -> str:
+    return _parts().captioned(inline_image(image), caption)
 
 
 def named_image(path: Path, side: int) -> str:
@@ -143,7 +143,7 @@ def prompt_grids(
         systems = []
         for found, by_text in zip(sets, groups, strict=True):
             samples = by_text.get(text, [])[:per_text]
-            systems.append((found.name, [figure(s.image, marks.get(s.path, "")) for s in samples]))
+            systems.append((found.name, [captioned(s.image, marks.get(s.path, "")) for s in samples]))
         rows.append((shorten(text), systems))
     return _parts().prompt_grids(rows)
 
@@ -153,7 +153,7 @@ def shorten(text: str, most: int = 200) -> str:
     return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
 
 
-# --- figures of a set ----------------------------------------------------------------------------------------------
+# --- metrics of a set ----------------------------------------------------------------------------------------------
 
 
 def better(higher_is_better: bool | None) -> str:
@@ -164,9 +164,9 @@ def real(value: float | None) -> str:
     return "-" if value is None else number(value)
 
 
-def figure_table(figures: Sequence["Figure"], words: Words = ENGLISH) -> str:
-    """One row a figure, with what real images get and all that it depends on."""
-    names = ("figure", "value, 95 % interval", "real images", "better", "images", "by", "remarks")
+def metric_table(metrics: Sequence["Metric"], words: Words = ENGLISH) -> str:
+    """One row a metric, with what real images get and all that it depends on."""
+    names = ("metric", "value, 95 % interval", "real images", "better", "images", "by", "remarks")
     header = tuple(map(words, names))
     rows = [
         (
@@ -178,13 +178,13 @@ def figure_table(figures: Sequence["Figure"], words: Words = ENGLISH) -> str:
             f.network,
             f.note,
         )
-        for f in figures
+        for f in metrics
     ]
     return table(header, rows, (0, 5, 6))
 
 
 def nearest_training(
-    figures: Sequence["Figure"],
+    metrics: Sequence["Metric"],
     samples: SampleSet,
     reference: "Reference",
     words: Words = ENGLISH,
@@ -192,15 +192,15 @@ def nearest_training(
 ) -> str:
     """Each generated image beside the nearest training image, nearest first, a heading a measure."""
     parts = []
-    for found in figures:
+    for found in metrics:
         if not found.pairs or reference.train is None:
             continue
         shown = []
         for pair in found.pairs[:most]:
             sample = samples.samples[pair.sample]
             remark = f"{pair.distance:.3g}" + (words(", nearer than the threshold") if pair.is_copy else "")
-            made = figure(sample.image, f"{shorten(sample.text, 40)} | {remark}")
-            real_one = figure(reference.train.open(pair.row), f"{shorten(pair.caption, 40)} | {pair.key}")
+            made = captioned(sample.image, f"{shorten(sample.text, 40)} | {remark}")
+            real_one = captioned(reference.train.open(pair.row), f"{shorten(pair.caption, 40)} | {pair.key}")
             shown.append(_parts().pair(made, real_one))
         parts.append(group(found.name, note(found.note), *shown))
     return group("", *parts)
@@ -209,14 +209,14 @@ def nearest_training(
 def write_report(
     path: Path,
     samples: SampleSet,
-    figures: Sequence["Figure"],
+    metrics: Sequence["Metric"],
     reference: "Reference",
     settings: Mapping[str, Any],
     remarks: Sequence[str] = (),
     most_texts: int = 24,
     words: Words = ENGLISH,
 ) -> Path:
-    """The page of one set: settings, figures, images, nearest training images.
+    """The page of one set: settings, metrics, images, nearest training images.
 
     `remarks`: what was left out and why, and what is known of the judges.
     """
@@ -227,11 +227,11 @@ def write_report(
             facts({words(k): v for k, v in settings.items()}),
             *(note(line) for line in remarks),
         ),
-        section(words("Figures"), figure_table(figures, words)),
+        section(words("Metrics"), metric_table(metrics, words)),
         section(words("Images"), prompt_grids([samples], texts, 8)),
         section(
             words("Nearest training images"),
-            nearest_training(figures, samples, reference, words),
+            nearest_training(metrics, samples, reference, words),
             note(words("Left what was drawn, right the training image that is nearest to it.")),
         ),
         section(words("Images that could not be read"), *(note(line) for line in samples.corrupt[:50])),

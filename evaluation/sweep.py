@@ -28,7 +28,7 @@ from evaluation.compare.generating import Plan, caption_texts, common_texts, dra
 from evaluation.compare.sweep_results import KNOBS, Stage, Sweep, Trial, flags, mean_ranks, setting_name
 from evaluation.compare.systems import OwnSystem, Setting, SystemSpec, open_system
 from evaluation.metrics.compute import (
-    Figure,
+    Metric,
     measure_all,
     paired_difference,
 )
@@ -55,7 +55,7 @@ class Options(MeasuringOptions):
     grid: Literal["one_by_one", "full"] = "one_by_one"
     """One knob after the other, or all combinations."""
     objectives: tuple[str, ...] = ("frechet_distance", "category_right")
-    """Figures of evaluation whose mean rank decides; frechet_distance stands for FID too."""
+    """Metrics of evaluation whose mean rank decides; frechet_distance stands for FID too."""
     search_prompts: int = 40
     """Prompts of the search."""
     report_prompts: int = 200
@@ -94,7 +94,7 @@ class Options(MeasuringOptions):
         return [SamplingOptions(**dict(zip(KNOBS, values, strict=True))) for values in combinations]
 
 
-def search(options: Options, evaluate: Callable[[SamplingOptions], dict[str, Figure]]) -> list[Stage]:
+def search(options: Options, evaluate: Callable[[SamplingOptions], dict[str, Metric]]) -> list[Stage]:
     """Stages, the last of which ends with the winner; `evaluate` is asked once a setting."""
     known: dict[SamplingOptions, Trial] = {}
 
@@ -156,29 +156,29 @@ def run(options: Options) -> Sweep:
         raise ValueError(f"{checkpoint} is no generator of ours: only those have these knobs")
     first, second = split_texts(options, system)
 
-    def figures_of(part: str, plan: Plan, sampling: SamplingOptions) -> tuple[SampleSet, dict[str, Figure]]:
+    def metrics_of(part: str, plan: Plan, sampling: SamplingOptions) -> tuple[SampleSet, dict[str, Metric]]:
         name = setting_name(sampling)
         own = OwnSystem(system.pipeline, options.seed, sampling, options.batch_size)
         samples = draw_into(options.out / part / name, name, own, plan)
-        figures, _ = measure_all(
+        metrics, _ = measure_all(
             samples, options.real_images(samples), networks, options.measure, options.cache
         )
-        return samples, {figure.name: figure for figure in figures}
+        return samples, {metric.name: metric for metric in metrics}
 
-    stages = search(options, lambda sampling: figures_of("search", first, sampling)[1])
+    stages = search(options, lambda sampling: metrics_of("search", first, sampling)[1])
     winner = stages[-1].winner.sampling
     contestants = dict.fromkeys((SamplingOptions(), winner))
     report = []
     for sampling in contestants:
-        samples, figures = figures_of("report", second, sampling)
-        report.append((setting_name(sampling), samples, tuple(figures.values())))
+        samples, metrics = metrics_of("report", second, sampling)
+        report.append((setting_name(sampling), samples, tuple(metrics.values())))
     found = _differences(report) if len(report) > 1 else []
     sizes = (len(first.texts), len(second.texts))
     options = replace(options, judge=options.judge_name())
     return Sweep(options, tuple(stages), winner, tuple(report), tuple(found), sizes)
 
 
-def _differences(report: Sequence[tuple[str, SampleSet, tuple[Figure, ...]]]) -> list[Difference]:
+def _differences(report: Sequence[tuple[str, SampleSet, tuple[Metric, ...]]]) -> list[Difference]:
     (default, _, before), (winner, _, after) = report
     pairs = [(a, next((b for b in after if b.name == a.name), None)) for a in before]
     return [

@@ -134,14 +134,14 @@ class GanTask:
         gradients = torch.autograd.grad(gen_loss, fake_inputs, retain_graph=True)
         weight = options.discriminator.mismatch_weight
         disc_loss = matching_aware_loss(options.loss, logits, has_other.to(device), weight)
-        extra, figures = self._r1(real_inputs, condition, step)
+        extra, metrics = self._r1(real_inputs, condition, step)
         self.d.backward(disc_loss + extra)
         # Its value means nothing; its gradient by `outputs` is `gradients`.
         self.g.backward(sum((x.float() * g.float()).sum() for x, g in zip(outputs, gradients, strict=True)))
-        figures |= {"gen_loss": gen_loss, "disc_loss": disc_loss, "sign_real": logits.real.sign().mean()}
-        figures |= {"logits_real": logits.real.mean(), "logits_fake": logits.fake.mean()}
-        figures["logits_mismatched"] = logits.mismatched.mean()
-        return {name: float(value.detach()) for name, value in figures.items()}
+        metrics |= {"gen_loss": gen_loss, "disc_loss": disc_loss, "sign_real": logits.real.sign().mean()}
+        metrics |= {"logits_real": logits.real.mean(), "logits_fake": logits.fake.mean()}
+        metrics["logits_mismatched"] = logits.mismatched.mean()
+        return {name: float(value.detach()) for name, value in metrics.items()}
 
     def conditions(self, texts: list[str], labels: Tensor, u_drop: Tensor | None = None) -> Condition:
         """On the device. `u_drop` (B, 2) in [0, 1): which captions and categories are hidden; None: none."""

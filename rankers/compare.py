@@ -30,7 +30,7 @@ from rankers.retrieval import (
     chance_recall,
     hits_at,
     load_pairs,
-    retrieval_figures,
+    retrieval_metrics,
 )
 from rankers.training.pairs import AttributeConfig, scan_names
 
@@ -49,7 +49,7 @@ class Options:
     """Images at most."""
     attributes: AttributeConfig = field(default_factory=AttributeConfig)
     out: Path | None = None
-    """Also write the figures to this JSON file."""
+    """Also write the metrics to this JSON file."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 
@@ -68,15 +68,15 @@ def bootstrap_interval(hits: Tensor, draws: int = 1000, seed: int = 0) -> tuple[
 
 
 def measure(ranker: Any, pairs: Pairs, labels: Sequence[str], colors: Sequence[str]) -> dict[str, Any]:
-    """Figures of one ranker, intervals of its recalls, and images a second in the first pass."""
+    """Metrics of one ranker, intervals of its recalls, and images a second in the first pass."""
     started = time.perf_counter()
     ranker.image_features(pairs.images)
     rate = len(pairs.images) / (time.perf_counter() - started)
-    figures = retrieval_figures(ranker, pairs, labels, colors)
+    metrics = retrieval_metrics(ranker, pairs, labels, colors)
     distinct = sorted(set(pairs.captions))
     hits = hits_at(ranker.score_matrix(distinct, pairs.images), caption_matches(pairs.captions, distinct), KS)
     intervals = {f"recall@{k}": bootstrap_interval(hit) for k, hit in hits.items()}
-    return {"figures": figures, "intervals": intervals, "pictures_per_second": rate}
+    return {"figures": metrics, "intervals": intervals, "pictures_per_second": rate}
 
 
 def show(results: dict[str, dict[str, Any]], title: str) -> None:

@@ -90,7 +90,7 @@ def chance_recall(relevant: Tensor, ks: Sequence[int] = KS) -> dict[str, float]:
     return chances
 
 
-def retrieval_figures(
+def retrieval_metrics(
     ranker: Any, pairs: Pairs, labels: Sequence[str], colors: Sequence[str], color_limit: int = 100
 ) -> dict[str, float]:
     """recall@1/5/10 of text to image over distinct captions (an image is relevant when its caption is equal);
@@ -103,19 +103,19 @@ def retrieval_figures(
     first = [pairs.captions.index(c) for c in distinct]
     scores = ranker.score_matrix(distinct, pairs.images)  # (T, N)
     relevant = caption_matches(pairs.captions, distinct)
-    figures = recall_at(scores, relevant)
+    metrics = recall_at(scores, relevant)
     if pairs.facts.shape[1]:
         true = pairs.describes()[:, first].T  # (T, N)
-        figures["true@1"] = float(true.gather(1, scores.argmax(1, keepdim=True)).float().mean())
+        metrics["true@1"] = float(true.gather(1, scores.argmax(1, keepdim=True)).float().mean())
     known = [i for i, label in enumerate(pairs.labels) if label in set(labels)]
     if known and len(labels) > 1:
         named = ranker.score_matrix(list(labels), [pairs.images[i] for i in known]).argmax(0)
         right = [labels[int(n)] == pairs.labels[i] for n, i in zip(named, known, strict=True)]
-        figures["kind_accuracy"] = sum(right) / len(right)
+        metrics["kind_accuracy"] = sum(right) / len(right)
     colored = [i for i, color in enumerate(pairs.colors) if color][:color_limit]
     if colored and len(colors) > 1:
-        figures["color_accuracy"] = _color_accuracy(ranker, pairs, colored, colors)
-    return figures
+        metrics["color_accuracy"] = _color_accuracy(ranker, pairs, colored, colors)
+    return metrics
 
 
 def _color_accuracy(ranker: Any, pairs: Pairs, rows: Sequence[int], colors: Sequence[str]) -> float:

@@ -39,7 +39,7 @@ from rankers.calibration import FILE as CALIBRATION
 from rankers.calibration import Lexicon, calibrate, default_lexicon
 from rankers.clip import RankerTowers
 from rankers.model import IMAGENET_TOWER, RankerModel, save_ranker, takes_any_size
-from rankers.retrieval import Pairs, retrieval_figures
+from rankers.retrieval import Pairs, retrieval_metrics
 from rankers.training.data import RankerData
 from rankers.training.feature_views import open_views
 from rankers.training.growing import at_size, check_train_sizes, train_size
@@ -231,13 +231,13 @@ class RankerTask:
     def evaluate(self, step: int) -> dict[str, float]:
         """Over the validation images, with the weights that are saved; every process does the same."""
         names = self.data.names
-        figures = retrieval_figures(self.ranker(step), self.data.pairs, names.labels, names.colors)
+        figures = retrieval_metrics(self.ranker(step), self.data.pairs, names.labels, names.colors)
         metrics = {"miss@10": 1 - figures["recall@10"], **figures}
         if self.reconstructions:
             self.reconstructed = self.reconstructed or replace(
                 self.data.pairs, images=self.reconstructions.of_images(self.data.pairs.images)
             )
-            found = retrieval_figures(self.ranker(step), self.reconstructed, names.labels, names.colors)
+            found = retrieval_metrics(self.ranker(step), self.reconstructed, names.labels, names.colors)
             metrics |= {f"reconstructed/{name}": value for name, value in found.items()}
         return metrics
 

@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread, here and in processes started from here, so that figures do not hang on the machine;
+"""Shared by all tests: one thread, here and in processes started from here, so that metrics do not hang on the machine;
 and where the real material lies."""
 
 import os

@@ -236,8 +236,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, int]:
                 kept = f", {counts['shards_kept']} shards were there already" if counts["shards_kept"] else ""
                 say(f"encoded {counts['pictures']} images, skipped {counts['skipped']} corrupt ones{kept}")
             if world.is_main and options.check:
-                figure = roundtrip(tokenizer, options, world)
-                say(f"stored codes decode back at {figure:.2f} dB: look at {options.target / ROUNDTRIP}")
+                metric = roundtrip(tokenizer, options, world)
+                say(f"stored codes decode back at {metric:.2f} dB: look at {options.target / ROUNDTRIP}")
         return counts
     finally:
         stop_world()

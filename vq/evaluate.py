@@ -1,4 +1,4 @@
-"""How good an image tokenizer is: figures over the validation images, and a page of them, worst first.
+"""How good an image tokenizer is: metrics over the validation images, and a page of them, worst first.
 
     python -m vq.evaluate runs/goods_128_vqgan ../shared/data/goods
     python -m vq.evaluate runs/goods_128_vqgan ../shared/data/goods --perceptual runs/perceptual_eval
@@ -112,7 +112,7 @@ def levels(images: Tensor) -> Tensor:
 def evaluate(
     tokenizer: ImageTokenizer, options: Options, device: torch.device
 ) -> tuple[dict[str, Any], list[Row]]:
-    """Figures by name, and the images worst first. Raises ValueError for data that holds none."""
+    """Metrics by name, and the images worst first. Raises ValueError for data that holds none."""
     perceptual = _perceptual(options, device)
     totals = Totals(CodeUsage(tokenizer.config.codebook_size, tokenizer.config.code_depth))
     encoder = ImageEncoder(tokenizer, device, options.precision)
@@ -121,7 +121,7 @@ def evaluate(
     if not totals.rows:
         raise ValueError(f"none of the images in {options.data} could be read")
     rows, shift = totals.rows, torch.cat(totals.shifts)
-    figures: dict[str, Any] = {
+    metrics: dict[str, Any] = {
         "pictures": len(rows),
         "psnr": sum(r.psnr for r in rows) / len(rows),
         "psnr_goods": sum(r.psnr_goods for r in rows) / len(rows),
@@ -131,9 +131,9 @@ def evaluate(
         "color_shift": float(shift.mean(0).abs().max()),
         "encode_per_second": totals.timed / totals.encode_seconds if totals.timed else None,
         "decode_per_second": totals.timed / totals.decode_seconds if totals.timed else None,
-    } | totals.usage.figures()
+    } | totals.usage.metrics()
     order = (lambda r: -r.perceptual) if perceptual else (lambda r: r.psnr)
-    return figures, sorted(rows, key=order)
+    return metrics, sorted(rows, key=order)
 
 
 def _perceptual(options: Options, device: torch.device) -> PerceptualDistance | None:
@@ -144,7 +144,7 @@ def _perceptual(options: Options, device: torch.device) -> PerceptualDistance | 
     except FileNotFoundError as error:
         if options.perceptual != "auto":
             raise
-        say(f"note: the perceptual figure is left out: {error}")
+        say(f"note: the perceptual metric is left out: {error}")
         return None
 
 
@@ -202,11 +202,11 @@ def _clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def write_page(path: Path, figures: dict[str, Any], rows: Sequence[Row], title: str) -> None:
-    """One HTML file: the figures, then original | reconstruction of `rows` in their order."""
-    shown = [(name.replace("_", " "), _short(value)) for name, value in figures.items()]
+def write_page(path: Path, metrics: dict[str, Any], rows: Sequence[Row], title: str) -> None:
+    """One HTML file: the metrics, then original | reconstruction of `rows` in their order."""
+    shown = [(name.replace("_", " "), _short(value)) for name, value in metrics.items()]
     page = render(
-        "vq/templates/evaluate.html", Words({}, "en"), title=title, figures=shown, rows=rows, url=image_url
+        "vq/templates/evaluate.html", Words({}, "en"), title=title, metrics=shown, rows=rows, url=image_url
     )
     with atomic_path(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
@@ -218,7 +218,7 @@ def _short(value: Any) -> str:
 
 @command
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Evaluate; returns the figures."""
+    """Evaluate; returns the metrics."""
     options = parse_options(Options, argv, description=__doc__)
     with OutputDirectory(options.out) as files:
         files.require_ours(("figures.json", "index.html"))
@@ -231,19 +231,19 @@ def report(options: Options, files: OutputDirectory) -> dict[str, Any]:
     tokenizer = ImageTokenizer.from_pretrained(options.checkpoint, device)
     if options.kernels == "auto":
         say(str(accelerate(tokenizer, in_bf16=options.precision != "fp32")))
-    figures, rows = evaluate(tokenizer, options, device)
-    for name, value in figures.items():
+    metrics, rows = evaluate(tokenizer, options, device)
+    for name, value in metrics.items():
         say(f"{name:>18}  {_short(value)}")
     about = {
         "checkpoint": options.checkpoint,
         "data": options.data,
         "codes_sha256": tokenizer.codes_sha256,
     }
-    files.write_json("figures.json", figures | about)
+    files.write_json("figures.json", metrics | about)
     with files.writing("index.html") as temporary:
-        write_page(temporary, figures, rows[: options.show], f"Image tokenizer {options.checkpoint}")
+        write_page(temporary, metrics, rows[: options.show], f"Image tokenizer {options.checkpoint}")
     say(f"wrote {options.out / 'index.html'} and figures.json")
-    return figures
+    return metrics
 
 
 if __name__ == "__main__":

@@ -316,7 +316,7 @@ class CodeUsage:
     def clear(self) -> None:
         self.counts.zero_()
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """usage: share of codes seen; dead_codes: never seen; perplexity: exp of the entropy of their frequencies, the
         geometric mean over levels."""
         counts = self.counts.double().view(self.depth, self.size)

@@ -117,10 +117,10 @@ def _better(higher_is_better: bool | None, words: Words) -> str:
 
 
 def _metrics(match: Match, words: Words) -> str:
-    names = list(dict.fromkeys(f.name for system in match.systems for f in system.figures))
+    names = list(dict.fromkeys(f.name for system in match.systems for f in system.metrics))
     rows = []
     for name in names:
-        found = [next((f for f in system.figures if f.name == name), None) for system in match.systems]
+        found = [next((f for f in system.metrics if f.name == name), None) for system in match.systems]
         first = next(f for f in found if f)
         best = best_of([f.value.value if f else None for f in found], first.higher_is_better)
         cells = [report.interval(f.value, i in best) if f else "-" for i, f in enumerate(found)]
@@ -140,9 +140,9 @@ def _differences(match: Match, words: Words) -> str:
     pairs = list(itertools.combinations([system.spec.name for system in match.systems], 2))
     if not pairs:
         return ""
-    by_place = {(d.figure, d.first, d.second): d for d in match.differences}
+    by_place = {(d.metric, d.first, d.second): d for d in match.differences}
     rows = []
-    for name in dict.fromkeys(d.figure for d in match.differences):
+    for name in dict.fromkeys(d.metric for d in match.differences):
         found = [by_place.get((name, *pair)) for pair in pairs]
         higher = next(d.higher_is_better for d in found if d)
         cells = [report.difference(d.value, higher) if d else "-" for d in found]
@@ -238,9 +238,9 @@ def _apart(match: Match, words: Words) -> str:
     if len(match.systems) < 2:
         return ""
     order = ("category_right", "clip_score", "color_right", "nearest_distance")
-    names = [f.name for f in match.systems[0].figures if f.by_prompt]
+    names = [f.name for f in match.systems[0].metrics if f.by_prompt]
     name = next((n for start in order for n in names if n.startswith(start)), None)
-    found = [next((f.by_prompt for f in s.figures if f.name == name), {}) for s in match.systems]
+    found = [next((f.by_prompt for f in s.metrics if f.name == name), {}) for s in match.systems]
     shared = set.intersection(*(set(values) for values in found)) if name else set()
     spreads = {text: max(v[text] for v in found) - min(v[text] for v in found) for text in shared}
     texts = [t for t in sorted(spreads, key=lambda t: (-spreads[t], t)) if spreads[t] > 0][:MOST_APART]
@@ -255,7 +255,7 @@ def _apart(match: Match, words: Words) -> str:
 def _neighbours(match: Match, words: Words) -> str:
     parts = []
     for system in match.systems:
-        found = report.nearest_training(system.figures, system.samples, match.reference, words, NEIGHBOURS)
+        found = report.nearest_training(system.metrics, system.samples, match.reference, words, NEIGHBOURS)
         parts.append(report.group(system.spec.name, found))
     text = "Left what was generated, right the training image that is nearest to it; the nearest pairs of each system."
     return report.group("", report.note(words(text)), *parts) if any(parts) else ""

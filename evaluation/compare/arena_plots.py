@@ -78,9 +78,9 @@ def write_plots(files: OutputDirectory, match: Match) -> dict[str, Plot]:
 
 def shared_metrics(match: Match) -> list[str]:
     """Names of the metrics of QUALITY that every system has."""
-    names = [{f.name for f in system.figures} for system in match.systems]
+    names = [{f.name for f in system.metrics} for system in match.systems]
     shared = set.intersection(*names)
-    ordered = [f.name for f in match.systems[0].figures if f.name in shared]
+    ordered = [f.name for f in match.systems[0].metrics if f.name in shared]
     return [name for start in QUALITY for name in ordered if name.startswith(start)]
 
 
@@ -104,12 +104,12 @@ def _panel(axis: Any, match: Match, metric: str, costs: dict[str, float], words:
     points, colors = [], []
     for i, system in enumerate(match.systems):
         if system.spec.name in costs:
-            value = next(f.value for f in system.figures if f.name == metric)
+            value = next(f.value for f in system.metrics if f.name == metric)
             points.append(
                 Point(system.spec.name, costs[system.spec.name], value.value, value.low, value.high)
             )
             colors.append(SERIES[i % len(SERIES)])
-    higher = next(f.higher_is_better for f in match.systems[0].figures if f.name == metric)
+    higher = next(f.higher_is_better for f in match.systems[0].metrics if f.name == metric)
     front = pareto(points, bool(higher))
     for i, (point, color) in enumerate(zip(points, colors, strict=True)):
         axis.vlines(point.cost, point.low, point.high, color=color, linewidth=1.2)

@@ -10,7 +10,7 @@ from common.language import Words
 from evaluation.compare.choice import Curve
 from evaluation.compare.costs import Costs
 from evaluation.compare.systems import SystemSpec
-from evaluation.metrics.compute import Figure, Reference, settings_of
+from evaluation.metrics.compute import Metric, Reference, settings_of
 from evaluation.metrics.statistics import Interval
 from evaluation.sets import SampleSet
 
@@ -21,7 +21,7 @@ class SystemResult:
 
     spec: SystemSpec
     samples: SampleSet
-    figures: tuple[Figure, ...]
+    metrics: tuple[Metric, ...]
     curves: tuple[Curve, ...]
     left_out: tuple[str, ...]
     values: dict[str, Any]
@@ -40,7 +40,7 @@ class SystemResult:
             "settings": settings_of(self.samples) | {"drawn": self.samples.settings},
             "seconds_per_image": self.seconds,
             "costs": self.costs.to_json(),
-            "metrics": [figure.to_json() for figure in self.figures],
+            "metrics": [metric.to_json() for metric in self.metrics],
             "best_of": {
                 c.name: {"scorer": c.scorer, "points": [p.to_json() for p in c.points]} for c in self.curves
             },
@@ -50,9 +50,9 @@ class SystemResult:
 
 @dataclass(frozen=True)
 class Difference:
-    """One figure of two systems on the same prompts."""
+    """One metric of two systems on the same prompts."""
 
-    figure: str
+    metric: str
     first: str
     second: str
     value: Interval
@@ -87,9 +87,9 @@ class Match:
     def winners(self, words: Words) -> str:
         """Which system wins at what beyond doubt (95 % intervals of paired differences), and which is fastest."""
         won: dict[str, list[str]] = {}
-        for name in dict.fromkeys(d.figure for d in self.differences if d.higher_is_better is not None):
+        for name in dict.fromkeys(d.metric for d in self.differences if d.higher_is_better is not None):
             beaten, best = set(), set()
-            for d in (d for d in self.differences if d.figure == name and d.is_sure):
+            for d in (d for d in self.differences if d.metric == name and d.is_sure):
                 second_wins = (d.value.low > 0) == d.higher_is_better
                 best.add(d.second if second_wins else d.first)
                 beaten.add(d.first if second_wins else d.second)

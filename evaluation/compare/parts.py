@@ -169,7 +169,7 @@ def real_part(images: ReferenceImages, facts: Sequence[Facts] | None, cache: Pat
 
 @dataclass(frozen=True)
 class MeasureOptions:
-    """How figures are computed."""
+    """How metrics are computed."""
 
     draws: int = 1000
     """Drawings of the prompts for intervals."""

@@ -9,8 +9,8 @@ from common.config import to_mapping
 from common.tables import plain_console
 from data_tools.report import svg
 from evaluation import report
-from evaluation.compare.sweep_results import Stage, Sweep, Trial, mean_ranks, objective_figure
-from evaluation.metrics.rows import Figure
+from evaluation.compare.sweep_results import Stage, Sweep, Trial, mean_ranks, objective_metric
+from evaluation.metrics.rows import Metric
 
 SHOWN = 16  # prompts whose images stand on the page
 PER_PROMPT = 4
@@ -24,11 +24,11 @@ def show(sweep: Sweep) -> None:
         objectives = _objectives(sweep, stage.winner)
         table = Table(title=f"{stage.knob or 'all combinations'}: {sweep.num_texts[0]} prompts of the search")
         table.add_column("setting")
-        for figure in objectives:
-            table.add_column(figure.name, justify="right", overflow="fold")
+        for metric in objectives:
+            table.add_column(metric.name, justify="right", overflow="fold")
         table.add_column("mean rank", justify="right")
         for trial, rank in zip(stage.trials, _ranks(sweep, stage), strict=True):
-            values = [str(trial.figures[f.name].value) for f in objectives]
+            values = [str(trial.metrics[f.name].value) for f in objectives]
             mark = "*" if trial is stage.winner else ""
             table.add_row(f"{trial.name} {mark}", *values, f"{rank:.2f}")
         plain_console().print(table)
@@ -62,8 +62,8 @@ def write_sweep_page(path: Path, sweep: Sweep) -> Path:
     return report.write_page(path, "Sweep of sampling options", sections, report.ENGLISH)
 
 
-def _objectives(sweep: Sweep, trial: Trial) -> list[Figure]:
-    return [objective_figure(trial.figures, name) for name in sweep.options.objectives]
+def _objectives(sweep: Sweep, trial: Trial) -> list[Metric]:
+    return [objective_metric(trial.metrics, name) for name in sweep.options.objectives]
 
 
 def _ranks(sweep: Sweep, stage: Stage) -> list[float]:
@@ -73,18 +73,18 @@ def _ranks(sweep: Sweep, stage: Stage) -> list[float]:
 def _stage(sweep: Sweep, stage: Stage) -> str:
     objectives = _objectives(sweep, stage.winner)
     charts = []
-    for figure in objectives:
+    for metric in objectives:
         for knob in [stage.knob] if stage.knob else ["cfg_scale"]:
-            charts.append(("", svg.curves(_series(stage.trials, knob, figure.name), knob, figure.name)))
+            charts.append(("", svg.curves(_series(stage.trials, knob, metric.name), knob, metric.name)))
     rows = []
     for trial, rank in zip(stage.trials, _ranks(sweep, stage), strict=True):
         won = trial is stage.winner
-        cells = [report.interval(trial.figures[f.name].value, won) for f in objectives]
-        others = [f for f in trial.figures.values() if f.name not in {o.name for o in objectives}]
+        cells = [report.interval(trial.metrics[f.name].value, won) for f in objectives]
+        others = [f for f in trial.metrics.values() if f.name not in {o.name for o in objectives}]
         rest = ", ".join(f"{f.name} {report.number(f.value.value)}" for f in others)
         rows.append((trial.name + (" wins" if won else ""), *cells, f"{rank:.2f}", rest))
     names = [f"{f.name}, {report.better(f.higher_is_better)} is better" for f in objectives]
-    table = report.table(("setting", *names, "mean rank", "other figures"), rows, (0, len(names) + 2))
+    table = report.table(("setting", *names, "mean rank", "other metrics"), rows, (0, len(names) + 2))
     title = stage.knob.replace("_", " ") if stage.knob else "All combinations"
     return report.section(f"Search: {title}", report.side_by_side(charts), table)
 
@@ -95,7 +95,7 @@ def _series(trials: Sequence[Trial], knob: str, name: str) -> list[tuple[str, li
     for trial in sorted(trials, key=lambda t: getattr(t.sampling, knob)):
         others = {k: v for k, v in to_mapping(trial.sampling).items() if k != knob}
         label = ", ".join(f"{k} {v:g}" for k, v in others.items() if isinstance(v, (int, float)))
-        value = trial.figures[name].value
+        value = trial.metrics[name].value
         ends = [end if np.isfinite(end) else value.value for end in (value.low, value.high)]
         series.setdefault(label, []).append((getattr(trial.sampling, knob), value.value, *ends))
     return list(series.items())
@@ -104,24 +104,24 @@ def _series(trials: Sequence[Trial], knob: str, name: str) -> list[tuple[str, li
 def _compared(sweep: Sweep) -> str:
     if len(sweep.report) == 1:
         text = "The defaults win: there is nothing to compare them with."
-        return report.note(text) + report.figure_table(sweep.report[0][2])
-    by_name = {d.figure: d for d in sweep.differences}
+        return report.note(text) + report.metric_table(sweep.report[0][2])
+    by_name = {d.metric: d for d in sweep.differences}
     (default, _, before), (winner, _, after) = sweep.report
-    values = {figure.name: figure for figure in after}
+    values = {metric.name: metric for metric in after}
     rows = []
-    for figure in before:
-        if figure.name in values:
-            found = by_name.get(figure.name)
+    for metric in before:
+        if metric.name in values:
+            found = by_name.get(metric.name)
             rows.append(
                 (
-                    figure.name,
-                    report.interval(figure.value),
-                    report.interval(values[figure.name].value),
+                    metric.name,
+                    report.interval(metric.value),
+                    report.interval(values[metric.name].value),
                     report.difference(found.value, found.higher_is_better) if found else "-",
-                    report.real(figure.real),
-                    report.better(figure.higher_is_better),
+                    report.real(metric.real),
+                    report.better(metric.higher_is_better),
                 )
             )
-    header = ("figure", f"defaults: {default}", f"winner: {winner}", "difference", "real images", "better")
+    header = ("metric", f"defaults: {default}", f"winner: {winner}", "difference", "real images", "better")
     text = "Green: better beyond doubt at 95 %; red: worse; grey: the interval holds zero."
     return report.note(text) + report.table(header, rows)

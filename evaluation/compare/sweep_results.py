@@ -7,7 +7,7 @@ from typing import Any
 from common.config import to_mapping
 from dalle.sampling import SamplingOptions
 from evaluation.compare.arena_results import Difference
-from evaluation.metrics.compute import Figure
+from evaluation.metrics.compute import Metric
 from evaluation.metrics.rows import PLAIN
 from evaluation.sets import SampleSet
 
@@ -17,10 +17,10 @@ FLAGS = {name: f"--{name.replace('_', '-')}" for name in KNOBS}
 
 @dataclass(frozen=True)
 class Trial:
-    """One setting and its figures by name."""
+    """One setting and its metrics by name."""
 
     sampling: SamplingOptions
-    figures: dict[str, Figure]
+    metrics: dict[str, Metric]
 
     @property
     def name(self) -> str:
@@ -48,23 +48,23 @@ def flags(sampling: SamplingOptions) -> str:
     return " ".join(f"{flag} {getattr(sampling, name):g}" for name, flag in FLAGS.items())
 
 
-def objective_figure(figures: dict[str, Figure], objective: str) -> Figure:
-    """The first figure of that name, on whatever network. Raises ValueError for one that cannot decide."""
-    found = next((f for n, f in figures.items() if objective in (n, n.split("[")[0])), None)
-    found = found or figures.get(PLAIN.get(objective, ""))
+def objective_metric(metrics: dict[str, Metric], objective: str) -> Metric:
+    """The first metric of that name, on whatever network. Raises ValueError for one that cannot decide."""
+    found = next((f for n, f in metrics.items() if objective in (n, n.split("[")[0])), None)
+    found = found or metrics.get(PLAIN.get(objective, ""))
     if found is None:
-        raise ValueError(f"no figure {objective!r} was measured (there are {', '.join(figures)})")
+        raise ValueError(f"no metric {objective!r} was measured (there are {', '.join(metrics)})")
     if found.higher_is_better is None:
         raise ValueError(f"{found.name} is neither better high nor low: it cannot be an objective")
     return found
 
 
 def mean_ranks(trials: Sequence[Trial], objectives: Sequence[str]) -> list[float]:
-    """Place of every trial, 0 the best, mean over the objectives; equal figures share theirs."""
+    """Place of every trial, 0 the best, mean over the objectives; equal metrics share theirs."""
     totals = [0.0] * len(trials)
     for objective in objectives:
-        figures = [objective_figure(trial.figures, objective) for trial in trials]
-        values = [f.value.value if f.higher_is_better else -f.value.value for f in figures]
+        metrics = [objective_metric(trial.metrics, objective) for trial in trials]
+        values = [f.value.value if f.higher_is_better else -f.value.value for f in metrics]
         for i, value in enumerate(values):
             better = sum(other > value for other in values)
             equal = sum(other == value for other in values) - 1
@@ -80,8 +80,8 @@ class Sweep:
     """Of evaluation.sweep."""
     stages: tuple[Stage, ...]
     winner: SamplingOptions
-    report: tuple[tuple[str, SampleSet, tuple[Figure, ...]], ...]
-    """Name, images and figures of the defaults and of the winner, on prompts that the search has not seen."""
+    report: tuple[tuple[str, SampleSet, tuple[Metric, ...]], ...]
+    """Name, images and metrics of the defaults and of the winner, on prompts that the search has not seen."""
     differences: tuple[Difference, ...]
     """Winner minus defaults."""
     num_texts: tuple[int, int]
@@ -89,8 +89,8 @@ class Sweep:
 
     def to_json(self) -> dict[str, Any]:
         def trial(one: Trial) -> dict[str, Any]:
-            figures = [f.to_json() for f in one.figures.values()]
-            return {"sampling": to_mapping(one.sampling), "figures": figures}
+            metrics = [f.to_json() for f in one.metrics.values()]
+            return {"sampling": to_mapping(one.sampling), "figures": metrics}
 
         return {
             "winner": to_mapping(self.winner),
@@ -99,7 +99,7 @@ class Sweep:
                 {"knob": s.knob, "winner": s.winner.name, "trials": [trial(t) for t in s.trials]}
                 for s in self.stages
             ],
-            "report": {name: [f.to_json() for f in figures] for name, _, figures in self.report},
+            "report": {name: [f.to_json() for f in metrics] for name, _, metrics in self.report},
             "differences": [d.to_json() for d in self.differences],
             "prompts": {"search": self.num_texts[0], "report": self.num_texts[1]},
             "options": to_mapping(self.options),

@@ -22,7 +22,7 @@ from evaluation.metrics.statistics import r_precision_all, r_precision_sampled
 from rankers.retrieval import KS, caption_matches, hits_at
 
 
-def figures(
+def metrics(
     scorer: RankerTower, part: Part, top: int, among: int, seed: int
 ) -> dict[str, tuple[Estimate, str]]:
     """Estimate and note by name; one text alone has only a CLIP score."""
@@ -70,7 +70,7 @@ def _recall(scores: np.ndarray, part: Part, distinct: list[str]) -> dict[str, tu
 
 
 def attribute_hits(bench: Bench, part: Part) -> dict[str, tuple[SlotHits, str, str]]:
-    """Hits, who judged and a note, by the figure's name."""
+    """Hits, who judged and a note, by the metric's name."""
     networks, lexicon = bench.networks, bench.lexicon
     found: dict[str, tuple[SlotHits | None, str, str]] = {}
     if networks.judge:

@@ -1,10 +1,10 @@
-"""Every figure of a set of images, each with its interval, what real images get, and all that it depends on.
+"""Every metric of a set of images, each with its interval, what real images get, and all that it depends on.
 
-    figures = measure(samples, Reference.open(shards, samples), Networks.load(judge, clip))
+    metrics = measure(samples, Reference.open(shards, samples), Networks.load(judge, clip))
 
 What is measured: how the images lie among real ones (FID, KID, IS, precision, recall, density, coverage), whether
 they fit their texts (CLIP score, R-precision, recall), whether they show what the titles name, how different the
-images of one text are, and whether they repeat training images. "Real" is the same figure of real images with
+images of one text are, and whether they repeat training images. "Real" is the same metric of real images with
 their own captions, or of training images: what a perfect generator would get.
 """
 
@@ -16,17 +16,17 @@ from common.log import say
 from evaluation.compare.parts import Bench, MeasureOptions, Networks, Reference
 from evaluation.metrics.families import FAMILIES
 from evaluation.metrics.features import CACHE
-from evaluation.metrics.rows import Figure, Pair, paired_difference
+from evaluation.metrics.rows import Metric, Pair, paired_difference
 from evaluation.sets import SampleSet
 
 __all__ = [
-    "Figure", "MeasureOptions", "Networks", "Pair", "Reference", "measure", "measure_all", "networks_note",
+    "MeasureOptions", "Metric", "Networks", "Pair", "Reference", "measure", "measure_all", "networks_note",
     "paired_difference", "settings_of",
 ]  # fmt: skip
 
 
 def settings_of(samples: SampleSet) -> dict[str, Any]:
-    """What stands beside every figure: seeds, guidance, rerank width."""
+    """What stands beside every metric: seeds, guidance, rerank width."""
     seeds = sorted({s.seed for s in samples.samples if s.seed is not None})
     guidance = sorted({s.options["cfg_scale"] for s in samples.samples if "cfg_scale" in s.options})
     return {
@@ -67,15 +67,15 @@ def measure(
     networks: Networks,
     options: MeasureOptions | None = None,
     cache: Path | None = CACHE,
-) -> list[Figure]:
-    """All figures that these images and networks allow; what is left out is said, with the reason.
+) -> list[Metric]:
+    """All metrics that these images and networks allow; what is left out is said, with the reason.
 
     Raises ValueError for an encoder that reranked.
     """
-    figures, left_out = measure_all(samples, reference, networks, options or MeasureOptions(), cache)
+    metrics, left_out = measure_all(samples, reference, networks, options or MeasureOptions(), cache)
     for reason in left_out:
         say(f"left out {reason}")
-    return figures
+    return metrics
 
 
 def measure_all(
@@ -84,19 +84,19 @@ def measure_all(
     networks: Networks,
     options: MeasureOptions,
     cache: Path | None = CACHE,
-) -> tuple[list[Figure], list[str]]:
-    """(figures, what is left out and why)."""
+) -> tuple[list[Metric], list[str]]:
+    """(metrics, what is left out and why)."""
     refuse_rerankers(samples, networks)
     bench = Bench(samples, reference, networks, options, cache)
-    figures: list[Figure] = []
+    metrics: list[Metric] = []
     left_out: list[str] = []
     for family in FAMILIES:
         found, reasons = family(bench)
-        figures += found
+        metrics += found
         left_out += reasons
-    if not figures:
+    if not metrics:
         raise ValueError(f"nothing can be measured: {'; '.join(left_out)}")
-    return figures, left_out
+    return metrics, left_out
 
 
 def networks_note(networks: Networks) -> Sequence[str]:

@@ -1,4 +1,4 @@
-"""The families of figures: how images lie among real ones, fit their texts, show what is named, vary, repeat."""
+"""The families of metrics: how images lie among real ones, fit their texts, show what is named, vary, repeat."""
 
 from collections.abc import Callable
 
@@ -22,7 +22,7 @@ from evaluation.metrics.memorisation import (
     nearest_training,
 )
 from evaluation.metrics.resampling import Estimate, interval_of, mean_estimate
-from evaluation.metrics.rows import Figure, Pair, figure_of, name_on
+from evaluation.metrics.rows import Metric, Pair, metric_of, name_on
 from evaluation.metrics.statistics import inception_score
 
 HIGHER = {
@@ -31,13 +31,13 @@ HIGHER = {
 }  # fmt: skip
 IS_PARTS, IS_PART_SIZE = 10, 500
 
-Family = tuple[list[Figure], list[str]]
-"""Figures, and what is left out with the reason."""
+Family = tuple[list[Metric], list[str]]
+"""Metrics, and what is left out with the reason."""
 
 
-def distribution_figures(bench: Bench) -> Family:
+def distribution_metrics(bench: Bench) -> Family:
     """How the images lie among the real ones, on each network."""
-    figures, left_out = [], []
+    metrics, left_out = [], []
     perfect = bench.train_like_generated()
     for network in bench.networks.statistics:
         real = bench.real.features(network)
@@ -46,10 +46,10 @@ def distribution_figures(bench: Bench) -> Family:
         left_out += reasons
         for name, estimate in found.items():
             note = _statistic_note(name, estimate.count, *real.shape)
-            figures.append(
-                figure_of(name_on(name, network), estimate, HIGHER[name], network.name, note, best.get(name))
+            metrics.append(
+                metric_of(name_on(name, network), estimate, HIGHER[name], network.name, note, best.get(name))
             )
-    return figures, left_out
+    return metrics, left_out
 
 
 def _statistic_note(name: str, count: int, num_real: int, dim: int) -> str:
@@ -97,40 +97,40 @@ def _inception(probabilities: NDArray, part: Part) -> Estimate:
     return Estimate(interval_of(value, whole.drawn, 1.0), whole.count, whole.drawn)
 
 
-def agreement_figures(bench: Bench) -> Family:
+def agreement_metrics(bench: Bench) -> Family:
     """Whether the images fit their texts, by the scorer."""
     scorer, options = bench.networks.scorer, bench.options
     if scorer is None:
         return [], ["CLIP score, R-precision and recall: no ranker was named (--clip)"]
     how = (options.top, options.among, options.seed)
-    found = agreement.figures(scorer, bench.generated, *how)
-    real = agreement.figures(scorer, bench.captioned, *how) if bench.captioned else {}
+    found = agreement.metrics(scorer, bench.generated, *how)
+    real = agreement.metrics(scorer, bench.captioned, *how) if bench.captioned else {}
     rows = []
     for name, (estimate, note) in found.items():
         best = real[name][0] if name in real else None
-        rows.append(figure_of(f"{name}[{scorer.name}]", estimate, True, scorer.name, note, best))
+        rows.append(metric_of(f"{name}[{scorer.name}]", estimate, True, scorer.name, note, best))
     alone = len(set(bench.generated.texts)) == 1
     return rows, ["R-precision and recall: they need at least 2 texts"] if alone else []
 
 
-def attributes_figures(bench: Bench) -> Family:
+def attributes_metrics(bench: Bench) -> Family:
     """Whether the images show what the titles name."""
     found = agreement.attribute_hits(bench, bench.generated)
     real = agreement.attribute_hits(bench, bench.captioned) if bench.captioned else {}
-    figures = []
+    metrics = []
     for name, (hits, network, note) in found.items():
         estimate = mean_estimate(hits.hits, bench.generated.resampling, is_share=True)
         best = None
         if name in real:
             best = mean_estimate(real[name][0].hits, bench.captioned.resampling, is_share=True)
         text = f"a blind guess: {hits.chance:.1%}" + (f"; {note}" if note else "")
-        figures.append(figure_of(name, estimate, True, network, text, best))
-    return figures, [] if found else ["attributes: no title names a category or a colour that can be checked"]
+        metrics.append(metric_of(name, estimate, True, network, text, best))
+    return metrics, [] if found else ["attributes: no title names a category or a colour that can be checked"]
 
 
-def diversity_figures(bench: Bench) -> Family:
+def diversity_metrics(bench: Bench) -> Family:
     """How different the images of one text are."""
-    figures = []
+    metrics = []
     for network in bench.networks.statistics:
         parts = [bench.generated, *([bench.captioned] if bench.captioned else [])]
         estimates = [
@@ -141,15 +141,15 @@ def diversity_figures(bench: Bench) -> Family:
             note = "mean 1 - cosine over pairs of images of one text"
             best = estimates[1] if len(estimates) > 1 else None
             name = name_on("diversity", network)
-            figures.append(figure_of(name, estimates[0], None, network.name, note, best))
-    return figures, [] if figures else ["diversity: no text has two images"]
+            metrics.append(metric_of(name, estimates[0], None, network.name, note, best))
+    return metrics, [] if metrics else ["diversity: no text has two images"]
 
 
-def memorisation_figures(bench: Bench) -> Family:
+def memorisation_metrics(bench: Bench) -> Family:
     """Whether images repeat training images."""
     if bench.train is None:
         return [], ["memorisation: no training images were named (--train-split)"]
-    figures = []
+    metrics = []
     hashes, main = PerceptualHash(), bench.networks.statistics[0]
     sample_views, real_views = (
         (part.features(hashes), part.features(hashes, mirrored=True))
@@ -170,11 +170,11 @@ def memorisation_figures(bench: Bench) -> Family:
         ),
     ]
     for nearest in found:
-        figures += _nearest_figures(bench, nearest)
-    return figures, []
+        metrics += _nearest_metrics(bench, nearest)
+    return metrics, []
 
 
-def _nearest_figures(bench: Bench, nearest: Nearest) -> list[Figure]:
+def _nearest_metrics(bench: Bench, nearest: Nearest) -> list[Metric]:
     copies = mean_estimate(nearest.copies, bench.generated.resampling, is_share=True)
     distance = mean_estimate(nearest.distances, bench.generated.resampling)
     note = (
@@ -182,11 +182,11 @@ def _nearest_figures(bench: Bench, nearest: Nearest) -> list[Figure]:
         f"{nearest.quantile:.1%} of the real held-out images are"
     )
     pairs = tuple(_pair(bench, nearest, found) for found in nearest.closest(bench.options.pairs))
-    share = Figure(
+    share = Metric(
         f"memorised[{nearest.measure}]", copies.interval, False, nearest.measure, copies.count, note,
         nearest.quantile, copies.by_prompt, copies.drawn, pairs,
     )  # fmt: skip
-    mean = Figure(
+    mean = Metric(
         f"nearest_distance[{nearest.measure}]", distance.interval, None, nearest.measure, distance.count,
         "mean distance to the nearest training image", nearest.real_mean, distance.by_prompt, distance.drawn,
     )  # fmt: skip
@@ -200,9 +200,9 @@ def _pair(bench: Bench, nearest: Nearest, found: Neighbour) -> Pair:
 
 
 FAMILIES: tuple[Callable[[Bench], Family], ...] = (
-    distribution_figures,
-    agreement_figures,
-    attributes_figures,
-    diversity_figures,
-    memorisation_figures,
+    distribution_metrics,
+    agreement_metrics,
+    attributes_metrics,
+    diversity_metrics,
+    memorisation_metrics,
 )

@@ -1,7 +1,7 @@
 """Intervals by bootstrap over prompts: the images of one prompt are no independent trials, the prompts are.
 
-Every figure is computed on the same drawings of prompts, which depend on the set of prompts and the seed alone, so the
-difference of two systems on the same prompts has a paired interval, whatever the figure. Efron and Tibshirani 1993,
+Every metric is computed on the same drawings of prompts, which depend on the set of prompts and the seed alone, so the
+difference of two systems on the same prompts has a paired interval, whatever the metric. Efron and Tibshirani 1993,
 chapters 8 (units that are drawn) and 10 (bias).
 """
 
@@ -62,15 +62,15 @@ class Resampling:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure before it has a name."""
+    """A metric before it has a name."""
 
     interval: Interval
     count: int
     """Images that it is over."""
     drawn: Floats = field(repr=False, compare=False)
-    """The figure on each drawing; NaN where a drawing has no image that counts."""
+    """The metric on each drawing; NaN where a drawing has no image that counts."""
     by_prompt: dict[str, float] = field(default_factory=dict, repr=False)
-    """Its mean over the images of each prompt, for figures that are means."""
+    """Its mean over the images of each prompt, for metrics that are means."""
 
 
 def interval_of(value: float, drawn: Floats, least: float = -np.inf, most: float = np.inf) -> Interval:

@@ -30,7 +30,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Figure:
+class Metric:
     """One line of the table."""
 
     name: str
@@ -43,13 +43,13 @@ class Figure:
     """Images that it is over."""
     note: str = ""
     real: float | None = None
-    """The same figure of real images; None where there is none."""
+    """The same metric of real images; None where there is none."""
     by_prompt: dict[str, float] = field(default_factory=dict, repr=False)
-    """Means over the images of each prompt, for figures that are means."""
+    """Means over the images of each prompt, for metrics that are means."""
     draws: NDArray | None = field(default=None, repr=False, compare=False)
-    """The figure on each drawing of the prompts; see `paired_difference`."""
+    """The metric on each drawing of the prompts; see `paired_difference`."""
     pairs: tuple[Pair, ...] = field(default=(), repr=False)
-    """Of memorisation figures: the nearest pairs."""
+    """Of memorisation metrics: the nearest pairs."""
 
     def to_json(self) -> dict[str, Any]:
         """Without drawings; an unknown end of the interval is null."""
@@ -59,10 +59,10 @@ class Figure:
         return {n: getattr(self, n) for n in names} | {"value": self.value.value} | values
 
 
-def paired_difference(a: Figure, b: Figure) -> Interval:
+def paired_difference(a: Metric, b: Metric) -> Interval:
     """a - b with a 95 % interval over the prompts, which both sets share.
 
-    Raises ValueError for different figures, or figures that were measured with other drawings.
+    Raises ValueError for different metrics, or metrics that were measured with other drawings.
     """
     if a.name != b.name or a.draws is None or b.draws is None or set(a.by_prompt) != set(b.by_prompt):
         raise ValueError(
@@ -78,14 +78,14 @@ def name_on(name: str, network: FeatureNetwork) -> str:
     return f"{name}[{network.name}]"
 
 
-def figure_of(
+def metric_of(
     name: str,
     estimate: Estimate,
     higher: bool | None,
     network: str,
     note: str = "",
     real: Estimate | None = None,
-) -> Figure:
+) -> Metric:
     value = None if real is None else real.interval.value
     interval, count = estimate.interval, estimate.count
-    return Figure(name, interval, higher, network, count, note, value, estimate.by_prompt, estimate.drawn)
+    return Metric(name, interval, higher, network, count, note, value, estimate.by_prompt, estimate.drawn)

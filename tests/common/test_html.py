@@ -28,7 +28,7 @@ def test_what_a_macro_returns_is_markup_and_a_string_is_not():
 
 def test_a_missing_value_is_an_error():
     with pytest.raises(UndefinedError, match="title"):
-        render("vq/templates/evaluate.html", ENGLISH, figures=[], rows=[], url=None)
+        render("vq/templates/evaluate.html", ENGLISH, metrics=[], rows=[], url=None)
 
 
 def test_every_template_compiles_and_is_used():

@@ -1,4 +1,4 @@
-"""The mean of generators: weights by hand, figures as the trainer's, and what cannot be averaged."""
+"""The mean of generators: weights by hand, metrics as the trainer's, and what cannot be averaged."""
 
 import json
 import shutil
@@ -44,7 +44,7 @@ def validation(run_dir: Path) -> dict[str, float]:
 
 
 def test_the_mean_is_the_mean_and_a_checkpoint_like_any_other(made, tmp_path, capsys):
-    figures = run(made, tmp_path / "mean", "first", "tuned")
+    metrics = run(made, tmp_path / "mean", "first", "tuned")
     first, tuned, mean = (
         read_weights(p / "latest") for p in (made / "first", made / "tuned", tmp_path / "mean")
     )
@@ -53,17 +53,17 @@ def test_the_mean_is_the_mean_and_a_checkpoint_like_any_other(made, tmp_path, ca
         torch.testing.assert_close(tensor, (first[name] + tuned[name]) / 2)
         moved += float((tuned[name] - first[name]).abs().sum())
     assert moved > 0
-    assert validation(tmp_path / "mean")["image_bits"] == figures["image_bits"]
+    assert validation(tmp_path / "mean")["image_bits"] == metrics["image_bits"]
     assert not (tmp_path / "mean" / "latest" / "training_state").exists()
     release([str(tmp_path / "mean"), str(tmp_path / "released")])
-    assert f"{figures['image_bits']:.4g}" in (tmp_path / "released" / "README.md").read_text("utf-8")
+    assert f"{metrics['image_bits']:.4g}" in (tmp_path / "released" / "README.md").read_text("utf-8")
 
 
-def test_figures_are_those_of_the_trainer(made, tmp_path):
-    figures = run(made, tmp_path / "mean", "first", "first")
+def test_metrics_are_those_of_the_trainer(made, tmp_path):
+    metrics = run(made, tmp_path / "mean", "first", "first")
     trained = validation(made / "first")
     for name in ("image_bits", "text_gain_bits"):
-        assert figures[name] == pytest.approx(trained[name], abs=2e-3)
+        assert metrics[name] == pytest.approx(trained[name], abs=2e-3)
 
 
 def test_what_cannot_be_averaged(made, tmp_path, capsys):

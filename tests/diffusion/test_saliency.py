@@ -47,7 +47,7 @@ class TestBorder:
         assert found[~true].mean() < 0.02
         assert np.abs(background_light(np.asarray(image, np.float32)) - np.floor(slope)).max() < 1.5
 
-    def test_the_figures_on_synthetic_products(self):
+    def test_the_metrics_on_synthetic_products(self):
         found = measure(MeasureOptions(num_images=30))
         assert found["all"]["iou"] >= 0.95 and found["all"]["white"] >= 0.995
         assert found["others"]["iou"] >= 0.98 and found["others"]["white"] >= 0.999

@@ -52,7 +52,7 @@ def test_arms_that_were_drawn_before(tmp_path, shards, judge_dir, ranker_dir, go
     assert found["systems"]["好"]["seconds_per_image"] == 0.5
     points = found["systems"]["bad"]["best_of"]["category right"]["points"]
     assert [p["width"] for p in points] == [1, 4] and points[0]["prompts"] == 12
-    by_pair = {(d["first"], d["second"], d["figure"].split("[")[0]): d for d in found["differences"]}
+    by_pair = {(d["first"], d["second"], d["metric"].split("[")[0]): d for d in found["differences"]}
     worse = by_pair["好", "bad", "category_right"]
     assert worse["value"]["value"] < -0.3 and worse["is_sure"], "half of the titles show another kind"
     same = [d["value"] for (a, b, _), d in by_pair.items() if (a, b) == ("好", "again")]

@@ -20,7 +20,7 @@ from evaluation.compare import arena_page
 from evaluation.compare.arena_plots import Point, pareto, write_plots
 from evaluation.compare.costs import Costs, read_costs
 from evaluation.human import Result, standings
-from evaluation.metrics.rows import Figure
+from evaluation.metrics.rows import Metric
 from evaluation.metrics.statistics import Interval
 
 ROOT = Path(arena_page.__file__).parent
@@ -119,15 +119,15 @@ def test_the_pareto_front_by_hand():
 
 def fake_match(language="en"):
     def system(name, seconds, hours, right, distance):
-        figures = tuple(
-            Figure(n, Interval(v, v - 0.1, v + 0.1), h, "judge", 4)
+        metrics = tuple(
+            Metric(n, Interval(v, v - 0.1, v + 0.1), h, "judge", 4)
             for n, v, h in (("category_right[judge]", right, True), ("frechet_distance[x]", distance, False))
         )
         return SimpleNamespace(
             spec=SimpleNamespace(name=name),
             seconds=seconds,
             costs=Costs(training_hours=hours),
-            figures=figures,
+            metrics=metrics,
         )
 
     systems = (

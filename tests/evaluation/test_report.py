@@ -35,7 +35,7 @@ def test_a_page_is_one_file_and_escapes_what_it_is_given(tmp_path):
     sections = [
         report.section(EVIL, report.facts({EVIL: EVIL}), report.note(EVIL)),
         report.prompt_grids([found], found.texts, 2, {found.samples[0].path: EVIL}),
-        report.figure(Image.new("L", (300, 90)), EVIL) + report.figure(Image.new("RGB", (8, 8)), EVIL),
+        report.captioned(Image.new("L", (300, 90)), EVIL) + report.captioned(Image.new("RGB", (8, 8)), EVIL),
         report.section("nothing", "", ""),
     ]
     text = report.write_page(tmp_path / "page.html", EVIL, sections, report.ENGLISH).read_text("utf-8")

@@ -6,21 +6,21 @@ import pytest
 import yaml
 
 from dalle.sampling import SamplingOptions
-from evaluation.compare.sweep_results import KNOBS, Trial, flags, mean_ranks, objective_figure, setting_name
-from evaluation.metrics.rows import Figure
+from evaluation.compare.sweep_results import KNOBS, Trial, flags, mean_ranks, objective_metric, setting_name
+from evaluation.metrics.rows import Metric
 from evaluation.metrics.statistics import Interval
 from evaluation.sweep import Options, main, search
 
 
-def figure(name: str, value: float, higher: bool | None = True) -> Figure:
-    return Figure(name, Interval(value, value, value), higher, "n", 4)
+def metric(name: str, value: float, higher: bool | None = True) -> Metric:
+    return Metric(name, Interval(value, value, value), higher, "n", 4)
 
 
 def trial(**values) -> Trial:
-    figures = {"frechet_distance[j]": figure("frechet_distance[j]", values["distance"], False)}
-    figures["category_right[j]"] = figure("category_right[j]", values["kind"])
-    figures["diversity[j]"] = figure("diversity[j]", 1.0, None)
-    return Trial(SamplingOptions(cfg_scale=values["cfg"]), figures)
+    metrics = {"frechet_distance[j]": metric("frechet_distance[j]", values["distance"], False)}
+    metrics["category_right[j]"] = metric("category_right[j]", values["kind"])
+    metrics["diversity[j]"] = metric("diversity[j]", 1.0, None)
+    return Trial(SamplingOptions(cfg_scale=values["cfg"]), metrics)
 
 
 def test_ranks_by_hand():
@@ -34,19 +34,19 @@ def test_ranks_by_hand():
 
 
 def test_what_decides_is_named():
-    figures = trial(cfg=1, distance=5, kind=0.2).figures
-    assert objective_figure(figures, "category_right").name == "category_right[j]"
-    assert objective_figure({"FID": figure("FID", 1, False)}, "frechet_distance").name == "FID"
-    with pytest.raises(ValueError, match=r"no figure 'clip_score' was measured .there are frechet_distance"):
-        objective_figure(figures, "clip_score")
+    metrics = trial(cfg=1, distance=5, kind=0.2).metrics
+    assert objective_metric(metrics, "category_right").name == "category_right[j]"
+    assert objective_metric({"FID": metric("FID", 1, False)}, "frechet_distance").name == "FID"
+    with pytest.raises(ValueError, match=r"no metric 'clip_score' was measured .there are frechet_distance"):
+        objective_metric(metrics, "clip_score")
     with pytest.raises(ValueError, match="neither better high nor low"):
-        objective_figure(figures, "diversity")
+        objective_metric(metrics, "diversity")
 
 
-def quality(sampling: SamplingOptions) -> dict[str, Figure]:
+def quality(sampling: SamplingOptions) -> dict[str, Metric]:
     """Best at cfg 4, top-p 0.9, temperature 0.9; top-k does nothing."""
     value = abs(sampling.cfg_scale - 4) + abs(sampling.top_p - 0.9) + abs(sampling.temperature - 0.9)
-    return {"frechet_distance[j]": figure("frechet_distance[j]", value, False)}
+    return {"frechet_distance[j]": metric("frechet_distance[j]", value, False)}
 
 
 @pytest.mark.parametrize("grid", ["one_by_one", "full"])

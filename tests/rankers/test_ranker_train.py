@@ -43,10 +43,10 @@ def losses(run_dir: Path) -> dict[int, float]:
 
 
 def test_it_learns_colours_and_kinds(shards, tmp_path):
-    figures = main(arguments(shards, tmp_path / "run", 60, "--ema-decay", "0.9", "--optim.lr", "3e-3"))
+    metrics = main(arguments(shards, tmp_path / "run", 60, "--ema-decay", "0.9", "--optim.lr", "3e-3"))
     trace = losses(tmp_path / "run")
     assert trace[60] < 0.6 * trace[1]
-    assert figures["kind_accuracy"] >= 0.8 and figures["recall@10"] > 0.6
+    assert metrics["kind_accuracy"] >= 0.8 and metrics["recall@10"] > 0.6
     ranker = load_ranker(tmp_path / "run")
     images = [draw(kind, "红色", 99 + i) for i, kind in enumerate(("鞋子", "杯子", "帽子"))]
     assert int(ranker.score("杯子", images).argmax()) == 1

@@ -6,7 +6,7 @@ from tiny_goods import COLORS, KINDS, draw
 
 from data_tools.shards.index import ShardIndex
 from rankers import load_ranker
-from rankers.retrieval import Pairs, caption_matches, chance_recall, load_pairs, recall_at, retrieval_figures
+from rankers.retrieval import Pairs, caption_matches, chance_recall, load_pairs, recall_at, retrieval_metrics
 from rankers.training.pairs import AttributeConfig
 
 
@@ -55,16 +55,16 @@ class Knowing:
         return float(self.pairs.labels[row] in text) + 0.5 * (not named or named[0] == color)
 
 
-def test_figures_of_a_perfect_and_of_a_random_ranker(shards, ranker_dir):
+def test_metrics_of_a_perfect_and_of_a_random_ranker(shards, ranker_dir):
     pairs = load_pairs(ShardIndex.open(shards, "val"), AttributeConfig(fact_fields=("label_zh", "color_zh")))
     assert len(pairs.captions) == 24 and set(pairs.labels) == set(KINDS)
-    perfect = retrieval_figures(Knowing(pairs), pairs, KINDS, tuple(COLORS))
+    perfect = retrieval_metrics(Knowing(pairs), pairs, KINDS, tuple(COLORS))
     assert perfect["kind_accuracy"] == perfect["color_accuracy"] == perfect["true@1"] == 1.0
-    random = retrieval_figures(load_ranker(ranker_dir), pairs, KINDS, tuple(COLORS))
+    random = retrieval_metrics(load_ranker(ranker_dir), pairs, KINDS, tuple(COLORS))
     assert set(random) == set(perfect) and random["recall@1"] < 0.6
     assert all(0 <= v <= 1 for v in random.values())
     bare = Pairs(pairs.images, pairs.captions, [""] * 24, [""] * 24, torch.zeros(24, 0, dtype=torch.long))
-    assert set(retrieval_figures(Knowing(pairs), bare, (), ())) == {"recall@1", "recall@5", "recall@10"}
+    assert set(retrieval_metrics(Knowing(pairs), bare, (), ())) == {"recall@1", "recall@5", "recall@10"}
 
 
 def test_unreadable_samples_are_left_out(tmp_path, capsys):

@@ -25,7 +25,7 @@ def network(tmp_path):
     return tmp_path / "network"
 
 
-def test_figures_and_page_worst_first(checkpoint, network, shards, tmp_path):
+def test_metrics_and_page_worst_first(checkpoint, network, shards, tmp_path):
     flags = [
         "--out",
         str(tmp_path / "out"),
@@ -36,12 +36,12 @@ def test_figures_and_page_worst_first(checkpoint, network, shards, tmp_path):
         "--device",
         "cpu",
     ]
-    figures = main([str(checkpoint), str(shards), *flags, "--show", "5", "--precision", "fp32"])
-    assert figures["pictures"] == 8
-    assert figures["perceptual_kind"].startswith("own features (label-trained")
-    assert 0 < figures["usage"] <= 1 and figures["encode_per_second"] > 0 and figures["decode_per_second"] > 0
+    metrics = main([str(checkpoint), str(shards), *flags, "--show", "5", "--precision", "fp32"])
+    assert metrics["pictures"] == 8
+    assert metrics["perceptual_kind"].startswith("own features (label-trained")
+    assert 0 < metrics["usage"] <= 1 and metrics["encode_per_second"] > 0 and metrics["decode_per_second"] > 0
     stored = read_json(tmp_path / "out" / "figures.json")
-    assert stored["psnr"] == figures["psnr"] and len(stored["codes_sha256"]) == 64
+    assert stored["psnr"] == metrics["psnr"] and len(stored["codes_sha256"]) == 64
 
     page = (tmp_path / "out" / "index.html").read_text()
     assert page.count("<figure>") == 5 and page.count("data:image/webp;base64,") == 10
@@ -57,22 +57,22 @@ def test_psnr_is_that_of_the_8_bit_images(checkpoint, shards, tmp_path, small_mo
     from data_tools.shards.loader import DecodeImage, eval_batches
 
     flags = ["--out", str(tmp_path / "out"), "--perceptual", "none", "--device", "cpu", "--precision", "fp32"]
-    figures = main([str(checkpoint), str(shards), *flags])
+    metrics = main([str(checkpoint), str(shards), *flags])
     images = next(eval_batches(ShardIndex.open(shards, "val"), DecodeImage(16, first_caption=True), 8))[
         "image"
     ]
     decoded = ImageTokenizer.from_pretrained(checkpoint).decode_ids(small_model.encode_ids(images))
     a, b = (np.asarray(levels(t), np.float64) for t in (images, decoded))
     expected = np.mean([10 * np.log10(255**2 / ((x - y) ** 2).mean()) for x, y in zip(a, b, strict=True)])
-    assert figures["psnr"] == pytest.approx(expected, abs=2e-3)
-    assert figures["perceptual"] is None and figures["perceptual_kind"] == "not measured"
+    assert metrics["psnr"] == pytest.approx(expected, abs=2e-3)
+    assert metrics["perceptual"] is None and metrics["perceptual_kind"] == "not measured"
 
 
 def test_a_missing_perceptual_network_is_said(checkpoint, shards, tmp_path, monkeypatch, capsys, no_imagenet):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     main([str(checkpoint), str(shards), "--out", "out", "--device", "cpu", "--limit", "3"])
-    assert "the perceptual figure is left out" in capsys.readouterr().out
+    assert "the perceptual metric is left out" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main([str(checkpoint), str(shards), "--out", "out", "--device", "cpu", "--perceptual", "lpips"])
     assert "no LPIPS weights" in capsys.readouterr().err
@@ -82,8 +82,8 @@ def test_other_sizes_and_plain_folders(checkpoint, tmp_path, make_sample):
     for i in range(4):
         (tmp_path / f"{i}.png").write_bytes(make_sample(i)["png"])
     flags = ["--out", str(tmp_path / "out"), "--perceptual", "none", "--device", "cpu", "--folder", "True"]
-    figures = main([str(checkpoint), str(tmp_path), *flags, "--image-size", "24", "--split", "train"])
-    assert figures["pictures"] == 3
+    metrics = main([str(checkpoint), str(tmp_path), *flags, "--image-size", "24", "--split", "train"])
+    assert metrics["pictures"] == 3
     page = (tmp_path / "out" / "index.html").read_text()
     assert page.count("<figure>") == 3
 

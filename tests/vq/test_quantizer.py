@@ -214,21 +214,21 @@ def test_kmeans_finds_well_separated_centres():
 def test_usage_perplexity_and_dead_codes_by_hand():
     usage = CodeUsage(4)
     usage.add(torch.tensor([[0, 1], [0, 1]]))
-    figures = usage.figures()
-    assert figures == {"usage": 0.5, "perplexity": pytest.approx(2.0), "dead_codes": 2.0}
+    metrics = usage.metrics()
+    assert metrics == {"usage": 0.5, "perplexity": pytest.approx(2.0), "dead_codes": 2.0}
     usage.add(torch.tensor([2, 3]))
-    assert usage.figures()["dead_codes"] == 0
+    assert usage.metrics()["dead_codes"] == 0
     usage.clear()
-    assert usage.figures()["usage"] == 0
+    assert usage.metrics()["usage"] == 0
 
 
 def test_usage_counts_the_codes_of_each_level():
     usage = CodeUsage(4, depth=2)
     usage.add(torch.tensor([[0 * 4 + 1, 3 * 4 + 1]]))
     assert usage.counts.tolist() == [1, 0, 0, 1, 0, 2, 0, 0]
-    figures = usage.figures()
-    assert figures["usage"] == 3 / 8 and figures["dead_codes"] == 5
-    assert figures["perplexity"] == pytest.approx(2**0.5)  # 2 and 1
+    metrics = usage.metrics()
+    assert metrics["usage"] == 3 / 8 and metrics["dead_codes"] == 5
+    assert metrics["perplexity"] == pytest.approx(2**0.5)  # 2 and 1
 
 
 def test_gumbel_starts_with_draws_that_say_something():

@@ -84,8 +84,8 @@ def test_every_quantizer_trains_and_lowers_the_loss(train, quantizer):
     )
     losses = [r["rec_loss"] for r in rows(run)]
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:3])
-    figures = rows(run, "val")[-1]
-    assert {"psnr", "usage", "perplexity", "dead_codes", "color_shift"} <= set(figures)
+    metrics = rows(run, "val")[-1]
+    assert {"psnr", "usage", "perplexity", "dead_codes", "color_shift"} <= set(metrics)
     assert ImageTokenizer.from_pretrained(run).config.quantizer == quantizer
 
 

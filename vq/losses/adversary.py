@@ -111,12 +111,12 @@ class Adversary:
         with autocast(self.world.device, self.precision):
             logits, features = self.model(view(leaf))
         loss = gen_loss = generator_loss(self.config.loss, logits)
-        figures = {"gen_loss": float(gen_loss.detach())}
+        metrics = {"gen_loss": float(gen_loss.detach())}
         if self.config.feature_weight:
             with torch.no_grad(), autocast(self.world.device, self.precision):
                 _, targets = self.model(view(images))
             matching = feature_matching_loss(targets, features)
-            figures["feature_loss"] = float(matching.detach())
+            metrics["feature_loss"] = float(matching.detach())
             loss = loss + self.config.feature_weight * matching
         (gradient,) = torch.autograd.grad(loss, leaf)
         weight = self.config.weight * factor * self.weight_scale
@@ -124,9 +124,9 @@ class Adversary:
             adaptive = adaptive_weight(
                 reconstruction, last_layer, rec_gradient, gradient, self.config.adaptive_cap
             )
-            figures["adaptive_weight"] = float(adaptive)
-            weight = weight * figures["adaptive_weight"]
-        return gradient * weight, figures
+            metrics["adaptive_weight"] = float(adaptive)
+            weight = weight * metrics["adaptive_weight"]
+        return gradient * weight, metrics
 
     def train_step(
         self, images: Tensor, reconstructions: Tensor, lr_share: float, step: int

@@ -1,4 +1,4 @@
-"""The whole measuring: figures that follow what was done to the images, and each bad input."""
+"""The whole measuring: metrics that follow what was done to the images, and each bad input."""
 
 import json
 import re
@@ -15,8 +15,8 @@ from evaluation.__main__ import main
 from evaluation.compare.parts import Part, rows_like
 from evaluation.metrics import agreement
 from evaluation.metrics.compute import (
-    Figure,
     MeasureOptions,
+    Metric,
     Networks,
     Reference,
     measure,
@@ -55,33 +55,33 @@ def half_wrong(tmp_path_factory) -> SampleSet:
 
 
 @pytest.fixture(scope="module")
-def figures(good, half_wrong, shards, networks, cache) -> tuple[dict[str, Figure], dict[str, Figure]]:
+def metrics(good, half_wrong, shards, networks, cache) -> tuple[dict[str, Metric], dict[str, Metric]]:
     both = []
     for samples in (good, half_wrong):
         found = measure(samples, Reference.open(str(shards), samples), networks, QUICK, cache)
-        both.append({figure.name: figure for figure in found})
+        both.append({metric.name: metric for metric in found})
     return both[0], both[1]
 
 
-def test_every_figure_says_what_it_depends_on(figures, good):
-    for figure in figures[0].values():
-        assert figure.count >= 1 and figure.network in (
+def test_every_metric_says_what_it_depends_on(metrics, good):
+    for metric in metrics[0].values():
+        assert metric.count >= 1 and metric.network in (
             "efficientnet_lite1",
             "judge",
             "pixels",
             "perceptual-hash",
         )
-        assert figure.value.low <= figure.value.value <= figure.value.high
-        assert json.loads(json.dumps(figure.to_json()))["name"] == figure.name
+        assert metric.value.low <= metric.value.value <= metric.value.high
+        assert json.loads(json.dumps(metric.to_json()))["name"] == metric.name
     assert settings_of(good) == {
         "set": "good", "pictures": 24, "prompts": 12, "seeds": [3], "guidance": [3.0], "rerank_width": 1,
         "reranker": None, "corrupt": 0,
     }  # fmt: skip
-    assert not {"FID", "KID", "IS"} & set(figures[0])
+    assert not {"FID", "KID", "IS"} & set(metrics[0])
 
 
-def test_images_of_another_kind_and_colour_are_seen(figures):
-    good, wrong = figures
+def test_images_of_another_kind_and_colour_are_seen(metrics):
+    good, wrong = metrics
     for name in ("category_right[judge]", "color_right[judge]", "color_right[pixels]"):
         assert good[name].value.value > 0.8, name
         assert wrong[name].value.value < 0.65, name
@@ -102,7 +102,7 @@ def test_a_better_set_is_nearer_to_the_real_one(shards, networks, cache, tmp_pat
     both = []
     for samples in (good, grey):
         found = measure(samples, Reference.open(str(shards), samples), networks, QUICK, cache)
-        both.append({figure.name: figure for figure in found})
+        both.append({metric.name: metric for metric in found})
     for name in ("frechet_distance[efficientnet_lite1]", "kernel_distance[efficientnet_lite1]"):
         assert both[1][name].value.value > 2 * both[0][name].value.value
         assert paired_difference(both[1][name], both[0][name]).low > 0
@@ -129,13 +129,13 @@ def test_copies_of_training_images_are_counted_and_shown(shards, networks, cache
     assert found["memorised[efficientnet_lite1]"].value.value >= 0.25
 
 
-def test_features_are_not_computed_twice(good, shards, networks, cache, figures, monkeypatch):
+def test_features_are_not_computed_twice(good, shards, networks, cache, metrics, monkeypatch):
     monkeypatch.setattr(type(networks.judge), "features", lambda self, images: pytest.fail("computed again"))
     measure(good, Reference.open(str(shards), good), networks, QUICK, cache)
 
 
 def test_agreement_with_a_scorer_that_knows(tmp_path):
-    """Images and texts as one-hot rows: every figure is 1 for matched and 0 for shifted pairs."""
+    """Images and texts as one-hot rows: every metric is 1 for matched and 0 for shifted pairs."""
 
     class Ranker:
         name, identity = "exact", "0" * 64
@@ -157,13 +157,13 @@ def test_agreement_with_a_scorer_that_knows(tmp_path):
 
         texts = [str((i + shift) % 12) for i in range(12)]
         part = Part(texts, ListedImages(images), Resampling(texts, 40), None)
-        found = agreement.figures(scorer, part, 5, 100, 0)
+        found = agreement.metrics(scorer, part, 5, 100, 0)
         assert found["clip_score"][0].interval.value == 100 * expected
         for name in ("r_precision_top5", "r_precision_1_of_12", "recall_at_1"):
             assert found[name][0].interval.value == expected, name
             assert found[name][0].count == 12
     alone = Part(["3"], ListedImages(images[3:4]), Resampling(["3"], 40), None)
-    assert list(agreement.figures(scorer, alone, 5, 100, 0)) == ["clip_score"]
+    assert list(agreement.metrics(scorer, alone, 5, 100, 0)) == ["clip_score"]
 
 
 def test_real_images_are_those_of_the_prompts_where_there_are():
@@ -173,10 +173,10 @@ def test_real_images_are_those_of_the_prompts_where_there_are():
     assert 2 not in rows_like(texts, ["x"], 9, 0)
 
 
-def test_figures_of_other_prompts_do_not_pair(figures):
+def test_metrics_of_other_prompts_do_not_pair(metrics):
     name = "category_right[judge]"
-    other = Figure(name, Interval(1, 1, 1), True, "x", 1, by_prompt={"z": 1.0}, draws=figures[0][name].draws)
-    for pair in ((figures[0][name], other), (figures[0][name], figures[0]["color_right[pixels]"])):
+    other = Metric(name, Interval(1, 1, 1), True, "x", 1, by_prompt={"z": 1.0}, draws=metrics[0][name].draws)
+    for pair in ((metrics[0][name], other), (metrics[0][name], metrics[0]["color_right[pixels]"])):
         with pytest.raises(ValueError, match="no paired difference"):
             paired_difference(*pair)
 
@@ -223,7 +223,7 @@ def test_the_command_writes_a_table_a_file_and_a_page(
     ):
         assert words in shown, words
     written = json.loads((out / "metrics.json").read_text("utf-8"))
-    by_name = {figure["name"]: figure for figure in written["figures"]}
+    by_name = {metric["name"]: metric for metric in written["figures"]}
     assert (
         by_name["category_right[judge]"]["seeds"] == [3] and by_name["category_right[judge]"]["count"] == 24
     )

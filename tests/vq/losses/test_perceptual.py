@@ -161,8 +161,8 @@ def test_train_perceptual_learns_names_itself_and_is_found_by_auto(
         "--device",
         "cpu",
     ]
-    figures = main(flags)
-    assert 0 <= figures["accuracy"] <= 1
+    metrics = main(flags)
+    assert 0 <= metrics["accuracy"] <= 1
     model = load_perceptual("auto")
     assert f"{target}-trained" in model.name
     assert model(torch.zeros(1, 3, 16, 16), torch.ones(1, 3, 16, 16)).shape == (1,)
