@@ -42,7 +42,7 @@ from dalle.inpaint import Source
 from dalle.lines import LineControl
 from dalle.pipeline import TextToImage, default_checkpoint
 from dalle.sampling import SamplingOptions
-from dalle.spread import DrawBatches, draw_on
+from dalle.spread import GenerateBatches, generate_on
 from data_tools.engine import EngineOptions
 from data_tools.images.decode import open_file as open_image
 from data_tools.images.line_drawings import LineMethod, extract, open_drawing
@@ -220,7 +220,7 @@ def origin(options: Options, pipeline: TextToImage) -> dict[str, Any]:
     }
 
 
-def draw_all(options: Options, pipeline: TextToImage, out: OutDirectory, num_texts: int) -> int:
+def generate_all(options: Options, pipeline: TextToImage, out: OutDirectory, num_texts: int) -> int:
     """Draws and writes everything; returns the number of images drawn now."""
     source, line, unused = make_source(options, pipeline), make_line(options, pipeline), Unused()
     if options.prompts_file:
@@ -243,8 +243,8 @@ def draw_all(options: Options, pipeline: TextToImage, out: OutDirectory, num_tex
     how = (options.seed, options.sampling, options.negative)
     if cluster := options.work.cluster:
         checkpoint = str(pipeline.directory.resolve())
-        work = DrawBatches(checkpoint, options.device, pipeline.fast, *how, source, line)
-        images = draw_on(cluster, work, requests, options.batch_size)
+        work = GenerateBatches(checkpoint, options.device, pipeline.fast, *how, source, line)
+        images = generate_on(cluster, work, requests, options.batch_size)
     else:
         images = pipeline.draw(requests, *how, options.batch_size, source, line)
     images = onto_white(images, options.whiten, options.white)
@@ -284,7 +284,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         out.origin = origin(options, pipeline)
         ranker = load_ranker_for(options, pipeline) if options.rank else None
         started = time.perf_counter()
-        drawn = draw_all(options, pipeline, out, num_texts)
+        drawn = generate_all(options, pipeline, out, num_texts)
         out.write_grid(options.num_images if options.prompts_file and 1 < options.num_images <= 16 else None)
         seconds = (time.perf_counter() - started) / max(1, drawn)
         say(f"{out.count} images in {out.path} | {drawn} drawn now, {seconds:.2f} s each | by {checkpoint}")

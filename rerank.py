@@ -71,7 +71,7 @@ class Options:
 ROUND = 8  # images of a text drawn before looking again
 
 
-def draw_until(options: Options, ranker: Any, out: OutDirectory) -> None:
+def generate_until(options: Options, ranker: Any, out: OutDirectory) -> None:
     """Draw on for every text, behind the images that stand, until enough pass or the budget is spent."""
     from dalle.sampling import SamplingOptions
 
@@ -166,7 +166,7 @@ def rank_all(options: Options, out: OutDirectory) -> dict[str, list[Ranked]]:
             f"`python -m rankers.calibrate --ranker {name}`"
         )
     if options.until:
-        draw_until(options, ranker, out)
+        generate_until(options, ranker, out)
     texts = rank(options, ranker)
     write_ranking(out.files, ranker, texts, options.top_k, options.min_percentile)
     report(options.out, ranker, texts)

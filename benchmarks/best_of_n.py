@@ -30,7 +30,7 @@ from data_tools.shards.index import ShardIndex
 from data_tools.shards.loader import IMAGE_SUFFIXES
 from evaluation import report
 from evaluation.compare.choice import Curve, check_independent, chosen_set, curve, judged, score_images
-from evaluation.compare.generating import Plan, common_texts, draw_into, some_of
+from evaluation.compare.generating import Plan, common_texts, generate_into, some_of
 from evaluation.compare.parts import Networks, generated_part, pixel_colors_of
 from evaluation.compare.systems import Setting, SystemSpec, open_system
 from evaluation.judges.goods import KIND, GoodsJudge
@@ -73,7 +73,7 @@ class Options:
     """How tokens are drawn."""
     batch_size: int = 16
     """Images drawn side by side; does not change them."""
-    draws: int = 4000
+    replicates: int = 4000
     """Drawings of the prompts for the intervals."""
     out: Path = Path("out/best_of_n")
     """Directory for images, results.json and report.html."""
@@ -85,7 +85,7 @@ class Options:
     def __post_init__(self) -> None:
         if self.num_images < 2:
             raise ValueError(f"num_images must be at least 2, not {self.num_images}")
-        if min(self.num_prompts, self.recolored) < 0 or self.batch_size < 1 or self.draws < 20:
+        if min(self.num_prompts, self.recolored) < 0 or self.batch_size < 1 or self.replicates < 20:
             raise ValueError(
                 "num_prompts and recolored must be 0 or more, batch_size at least 1, draws at least 20"
             )
@@ -149,13 +149,13 @@ def measure(
     options: Options, samples: SampleSet, networks: Networks, ranker: Any, lexicon: Lexicon
 ) -> tuple[SampleSet, list[Curve]]:
     """The scored images, and the curve of each measure at widths 1, 2, 4 ... num_images."""
-    part = generated_part(samples, options.draws, options.seed, options.cache)
+    part = generated_part(samples, options.replicates, options.seed, options.cache)
     scored = score_images(samples, ranker, part)
     widths = [w for w in (1, 2, 4, 8, 16, 32, 64) if w < options.num_images] + [options.num_images]
     train = ReferenceImages.of_split(options.data, options.train_split, 128) if options.train_split else None
     measured = pixel_colors_of(train, range(len(train)), options.cache) if train else None
     values = judged(networks, lexicon, part, measured)
-    how = (ranker.name, widths, options.draws, options.seed)
+    how = (ranker.name, widths, options.replicates, options.seed)
     curves = [curve(scored, name, found, *how) for name, found in values.items()]
     return scored, [c for c in curves if c is not None]
 
@@ -228,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> list[Curve]:
     if not usable:
         raise ValueError(f"no prompt can be drawn: {unusable[0]}")
     plan = Plan(tuple(usable), options.num_images)
-    samples = draw_into(options.out / "pictures", "generator", system, plan)
+    samples = generate_into(options.out / "pictures", "generator", system, plan)
     scored, curves = measure(options, samples, networks, ranker, lexicon)
     show(curves, options)
     for line in (*networks_note(networks), *verdicts(curves)):

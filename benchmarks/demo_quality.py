@@ -25,7 +25,7 @@ from common.progress import progress
 from common.tables import plain_console
 from dalle.pipeline import TextToImage
 from dalle.sampling import SamplingOptions
-from data_tools.synthetic.shards import COLORS, KINDS, draw_sample, prompt
+from data_tools.synthetic.shards import COLORS, KINDS, prompt, render_sample
 from evaluation import train_judge
 from evaluation.compare.parts import pixel_colors_of
 from evaluation.judges.goods import GoodsJudge
@@ -168,7 +168,7 @@ def best_of(
 
 def control(judges: Judges) -> list[Verdict]:
     """The judges on synthetic images they have not seen: nothing can be measured better than this."""
-    samples = [draw_sample(CONTROL_SEED, index) for index in range(NUM_CONTROL)]
+    samples = [render_sample(CONTROL_SEED, index) for index in range(NUM_CONTROL)]
     return judges.verdicts([(s.kind, s.color) for s in samples], [s.image for s in samples])
 
 

@@ -28,10 +28,10 @@ from dalle.sampling import (
     Generator,
     SamplingOptions,
     choose,
-    draw_noise,
     fill_rows,
     guidance_scale,
     guide,
+    gumbel_noise,
     noise_generator,
 )
 from rankers import default_ranker, load_ranker
@@ -96,7 +96,7 @@ def tokens_after(
     logits = engine.prefill(rows, cache)
     for n in range(num_tokens):
         if n % NOISE_CHUNK == 0:
-            noise = draw_noise(generators, engine.config.codebook_size, ids.device)
+            noise = gumbel_noise(generators, engine.config.codebook_size, ids.device)
         parts = logits[: len(ids) * len(sides)].float().chunk(len(sides))
         scale = guidance_scale(n, num_tokens, options.cfg_scale, options.cfg_schedule)
         chosen.append(

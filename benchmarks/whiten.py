@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from common.config import command, parse_options
-from data_tools.synthetic.shards import COLORS, KINDS, PATTERNS, draw_masked
+from data_tools.synthetic.shards import COLORS, KINDS, PATTERNS, render_masked
 from diffusion.saliency import open_saliency
 from diffusion.white_background import Whitener, WhitenOptions
 
@@ -43,7 +43,7 @@ def product(seed: int, index: int, background: str, size: int) -> tuple[Image.Im
     name = ("white", "grey")[index % 2] if background == "plain" else background
     color = str(rng.choice(list(COLORS)))
     pattern = str(rng.choice(list(PATTERNS), p=(0.6, 0.2, 0.2)))
-    image, cover = draw_masked(rng, str(rng.choice(list(KINDS))), color, pattern, name, size)
+    image, cover = render_masked(rng, str(rng.choice(list(KINDS))), color, pattern, name, size)
     return image, cover, "white on white" if color == name == "white" else "others"
 
 

@@ -23,10 +23,10 @@ from dalle.sampling import (
     NOISE_CHUNK,
     SamplingOptions,
     choose,
-    draw_noise,
     fill_rows,
     guidance_scale,
     guide,
+    gumbel_noise,
     noise_generator,
 )
 
@@ -208,9 +208,9 @@ class ContinuousBatcher:
         self.active += group
         for image in group:
             for _ in range(start // NOISE_CHUNK):  # noise of the positions before: generated, not used
-                draw_noise([image.generator], self.codebook_size, torch.device("cpu"))
+                gumbel_noise([image.generator], self.codebook_size, torch.device("cpu"))
             if start % NOISE_CHUNK:
-                self._draw_noise(image)
+                self._renew_noise(image)
 
     def _lines_of(self, rows: Sequence[tuple[_Image, int]], num_filled: int) -> Tensor | None:
         """Features (R, N, D) of the drawings of rows, with and without text alike; None where none has a drawing."""
@@ -221,8 +221,8 @@ class ContinuousBatcher:
         lines = torch.stack([none if lines is None else lines for lines in given])
         return fill_rows(lines, self.engine.row_multiple)[:num_filled]
 
-    def _draw_noise(self, image: _Image) -> None:
-        self.noise[image.slot] = draw_noise([image.generator], self.codebook_size, self.noise.device)[:, 0]
+    def _renew_noise(self, image: _Image) -> None:
+        self.noise[image.slot] = gumbel_noise([image.generator], self.codebook_size, self.noise.device)[:, 0]
 
     def _by_options(self) -> dict[SamplingOptions, list[_Image]]:
         groups: dict[SamplingOptions, list[_Image]] = {}
@@ -234,7 +234,7 @@ class ContinuousBatcher:
         """One token for each image: (B,) ids at their positions."""
         for image in images:
             if image.position % NOISE_CHUNK == 0:
-                self._draw_noise(image)
+                self._renew_noise(image)
         row_of = {(image, side): row for row, (image, side) in enumerate(self.rows)}
         logits = self.logits[[row_of[i, 0] for i in images]]  # (B, V)
         guided = logits

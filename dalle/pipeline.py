@@ -181,7 +181,7 @@ class TextToImage:
         return (
             image
             for batch in batches
-            for image in self._draw_batch(
+            for image in self._sample_batch(
                 batch, seed, options, null_ids, bool(negative.strip()), source, features
             )
         )
@@ -224,7 +224,7 @@ class TextToImage:
         config = self.config
         return sequence.null_captions(1, config.max_text_len, config.pad_id, self.device)
 
-    def _draw_batch(
+    def _sample_batch(
         self,
         batch: Sequence[Request],
         seed: int,

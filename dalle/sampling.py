@@ -160,7 +160,7 @@ def noise_generator(seed: int, index: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state[0]))
 
 
-def draw_noise(generators: Sequence[torch.Generator], vocab_size: int, device: torch.device) -> Tensor:
+def gumbel_noise(generators: Sequence[torch.Generator], vocab_size: int, device: torch.device) -> Tensor:
     """Gumbel noise for the next NOISE_CHUNK positions: (NOISE_CHUNK, B, V) float32.
 
     -log(-log(u)) of uniform numbers, five times as fast as PyTorch's exponential ones, which take two draws of doubles
@@ -195,11 +195,11 @@ def sample_ids(
     likelihoods. Nothing in the loop waits for the device.
     """
     with torch.inference_mode():
-        drawn = _draw(model, text_ids, null_ids, generators, options, canvas, lines)
+        drawn = _sample_codes(model, text_ids, null_ids, generators, options, canvas, lines)
     return Sampled(*(None if t is None else t.clone() for t in drawn))  # clones may take part in training
 
 
-def _draw(
+def _sample_codes(
     model: Generator,
     text_ids: Tensor,
     null_ids: Tensor,
@@ -229,7 +229,7 @@ def _draw(
     noise = _noise_from(generators, model.config.codebook_size, device, start)
     for n in range(start, num_tokens):
         if n > start and n % NOISE_CHUNK == 0:
-            noise = draw_noise(generators, model.config.codebook_size, device)
+            noise = gumbel_noise(generators, model.config.codebook_size, device)
         seen[n % JUDGED_CHUNK] = logits
         logits = seen[n % JUDGED_CHUNK]  # (R, V) float32
         scale = guidance_scale(n, num_tokens, options.cfg_scale, options.cfg_schedule)
@@ -300,8 +300,8 @@ def _noise_from(
 ) -> Tensor:
     """The chunk that holds position `start`; the chunks before it are drawn and dropped."""
     for _ in range(start // NOISE_CHUNK):
-        draw_noise(generators, vocab_size, torch.device("cpu"))
-    return draw_noise(generators, vocab_size, device)
+        gumbel_noise(generators, vocab_size, torch.device("cpu"))
+    return gumbel_noise(generators, vocab_size, device)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from data_tools.engine import RayCluster
 
 
 @dataclass
-class DrawBatches:
+class GenerateBatches:
     """Batches of requests to their images, those of `TextToImage.draw`; picklable."""
 
     checkpoint: str
@@ -36,15 +36,15 @@ class DrawBatches:
     def __call__(self, batches: Sequence[list[Request]]) -> list[list[GeneratedImage]]:
         if self._pipeline is None:  # once a process
             self._pipeline = TextToImage.from_pretrained(self.checkpoint, self.device, self.fast)
-        return [[replace(made, ids=made.ids.cpu()) for made in self._draw(batch)] for batch in batches]
+        return [[replace(made, ids=made.ids.cpu()) for made in self._generate(batch)] for batch in batches]
 
-    def _draw(self, batch: list[Request]) -> Iterator[GeneratedImage]:
+    def _generate(self, batch: list[Request]) -> Iterator[GeneratedImage]:
         options = (self.seed, self.sampling, self.negative, len(batch), self.source, self.line)
         return self._pipeline.draw(batch, *options)
 
 
-def draw_on(
-    cluster: RayCluster, draw: DrawBatches, requests: Iterable[Request], batch_size: int
+def generate_on(
+    cluster: RayCluster, draw: GenerateBatches, requests: Iterable[Request], batch_size: int
 ) -> Iterator[GeneratedImage]:
     """The images of `requests`, in order. Raises what a node could not do, once for all."""
     stream = iter(requests)

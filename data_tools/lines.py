@@ -88,7 +88,7 @@ class LinesConfig:
 
 
 @dataclass(frozen=True)
-class DrawLines:
+class ExtractLines:
     """Records to records with a drawing, or to problems; picklable."""
 
     method: str
@@ -170,7 +170,7 @@ def lines(config: LinesConfig) -> dict[str, Any]:
         del options[name]
     files = files_of(source)
     job = {"step": "lines", "source_format": source.format, "files": files, "options": options}
-    work = DrawLines(config.method, config.fit, Prepare(config.image, config.reader.max_image_bytes))
+    work = ExtractLines(config.method, config.fit, Prepare(config.image, config.reader.max_image_bytes))
     steps = Steps(work, lambda number, record, result: result, lambda record: None)
     workers = config.work.workers(config.workers)
     return rewrite(source, config.dst, job, steps, config.samples_per_shard, workers, _described)

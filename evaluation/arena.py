@@ -38,7 +38,7 @@ from evaluation.compare.generating import (
     SYSTEMS,
     Plan,
     caption_texts,
-    draw_into,
+    generate_into,
     prompt_texts,
     readable_texts,
 )
@@ -111,7 +111,7 @@ def parse_systems(options: Options) -> list[SystemSpec]:
     names = [spec.name for spec in specs]
     if not specs or len(set(names)) < len(names):
         raise ValueError("name the systems, each with a name of its own: --system early=runs/a late=runs/b")
-    drawn = next((spec for spec in specs if spec.is_drawn and spec.sampling), None)
+    drawn = next((spec for spec in specs if spec.is_made and spec.sampling), None)
     if drawn:
         raise ValueError(f"the images of system {drawn.name} exist already: leave ?... away")
     return specs
@@ -133,7 +133,7 @@ def generate_all(
     """
     usable, unusable = list(texts), []
     for spec in specs:
-        if not spec.is_drawn:
+        if not spec.is_made:
             system = open_system(spec, options.setting)
             usable, complaints = readable_texts(usable, system)
             unusable += complaints
@@ -146,12 +146,12 @@ def generate_all(
 
 def generate_one(options: Options, spec: SystemSpec, plan: Plan) -> SampleSet:
     """The images of a system, and what they took beside them."""
-    if spec.is_drawn:
+    if spec.is_made:
         return plan.of(SampleSet.from_out_dir(Path(spec.what), spec.name))
     folder = options.out / SYSTEMS / spec.name
     before = _size(folder / LIST)
     with peak_memory(options.device) as peak:
-        samples = draw_into(folder, spec.name, open_system(spec, options.setting), plan)
+        samples = generate_into(folder, spec.name, open_system(spec, options.setting), plan)
     if _size(folder / LIST) != before:
         costs = read_costs(spec.what, spec.loras)
         with OutputDirectory(folder) as files:
@@ -167,7 +167,7 @@ def _size(path: Path) -> int:
 def costs_of(options: Options, spec: SystemSpec) -> Costs:
     """As they were recorded beside the images, else by the checkpoint; hours as the user says."""
     folder = options.out / SYSTEMS / spec.name
-    recorded = not spec.is_drawn and (folder / COSTS).is_file()
+    recorded = not spec.is_made and (folder / COSTS).is_file()
     costs = read_costs(folder) if recorded else read_costs(spec.what, spec.loras)
     if spec.training_hours is not None:
         costs = replace(costs, training_hours=spec.training_hours, note="hours as given")
@@ -187,7 +187,7 @@ def measure_system(
 ) -> SystemResult:
     """Metrics of all images of a system, and curves of choosing among them."""
     metrics, left_out = measure_all(samples, reference, networks, options.measure, options.cache)
-    part = generated_part(samples, options.measure.draws, options.measure.seed, options.cache)
+    part = generated_part(samples, options.measure.replicates, options.measure.seed, options.cache)
     train = reference.train
     measured = pixel_colors_of(train, range(len(train)), options.cache) if train else None
     values = judged(networks, Lexicon.of_reference(reference.facts), part, measured)
@@ -196,7 +196,7 @@ def measure_system(
     scorer = scorer_of(samples, ranker)
     if not scorer:
         left_out.append("best of n: these images have no likelihoods, and no --ranker was named")
-    how = (options.widths if scorer else (1,), options.measure.draws, options.measure.seed)
+    how = (options.widths if scorer else (1,), options.measure.replicates, options.measure.seed)
     curves = [curve(samples, name, found, scorer, *how) for name, found in values.items()]
     known = tuple(c for c in curves if c)
     return SystemResult(

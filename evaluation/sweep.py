@@ -24,7 +24,7 @@ from common.output import OutputDirectory
 from dalle.pipeline import default_checkpoint
 from dalle.sampling import SamplingOptions
 from evaluation.compare.arena_results import Difference
-from evaluation.compare.generating import Plan, caption_texts, common_texts, draw_into, prompt_texts
+from evaluation.compare.generating import Plan, caption_texts, common_texts, generate_into, prompt_texts
 from evaluation.compare.sweep_results import KNOBS, Stage, Sweep, Trial, flags, mean_ranks, setting_name
 from evaluation.compare.systems import OwnSystem, Setting, SystemSpec, open_system
 from evaluation.metrics.compute import (
@@ -159,7 +159,7 @@ def run(options: Options) -> Sweep:
     def metrics_of(part: str, plan: Plan, sampling: SamplingOptions) -> tuple[SampleSet, dict[str, Metric]]:
         name = setting_name(sampling)
         own = OwnSystem(system.pipeline, options.seed, sampling, options.batch_size)
-        samples = draw_into(options.out / part / name, name, own, plan)
+        samples = generate_into(options.out / part / name, name, own, plan)
         metrics, _ = measure_all(
             samples, options.real_images(samples), networks, options.measure, options.cache
         )

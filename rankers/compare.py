@@ -58,10 +58,10 @@ class Options:
             raise ValueError(f"limit must be at least 2, not {self.limit}")
 
 
-def bootstrap_interval(hits: Tensor, draws: int = 1000, seed: int = 0) -> tuple[float, float]:
+def bootstrap_interval(hits: Tensor, replicates: int = 1000, seed: int = 0) -> tuple[float, float]:
     """95 % interval of the mean of hits (Q,), by drawing queries anew."""
     generator = torch.Generator().manual_seed(seed)
-    rows = torch.randint(len(hits), (draws, len(hits)), generator=generator)
+    rows = torch.randint(len(hits), (replicates, len(hits)), generator=generator)
     means = hits.float()[rows].mean(1)
     low, high = means.quantile(torch.tensor([0.025, 0.975])).tolist()
     return low, high

@@ -32,7 +32,7 @@ from data_tools.images.line_drawings import LINE_MEMBER, decode_lines, encode_li
 from data_tools.ingest.records import Record
 from data_tools.shards.image_shards import ShardWriter, add_to_dataset
 from data_tools.shards.index import ShardIndex, ShardSource
-from data_tools.shards.line_views import LineSource, draw_views, move_lines
+from data_tools.shards.line_views import LineSource, extract_views, move_lines
 from data_tools.shards.loader import IMAGE_SUFFIXES, Augment, CorruptSample, open_image
 
 Encode = Callable[[Tensor], np.ndarray]
@@ -193,7 +193,7 @@ def _image_batches(
             rngs = _generators(key, count)
             lines = move_lines(given, image.size, views.augment, rngs, views.image_size)
         else:
-            lines = draw_views(views.lines, [to_image(view) for view in seen])
+            lines = extract_views(views.lines, [to_image(view) for view in seen])
         return seen, encode_lines(lines)
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:

@@ -18,7 +18,7 @@ LineSource = Literal["none", "given", "canny", "xdog", "contour", "mixed"]
 Augment = Callable[[Image.Image, np.random.Generator], Image.Image]
 
 
-def draw_views(source: LineSource, views: Sequence[Image.Image]) -> np.ndarray:
+def extract_views(source: LineSource, views: Sequence[Image.Image]) -> np.ndarray:
     """A views (S, S) RGB -> their drawings below each other (A S, S) uint8; mixed: the methods in turn, canny first."""
     methods = METHODS if source == "mixed" else (source,)
     return np.concatenate([extract(view, methods[i % len(methods)]) for i, view in enumerate(views)])

@@ -42,11 +42,11 @@ __all__ = [
     "KINDS",
     "PATTERNS",
     "Sample",
-    "draw_goods",
-    "draw_masked",
-    "draw_sample",
     "ensure_synthetic",
     "prompt",
+    "render_goods",
+    "render_masked",
+    "render_sample",
     "write_caption",
 ]
 
@@ -102,7 +102,7 @@ class SyntheticOptions:
 # --- one sample -------------------------------------------------------------------------------------------
 
 
-def draw_sample(seed: int, index: int, image_size: int = 64) -> Sample:
+def render_sample(seed: int, index: int, image_size: int = 64) -> Sample:
     """Sample `index` of `seed`: the same whatever else was drawn before, the same scene at any size."""
     rng = np.random.default_rng((seed, index))
     kind, color = _pick(rng, KINDS), _pick(rng, COLORS)
@@ -110,7 +110,7 @@ def draw_sample(seed: int, index: int, image_size: int = 64) -> Sample:
     background = _pick(rng, BACKGROUNDS, (0.4, 0.3, 0.3))
     caption = write_caption(rng, kind, color, pattern, background)
     return Sample(
-        draw_goods(rng, kind, color, pattern, background, image_size),
+        render_goods(rng, kind, color, pattern, background, image_size),
         caption,
         kind,
         color,
@@ -119,14 +119,14 @@ def draw_sample(seed: int, index: int, image_size: int = 64) -> Sample:
     )
 
 
-def draw_goods(
+def render_goods(
     rng: np.random.Generator, kind: str, color: str, pattern: str, background: str, image_size: int = 64
 ) -> Image.Image:
     """An image of the named goods; the rest is drawn from `rng`. Raises ValueError for unknown names."""
-    return draw_masked(rng, kind, color, pattern, background, image_size)[0]
+    return render_masked(rng, kind, color, pattern, background, image_size)[0]
 
 
-def draw_masked(
+def render_masked(
     rng: np.random.Generator, kind: str, color: str, pattern: str, background: str, image_size: int = 64
 ) -> tuple[Image.Image, np.ndarray]:
     """The same image and the share of each pixel that the goods cover: (S, S) in [0, 1]; shadows are none of them."""
@@ -176,7 +176,7 @@ def _pick(rng: np.random.Generator, table: dict[str, Any], weights: tuple[float,
 
 def make_record(index: int, seed: int, image_size: int) -> Record:
     """Sample `index` of `seed` as WebP bytes with its caption and attributes."""
-    sample = draw_sample(seed, index, image_size)
+    sample = render_sample(seed, index, image_size)
     buffer = io.BytesIO()
     sample.image.save(buffer, "WEBP", quality=WEBP_QUALITY, method=2)
     meta = {
@@ -217,7 +217,7 @@ def ensure_synthetic(
         if not _is_whole(options):  # another process may have drawn them while this one waited
             print(f"synthetic images: drawing {num_train} + {num_val} into {options.dst}", flush=True)
             write_json(options.dst / RECIPE_FILE, recipe)
-            _draw_missing(options)
+            _render_missing(options)
     return options.dst
 
 
@@ -237,7 +237,7 @@ def drawing_fingerprint() -> str:
     """Changes when the drawing code, or Pillow's, draws other images or writes other captions."""
     digest = hashlib.sha256()
     for index in range(16):
-        sample = draw_sample(0, index, 32)
+        sample = render_sample(0, index, 32)
         digest.update(sample.image.tobytes() + sample.caption.encode())
     return digest.hexdigest()[:16]
 
@@ -272,7 +272,7 @@ def _expected_shards(options: SyntheticOptions) -> dict[str, int]:
     return counts
 
 
-def _draw_missing(options: SyntheticOptions) -> None:
+def _render_missing(options: SyntheticOptions) -> None:
     from common.progress import progress
 
     expected = _expected_shards(options)

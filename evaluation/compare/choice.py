@@ -123,7 +123,7 @@ def curve(
     values: Sequence[float],
     scorer: str,
     widths: Sequence[int],
-    draws: int = 2000,
+    replicates: int = 2000,
     seed: int = 0,
 ) -> Curve | None:
     """The curve of (N,) values; None where no prompt counts. Widths beyond the images of a prompt are left out.
@@ -136,7 +136,7 @@ def curve(
     fewest = min(len(group) for group in samples.by_prompt().values())
     widths = sorted({1, *(w for w in widths if w <= fewest)})
     rows = np.stack([values_by_prompt(samples, values, scorer, width) for width in widths])
-    resampling = Resampling(samples.texts, draws, seed)
+    resampling = Resampling(samples.texts, replicates, seed)
     found = np.asarray(values, np.float64)
     is_share = bool(np.isin(found[np.isfinite(found)], (0.0, 1.0)).all())
     estimates = [mean_estimate(row, resampling, is_share) for row in rows]

@@ -45,7 +45,7 @@ class Plan:
         return found.only(self.texts).first(self.num_images)
 
 
-def draw_into(directory: Path, name: str, system: System, plan: Plan) -> SampleSet:
+def generate_into(directory: Path, name: str, system: System, plan: Plan) -> SampleSet:
     """The planned images of `system`, those that `directory` lacks drawn now, in rounds of one progress bar.
 
     Raises ValueError when `directory` holds images of another checkpoint, seed or setting.

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -114,11 +114,11 @@ class Part:
         say(f"left out {int((~sound).sum())} of {len(self)} real images that cannot be read")
         return self.choice(np.flatnonzero(sound), 1)
 
-    def choice(self, rows: NDArray, draws: int) -> "Part":
+    def choice(self, rows: NDArray, replicates: int) -> "Part":
         """Some of the images, as a part of its own."""
         texts = [self.texts[i] for i in rows]
         whole, places = (self, rows) if self.whole is None else (self.whole, self.rows[rows])
-        return Part(texts, self.images, Resampling(texts, draws), self.cache, places, whole)
+        return Part(texts, self.images, Resampling(texts, replicates), self.cache, places, whole)
 
 
 @dataclass(frozen=True)
@@ -156,9 +156,9 @@ def rows_like(texts: Sequence[str], prompts: Sequence[str], count: int, seed: in
     return np.sort(np.random.default_rng(seed).permutation(captioned)[:count])
 
 
-def generated_part(samples: SampleSet, draws: int, seed: int, cache: Path | None = CACHE) -> Part:
+def generated_part(samples: SampleSet, replicates: int, seed: int, cache: Path | None = CACHE) -> Part:
     texts = [sample.text for sample in samples.samples]
-    return Part(texts, SampleImages(samples.samples), Resampling(texts, draws, seed), cache)
+    return Part(texts, SampleImages(samples.samples), Resampling(texts, replicates, seed), cache)
 
 
 def real_part(images: ReferenceImages, facts: Sequence[Facts] | None, cache: Path | None = CACHE) -> Part:
@@ -171,9 +171,11 @@ def real_part(images: ReferenceImages, facts: Sequence[Facts] | None, cache: Pat
 class MeasureOptions:
     """How metrics are computed."""
 
-    draws: int = 1000
+    EARLIER_NAMES: ClassVar = {"draws": "replicates", "set_draws": "set_replicates"}
+
+    replicates: int = 1000
     """Drawings of the prompts for intervals."""
-    set_draws: int = 100
+    set_replicates: int = 100
     """Drawings for the Frechet distance, each of which costs a decomposition."""
     seed: int = 0
     """Of the drawings, of R-precision's other texts and of choices among real images."""
@@ -189,9 +191,10 @@ class MeasureOptions:
     """Nearest training images that are kept to be looked at."""
 
     def __post_init__(self) -> None:
-        if self.draws < 20 or not 2 <= self.set_draws <= self.draws:
+        if self.replicates < 20 or not 2 <= self.set_replicates <= self.replicates:
             raise ValueError(
-                f"draws must be at least 20 and set_draws lie in [2, draws], not {self.draws}, {self.set_draws}"
+                f"replicates must be at least 20 and set_replicates lie in [2, replicates], not {self.replicates} "
+                f"and {self.set_replicates}"
             )
         if min(self.neighbours, self.top) < 1 or self.among < 2:
             raise ValueError("neighbours and top must be at least 1, among at least 2")
@@ -229,7 +232,7 @@ class Bench:
     ) -> None:
         self.reference, self.networks, self.options = reference, networks, options
         main = networks.statistics[0]
-        self.generated = generated_part(samples, options.draws, options.seed, cache)
+        self.generated = generated_part(samples, options.replicates, options.seed, cache)
         self.real = real_part(reference.real, reference.facts, cache).readable(main)
         self.train = real_part(reference.train, None, cache).readable(main) if reference.train else None
         rows = rows_like(self.real.texts, self.generated.texts, len(self.generated), options.seed)

@@ -101,7 +101,7 @@ class SystemSpec:
         return tuple(filter(None, self.sampling.get("lora", "").split(",")))
 
     @property
-    def is_drawn(self) -> bool:
+    def is_made(self) -> bool:
         """Whether its images exist already."""
         path = Path(self.what)
         if not path.is_dir() or (path / "config.json").is_file() or is_diffusion(path):

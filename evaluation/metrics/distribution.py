@@ -37,7 +37,7 @@ class Frechet:
         _, scales, axes = np.linalg.svd(centred, full_matrices=False)
         self.root = axes.T * scales  # (D, r)
 
-    def estimate(self, features: NDArray, resampling: Resampling, draws: int) -> Estimate:
+    def estimate(self, features: NDArray, resampling: Resampling, replicates: int) -> Estimate:
         """Of (N, D) features. Raises ValueError for fewer than two."""
         if len(features) < 2:
             raise ValueError(f"a covariance needs at least 2 images, not {len(features)}")
@@ -52,7 +52,7 @@ class Frechet:
             roots = np.sqrt(np.clip(np.linalg.eigvalsh(rows.T @ rows / (total - 1)), 0, None))
             return float(((mean - self.mean) ** 2).sum() + spread + self.trace - 2 * roots.sum())
 
-        return set_estimate(distance, resampling, draws, least=0.0)
+        return set_estimate(distance, resampling, replicates, least=0.0)
 
 
 def kernel_estimate(features: NDArray, real: NDArray, resampling: Resampling) -> Estimate:
@@ -103,7 +103,7 @@ def inception_estimate(probabilities: NDArray, resampling: Resampling) -> Estima
         mean = weights @ negative_entropy / total
         return float(np.exp(mean - (marginal * np.log(np.clip(marginal, 1e-16, None))).sum()))
 
-    return set_estimate(score, resampling, resampling.draws, least=1.0, most=p.shape[1])
+    return set_estimate(score, resampling, resampling.replicates, least=1.0, most=p.shape[1])
 
 
 def manifold_estimates(
@@ -136,7 +136,7 @@ def manifold_estimates(
         def share(weights: Floats, reached: NDArray = reached) -> float:
             return float((reached @ (weights > 0).astype(np.float32) > 0).mean())
 
-        found[name] = set_estimate(share, resampling, resampling.draws, 0.0, 1.0, rows)
+        found[name] = set_estimate(share, resampling, resampling.replicates, 0.0, 1.0, rows)
     return found
 
 

@@ -66,11 +66,11 @@ def _statistics(
     network: FeatureNetwork, part: Part, real: NDArray, options: MeasureOptions
 ) -> tuple[dict[str, Estimate], list[str]]:
     features, resampling = part.features(network), part.resampling
-    draws = min(options.set_draws, resampling.draws)
+    replicates = min(options.set_replicates, resampling.replicates)
     steps: list[tuple[str, Callable[[], dict[str, Estimate]]]] = [
         (
             "frechet_distance",
-            lambda: {"frechet_distance": Frechet(real).estimate(features, resampling, draws)},
+            lambda: {"frechet_distance": Frechet(real).estimate(features, resampling, replicates)},
         ),
         ("kernel_distance", lambda: {"kernel_distance": kernel_estimate(features, real, resampling)}),
         ("precision and recall", lambda: manifold_estimates(features, real, resampling, options.neighbours)),

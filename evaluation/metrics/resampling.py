@@ -17,16 +17,16 @@ Floats = NDArray[np.float64]
 
 
 class Resampling:
-    """How often every image counts in each of `draws` drawings of the prompts, with replacement.
+    """How often every image counts in each of `replicates` drawings of the prompts, with replacement.
 
     A set with a single prompt draws images instead.
     """
 
-    def __init__(self, texts: Sequence[str], draws: int = 1000, seed: int = 0) -> None:
+    def __init__(self, texts: Sequence[str], replicates: int = 1000, seed: int = 0) -> None:
         """`texts` (N,): the prompt of every image."""
         if not len(texts):
             raise ValueError("no images to measure")
-        self.texts, self.draws, self.seed = list(texts), draws, seed
+        self.texts, self.replicates, self.seed = list(texts), replicates, seed
         self.prompts = sorted(set(texts))  # the order of the images does not matter
         place = {text: i for i, text in enumerate(self.prompts)}
         self.prompt_of = np.array([place[text] for text in texts])
@@ -35,9 +35,9 @@ class Resampling:
         else:
             self.unit_of, units = self.prompt_of, len(self.prompts)
         rng = np.random.default_rng([seed, units])
-        drawn = rng.integers(0, units, (draws, units))
-        counts = np.zeros((draws, units), np.int64)
-        np.add.at(counts, (np.arange(draws)[:, None], drawn), 1)
+        drawn = rng.integers(0, units, (replicates, units))
+        counts = np.zeros((replicates, units), np.int64)
+        np.add.at(counts, (np.arange(replicates)[:, None], drawn), 1)
         self.counts = counts  # (draws, units)
 
     def __len__(self) -> int:
@@ -47,10 +47,10 @@ class Resampling:
     def unit(self) -> str:
         return "images" if len(self.prompts) == 1 else "prompts"
 
-    def weights(self, rows: NDArray | None = None, draws: int | None = None) -> Floats:
-        """(draws, N): how often each image counts; `rows`: of these images only."""
+    def weights(self, rows: NDArray | None = None, replicates: int | None = None) -> Floats:
+        """(replicates, N): how often each image counts; `rows`: of these images only."""
         units = self.unit_of if rows is None else self.unit_of[rows]
-        return self.counts[: draws or self.draws][:, units].astype(np.float64)
+        return self.counts[: replicates or self.replicates][:, units].astype(np.float64)
 
     def by_prompt(self, values: Floats) -> dict[str, float]:
         """Mean of the finite values (N,) of every prompt that has one."""
@@ -114,25 +114,25 @@ def mean_estimate(values: Floats, resampling: Resampling, is_share: bool = False
 def set_estimate(
     statistic: Callable[[Floats], float],
     resampling: Resampling,
-    draws: int,
+    replicates: int,
     least: float = -np.inf,
     most: float = np.inf,
     rows: NDArray | None = None,
 ) -> Estimate:
-    """A statistic of a whole set, `statistic(weights (N,)) -> float`, on the first `draws` drawings.
+    """A statistic of a whole set, `statistic(weights (N,)) -> float`, on the first `replicates` drawings.
 
     `rows`: the images that it looks at; all where None.
     """
     count = len(resampling) if rows is None else len(rows)
     value = statistic(np.ones(count))
-    drawn = np.array([statistic(weights) for weights in resampling.weights(rows, draws)])
+    drawn = np.array([statistic(weights) for weights in resampling.weights(rows, replicates)])
     return Estimate(interval_of(value, drawn, least, most), count, drawn)
 
 
-def difference(value_a: float, drawn_a: Floats, value_b: float, drawn_b: Floats) -> Interval:
+def difference(value_a: float, replicates_a: Floats, value_b: float, replicates_b: Floats) -> Interval:
     """a - b over the same drawings of the same prompts. Raises ValueError for other numbers of drawings."""
-    if len(drawn_a) != len(drawn_b):
+    if len(replicates_a) != len(replicates_b):
         raise ValueError(
-            f"{len(drawn_a)} and {len(drawn_b)} drawings do not pair: measure both with the same options"
+            f"{len(replicates_a)} and {len(replicates_b)} drawings do not pair: measure both with the same options"
         )
-    return interval_of(value_a - value_b, drawn_a - drawn_b)
+    return interval_of(value_a - value_b, replicates_a - replicates_b)

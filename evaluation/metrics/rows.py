@@ -46,7 +46,7 @@ class Metric:
     """The same metric of real images; None where there is none."""
     by_prompt: dict[str, float] = field(default_factory=dict, repr=False)
     """Means over the images of each prompt, for metrics that are means."""
-    draws: NDArray | None = field(default=None, repr=False, compare=False)
+    replicates: NDArray | None = field(default=None, repr=False, compare=False)
     """The metric on each drawing of the prompts; see `paired_difference`."""
     pairs: tuple[Pair, ...] = field(default=(), repr=False)
     """Of memorisation metrics: the nearest pairs."""
@@ -64,11 +64,16 @@ def paired_difference(a: Metric, b: Metric) -> Interval:
 
     Raises ValueError for different metrics, or metrics that were measured with other drawings.
     """
-    if a.name != b.name or a.draws is None or b.draws is None or set(a.by_prompt) != set(b.by_prompt):
+    if (
+        a.name != b.name
+        or a.replicates is None
+        or b.replicates is None
+        or set(a.by_prompt) != set(b.by_prompt)
+    ):
         raise ValueError(
             f"{a.name} and {b.name}, or their prompts, are not the same: they have no paired difference"
         )
-    return difference(a.value.value, a.draws, b.value.value, b.draws)
+    return difference(a.value.value, a.replicates, b.value.value, b.replicates)
 
 
 def name_on(name: str, network: FeatureNetwork) -> str:

@@ -15,7 +15,7 @@ from common.config import to_mapping
 from dalle.model import KIND, Dalle, ModelOptions
 from dalle.pipeline import TextToImage
 from dalle.text_tokenizer import TextTokenizer
-from data_tools.synthetic.shards import COLORS, KINDS, draw_goods, ensure_synthetic, prompt
+from data_tools.synthetic.shards import COLORS, KINDS, ensure_synthetic, prompt, render_goods
 from evaluation import train_judge
 from evaluation.judges.goods import GoodsJudge
 from rankers import load_ranker
@@ -74,7 +74,7 @@ def test_shares_count_what_is_right():
 
 def test_mistakes_and_only_they_are_framed():
     asked = [("tshirt", "red"), ("hat", "white")]
-    images = [draw_goods(np.random.default_rng(0), kind, color, "plain", "white") for kind, color in asked]
+    images = [render_goods(np.random.default_rng(0), kind, color, "plain", "white") for kind, color in asked]
     wrong = Verdict("hat", "white", "cup", "black")
     plain = np.asarray(
         verdict_grid(asked, images, [Verdict(*asked[0], *asked[0]), Verdict(*asked[1], *asked[1])])

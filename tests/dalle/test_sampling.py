@@ -12,10 +12,10 @@ from dalle.sampling import (
     Canvas,
     SamplingOptions,
     choose,
-    draw_noise,
     fill_rows,
     guidance_scale,
     guide,
+    gumbel_noise,
     keep_min_p,
     keep_top_k,
     keep_top_p,
@@ -80,7 +80,7 @@ def test_guidance_schedules():
 def test_draws_follow_the_tempered_distribution():
     options = SamplingOptions(temperature=0.7)
     generator = torch.Generator().manual_seed(0)
-    noise = draw_noise([generator] * 400, 4, torch.device("cpu")).flatten(0, 1)  # (25600, 4)
+    noise = gumbel_noise([generator] * 400, 4, torch.device("cpu")).flatten(0, 1)  # (25600, 4)
     ids = choose(LOGITS[:1].expand(len(noise), -1), noise, options)
     expected = (LOGITS[0] / 0.7).softmax(-1)
     shares = ids.bincount(minlength=4) / len(ids)
@@ -94,18 +94,20 @@ def test_temperature_zero_takes_the_likeliest():
 
 def test_noise_is_finite_and_of_gumbel(monkeypatch):
     cpu = torch.device("cpu")
-    noise = draw_noise([noise_generator(0, 0)], 1024, cpu).flatten().double()
+    noise = gumbel_noise([noise_generator(0, 0)], 1024, cpu).flatten().double()
     assert noise.mean().item() == pytest.approx(0.5772, abs=0.02)  # Euler's constant
     assert noise.var().item() == pytest.approx(math.pi**2 / 6, abs=0.05)
     for u in (0.0, 1 - 2.0**-24):
         monkeypatch.setattr(torch, "rand", lambda *size, u=u, generator: torch.full(size, u))
-        assert draw_noise([noise_generator(0, 0)], 2, cpu).isfinite().all()
+        assert gumbel_noise([noise_generator(0, 0)], 2, cpu).isfinite().all()
 
 
 def test_a_image_has_noise_of_its_own():
-    noise = [draw_noise([noise_generator(s, i)], 5, torch.device("cpu")) for s, i in ((0, 0), (0, 1), (1, 0))]
+    noise = [
+        gumbel_noise([noise_generator(s, i)], 5, torch.device("cpu")) for s, i in ((0, 0), (0, 1), (1, 0))
+    ]
     assert len({float(n[0, 0, 0]) for n in noise}) == 3
-    together = draw_noise([noise_generator(0, 0), noise_generator(0, 1)], 5, torch.device("cpu"))
+    together = gumbel_noise([noise_generator(0, 0), noise_generator(0, 1)], 5, torch.device("cpu"))
     assert torch.equal(together[:, 1], noise[1][:, 0]) and together.shape == (NOISE_CHUNK, 2, 5)
 
 
@@ -152,14 +154,14 @@ def draw(model, options: SamplingOptions, batch_size: int = 3, canvas: Canvas | 
 
 
 @torch.no_grad()
-def draw_uncached(model: Dalle, options: SamplingOptions, batch_size: int = 3) -> torch.Tensor:
+def sample_uncached(model: Dalle, options: SamplingOptions, batch_size: int = 3) -> torch.Tensor:
     """The same draws by a full forward pass a token."""
     text, null = texts(model, batch_size)
     generators = [noise_generator(5, i) for i in range(batch_size)]
     ids = torch.zeros(batch_size, 100, dtype=torch.long)
     for n in range(100):
         if n % NOISE_CHUNK == 0:
-            noise = draw_noise(generators, 24, torch.device("cpu"))
+            noise = gumbel_noise(generators, 24, torch.device("cpu"))
         with_text, without = model(text, ids).image[:, n], model(null, ids).image[:, n]
         scale = guidance_scale(n, 100, options.cfg_scale, options.cfg_schedule)
         ids[:, n] = choose(without + scale * (with_text - without), noise[n % NOISE_CHUNK], options)
@@ -175,7 +177,7 @@ def draw_uncached(model: Dalle, options: SamplingOptions, batch_size: int = 3) -
     ],
 )
 def test_cached_decoding_draws_what_uncached_passes_draw(model, options):
-    assert torch.equal(draw(model, options).ids, draw_uncached(model, options))
+    assert torch.equal(draw(model, options).ids, sample_uncached(model, options))
 
 
 def test_likelihoods_equal_those_of_a_full_pass(model):

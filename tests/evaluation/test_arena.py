@@ -9,7 +9,7 @@ from tiny_goods import COLORS, KINDS
 from evaluation.arena import join_systems, main
 
 TEXTS = [caption(kind, color) for kind in KINDS for color in COLORS]
-FEW = ["--measure.draws", "50", "--measure.set-draws", "10"]
+FEW = ["--measure.replicates", "50", "--measure.set-replicates", "10"]
 
 
 @pytest.fixture(scope="module")

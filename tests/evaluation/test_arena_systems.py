@@ -147,7 +147,7 @@ def test_any_other_pipeline_of_diffusers_is_a_system(tmp_path):
     pipeline.save_pretrained(str(tmp_path / "lcm"))
     Image.new("RGB", (8, 8)).save(tmp_path / "lcm" / "sample.png")
     spec = SystemSpec.parse(f"theirs={tmp_path / 'lcm'}?num_steps=2&cfg_scale=3")
-    assert not spec.is_drawn
+    assert not spec.is_made
     system = open_system(spec, Setting(3, device="cpu"))
     both = list(system.generate([Request("a red shoe", 0), Request("a red shoe", 1)]))
     assert both[0].image.size == (64, 64) and both[0].image.tobytes() != both[1].image.tobytes()

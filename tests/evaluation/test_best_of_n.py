@@ -15,7 +15,7 @@ from evaluation.reference import Facts
 def arguments(tmp_path, shards, judge_dir, ranker_dir, generator_dir, **changed):
     flags = {"data": shards, "judge": judge_dir, "ranker": ranker_dir, "checkpoint": generator_dir}
     flags |= {"out": tmp_path / "out", "cache": tmp_path / "cache", "num_prompts": 4, "num_images": 3}
-    flags |= {"batch_size": 6, "draws": 50, "device": "cpu"} | changed
+    flags |= {"batch_size": 6, "replicates": 50, "device": "cpu"} | changed
     return [word for n, v in flags.items() for word in (f"--{n.replace('_', '-')}", str(v))]
 
 

@@ -90,7 +90,8 @@ def test_a_whole_sweep(tmp_path, shards, judge_dir, generator_dir, capsys):
         "--prompts", str(tmp_path / "p.txt"), "--out", str(tmp_path / "sweep"), "--cache", str(tmp_path / "cache"),
         "--cfg-scales", "1", "3", "--temperatures", "1", "--top-ks", "0", "--top-ps", "0.5", "1",
         "--search-prompts", "2", "--report-prompts", "2", "--num-images", "2", "--batch-size", "4",
-        "--objectives", "frechet_distance", "--measure.draws", "40", "--measure.set-draws", "10", "--device", "cpu",
+        "--objectives", "frechet_distance", "--measure.replicates", "40", "--measure.set-replicates", "10",
+        "--device", "cpu",
     ]  # fmt: skip
     sweep = main(line)
     found = json.loads((tmp_path / "sweep" / "sweep.json").read_text("utf-8"))

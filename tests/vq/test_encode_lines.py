@@ -14,7 +14,7 @@ from data_tools.images.line_drawings import canny, decode_lines, encode_lines, e
 from data_tools.ingest.records import Record
 from data_tools.shards.image_shards import ShardWriter
 from data_tools.shards.index import ShardIndex
-from data_tools.shards.line_views import draw_views, move_lines
+from data_tools.shards.line_views import extract_views, move_lines
 from data_tools.shards.loader import CorruptSample, DecodeTokens, view_lines
 from vq.autoencoder import FastConfig
 from vq.encode_shards import Options, encode_shards
@@ -96,7 +96,7 @@ def test_lines_of_another_shape_are_corrupt():
 
 def test_views_of_one_method_and_a_drawing_at_another_size():
     views = [photo(0), photo(1)]
-    drawn = draw_views("contour", views)
+    drawn = extract_views("contour", views)
     assert np.array_equal(drawn[64:], extract(photo(1), "contour"))
     lines = canny(np.asarray(photo(0).resize((128, 128))))
     assert move_lines(lines, (64, 64), CropFlip(), iter(()), 32).shape == (32, 32)

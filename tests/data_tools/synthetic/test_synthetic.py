@@ -24,8 +24,8 @@ from data_tools.synthetic.shards import (
     KINDS,
     PATTERNS,
     VAL_START,
-    draw_goods,
-    draw_sample,
+    render_goods,
+    render_sample,
 )
 
 
@@ -45,8 +45,8 @@ def draw(dst: Path, **options) -> Path:
 
 
 def test_a_sample_depends_on_seed_and_index_alone():
-    first = [draw_sample(3, i) for i in range(12)]
-    again = [draw_sample(3, i) for i in reversed(range(12))][::-1]
+    first = [render_sample(3, i) for i in range(12)]
+    again = [render_sample(3, i) for i in reversed(range(12))][::-1]
     for a, b in zip(first, again, strict=True):
         assert a.image.tobytes() == b.image.tobytes()
         assert (a.caption, a.kind, a.color, a.pattern, a.background) == (
@@ -57,13 +57,14 @@ def test_a_sample_depends_on_seed_and_index_alone():
             b.background,
         )
     assert (
-        len({s.image.tobytes() for s in first} | {draw_sample(4, i).image.tobytes() for i in range(12)}) == 24
+        len({s.image.tobytes() for s in first} | {render_sample(4, i).image.tobytes() for i in range(12)})
+        == 24
     )
 
 
 @pytest.mark.parametrize("index", range(6))
 def test_the_scene_is_the_same_at_every_size(index):
-    small, large = draw_sample(0, index, 64), draw_sample(0, index, 128)
+    small, large = render_sample(0, index, 64), render_sample(0, index, 128)
     assert small.caption == large.caption and large.image.size == (128, 128)
     assert np.abs(pixels(small.image) - pixels(large.image.reduce(2))).mean() < 4.0
 
@@ -84,7 +85,7 @@ def test_goods_stay_in_the_frame(kind):
 def test_the_named_colour_is_the_commonest_on_the_goods(color):
     others = np.array([COLOR_RGB[c] for c in COLORS], dtype=np.float64)
     for kind in KINDS:
-        drawn = [draw_goods(np.random.default_rng(seed), kind, color, "plain", "grey") for seed in range(3)]
+        drawn = [render_goods(np.random.default_rng(seed), kind, color, "plain", "grey") for seed in range(3)]
         image = np.concatenate([pixels(picture) for picture in drawn])
         near = np.linalg.norm(image[:, :, None] - others, axis=3)
         hits = np.bincount(near.argmin(axis=2)[near.min(axis=2) < 45], minlength=len(others))
@@ -93,7 +94,7 @@ def test_the_named_colour_is_the_commonest_on_the_goods(color):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_white_goods_show_on_white_background(kind):
-    image = pixels(draw_goods(np.random.default_rng(1), kind, "white", "plain", "white"))
+    image = pixels(render_goods(np.random.default_rng(1), kind, "white", "plain", "white"))
     assert (image.mean(axis=2) < 225).mean() > 0.03
 
 
@@ -101,7 +102,8 @@ def test_white_goods_show_on_white_background(kind):
 def test_a_pattern_covers_less_than_half_of_the_goods(pattern):
     for kind in ("tshirt", "dress", "cup"):
         plain, patterned = (
-            pixels(draw_goods(np.random.default_rng(2), kind, "blue", p, "wood")) for p in ("plain", pattern)
+            pixels(render_goods(np.random.default_rng(2), kind, "blue", p, "wood"))
+            for p in ("plain", pattern)
         )
         goods = plain[..., 2] - plain[..., 0] > 60
         accent = goods & (np.abs(plain - patterned).max(axis=2) > 60)
@@ -110,7 +112,7 @@ def test_a_pattern_covers_less_than_half_of_the_goods(pattern):
 
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="'sofa' is none of tshirt"):
-        draw_goods(np.random.default_rng(0), "sofa", "red", "plain", "white")
+        render_goods(np.random.default_rng(0), "sofa", "red", "plain", "white")
 
 
 def test_captions_are_true_and_varied():
@@ -134,7 +136,7 @@ def test_captions_are_true_and_varied():
 
 
 def test_all_kinds_and_colours_occur_about_equally():
-    samples = [draw_sample(0, i, 16) for i in range(1000)]
+    samples = [render_sample(0, i, 16) for i in range(1000)]
     assert len({(s.kind, s.color) for s in samples}) == 100
     for key, table in (("kind", KINDS), ("color", COLORS)):
         counts = [sum(getattr(s, key) == name for s in samples) for name in table]
@@ -152,7 +154,7 @@ def test_shards_hold_the_samples(tmp_path):
     train, val = members(dst / "train-00000.tar"), members(dst / "val-00000.tar")
     assert len(train) == 3 * 40 and len(val) == 3 * 6
     for shard, key, index in ((train, "0000000007", 7), (val, f"{VAL_START + 2:010d}", VAL_START + 2)):
-        sample = draw_sample(0, index, 32)
+        sample = render_sample(0, index, 32)
         meta = json.loads(shard[f"{key}.json"])
         assert shard[f"{key}.txt"].decode() == sample.caption
         assert {k: meta[k] for k in ("kind", "color", "pattern", "ground", "label")} == {

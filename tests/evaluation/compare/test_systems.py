@@ -8,7 +8,7 @@ from common.out_directory import OutDirectory
 from dalle.pipeline import Request
 from dalle.sampling import SamplingOptions
 from evaluation.compare import systems
-from evaluation.compare.generating import Plan, common_texts, draw_into
+from evaluation.compare.generating import Plan, common_texts, generate_into
 from evaluation.compare.systems import AnySystem, Setting, SystemSpec, open_system
 from evaluation.sets import LIKELIHOOD, SampleSet
 
@@ -95,7 +95,7 @@ class TestDrawing:
     PLAN = Plan(("a", "bb"), 3)
 
     def test_a_killed_run_goes_on_and_ends_with_the_same_files(self, tmp_path):
-        whole = draw_into(tmp_path / "whole", "w", AnySystem(Painter(), "x", 3, {"cfg": 0.1}), self.PLAN)
+        whole = generate_into(tmp_path / "whole", "w", AnySystem(Painter(), "x", 3, {"cfg": 0.1}), self.PLAN)
         assert len(whole) == 6 and whole.texts == ["a", "bb"]
         system = AnySystem(Painter(), "x", 3, {"cfg": 0.1})
         with OutDirectory(tmp_path / "part", system.origin) as out:
@@ -104,35 +104,35 @@ class TestDrawing:
         with (tmp_path / "part" / "images.jsonl").open("a") as file:
             file.write('{"file": "0002.png", "te')
         painter = Painter()
-        found = draw_into(tmp_path / "part", "w", AnySystem(painter, "x", 3, {"cfg": 0.1}), self.PLAN)
+        found = generate_into(tmp_path / "part", "w", AnySystem(painter, "x", 3, {"cfg": 0.1}), self.PLAN)
         assert painter.calls == [("a", 3, 3, {"cfg": 0.1}), ("bb", 3, 3, {"cfg": 0.1})]
         for one, other in zip(whole.samples, found.samples, strict=True):
             assert (one.text, one.index) == (other.text, other.index)
             assert one.path.read_bytes() == other.path.read_bytes()
         again = Painter()
-        draw_into(tmp_path / "part", "w", AnySystem(again, "x", 3, {"cfg": 0.1}), self.PLAN)
+        generate_into(tmp_path / "part", "w", AnySystem(again, "x", 3, {"cfg": 0.1}), self.PLAN)
         assert again.calls == []
 
     def test_more_prompts_and_images_are_added_and_fewer_taken(self, tmp_path):
-        first = draw_into(tmp_path / "o", "o", AnySystem(Painter(), "x", 0, {}), Plan(("a",), 2))
+        first = generate_into(tmp_path / "o", "o", AnySystem(Painter(), "x", 0, {}), Plan(("a",), 2))
         before = {s.path: s.path.read_bytes() for s in first.samples}
-        more = draw_into(tmp_path / "o", "o", AnySystem(Painter(), "x", 0, {}), Plan(("c", "a"), 3))
+        more = generate_into(tmp_path / "o", "o", AnySystem(Painter(), "x", 0, {}), Plan(("c", "a"), 3))
         assert [(s.text, s.index) for s in more.samples] == [(t, i) for t in ("a", "c") for i in range(3)]
         assert {path: path.read_bytes() for path in before} == before
-        fewer = draw_into(tmp_path / "o", "o", AnySystem(Painter(), "x", 0, {}), Plan(("a",), 1))
+        fewer = generate_into(tmp_path / "o", "o", AnySystem(Painter(), "x", 0, {}), Plan(("a",), 1))
         assert len(fewer) == 1 and len(SampleSet.from_out_dir(tmp_path / "o")) == 6
 
     def test_images_of_another_setting_are_never_mixed_or_lost(self, tmp_path):
-        draw_into(tmp_path / "o", "o", AnySystem(Painter(), "x", 0, {"cfg": 1}), self.PLAN)
+        generate_into(tmp_path / "o", "o", AnySystem(Painter(), "x", 0, {"cfg": 1}), self.PLAN)
         before = (tmp_path / "o" / "images.jsonl").read_bytes()
         for identity, seed, sampling in [("y", 0, {"cfg": 1}), ("x", 1, {"cfg": 1}), ("x", 0, {"cfg": 2})]:
             with pytest.raises(ValueError, match="choose another --out, or remove"):
-                draw_into(tmp_path / "o", "o", AnySystem(Painter(), identity, seed, sampling), self.PLAN)
+                generate_into(tmp_path / "o", "o", AnySystem(Painter(), identity, seed, sampling), self.PLAN)
         assert (tmp_path / "o" / "images.jsonl").read_bytes() == before
 
     def test_our_generator_records_likelihoods(self, tmp_path, generator_dir):
         system = open_system(SystemSpec("ours", str(generator_dir)), Setting(batch_size=4, device="cpu"))
-        found = draw_into(tmp_path / "o", "ours", system, Plan(("白色的杯子",), 2))
+        found = generate_into(tmp_path / "o", "ours", system, Plan(("白色的杯子",), 2))
         assert all(LIKELIHOOD in s.scores and s.seconds > 0 for s in found.samples)
         assert found.settings["checkpoint"] == system.pipeline.sha256
 
@@ -143,7 +143,7 @@ class TestDrawing:
         assert usable == ["白色的杯子", "鞋" * 10_000] and len(complaints) == 1
 
     def test_a_drawn_set_must_have_all_images(self, tmp_path):
-        found = draw_into(tmp_path / "o", "o", AnySystem(Painter(), "x", 0, {}), self.PLAN)
+        found = generate_into(tmp_path / "o", "o", AnySystem(Painter(), "x", 0, {}), self.PLAN)
         with pytest.raises(ValueError, match="o has 3 images of 'a', 4 are needed"):
             Plan(("a",), 4).of(found)
         with pytest.raises(ValueError, match="o has 0 images of 'z'"):

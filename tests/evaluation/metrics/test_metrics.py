@@ -30,7 +30,7 @@ from evaluation.metrics.statistics import Interval
 from evaluation.sets import SampleSet
 from rankers import load_ranker
 
-QUICK = MeasureOptions(draws=60, set_draws=20)
+QUICK = MeasureOptions(replicates=60, set_replicates=20)
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +175,9 @@ def test_real_images_are_those_of_the_prompts_where_there_are():
 
 def test_metrics_of_other_prompts_do_not_pair(metrics):
     name = "category_right[judge]"
-    other = Metric(name, Interval(1, 1, 1), True, "x", 1, by_prompt={"z": 1.0}, draws=metrics[0][name].draws)
+    other = Metric(
+        name, Interval(1, 1, 1), True, "x", 1, by_prompt={"z": 1.0}, replicates=metrics[0][name].replicates
+    )
     for pair in ((metrics[0][name], other), (metrics[0][name], metrics[0]["color_right[pixels]"])):
         with pytest.raises(ValueError, match="no paired difference"):
             paired_difference(*pair)
@@ -203,7 +205,7 @@ def out(tmp_path) -> Path:
 
 
 def arguments(out: Path, shards: Path, cache: Path, *more: str) -> list[str]:
-    quick = ["--measure.draws", "40", "--measure.set-draws", "10", "--cache", str(cache)]
+    quick = ["--measure.replicates", "40", "--measure.set-replicates", "10", "--cache", str(cache)]
     return [str(out), "--reference", str(shards), *quick, *more]
 
 
@@ -272,7 +274,7 @@ def test_the_encoder_that_reranked_is_refused(out, shards, cache, judge_dir, ran
         (["--best-of", "9", "--judge", "JUDGE"], "best of 9 needs 9 images"),
         (["--best-of", "2", "--scorer", "x", "--judge", "JUDGE"], "no score 'x'"),
         (["--measure.near", "0", "--judge", "JUDGE"], "near must lie between 0 and 1"),
-        (["--measure.draws", "1", "--judge", "JUDGE"], "draws must be at least 20"),
+        (["--measure.replicates", "1", "--judge", "JUDGE"], "replicates must be at least 20"),
         (["--best-of", "-1"], "best_of must be 0"),
         (["--juge", "x"], "Unrecognized"),
     ],

@@ -25,7 +25,7 @@ def features(count: int, dim: int = 5, shift: float = 0.0, seed: int = 0) -> np.
 
 
 def test_a_drawing_takes_all_images_of_a_prompt():
-    resampling = Resampling(texts_of(12, 3), draws=50)
+    resampling = Resampling(texts_of(12, 3), replicates=50)
     weights = resampling.weights()
     assert weights.shape == (50, 12)
     assert (weights.reshape(50, 4, 3) == weights.reshape(50, 4, 3)[:, :, :1]).all()
