@@ -7,7 +7,7 @@
     python -m benchmarks.tokenizer_ablation --data DATA --rows base no_l2 adversary
 
 Every row trains train_vqgan.py into a run directory of its own, so an interrupted table goes on where it stopped. The
-perceptual column is measured with a network of another seed than the one trained with. Writes table.md for docs/LOG.md.
+perceptual column is measured with a network of another seed than the one trained with. Writes table.md for docs/log/.
 """
 
 from collections.abc import Sequence

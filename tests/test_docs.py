@@ -29,8 +29,6 @@ def commands() -> list[str]:
     """The lines of every shell block and `python ...` in running text; the log's commands are history."""
     found = []
     for page in PAGES:
-        if page.name == "LOG.md":
-            continue
         text = page.read_text("utf-8")
         for block in re.findall(r"```(?:bash|sh)\n(.*?)```", text, flags=re.S):
             found += block.replace("\\\n", " ").splitlines()
@@ -113,7 +111,7 @@ def test_every_program_is_shown():
 
 
 def test_every_page_has_a_twin_in_chinese():
-    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"LOG.md"}
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")}
     assert {path.name for path in CHINESE} == pages
 
 

@@ -1,6 +1,6 @@
 """Random weights in the published layouts, imported, against a second computation straight from those weights.
 
-The layouts were also run against the original code of the three projects (docs/LOG.md): codes equal, images to 3e-5.
+The layouts were also run against the original code of the three projects: codes equal, images to 3e-5.
 """
 
 import pickle
