@@ -237,7 +237,8 @@ class TestConfig:
 def test_every_command_that_is_advised_exists():
     """And takes the flags that are named beside it."""
     text = "".join(
-        (CONFIGS.parent / "data_tools" / f"{name}.py").read_text("utf-8") for name in ("checks", "doctor")
+        (CONFIGS.parent / "data_tools" / f"{name}.py").read_text("utf-8")
+        for name in ("report/checks", "doctor")
     )
     advised = re.findall(r"python -m (data_tools\.\w+)((?: --[\w.-]+| [\w{}./]+)*)", text)
     assert {module for module, _ in advised} >= {
@@ -247,7 +248,7 @@ def test_every_command_that_is_advised_exists():
         source = Path(importlib.import_module(module).__file__).read_text("utf-8")
         source += "".join(
             (CONFIGS.parent / "data_tools" / n).read_text("utf-8")
-            for n in ("prepare.py", "rules/__init__.py")
+            for n in ("ingest/prepare.py", "rules/__init__.py", "rules/images.py", "download/run.py")
         )
         for flag in re.findall(r"--([\w.-]+)", arguments):
             field = flag.rpartition(".")[2].replace("-", "_")

@@ -10,20 +10,20 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import evaluation
 from common.language import words_of
 from common.log import logged_hours
 from common.memory import peak_memory
 from common.output import OutputDirectory
 from evaluation.arena_table import main as table
 from evaluation.arena_table import to_markdown
-from evaluation.compare import arena_page
 from evaluation.compare.arena_plots import Point, pareto, write_plots
 from evaluation.compare.costs import Costs, read_costs
 from evaluation.human import Result, standings
 from evaluation.metrics.rows import Metric
 from evaluation.metrics.statistics import Interval
 
-ROOT = Path(arena_page.__file__).parent
+ROOT = Path(evaluation.__file__).parent
 
 
 def write(folder: Path, numbers: int = 0, **config) -> Path:
@@ -203,7 +203,13 @@ def test_the_table_by_hand(tmp_path, capsys):
 def test_every_word_of_the_page_has_a_translation():
     """Literals in calls of words(...), and keys and headers that reach it through a variable."""
     said = set()
-    for name in ("arena.py", "arena_page.py", "arena_table.py", "arena_plots.py"):
+    for name in (
+        "arena.py",
+        "arena_table.py",
+        "compare/arena_page.py",
+        "compare/arena_plots.py",
+        "compare/arena_results.py",
+    ):
         tree = ast.parse((ROOT / name).read_text("utf-8"))
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("words", "shown"):
@@ -211,7 +217,7 @@ def test_every_word_of_the_page_has_a_translation():
                     a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)
                 }
     titles = next(
-        node for node in ast.walk(ast.parse((ROOT / "arena_page.py").read_text("utf-8")))
+        node for node in ast.walk(ast.parse((ROOT / "compare/arena_page.py").read_text("utf-8")))
         if isinstance(node, ast.Dict) and any(getattr(k, "value", "") == "Summary" for k in node.keys)
     )  # fmt: skip
     said |= {key.value for key in titles.keys}

@@ -19,13 +19,13 @@ def arguments(tmp_path, shards, judge_dir, ranker_dir, generator_dir, **changed)
     return [word for n, v in flags.items() for word in (f"--{n.replace('_', '-')}", str(v))]
 
 
-def test_from_captions_to_the_bar(tmp_path, shards, judge_dir, ranker_dir, generator_dir, capsys):
+def test_from_captions_to_the_target(tmp_path, shards, judge_dir, ranker_dir, generator_dir, capsys):
     line = arguments(tmp_path, shards, judge_dir, ranker_dir, generator_dir)
     curves = main(line)
     assert [c.name for c in curves] == ["category right", "colour right", ALL_NAMED, "colour right, pixels"]
     assert all([p.width for p in c.points] == [1, 2, 3] and c.points[0].prompts == 4 for c in curves)
     shown = capsys.readouterr().out
-    assert shown.count("the bar") == 4 and "on fewer than 200 prompts" in shown
+    assert shown.count("the target") == 4 and "on fewer than 200 prompts" in shown
     found = json.loads((tmp_path / "out" / "results.json").read_text("utf-8"))
     assert found["prompts"] == 4 and set(found["curves"]) == {c.name for c in curves}
     assert (tmp_path / "out" / "report.html").read_text("utf-8").count("<polyline") == 4

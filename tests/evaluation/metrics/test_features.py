@@ -90,14 +90,14 @@ def test_what_was_computed_once_comes_from_disk(tmp_path):
 
 def test_batches_that_were_done_survive_a_kill(tmp_path):
     code = (
-        "import sys, os\nsys.path[:0] = ['tests', 'tests/evaluation']\n"
+        "import sys, os\nsys.path[:0] = ['tests', 'tests/evaluation', 'tests/evaluation/metrics']\n"
         "from pathlib import Path\nimport test_features as t\n"
         "class Killed(t.Counting):\n"
         "    def features(self, images):\n"
         "        if self.computed == 4: os.kill(os.getpid(), 9)\n"
         "        return super().features(images)\n"
         "n = Killed()\n"
-        "t.embed(n, t.ListedImages(t.images(8)), t.FeatureStore(n, Path(sys.argv[1])), 2)\n"
+        "t.embed(n, t.ListedImages(t.some_images(8)), t.FeatureStore(n, Path(sys.argv[1])), 2)\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True)
     assert done.returncode == -9, done.stderr.decode()[-2000:]

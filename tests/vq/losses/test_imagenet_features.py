@@ -99,7 +99,7 @@ def test_training_never_sees_the_network_of_the_judge():
     tried, wrong = 0, []
     for package in ("common", "data_tools", "vq", "dalle", "rankers", "diffusion", "gan", "serve"):
         for path in sorted((ROOT / package).rglob("*.py")):
-            if path == ROOT / "vq" / "imagenet_features.py":
+            if path == ROOT / "vq" / "losses" / "imagenet_features.py":
                 continue
             tried += 1
             tree = ast.parse(path.read_text("utf-8"))
