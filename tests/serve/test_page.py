@@ -74,7 +74,7 @@ def test_type_and_see_eight_images_then_repaint_one(page):
     page.wait_for_selector("#images img[src^='blob:']")  # an image that grows
     finished(page, 8)
     assert "8 张" in page.inner_text("#message")
-    page.click("#images metric:nth-child(2) img")
+    page.click("#images figure:nth-child(2) img")
     page.locator("#canvas").wait_for(state="visible")
     box = page.locator("#canvas").bounding_box()
     page.mouse.move(box["x"] + 40, box["y"] + 40)
