@@ -210,8 +210,8 @@ def write_demo_page(options: Options, rows: Sequence[Row]) -> Path:
 
 
 def first_to_last(folder: Path, most: int = SHOWN_STEPS) -> list[Path]:
-    """Grids of a training, evenly from the first to the last."""
-    found = sorted(folder.glob("*.png"))
+    """Grids of a training, evenly from the first to the last; maps of the loss beside them are left out."""
+    found = sorted(p for p in folder.glob("*.png") if not p.name.startswith("position_bits"))
     if len(found) <= most:
         return found
     return [found[round(i * (len(found) - 1) / (most - 1))] for i in range(most)]

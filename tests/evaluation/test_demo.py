@@ -23,6 +23,7 @@ def place(tmp_path, monkeypatch) -> Path:
         (tmp_path / name / "samples").mkdir(parents=True)
         for i in range(count):
             Image.new("RGB", (64, 32), (20 * i, 0, 0)).save(tmp_path / name / f"samples/grid_{i:08d}.png")
+            Image.new("L", (8, 8)).save(tmp_path / name / f"samples/position_bits_{i:08d}.png")
     for out in (tmp_path / "out", tmp_path / "out/trained"):
         out.mkdir()
         Image.new("RGB", (64, 32), "red").save(out / "ranked.png")
