@@ -23,6 +23,7 @@ BATCH = (
     16  # records a work package: 200 kB of images, so that the hand-over costs less than a tenth of the work
 )
 EXAMPLES = 3  # places that are named of each reason
+EARLIER_OPTIONS = {"picture": "image", "pictures": "images"}  # as the jobs of folders made before name them
 
 
 class Row(NamedTuple):
@@ -98,11 +99,11 @@ class ShardRun:
         Returns the content of report.json. Raises ValueError for what the user has to change.
         """
         done, begun = self.target.read_json(REPORT_FILE), self.target.read_json(JOB_FILE)
-        if begun is None and done and done.get("job") == self.job:
+        if begun is None and done and same_job(done.get("job"), self.job):
             self.target.remove(JOURNAL)
             say(f"{self.dst} is complete already, nothing to do")
             return done
-        if begun != self.job:
+        if not same_job(begun, self.job):
             self._start_afresh()
         self.journal = Journal(self.target)
         if self.journal.count:
@@ -237,6 +238,14 @@ class ShardRun:
         self.target.remove(JOURNAL)
         self.target.tidy()
         return report
+
+
+def same_job(before: dict[str, Any] | None, now: dict[str, Any]) -> bool:
+    """Whether a folder was made, or begun, by this job; its options may stand there under their earlier names."""
+    if before and "options" in before:
+        options = {EARLIER_OPTIONS.get(name, name): value for name, value in before["options"].items()}
+        before = before | {"options": options}
+    return before == now
 
 
 def reason_lines(report: dict[str, Any], hints: Mapping[str, str]) -> list[str]:

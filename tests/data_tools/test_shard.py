@@ -24,11 +24,12 @@ from make_sources import (
     write_webdataset,
 )
 
+from common.files import write_json
 from data_tools import shard as module
 from data_tools.images.decode import decode
 from data_tools.readers.detect import open_source
 from data_tools.shard import main
-from data_tools.shards.targets import LocalTarget
+from data_tools.shards.targets import REPORT_FILE, LocalTarget
 from data_tools.split import hash_split, split_unit
 
 ROOT = Path(__file__).parents[2]
@@ -198,6 +199,17 @@ def test_a_second_run_does_nothing(tmp_path, capsys):
     assert run(source, tmp_path / "out") == report
     assert "complete already" in capsys.readouterr().err
     assert times == {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
+
+
+def test_a_folder_made_before_options_were_renamed_is_complete(tmp_path, capsys):
+    source = write_t2i(tmp_path / "src")
+    report = run(source, tmp_path / "out")
+    options = report["job"]["options"]
+    earlier = {"picture" if name == "image" else name: value for name, value in options.items()}
+    write_json(tmp_path / "out" / REPORT_FILE, report | {"job": report["job"] | {"options": earlier}})
+    before = contents(tmp_path / "out")
+    run(source, tmp_path / "out")
+    assert "complete already" in capsys.readouterr().err and contents(tmp_path / "out") == before
 
 
 def test_other_options_or_data_need_a_word(tmp_path, capsys):
