@@ -1,4 +1,4 @@
-"""Draw images of a text.
+"""Generate images of a text.
 
     python generate.py "一件红色的连衣裙" 8 out/ --rank                   # best first, as rerank.py would order them
     python generate.py "一双黑色的鞋" 8 out/ --cfg-scale 4 --top-p 0.95 --seed 7
@@ -64,10 +64,10 @@ DEFAULT_TEXT = "一件红色的连衣裙"
 
 @dataclass(frozen=True)
 class Options:
-    """Draw images of a text."""
+    """Generate images of a text."""
 
     text: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TEXT")] = DEFAULT_TEXT
-    """What to draw; "" with --prompts-file."""
+    """What to generate; "" with --prompts-file."""
     num_images: Annotated[tyro.conf.Positional[int], tyro.conf.arg(metavar="NUM_IMAGES")] = 8
     """Images of each text."""
     out_dir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT_DIR")] = Path("out")
@@ -77,11 +77,11 @@ class Options:
     seed: int = 0
     """Seed of the images."""
     sampling: Annotated[SamplingOptions, tyro.conf.arg(name="")] = field(default_factory=SamplingOptions)
-    """How tokens are drawn."""
+    """How tokens are sampled."""
     negative: str = ""
     """What the images should not show: guidance leads away from it."""
     batch_size: int = 8
-    """Images drawn side by side; does not change them."""
+    """Images generated side by side; does not change them."""
     prompts_file: Path | None = None
     """Instead of the text: .txt (a text a line), .tsv (id<TAB>text), .csv or .jsonl; a run that was killed goes on."""
     prime: Path | None = None
@@ -221,7 +221,7 @@ def origin(options: Options, pipeline: TextToImage) -> dict[str, Any]:
 
 
 def generate_all(options: Options, pipeline: TextToImage, out: OutDirectory, num_texts: int) -> int:
-    """Draws and writes everything; returns the number of images drawn now."""
+    """Generates and writes everything; returns the number of images generated now."""
     source, line, unused = make_source(options, pipeline), make_line(options, pipeline), Unused()
     if options.prompts_file:
         prompts = usable(
@@ -238,7 +238,7 @@ def generate_all(options: Options, pipeline: TextToImage, out: OutDirectory, num
     if options.prompts_file and out.count:
         say(f"{out.count} images stand in {out.path}: going on behind them")
     if options.prompts_file and (leftovers := out.num_leftovers()):
-        say(f"note: {leftovers} images in {out.path} were drawn otherwise and give way to new ones")
+        say(f"note: {leftovers} images in {out.path} were generated otherwise and give way to new ones")
     stood, total = out.count, num_texts * options.num_images
     how = (options.seed, options.sampling, options.negative)
     if cluster := options.work.cluster:
@@ -246,14 +246,14 @@ def generate_all(options: Options, pipeline: TextToImage, out: OutDirectory, num
         work = GenerateBatches(checkpoint, options.device, pipeline.fast, *how, source, line)
         images = generate_on(cluster, work, requests, options.batch_size)
     else:
-        images = pipeline.draw(requests, *how, options.batch_size, source, line)
+        images = pipeline.generate_requests(requests, *how, options.batch_size, source, line)
     images = onto_white(images, options.whiten, options.white)
     for image in progress(images, total=total, initial=stood, unit="image"):
         out.add(image)
     if options.prompts_file:
         unused.report(options.prompts_file)
     if not out.count:
-        raise ValueError(f"{options.prompts_file} holds no text that can be drawn")
+        raise ValueError(f"{options.prompts_file} holds no text that can be generated")
     out.forget_leftovers()
     return out.count - stood
 
@@ -272,7 +272,7 @@ def rank_all(options: Options, ranker: Any, out: OutDirectory) -> None:
 
 @command
 def main(argv: Sequence[str] | None = None) -> Path:
-    """Draw; returns the out directory."""
+    """Generate; returns the out directory."""
     options = parse_options(Options, argv, description=__doc__)
     num_texts = count_prompts(options.prompts_file) if options.prompts_file else 1
     with OutDirectory(options.out_dir, label=options.label) as out:
@@ -287,7 +287,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
         drawn = generate_all(options, pipeline, out, num_texts)
         out.write_grid(options.num_images if options.prompts_file and 1 < options.num_images <= 16 else None)
         seconds = (time.perf_counter() - started) / max(1, drawn)
-        say(f"{out.count} images in {out.path} | {drawn} drawn now, {seconds:.2f} s each | by {checkpoint}")
+        say(
+            f"{out.count} images in {out.path} | {drawn} generated now, {seconds:.2f} s each | by {checkpoint}"
+        )
         if options.rank:
             rank_all(options, ranker, out)
     if not options.rank:

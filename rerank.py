@@ -1,9 +1,9 @@
-"""Order the images that generate.py drew: the best first, with what their scores mean.
+"""Order the images that generate.py made: the best first, with what their scores mean.
 
     python rerank.py                                     # out/, the ranker trained last
     python rerank.py out/ --ranker pretrained/goods-128/ranker --top-k 4
     python rerank.py out/ --min-percentile 20            # keeps nothing that real images would not pass
-    python rerank.py out/ --min-percentile 20 --until 4  # draws on until four pass, at most --budget images
+    python rerank.py out/ --min-percentile 20 --until 4  # generates until four pass, at most --budget images
 
 Writes ranking.json, ranked.png and copies rank00.png, rank01.png ... of the best; doing it again gives the same.
 """
@@ -45,11 +45,11 @@ class Options:
     min_percentile: float = 0.0
     """An image passes when it scores above this percentage of real images with their own captions; 0: all pass."""
     until: int = 0
-    """Draw on until this many images of every text pass; 0: draw none."""
+    """Generate until this many images of every text pass; 0: none more."""
     budget: int = 64
     """Images of a text in all at which --until gives up."""
     checkpoint: str = ""
-    """The generator that draws on for --until; empty: the newest one, else the one that ships."""
+    """The generator that goes on for --until; empty: the newest one, else the one that ships."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     precision: Precision = "auto"
@@ -66,13 +66,13 @@ class Options:
             raise ValueError(f"budget must be at least 1, not {self.budget}")
 
 
-# --- drawing on ----------------------------------------------------------------------------------------------------
+# --- generating more -----------------------------------------------------------------------------------------------
 
-ROUND = 8  # images of a text drawn before looking again
+ROUND = 8  # images of a text generated before looking again
 
 
 def generate_until(options: Options, ranker: Any, out: OutDirectory) -> None:
-    """Draw on for every text, behind the images that stand, until enough pass or the budget is spent."""
+    """Generate more for every text, behind the images that stand, until enough pass or the budget is spent."""
     from dalle.sampling import SamplingOptions
 
     rows = read_out_directory(options.out)
@@ -84,9 +84,9 @@ def generate_until(options: Options, ranker: Any, out: OutDirectory) -> None:
     out.continue_behind_all()
     sampling = from_mapping(SamplingOptions, origin["sampling"], where=f"{options.out}/images.jsonl")
     while requests := wanted(options, rank(options, ranker), read_out_directory(options.out)):
-        say(f"drawing {len(requests)} more images")
+        say(f"generating {len(requests)} more images")
         todo = [Request(text, index) for text, index in requests]
-        for image in pipeline.draw(todo, origin["seed"], sampling, origin["negative"], ROUND):
+        for image in pipeline.generate_requests(todo, origin["seed"], sampling, origin["negative"], ROUND):
             out.add(image)
     if out.count > len(rows):
         out.write_grid()
@@ -109,12 +109,10 @@ def wanted(options: Options, texts: dict[str, list[Ranked]], rows: Sequence[Row]
 
 
 def common_origin(rows: Sequence[Row], out: Path) -> dict[str, Any]:
-    """What all images share: seed, sampling, checkpoint. Raises ValueError where one run did not draw all."""
+    """What all images share: seed, sampling, checkpoint. Raises ValueError where one run did not make all."""
     origins = [{name: row.values.get(name) for name in ORIGIN} for row in rows]
     if any(origin != origins[0] for origin in origins) or "index" not in rows[0].values:
-        raise ValueError(
-            f"the images of {out} were not drawn by one run of generate.py: --until cannot go on"
-        )
+        raise ValueError(f"the images of {out} were not made by one run of generate.py: --until cannot go on")
     if origins[0]["source"]:
         raise ValueError(f"the images of {out} started from another image: --until cannot go on from there")
     if origins[0]["whiten"]:
@@ -134,7 +132,7 @@ def load_generator(options: Options, origin: dict[str, Any]) -> Any:
     pipeline = TextToImage.from_pretrained(checkpoint, options.device, fast)
     if pipeline.sha256 != origin["checkpoint"]:
         raise ValueError(
-            f"another generator than {checkpoint} drew the images of {options.out}: name it with --checkpoint"
+            f"another generator than {checkpoint} made the images of {options.out}: name it with --checkpoint"
         )
     return pipeline
 
@@ -155,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[Ranked]]:
 
 
 def rank_all(options: Options, out: OutDirectory) -> dict[str, list[Ranked]]:
-    """Draw what --until asks for, rank, write and show."""
+    """Generate what --until asks for, rank, write and show."""
     rows = read_out_directory(options.out)
     require_room(options, rows, out.files)
     name = options.ranker or str(default_ranker(made_by(rows)))

@@ -227,7 +227,7 @@ class GeneratorTask:
         return metrics | {f"image_bits_quarter_{i}": float(q.mean()) for i, q in enumerate(bits.chunk(4), 1)}
 
     def sample(self, step: int) -> dict[str, Image.Image]:
-        """A row of images a caption, drawn as generate.py draws them, and the bits of every image position."""
+        """A row of images a caption, made as generate.py makes them, and the bits of every image position."""
         options = self.options
         self.training.load_saved_weights_(self.finished)
         if not self.world.is_main:

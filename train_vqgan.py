@@ -418,7 +418,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     model = options.model_config
     if not (options.data or options.image_folder) and world.is_main:
         say(
-            "no --data given: training on the embedded default, product-like images drawn by data_tools.synthetic"
+            "no --data given: training on the embedded default, product-like images rendered by data_tools.synthetic"
         )
         ensure_synthetic(Path("data/synthetic"), image_size=model.image_size)
     world.barrier()

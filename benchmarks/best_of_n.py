@@ -70,11 +70,11 @@ class Options:
     seed: int = 0
     """Seed of the images and of which prompts."""
     sampling: Annotated[SamplingOptions, tyro.conf.arg(name="")] = field(default_factory=SamplingOptions)
-    """How tokens are drawn."""
+    """How tokens are sampled."""
     batch_size: int = 16
-    """Images drawn side by side; does not change them."""
+    """Images generated side by side; does not change them."""
     replicates: int = 4000
-    """Drawings of the prompts for the intervals."""
+    """Bootstrap replicates of the prompts for the intervals."""
     out: Path = Path("out/best_of_n")
     """Directory for images, results.json and report.html."""
     cache: Path = CACHE
@@ -87,7 +87,7 @@ class Options:
             raise ValueError(f"num_images must be at least 2, not {self.num_images}")
         if min(self.num_prompts, self.recolored) < 0 or self.batch_size < 1 or self.replicates < 20:
             raise ValueError(
-                "num_prompts and recolored must be 0 or more, batch_size at least 1, draws at least 20"
+                "num_prompts and recolored must be 0 or more, batch_size at least 1, replicates at least 20"
             )
 
 
@@ -226,9 +226,9 @@ def main(argv: Sequence[str] | None = None) -> list[Curve]:
     system = open_system(spec, setting)
     usable, unusable = common_texts(texts, [system])
     if not usable:
-        raise ValueError(f"no prompt can be drawn: {unusable[0]}")
+        raise ValueError(f"no prompt can be generated: {unusable[0]}")
     plan = Plan(tuple(usable), options.num_images)
-    samples = generate_into(options.out / "pictures", "generator", system, plan)
+    samples = generate_into(options.out / "images", "generator", system, plan)
     scored, curves = measure(options, samples, networks, ranker, lexicon)
     show(curves, options)
     for line in (*networks_note(networks), *verdicts(curves)):

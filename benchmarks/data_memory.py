@@ -3,7 +3,7 @@
     python -m benchmarks.data_memory                               # half an hour on two cores
     python -m benchmarks.data_memory --rows 1000 10000 --commands clean dedup
 
-Each command runs as a user runs it, in its own process on synthetic rows (drawn images of 64 pixels, each different).
+Each command runs as a user runs it, in its own process on synthetic rows (rendered images of 64 pixels, all different).
 No command holds images, so a row may add only what has to be known of every row: ids met before, hashes, lengths.
 Exit code 1 when a row adds more than its limit below. download fetches at most 10,000 rows from a server it starts.
 """

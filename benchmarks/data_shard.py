@@ -62,7 +62,7 @@ class BenchConfig:
     memory_rows: tuple[int, ...] = (1000, 10_000, 100_000)
     """Numbers of rows to take the peak memory at; the images are small there."""
     images: Path | None = None
-    """Source of real images to repeat; default: drawn ones with the detail of a photograph."""
+    """Source of real images to repeat; default: rendered ones with the detail of a photograph."""
     workers: int = 0
     """Processes; 0: one a processor."""
     out: Path | None = None
@@ -105,10 +105,10 @@ def real_images(source: Path, count: int) -> list[bytes]:
     return images
 
 
-def write_tsv(folder: Path, pictures: Sequence[bytes], rows: int) -> Path:
-    """An ECommerce-T2I source that repeats `images`; texts in another order than images."""
+def write_tsv(folder: Path, encoded_images: Sequence[bytes], rows: int) -> Path:
+    """An ECommerce-T2I source that repeats `encoded_images`; texts in another order than images."""
     folder.mkdir()
-    encoded = [base64.urlsafe_b64encode(data).decode() for data in pictures]
+    encoded = [base64.urlsafe_b64encode(data).decode() for data in encoded_images]
     with (
         (folder / "T2I_train.img.tsv").open("w") as images,
         (folder / "T2I_train.text.tsv").open("w") as texts,

@@ -8,7 +8,7 @@
 The floor of a step is the larger of two times: reading a buffer as large as all weights that it reads and the filled
 half of the cache, in bfloat16; and as many operations in square products of bfloat16, or of float32 where the machine
 has no bfloat16. A token's floor is that and its share of the operations of the text. All are done in turn with the
-drawing of whole images, and of each the fastest round counts: what a shared machine's memory gives for a
+sampling of whole images, and of each the fastest round counts: what a shared machine's memory gives for a
 millisecond is not what it gives for an image. dalle-pytorch 1.6.6 (26m, same widths and vocabularies, its cache
 repaired) takes part where it can be imported, see benchmarks/peer.py.
 """
@@ -52,7 +52,7 @@ class Options:
     sizes: tuple[SizeName, ...] = ("26m", "110m")
     """Rows of the size table."""
     batch_sizes: tuple[int, ...] = (1, 8)
-    """Images drawn side by side."""
+    """Images generated side by side."""
     cfg_scales: tuple[float, ...] = (1.0, 3.0)
     """1 is without guidance; else every image takes two rows."""
     contenders: tuple[Contender, ...] = ()
@@ -120,25 +120,25 @@ def floor(model: Dalle, rows: int, texts: int) -> Floor:
     return Floor(2 * (weights + cache), operations, text_operations)
 
 
-def our_drawing(
+def our_sampler(
     options: Options, model: Dalle, name: str, batch_size: int, cfg_scale: float
 ) -> Callable[[], Tensor]:
-    """Draws the tokens of `batch_size` images."""
+    """Samples the tokens of `batch_size` images."""
     engine, weights = name.rsplit("_", 1)
     decoder = prepare(model, FastOptions(engine, TYPES[weights]))
     text = torch.randint(1, TEXT_VOCAB, (batch_size, TEXT_LEN), device=options.device)
     null = sequence.null_captions(batch_size, TEXT_LEN, 0, options.device)
     sampling = SamplingOptions(cfg_scale=cfg_scale)
 
-    def draw() -> Tensor:
+    def generate() -> Tensor:
         return sample_ids(
             decoder, text, null, [noise_generator(0, i) for i in range(batch_size)], sampling
         ).ids
 
-    return draw
+    return generate
 
 
-def peer_drawing(options: Options, config: DalleConfig, batch_size: int, cfg_scale: float) -> Callable | None:
+def peer_sampler(options: Options, config: DalleConfig, batch_size: int, cfg_scale: float) -> Callable | None:
     """dalle-pytorch with the same widths and vocabularies; None where it is not installed."""
     if not peer.is_installed():
         return None
@@ -147,12 +147,12 @@ def peer_drawing(options: Options, config: DalleConfig, batch_size: int, cfg_sca
     return lambda: model.generate_images(text.clone(), filter_thres=0.9, cond_scale=cfg_scale, use_cache=True)
 
 
-def race(options: Options, drawings: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Seconds of the fastest drawing of each; one round warms up."""
-    best = dict.fromkeys(drawings, float("inf"))
+def race(options: Options, contenders: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Seconds of the fastest run of each; one round warms up."""
+    best = dict.fromkeys(contenders, float("inf"))
     for turn in range(options.rounds + 1):
-        for name, draw in drawings.items():
-            seconds = options.seconds(draw)
+        for name, generate in contenders.items():
+            seconds = options.seconds(generate)
             if turn:
                 best[name] = min(best[name], seconds)
     return best
@@ -164,19 +164,19 @@ def measure(options: Options, size: SizeName, batch_size: int, cfg_scale: float)
     config = ModelOptions(size=size, text_embed_dim=64).config(TEXT_VOCAB, 0, TEXT_LEN, CODES, GRID)
     model = Dalle(config).eval().to(options.device)
     rows = batch_size * (1 if cfg_scale == 1 else 2)
-    drawings: dict[str, Callable | None] = {}
+    samplers: dict[str, Callable | None] = {}
     for name in options.names:
         if name == "dalle_pytorch":
-            drawings[name] = peer_drawing(options, config, batch_size, cfg_scale) if size == "26m" else None
+            samplers[name] = peer_sampler(options, config, batch_size, cfg_scale) if size == "26m" else None
         else:
-            drawings[name] = our_drawing(options, model, name, batch_size, cfg_scale)
+            samplers[name] = our_sampler(options, model, name, batch_size, cfg_scale)
     least = floor(model, rows, batch_size + (cfg_scale != 1))
     limits = {
         "memory": least.reading(options),
         "operations": least.computing(options, least.operations),
         "text": least.computing(options, least.text_operations),
     }
-    best = race(options, limits | {name: draw for name, draw in drawings.items() if draw})
+    best = race(options, limits | {name: run for name, run in samplers.items() if run})
     memory, compute, text = (best.pop(name) / GRID**2 for name in limits)
     at_least = max(memory, compute) + text
     say(

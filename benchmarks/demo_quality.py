@@ -1,4 +1,4 @@
-"""How often the demo draws what it was asked for: 10 categories x 10 colours, best of 4 after reranking.
+"""How often the demo makes what it was asked for: 10 categories x 10 colours, best of 4 after reranking.
 
     python -m benchmarks.demo_quality                       # after make demo; also: make bench-demo
     python -m benchmarks.demo_quality --num-images 8 --cfg-scale 4 --checkpoint runs/dalle
@@ -62,9 +62,9 @@ class Options:
     seed: int = 0
     """Seed of the images."""
     batch_size: int = 20
-    """Images drawn side by side; does not change them."""
+    """Images generated side by side; does not change them."""
     sampling: Annotated[SamplingOptions, tyro.conf.arg(name="")] = field(default_factory=SamplingOptions)
-    """How tokens are drawn."""
+    """How tokens are sampled."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     judge: str = ""

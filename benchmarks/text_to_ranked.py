@@ -3,7 +3,7 @@
     python -m benchmarks.text_to_ranked                                   # the newest generator and ranker
     python -m benchmarks.text_to_ranked --checkpoint runs/dalle --ranker runs/ranker --device cuda
 
-A service's view: models are loaded and warm, every round takes a new seed, draws, decodes, scores, orders and writes
+A service's view: models are loaded and warm, every round takes a new seed, samples, decodes, scores, orders and writes
 rank00.png ... to a temporary folder. Prints the median and the slowest round, and where the time goes.
 """
 
@@ -33,9 +33,9 @@ class Options:
     """Time a text's way to ranked images."""
 
     text: str = "一件红色的连衣裙"
-    """What to draw."""
+    """What to generate."""
     num_images: int = 8
-    """Images, drawn side by side."""
+    """Images generated side by side."""
     checkpoint: str = ""
     """Generator; empty: the newest, else the one that ships."""
     ranker: str = ""

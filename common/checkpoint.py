@@ -176,7 +176,7 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
 
 def require_intact(directory: Path) -> None:
     """Raises ValueError where the weights are not those that config.json tells of: damaged on the way, or of another
-    model. Numbers that are merely wrong would draw without a word."""
+    model. Numbers that are merely wrong would generate without a word."""
     path, known = directory / "model.safetensors", read_json(directory / "config.json").get("sha256")
     if known and path.is_file() and sha256_file(path) != known:
         raise ValueError(

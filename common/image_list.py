@@ -56,7 +56,7 @@ def whole_lines(directory: Path, start: int = 0) -> Iterator[tuple[dict[str, Any
 
 
 def read_ranking(directory: Path) -> dict[str, Any]:
-    """What rerank.py wrote, {} where it did not run: `ranker`, and in `texts` the `images` of each with their `file`,
+    """What rerank.py wrote, {} where it did not run: `ranker`, and in `texts` the `pictures` of each with their `file`,
     `rank` and `score`. Raises ValueError for anything else."""
     path = directory / RANKING
     if not path.is_file():

@@ -1,9 +1,9 @@
-"""The mean of several generators' weights: often better than each of them, at no cost when drawing.
+"""The mean of several generators' weights: often better than each of them, at no cost when sampling.
 
     python -m dalle.average runs/dalle runs/dalle_tuned --target runs/dalle_mean --data data/mine_tokens
 
 For checkpoints of one descent: a generator and what it was fine-tuned to, or several fine-tunings of it (Wortsman et
-al. 2022, "Model soups"; of generators trained apart the mean is noise). All must draw the same codes from the same
+al. 2022, "Model soups"; of generators trained apart the mean is noise). All must sample the same codes from the same
 text tokens. Each of them and the mean are measured on the validation samples, so that a mean that does not pay is seen.
 """
 
@@ -74,7 +74,7 @@ def require_one_language(directories: Sequence[Path], texts: Sequence[str]) -> N
     cut = TextTokenizer.from_pretrained(first).encode(texts, 64).ids.tolist()
     for other in others:
         if ImageTokenizer.from_pretrained(other / "image_tokenizer").codes_sha256 != codes:
-            raise ValueError(f"{other} draws other image codes than {first}")
+            raise ValueError(f"{other} samples other image codes than {first}")
         if TextTokenizer.from_pretrained(other).encode(texts, 64).ids.tolist() != cut:
             raise ValueError(f"{other} cuts captions otherwise than {first}")
 

@@ -281,7 +281,7 @@ def image_tokenizer_of(imported: Imported, override: Path | None) -> ImageTokeni
             tokenizer = tokenizer_from_taming(weights, side)
     if (tokenizer.codebook_size, tokenizer.grid_size) != (config.codebook_size, config.grid_size):
         raise ValueError(
-            f"the generator draws {config.grid_size} x {config.grid_size} of {config.codebook_size} codes, the image "
+            f"the generator samples {config.grid_size} x {config.grid_size} of {config.codebook_size} codes, the image "
             f"tokenizer has {tokenizer.grid_size} x {tokenizer.grid_size} of {tokenizer.codebook_size}"
         )
     return tokenizer

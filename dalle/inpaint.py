@@ -1,6 +1,6 @@
 """Starting from an image: keep its upper rows, redraw what a mask covers, make variations, or keep its background.
 
-All of them keep some of the image's tokens and draw the others in raster order, so a new token is drawn to fit what
+All of them keep some of the image's tokens and sample the others in raster order, so a new token is sampled to fit what
 stands above it and to its left. It cannot know what is kept below or to its right: a hole is filled well where its
 upper and left borders say what belongs there, and can end in a seam at its lower and right borders. What is kept goes
 through the image tokenizer and loses what any reconstruction loses.

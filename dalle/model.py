@@ -178,7 +178,7 @@ class Dalle(nn.Module):
         """
         if image_ids.shape[1] != self.config.num_image_tokens:
             raise ValueError(
-                f"the model draws {self.config.num_image_tokens} image tokens, got {image_ids.shape[1]}"
+                f"the model samples {self.config.num_image_tokens} image tokens, got {image_ids.shape[1]}"
             )
         lines = None if drawings is None else self.line_features(drawings, has_drawing)
         x, table, mask = self._inputs(text_ids, image_ids[:, :-1], lines)  # (B, L, D)
@@ -234,7 +234,7 @@ class Dalle(nn.Module):
 
     @torch.no_grad()
     def decode_step(self, image_ids: Tensor, position: int | Tensor, cache: KVCache) -> Tensor:
-        """image_ids: (B,) long, the token just drawn at image index `position` -> logits (B, V) of the next.
+        """image_ids: (B,) long, the token just sampled at image index `position` -> logits (B, V) of the next.
 
         `position` as an int reads the filled part of the cache alone; as a 0-d long tensor it keeps every shape
         constant, for `torch.compile` and CUDA graphs; as (B,) long each row stands at a position of its own.

@@ -53,7 +53,7 @@ class GeneratedImage:
     ids: Tensor
     """(N,) long, its image tokens."""
     log_likelihood: float
-    """log p(image | text) in nats, over the tokens that were drawn."""
+    """log p(image | text) in nats, over the tokens that were sampled."""
     null_log_likelihood: float | None
     """log p(image | no text); None without guidance or with a negative prompt."""
     seconds: float
@@ -85,7 +85,7 @@ class TextToImage:
         self.line_encoder: LineEncoder | None = getattr(generator, "line_encoder", None)
         if image_tokenizer.codebook_size != self.config.codebook_size:
             raise ValueError(
-                f"the generator draws from {self.config.codebook_size} image codes, the image tokenizer has "
+                f"the generator samples from {self.config.codebook_size} image codes, the image tokenizer has "
                 f"{image_tokenizer.codebook_size}: they do not belong together"
             )
 
@@ -153,9 +153,9 @@ class TextToImage:
         if num_images < 1:
             raise ValueError(f"num_images must be at least 1, not {num_images}")
         requests = (Request(text, i) for text in texts for i in range(num_images))
-        return self.draw(requests, seed, options, negative, batch_size, source, line)
+        return self.generate_requests(requests, seed, options, negative, batch_size, source, line)
 
-    def draw(
+    def generate_requests(
         self,
         requests: Iterable[Request],
         seed: int,
@@ -192,7 +192,7 @@ class TextToImage:
         encoded = self.text_tokenizer.encode([text], limit)
         shown = text if len(text) <= 40 else f"{text[:40]}..."
         if encoded.num_pieces == 0:
-            raise ValueError(f"the text {shown!r} is empty: say what to draw")
+            raise ValueError(f"the text {shown!r} is empty: say what to generate")
         if encoded.num_unknown == encoded.num_pieces:
             raise ValueError(
                 f"the text {shown!r} holds only characters that the text tokenizer does not know"

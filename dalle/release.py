@@ -61,7 +61,7 @@ class Options:
     precision: Precision = "float16"
     """Numbers that weights are kept in."""
     image_tokenizer: str = ""
-    """Tokenizer to draw through, of the same codes: one whose decoder was tuned since; empty: the generator's own."""
+    """Tokenizer to decode through, of the same codes: one whose decoder was tuned since; empty: the generator's own."""
     card: Card = field(default_factory=Card)
     """What the card says."""
 
@@ -112,7 +112,7 @@ def require_image(grid: Path) -> None:
 
 
 def decoder_of(image_tokenizer: str, directory: Path) -> Path:
-    """The tokenizer's directory. Raises ValueError when its codes are not those that the generator draws."""
+    """The tokenizer's directory. Raises ValueError when its codes are not those that the generator samples."""
     found = resolve(image_tokenizer)
     if not (directory / TOKENIZER).is_dir():
         raise ValueError(f"{directory} is no generator with an image tokenizer: leave --image-tokenizer out")

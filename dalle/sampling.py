@@ -1,10 +1,10 @@
-"""Drawing image tokens: small pure functions from logits to an id, and the loop that puts them in a row.
+"""Sampling image tokens: small pure functions from logits to an id, and the loop that puts them in a row.
 
 Guidance: Ho and Salimans 2022, equation 6, on logits. Top-k: Fan et al. 2018; top-p: Holtzman et al. 2020; min-p:
 Nguyen et al. 2024. A draw is the Gumbel-max trick: argmax(logits + noise) has the distribution softmax(logits), needs
 no cumulative sum, and a rounding error changes a draw only where two tokens all but tie.
 
-Image i of seed s is the same in whatever company it is drawn: its noise comes from a generator of its own, and rows
+Image i of seed s is the same in whatever batch it is generated: its noise comes from a generator of its own, and rows
 are filled up to a multiple where matrix products would round differently for odd row counts. On a GPU that holds for
 one batch size: for another number of rows its libraries may take another product, which rounds otherwise.
 """
@@ -26,7 +26,7 @@ ROW_BLOCK = (
 )
 LEAST_TEMPERATURE = 1e-6  # colder is the likeliest token, and logits divided by it would leave float32
 MOST_GUIDANCE = 1000.0
-NOISE_CHUNK = 64  # positions whose noise is drawn at once; part of what a seed means
+NOISE_CHUNK = 64  # positions whose noise is made at once; part of what a seed means
 JUDGED_CHUNK = 16  # positions whose likelihoods are computed at once: small operations cost too much
 
 Schedule = Literal["constant", "linear", "cosine"]
@@ -34,7 +34,7 @@ Schedule = Literal["constant", "linear", "cosine"]
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How a token is drawn from the model's logits."""
+    """How a token is sampled from the model's logits."""
 
     temperature: float = 1.0
     """Divides the logits; 0 always takes the likeliest token."""
@@ -81,7 +81,7 @@ class Generator(Protocol):
 
 @dataclass(frozen=True)
 class Sampled:
-    """Drawn token grids and what the model thought of them, summed over the positions that were drawn."""
+    """Sampled token grids and what the model thought of them, summed over the positions that were sampled."""
 
     ids: Tensor  # (B, N) long
     log_likelihood: Tensor  # (B,) float32: log p(image | text), without guidance, temperature or filters
@@ -188,7 +188,7 @@ def sample_ids(
     canvas: Canvas | None = None,
     lines: LineFeatures | None = None,
 ) -> Sampled:
-    """Draw a token grid for each row of `text_ids` (B, T).
+    """Sample a token grid for each row of `text_ids` (B, T).
 
     null_ids: (B, T), what guidance leads away from: null captions or negative prompts; not run when cfg_scale is 1.
     generators: one a row (`noise_generator`). canvas: tokens to keep. lines: a drawing that all follow, also the
@@ -252,7 +252,7 @@ def _sample_codes(
 
 
 def token_likelihoods(logits: Tensor, ids: Tensor) -> Tensor:
-    """log p of the tokens drawn: logits (n, R, V), ids (R, n) -> (R, n)"""
+    """log p of the sampled tokens: logits (n, R, V), ids (R, n) -> (R, n)"""
     chosen = logits.gather(-1, ids.t()[..., None])[..., 0]  # (n, R)
     return (chosen - logits.logsumexp(-1)).t()
 
@@ -298,7 +298,7 @@ def _to_rows(values: Tensor, num_rows: int, num_parts: int) -> Tensor:
 def _noise_from(
     generators: Sequence[torch.Generator], vocab_size: int, device: torch.device, start: int
 ) -> Tensor:
-    """The chunk that holds position `start`; the chunks before it are drawn and dropped."""
+    """The chunk that holds position `start`; the chunks before it are made and dropped."""
     for _ in range(start // NOISE_CHUNK):
         gumbel_noise(generators, vocab_size, torch.device("cpu"))
     return gumbel_noise(generators, vocab_size, device)

@@ -40,7 +40,7 @@ class GenerateBatches:
 
     def _generate(self, batch: list[Request]) -> Iterator[GeneratedImage]:
         options = (self.seed, self.sampling, self.negative, len(batch), self.source, self.line)
-        return self._pipeline.draw(batch, *options)
+        return self._pipeline.generate_requests(batch, *options)
 
 
 def generate_on(

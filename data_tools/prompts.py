@@ -14,7 +14,7 @@ from data_tools.readers.texts import read_texts
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text to draw, and its name if it has one."""
+    """A text to generate, and its name if it has one."""
 
     text: str
     key: str | None = None
@@ -28,7 +28,7 @@ def read_prompts(path: Path) -> Iterator[Prompt]:
 
 
 def count_prompts(path: Path) -> int:
-    """Reads the whole file, so that a bad line is found before anything is drawn. Raises as `read_prompts`,
+    """Reads the whole file, so that a bad line is found before anything is generated. Raises as `read_prompts`,
     and ValueError for a key that comes twice: its images could not be told apart."""
     count, keys = 0, set()
     for prompt in read_prompts(path):

@@ -63,7 +63,7 @@ def cell(value: float, digits: int) -> str:
 
 
 def show(metrics: Sequence[Metric], settings: dict[str, Any]) -> None:
-    """The table: every metric with its network in brackets, what it is over, and how the images were drawn.
+    """The table: every metric with its network in brackets, what it is over, and how the images were generated.
 
     Seeds, guidance and rerank width are the same for all rows: they go into the title where columns are scarce.
     """

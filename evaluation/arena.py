@@ -111,9 +111,9 @@ def parse_systems(options: Options) -> list[SystemSpec]:
     names = [spec.name for spec in specs]
     if not specs or len(set(names)) < len(names):
         raise ValueError("name the systems, each with a name of its own: --system early=runs/a late=runs/b")
-    drawn = next((spec for spec in specs if spec.is_made and spec.sampling), None)
-    if drawn:
-        raise ValueError(f"the images of system {drawn.name} exist already: leave ?... away")
+    made = next((spec for spec in specs if spec.is_made and spec.sampling), None)
+    if made:
+        raise ValueError(f"the images of system {made.name} exist already: leave ?... away")
     return specs
 
 

@@ -4,7 +4,7 @@
     python -m evaluation.human ours=out theirs=out_other --choices out/choices.jsonl     # open the address it prints
     python -m evaluation.human --results out/choices.jsonl                               # win rates with intervals
 
-Sides and order are drawn by the seed for every rater. Every choice is one line of the file, written before the next
+Sides and order are chosen by the seed for every rater. Every choice is one line of the file, written before the next
 pair is shown: stop and start as often as you like, with any number of raters. A tenth of the pairs comes back with the
 sides exchanged, which says how far a rater agrees with himself. `/?rater=NAME` is a link that asks for no name. Images
 are sent as plain pixels of one size under the pair's number, so that neither name nor size tells whose they are.
@@ -153,8 +153,8 @@ class Study:
     def sides(self, rater: str, pair_id: str) -> tuple[Sample, Sample, bool]:
         """Left and right image, and whether the second set's is left."""
         pair = self.pairs[pair_id]
-        drawn = random.Random(repr((self.seed, rater, pair.text, pair.first.path.name))).random() < 0.5
-        turned = drawn != pair.exchanged
+        heads = random.Random(repr((self.seed, rater, pair.text, pair.first.path.name))).random() < 0.5
+        turned = heads != pair.exchanged
         return (pair.second, pair.first, True) if turned else (pair.first, pair.second, False)
 
     def next(self, rater: str) -> dict[str, Any]:
@@ -338,10 +338,12 @@ def _share(rate: Interval | None) -> str:
 
 
 def load_sets(specs: Sequence[str]) -> list[SampleSet]:
-    """Raises ValueError for fewer than two sets, for equal names, and for what is no drawn set."""
+    """Raises ValueError for fewer than two sets, for equal names, and for what is no generated set."""
     parsed = [SystemSpec.parse(text) for given in specs for text in _systems_in(given)]
     if len(parsed) < 2 or len({spec.name for spec in parsed}) < len(parsed):
-        raise ValueError("name two or more sets of drawn images, each NAME=DIRECTORY with a name of its own")
+        raise ValueError(
+            "name two or more sets of generated images, each NAME=DIRECTORY with a name of its own"
+        )
     return [SampleSet.from_out_dir(Path(spec.what), spec.name) for spec in parsed]
 
 

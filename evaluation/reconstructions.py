@@ -190,8 +190,8 @@ def _ratio(a: Estimate, b: Estimate) -> Interval | None:
     if not b.interval.value:
         return None
     with np.errstate(invalid="ignore", divide="ignore"):
-        drawn = np.where(b.drawn > 0, a.drawn / b.drawn, np.nan)
-    return interval_of(a.interval.value / b.interval.value, drawn, least=0.0)
+        replicates = np.where(b.replicates > 0, a.replicates / b.replicates, np.nan)
+    return interval_of(a.interval.value / b.interval.value, replicates, least=0.0)
 
 
 def named_right(wanted: Sequence[str], ranked: Sequence[Sequence[str]]) -> NDArray[np.float64]:

@@ -232,7 +232,7 @@ def write_report(
         section(
             words("Nearest training images"),
             nearest_training(metrics, samples, reference, words),
-            note(words("Left what was drawn, right the training image that is nearest to it.")),
+            note(words("Left what was generated, right the training image that is nearest to it.")),
         ),
         section(words("Images that could not be read"), *(note(line) for line in samples.corrupt[:50])),
     ]

@@ -33,7 +33,7 @@ class Sample:
     index: int = 0
     """Image `index` of the seed; the place among those of its text in a plain folder."""
     seconds: float | None = None
-    """What drawing it took; None where it was not recorded."""
+    """What generating it took; None where it was not recorded."""
     options: dict[str, Any] = field(default_factory=dict)
     """Sampling options."""
     scores: dict[str, float] = field(default_factory=dict)
@@ -212,7 +212,7 @@ def _plain(path: Path, text: str) -> tuple[list[Sample], dict[str, Any]]:
         and not _NO_SAMPLE.fullmatch(file.name)
     ]
     if not files:
-        raise ValueError(f"{path} holds no images and no {LIST}: python generate.py TEXT N {path} draws some")
+        raise ValueError(f"{path} holds no images and no {LIST}: python generate.py TEXT N {path} makes some")
     samples, counts = [], {}
     for file in files:
         caption = _caption(file) or text

@@ -1,4 +1,4 @@
-"""Which guidance, temperature, top-k and top-p draw best? Found on a few prompts, reported on many others.
+"""Which guidance, temperature, top-k and top-p sample best? Found on a few prompts, reported on many others.
 
     python -m evaluation.sweep --checkpoint runs/dalle --reference ../shared/data/goods --judge runs/goods_128_judge
     python -m evaluation.sweep ... --cfg-scales 2 3 4 6 8 --top-ps 1 0.95 0.9 --search-prompts 60 --report-prompts 400
@@ -38,7 +38,7 @@ from evaluation.sets import SampleSet
 
 @dataclass(frozen=True)
 class Options(MeasuringOptions):
-    """Find how a generator draws best."""
+    """Find how a generator samples best."""
 
     checkpoint: str = ""
     """Generator; empty: the one that was trained last."""
@@ -65,7 +65,7 @@ class Options(MeasuringOptions):
     seed: int = 0
     """Seed of the images and of which prompts."""
     batch_size: int = 16
-    """Images drawn side by side; does not change them."""
+    """Images generated side by side; does not change them."""
     train_split: str = ""
     """Training split, for memorisation; empty: none, which is no objective."""
     out: Path = Path("out/sweep")

@@ -59,7 +59,7 @@ class Options:
 
 
 def bootstrap_interval(hits: Tensor, replicates: int = 1000, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the mean of hits (Q,), by drawing queries anew."""
+    """95 % interval of the mean of hits (Q,), by resampling queries."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randint(len(hits), (replicates, len(hits)), generator=generator)
     means = hits.float()[rows].mean(1)

@@ -50,7 +50,7 @@ class Ranked:
 def rank_text(
     ranker: Any, text: str, files: Sequence[str], images: Sequence[Image.Image], min_percentile: float
 ) -> list[Ranked]:
-    """The images of one text, best first; equal scores in the order they were drawn."""
+    """The images of one text, best first; equal scores in the order they were generated."""
     scores = ranker.score(text, images).tolist()
     negatives, margins = _margins(ranker, text, images, scores)
     calibration: Calibration | None = ranker.calibration

@@ -180,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     world = start_world(options.device)
     if not options.data and world.is_main:
         say(
-            "no --data given: training on the embedded default, product-like images drawn by data_tools.synthetic"
+            "no --data given: training on the embedded default, product-like images rendered by data_tools.synthetic"
         )
         ensure_synthetic(Path("data/synthetic"))
     world.barrier()

@@ -14,7 +14,7 @@ NUM_GRAPHS = 4  # cache lengths that decode steps are captured for: a step reads
 class CudaGraphDecoder:
     """CUDA graphs of the step, kept with their cache for each shape of texts.
 
-    A cache is lent to one drawing at a time: what an earlier one left in it is overwritten or hidden.
+    A cache is lent to one sampling at a time: what an earlier one left in it is overwritten or hidden.
     """
 
     row_multiple, report = ROW_BLOCK, OFF

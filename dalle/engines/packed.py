@@ -108,7 +108,7 @@ class PackedDecoder(FoldedDecoder):
 
     @torch.inference_mode()
     def decode_step(self, image_ids: Tensor, position: int, cache: PackedCache) -> Tensor:
-        """As `Dalle.decode_step`: the token drawn at `position` (R,) -> logits (R, V) of the next."""
+        """As `Dalle.decode_step`: the token sampled at `position` (R,) -> logits (R, V) of the next."""
         num_image = self.config.num_image_tokens
         cache.move_to(position + cache.length - num_image + 1)
         turns = self.turns[:, :, position - num_image].index_select(2, self.head_group)

@@ -243,7 +243,7 @@ class DallePytorch(nn.Module):
 
     @torch.no_grad()
     def decode_step(self, image_ids: Tensor, position: int, cache: DallePytorchCache) -> Tensor:
-        """The token drawn at raster index `position` (B,) -> logits (B, V_image) of the next."""
+        """The token sampled at raster index `position` (B,) -> logits (B, V_image) of the next."""
         return self._image_logits(self.hidden(self.embed_image(image_ids[:, None], position), cache)[:, -1])
 
     def _image_logits(self, x: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
-"""What training does to captions: some are hidden, so that the model also learns to draw without text (Ho and Salimans
-2022, classifier-free guidance, algorithm 1), and some get a word that means nothing.
+"""What training does to captions: some are hidden, so that the model also learns to generate without text (Ho and
+Salimans 2022, classifier-free guidance, algorithm 1), and some get a word that means nothing.
 
 Each choice is a pure function of (seed, step, key), so it does not depend on how many processes share a batch.
 """

@@ -232,7 +232,7 @@ def synthetic_tokens(tokenizer: ImageTokenizer, world: World) -> str:
     target = Path(f"data/synthetic_tokens_{tokenizer.codes_sha256[:8]}")
     if world.is_main:
         say(
-            "no --data given: training on the embedded default, product-like images drawn by data_tools.synthetic"
+            "no --data given: training on the embedded default, product-like images rendered by data_tools.synthetic"
         )
         ensure_synthetic(SYNTHETIC, image_size=tokenizer.image_size)
     world.barrier()

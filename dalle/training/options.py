@@ -53,7 +53,7 @@ class Options:
     max_text_len: int = 32
     """Text tokens, begin and end marks included; longer captions are cut and counted."""
     caption_dropout: float = 0.1
-    """Share of captions hidden in training, which teaches the model to draw without text, for guidance."""
+    """Share of captions hidden in training, which teaches the model to generate without text, for guidance."""
     short_caption_share: float = 0.0
     """Where an image has several captions: share of the draws that take the shortest; the others take any."""
     fact_captions: FactCaptions = field(default_factory=FactCaptions)
@@ -82,7 +82,7 @@ class Options:
     sample_images: int = 4
     """Images a caption in the sample grids; 0: no grids."""
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
-    """How the sample grids are drawn."""
+    """How the sample grids are sampled."""
     engine: EngineName = "auto"
     """auto: DeepSpeed under its launcher, DDP under torchrun, else plain."""
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)

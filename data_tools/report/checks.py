@@ -174,7 +174,7 @@ def check_captions(facts: Sequence[Facts]) -> Iterator[Finding]:
     if foreign > 0.05 * captions:
         what = f"{share(foreign, captions)} captions are mostly not Chinese"
         yield Finding(
-            "note", what, "prompts in Chinese will draw from the rest: --captions.min-han-share drops them"
+            "note", what, "prompts in Chinese are left with the rest: --captions.min-han-share drops them"
         )
     repeats = sum((fact.repeats for fact in facts), Counter())
     most = repeats.most_common(1)[0][1]

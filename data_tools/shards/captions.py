@@ -86,7 +86,7 @@ ANY_LINE = CaptionChoice()
 def pick_caption(data: bytes, rng: np.random.Generator | None, short_share: float = 0.0) -> str:
     """One of the lines, drawn by `rng`, or the first; "" when there is none.
 
-    With probability `short_share` it is the shortest: models that only read long descriptions draw short ones badly.
+    With probability `short_share` it is the shortest: models that only read long descriptions do badly on short ones.
     """
     lines = [line.strip() for line in split_lines(data.decode("utf-8", errors="replace")) if line.strip()]
     if not lines:

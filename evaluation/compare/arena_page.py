@@ -102,11 +102,11 @@ def _systems(match: Match, words: Words) -> str:
 
 
 def _remarks(match: Match, words: Words) -> list[str]:
-    drawn = any("lines" in (s.samples.settings.get("source") or {}) for s in match.systems)
+    has_lines = any("lines" in (s.samples.settings.get("source") or {}) for s in match.systems)
     text = (
         "A system with drawings is told more than the others are: the outline of a real image of the prompt."
     )
-    return [words(text)] if drawn else []
+    return [words(text)] if has_lines else []
 
 
 # --- metrics -------------------------------------------------------------------------------------------------------

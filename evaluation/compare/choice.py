@@ -145,7 +145,9 @@ def curve(
     single = estimates[0]
     points = []
     for width, estimate in zip(widths, estimates, strict=True):
-        gain = difference(estimate.interval.value, estimate.drawn, single.interval.value, single.drawn)
+        gain = difference(
+            estimate.interval.value, estimate.replicates, single.interval.value, single.replicates
+        )
         points.append(Point(width, estimate.interval, gain, estimate.count))
     return Curve(name, scorer, tuple(points), rows)
 

@@ -1,4 +1,4 @@
-"""Drawing a system's images into its directory: what stands there is kept, so a killed run goes on where it was."""
+"""Generating a system's images into its directory: what stands there is kept, so a killed run goes on where it was."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -39,14 +39,14 @@ class Plan:
             count = len(groups.get(text, ()))
             if count < self.num_images:
                 raise ValueError(
-                    f"{found.name} has {count} images of {text!r}, {self.num_images} are needed: draw them, lower "
+                    f"{found.name} has {count} images of {text!r}, {self.num_images} are needed: generate them, lower "
                     "--num-images, or leave the prompt out"
                 )
         return found.only(self.texts).first(self.num_images)
 
 
 def generate_into(directory: Path, name: str, system: System, plan: Plan) -> SampleSet:
-    """The planned images of `system`, those that `directory` lacks drawn now, in rounds of one progress bar.
+    """The planned images of `system`, those that `directory` lacks generated now, in rounds of one progress bar.
 
     Raises ValueError when `directory` holds images of another checkpoint, seed or setting.
     """
@@ -87,7 +87,7 @@ def readable_texts(texts: Iterable[str], system: System) -> tuple[list[str], lis
 
 
 def prompt_texts(path: Path, count: int, seed: int) -> list[str]:
-    """Distinct texts of a file of prompts, `count` of them drawn by the seed or all (0).
+    """Distinct texts of a file of prompts, `count` of them chosen by the seed or all (0).
 
     Raises FileNotFoundError or ValueError naming the file.
     """
@@ -98,7 +98,7 @@ def prompt_texts(path: Path, count: int, seed: int) -> list[str]:
 
 
 def caption_texts(source: str, split: str, count: int, seed: int) -> list[str]:
-    """Distinct captions of image shards, `count` of them drawn by the seed or all (0)."""
+    """Distinct captions of image shards, `count` of them chosen by the seed or all (0)."""
     index = ShardIndex.open(source, split)
     captions = (pick_caption(index.read(i, ("txt",)).get("txt", b""), None) for i in range(len(index)))
     texts = list(dict.fromkeys(text for text in captions if text))
@@ -108,7 +108,7 @@ def caption_texts(source: str, split: str, count: int, seed: int) -> list[str]:
 
 
 def some_of(texts: Sequence[str], count: int, seed: int) -> list[str]:
-    """`count` of them drawn by the seed, in their order; 0, or fewer texts: all."""
+    """`count` of them chosen by the seed, in their order; 0, or fewer texts: all."""
     if not count or len(texts) <= count:
         return list(texts)
     chosen = np.random.default_rng(seed).permutation(len(texts))[:count]
@@ -120,11 +120,11 @@ def _standing(directory: Path, origin: dict[str, Any]) -> list[Request]:
     requests = []
     for number, (line, _) in enumerate(whole_lines(directory), 1):
         if not {"text", "index"} <= set(line):
-            break  # as behind a damaged line, what follows is drawn again
+            break  # as behind a damaged line, what follows is generated again
         other = [key for key, value in origin.items() if line.get(key) != value]
         if other:
             raise ValueError(
-                f"{directory / LIST}:{number} was drawn with {other[0]} {line.get(other[0])!r} and not "
+                f"{directory / LIST}:{number} was generated with {other[0]} {line.get(other[0])!r} and not "
                 f"{origin[other[0]]!r}: choose another --out, or remove {directory}"
             )
         requests.append(Request(line["text"], line["index"]))

@@ -147,7 +147,7 @@ class Reference:
 
 def rows_like(texts: Sequence[str], prompts: Sequence[str], count: int, seed: int) -> NDArray[np.int64]:
     """Rows of real images with captions `texts` to read with prompts: those whose caption is a prompt, where half
-    of the prompts are captions, else `count` drawn from all with a caption."""
+    of the prompts are captions, else `count` chosen from all with a caption."""
     wanted = set(prompts)
     own = [i for i, text in enumerate(texts) if text in wanted]
     if 2 * len({texts[i] for i in own}) >= len(wanted):

@@ -173,7 +173,9 @@ class OwnSystem:
         return ""
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Any]:
-        return self.pipeline.draw(requests, self.seed, self.sampling, self.negative, self.batch_size)
+        return self.pipeline.generate_requests(
+            requests, self.seed, self.sampling, self.negative, self.batch_size
+        )
 
 
 class LineSystem(OwnSystem):
@@ -208,7 +210,7 @@ class LineSystem(OwnSystem):
         for text, group in groupby(requests, key=lambda request: request.text):
             line = LineControl(self.drawings.lines(text, size), **self.scales)
             arguments = (self.seed, self.sampling, self.negative, self.batch_size)
-            yield from self.pipeline.draw(list(group), *arguments, line=line)
+            yield from self.pipeline.generate_requests(list(group), *arguments, line=line)
 
 
 class AnySystem:

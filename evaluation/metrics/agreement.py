@@ -47,7 +47,7 @@ def metrics(
         others = min(among, len(distinct))
         found[f"r_precision_1_of_{others}"] = (
             mean_estimate(hits, part.resampling, is_share=True),
-            f"own text first of {others}, drawn with seed {seed}; by chance {1 / others:.1%}",
+            f"own text first of {others}, chosen with seed {seed}; by chance {1 / others:.1%}",
         )
         found |= _recall(similarity.T, part, distinct)
     return {name: (estimate, note) for name, (estimate, note) in found.items() if estimate}

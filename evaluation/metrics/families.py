@@ -94,7 +94,7 @@ def _inception(probabilities: NDArray, part: Part) -> Estimate:
     if len(probabilities) < IS_PARTS * IS_PART_SIZE:
         return whole
     value = inception_score(probabilities, IS_PARTS).value
-    return Estimate(interval_of(value, whole.drawn, 1.0), whole.count, whole.drawn)
+    return Estimate(interval_of(value, whole.replicates, 1.0), whole.count, whole.replicates)
 
 
 def agreement_metrics(bench: Bench) -> Family:
@@ -184,11 +184,11 @@ def _nearest_metrics(bench: Bench, nearest: Nearest) -> list[Metric]:
     pairs = tuple(_pair(bench, nearest, found) for found in nearest.closest(bench.options.pairs))
     share = Metric(
         f"memorised[{nearest.measure}]", copies.interval, False, nearest.measure, copies.count, note,
-        nearest.quantile, copies.by_prompt, copies.drawn, pairs,
+        nearest.quantile, copies.by_prompt, copies.replicates, pairs,
     )  # fmt: skip
     mean = Metric(
         f"nearest_distance[{nearest.measure}]", distance.interval, None, nearest.measure, distance.count,
-        "mean distance to the nearest training image", nearest.real_mean, distance.by_prompt, distance.drawn,
+        "mean distance to the nearest training image", nearest.real_mean, distance.by_prompt, distance.replicates,
     )  # fmt: skip
     return [share, mean]
 

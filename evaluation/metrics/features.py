@@ -390,14 +390,14 @@ def _crashed(images: list[Image.Image]) -> Features:
 
 
 def _readable(
-    pictures: Images, todo: Sequence[int], batch_size: int
+    source: Images, todo: Sequence[int], batch_size: int
 ) -> Iterator[tuple[list[int], list[list[Image.Image]]]]:
     """Places and the one batch of images at them; none where nothing can be read."""
     for start in range(0, len(todo), batch_size):
         places, images = [], []
         for i in todo[start : start + batch_size]:
             try:
-                images.append(pictures.open(i))
+                images.append(source.open(i))
                 places.append(i)
             except (CorruptSample, BadImage):
                 continue

@@ -1,4 +1,4 @@
-"""Is an image drawn anew, or a training image again: the nearest training image of every sample.
+"""Is an image generated anew, or a training image again: the nearest training image of every sample.
 
 Two measures: the perceptual hash (bits that differ, 0 to 64, plus the mean difference of the colour grid below 1; also
 of the mirrored sample), and 1 - cosine of a network's features. "Near" is what is rare among real images: the

@@ -2,7 +2,7 @@
 
 Every metric is computed on the same drawings of prompts, which depend on the set of prompts and the seed alone, so the
 difference of two systems on the same prompts has a paired interval, whatever the metric. Efron and Tibshirani 1993,
-chapters 8 (units that are drawn) and 10 (bias).
+chapters 8 (units that are resampled) and 10 (bias).
 """
 
 from collections.abc import Callable, Sequence
@@ -17,9 +17,9 @@ Floats = NDArray[np.float64]
 
 
 class Resampling:
-    """How often every image counts in each of `replicates` drawings of the prompts, with replacement.
+    """How often every image counts in each of `replicates` resamplings of the prompts, with replacement.
 
-    A set with a single prompt draws images instead.
+    A set with a single prompt resamples images instead.
     """
 
     def __init__(self, texts: Sequence[str], replicates: int = 1000, seed: int = 0) -> None:
@@ -35,10 +35,10 @@ class Resampling:
         else:
             self.unit_of, units = self.prompt_of, len(self.prompts)
         rng = np.random.default_rng([seed, units])
-        drawn = rng.integers(0, units, (replicates, units))
+        chosen = rng.integers(0, units, (replicates, units))
         counts = np.zeros((replicates, units), np.int64)
-        np.add.at(counts, (np.arange(replicates)[:, None], drawn), 1)
-        self.counts = counts  # (draws, units)
+        np.add.at(counts, (np.arange(replicates)[:, None], chosen), 1)
+        self.counts = counts  # (replicates, units)
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -67,19 +67,19 @@ class Estimate:
     interval: Interval
     count: int
     """Images that it is over."""
-    drawn: Floats = field(repr=False, compare=False)
-    """The metric on each drawing; NaN where a drawing has no image that counts."""
+    replicates: Floats = field(repr=False, compare=False)
+    """The metric on each replicate; NaN where a replicate has no image that counts."""
     by_prompt: dict[str, float] = field(default_factory=dict, repr=False)
     """Its mean over the images of each prompt, for metrics that are means."""
 
 
-def interval_of(value: float, drawn: Floats, least: float = -np.inf, most: float = np.inf) -> Interval:
+def interval_of(value: float, replicates: Floats, least: float = -np.inf, most: float = np.inf) -> Interval:
     """95 %: the quantiles of the drawings moved so that their mean is the value, within [least, most].
 
     The move takes the bias out: a drawing holds fewer different images than the set, which makes a Frechet distance
     larger and a coverage smaller; for means it does nothing.
     """
-    known = drawn[np.isfinite(drawn)]
+    known = replicates[np.isfinite(replicates)]
     if len(known) < 2:
         return Interval(value, float("nan"), float("nan"))
     low, high = np.quantile(known, [0.025, 0.975]) + (value - known.mean())
@@ -99,16 +99,16 @@ def mean_estimate(values: Floats, resampling: Resampling, is_share: bool = False
     weights, known = resampling.weights(rows), values[rows]
     totals = weights.sum(1)
     with np.errstate(invalid="ignore"):
-        drawn = np.where(totals > 0, weights @ known / totals, np.nan)
+        replicates = np.where(totals > 0, weights @ known / totals, np.nan)
     value = float(known.mean())
-    interval = interval_of(value, drawn, *((0.0, 1.0) if is_share else ()))
+    interval = interval_of(value, replicates, *((0.0, 1.0) if is_share else ()))
     units = len(set(resampling.unit_of[rows].tolist()))
     if units == 1 and not is_share:
         interval = Interval(value, float("nan"), float("nan"))
     elif is_share and (value in (0.0, 1.0) or units == 1):
         found = wilson(round(value * units), units)
         interval = Interval(value, max(0.0, min(found.low, value)), min(1.0, max(found.high, value)))
-    return Estimate(interval, len(rows), drawn, resampling.by_prompt(values))
+    return Estimate(interval, len(rows), replicates, resampling.by_prompt(values))
 
 
 def set_estimate(
@@ -119,20 +119,20 @@ def set_estimate(
     most: float = np.inf,
     rows: NDArray | None = None,
 ) -> Estimate:
-    """A statistic of a whole set, `statistic(weights (N,)) -> float`, on the first `replicates` drawings.
+    """A statistic of a whole set, `statistic(weights (N,)) -> float`, on the first `replicates` resamplings.
 
     `rows`: the images that it looks at; all where None.
     """
     count = len(resampling) if rows is None else len(rows)
     value = statistic(np.ones(count))
-    drawn = np.array([statistic(weights) for weights in resampling.weights(rows, replicates)])
-    return Estimate(interval_of(value, drawn, least, most), count, drawn)
+    found = np.array([statistic(weights) for weights in resampling.weights(rows, replicates)])
+    return Estimate(interval_of(value, found, least, most), count, found)
 
 
 def difference(value_a: float, replicates_a: Floats, value_b: float, replicates_b: Floats) -> Interval:
     """a - b over the same drawings of the same prompts. Raises ValueError for other numbers of drawings."""
     if len(replicates_a) != len(replicates_b):
         raise ValueError(
-            f"{len(replicates_a)} and {len(replicates_b)} drawings do not pair: measure both with the same options"
+            f"{len(replicates_a)} and {len(replicates_b)} replicates do not pair: measure both with the same options"
         )
     return interval_of(value_a - value_b, replicates_a - replicates_b)

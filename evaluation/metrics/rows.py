@@ -47,7 +47,7 @@ class Metric:
     by_prompt: dict[str, float] = field(default_factory=dict, repr=False)
     """Means over the images of each prompt, for metrics that are means."""
     replicates: NDArray | None = field(default=None, repr=False, compare=False)
-    """The metric on each drawing of the prompts; see `paired_difference`."""
+    """The metric on each replicate of the prompts; see `paired_difference`."""
     pairs: tuple[Pair, ...] = field(default=(), repr=False)
     """Of memorisation metrics: the nearest pairs."""
 
@@ -93,4 +93,6 @@ def metric_of(
 ) -> Metric:
     value = None if real is None else real.interval.value
     interval, count = estimate.interval, estimate.count
-    return Metric(name, interval, higher, network, count, note, value, estimate.by_prompt, estimate.drawn)
+    return Metric(
+        name, interval, higher, network, count, note, value, estimate.by_prompt, estimate.replicates
+    )

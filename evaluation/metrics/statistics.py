@@ -64,8 +64,8 @@ def r_precision_sampled(similarity: Floats, own_text: NDArray, among: int = 100,
     hits = []
     for row, own in zip(similarity, own_text, strict=True):
         others = np.delete(np.arange(num_texts), own)
-        drawn = rng.choice(others, min(among - 1, len(others)), replace=False)
-        hits.append(float(row[own] > row[drawn].max()))
+        chosen = rng.choice(others, min(among - 1, len(others)), replace=False)
+        hits.append(float(row[own] > row[chosen].max()))
     return np.array(hits)
 
 

@@ -93,7 +93,7 @@ class RankerData:
 def _embedded_default(world: World) -> str:
     if world.is_main:
         say(
-            "no --data given: training on the embedded default, product-like images drawn by data_tools.synthetic"
+            "no --data given: training on the embedded default, product-like images rendered by data_tools.synthetic"
         )
         if not any(EMBEDDED.glob("train-*.tar")):
             ensure_synthetic(EMBEDDED)

@@ -48,7 +48,7 @@ def job(text: int, count: int, **changes) -> Job:
 
 
 def expected(pipeline, work: Job) -> list[list[int]]:
-    images = pipeline.draw(
+    images = pipeline.generate_requests(
         work.requests,
         work.seed,
         work.options,
@@ -173,7 +173,7 @@ def test_likelihoods_are_those_of_the_pipeline(pipeline):
     found = []
     while not batcher.is_idle:
         found += batcher.step()
-    images = pipeline.draw(work.requests, work.seed, work.options)
+    images = pipeline.generate_requests(work.requests, work.seed, work.options)
     wanted = [image.log_likelihood for image in images]
     assert [f.log_likelihood for f in found] == pytest.approx(wanted, abs=1e-2)
 

@@ -286,7 +286,7 @@ def test_an_imported_generator_draws(tmp_path, vocabulary, capsys):
         logits = pipeline.generator.model(ids, images[1].ids[None])[:, 6:, 29:].log_softmax(-1)
     expected = logits.gather(-1, images[1].ids[None, :, None]).sum()
     assert images[1].log_likelihood == pytest.approx(float(expected), rel=1e-4)
-    alone = next(pipeline.draw([Request("红色的鞋子", 1)], 0, SamplingOptions(cfg_scale=2.0)))
+    alone = next(pipeline.generate_requests([Request("红色的鞋子", 1)], 0, SamplingOptions(cfg_scale=2.0)))
     assert alone.image.tobytes() == images[1].image.tobytes()
 
 

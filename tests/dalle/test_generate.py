@@ -194,7 +194,7 @@ def test_other_options_start_anew(generator_dir, tmp_path, prompts):
     [
         (("--seed", "-1"), "seed must be 0 or more"),
         (("--negative", "红色", "--cfg-scale", "1"), "works through guidance"),
-        (("--prompts-file", "UNKNOWN"), "no text that can be drawn"),
+        (("--prompts-file", "UNKNOWN"), "no text that can be generated"),
         (("--prime", "UNKNOWN"), "no readable image"),
     ],
 )
@@ -216,7 +216,7 @@ def test_what_gives_way_is_counted(generator_dir, tmp_path, prompts, capsys):
     run(
         generator_dir, out, "", "1", "--prompts-file", str(prompts), "--fast.engine", "plain"
     )  # an earlier name
-    assert f"5 images in {out} were drawn otherwise and give way" in capsys.readouterr().out
+    assert f"5 images in {out} were generated otherwise and give way" in capsys.readouterr().out
     assert {line["engine"] for line in lines(out)} == {"torch"}
 
 
@@ -338,7 +338,7 @@ BAD = [
     (["鞋", "3", "OUT", "--prime", "a.png", "--vary", "b.png"], "choose one of"),
     (["鞋", "3", "OUT", "--prompts-file", "FILE"], "not both"),
     (["", "3", "OUT", "--prompts-file", "nowhere.txt"], "no prompts file"),
-    (["", "3", "OUT", "--prompts-file", "FILE"], "no text that can be drawn"),
+    (["", "3", "OUT", "--prompts-file", "FILE"], "no text that can be generated"),
     (["鞋", "3", "OUT", "--checkpoint", "nowhere"], "no checkpoint directory nowhere"),
     (["鞋", "3", "OUT", "--checkpoint", "TOKENIZER"], "kind 'image_tokenizer', not 'generator'"),
     (["鞋", "3", "OUT", "--fast.engine", "cuda_graph"], "GPU"),

@@ -49,7 +49,9 @@ def test_seed_text_and_options_change_images(pipeline):
 
 def test_requests_pick_single_images_of_a_seed(pipeline):
     whole = bytes_of(pipeline.generate([CAPTIONS[0]], 4, 9, OPTIONS))
-    picked = bytes_of(pipeline.draw([Request(CAPTIONS[0], 3), Request(CAPTIONS[0], 1)], 9, OPTIONS))
+    picked = bytes_of(
+        pipeline.generate_requests([Request(CAPTIONS[0], 3), Request(CAPTIONS[0], 1)], 9, OPTIONS)
+    )
     assert picked == [whole[3], whole[1]]
 
 

@@ -29,7 +29,7 @@ def test_from_captions_to_the_target(tmp_path, shards, judge_dir, ranker_dir, ge
     found = json.loads((tmp_path / "out" / "results.json").read_text("utf-8"))
     assert found["prompts"] == 4 and set(found["curves"]) == {c.name for c in curves}
     assert (tmp_path / "out" / "report.html").read_text("utf-8").count("<polyline") == 4
-    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "out" / "pictures").glob("*.png")}
+    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "out" / "images").glob("*.png")}
     assert len(stamps) == 12
     again = main(line)
     assert {p: p.stat().st_mtime_ns for p in stamps} == stamps, "nothing is drawn twice"

@@ -96,11 +96,11 @@ def test_a_paired_difference_is_narrower_than_two_intervals():
     hard = rng.normal(size=60)
     resampling = Resampling(texts_of(60), 1000)
     a, b = (mean_estimate(hard + shift + 0.1 * rng.normal(size=60), resampling) for shift in (0.0, 0.3))
-    found = difference(b.interval.value, b.drawn, a.interval.value, a.drawn)
+    found = difference(b.interval.value, b.replicates, a.interval.value, a.replicates)
     assert 0.2 < found.low < found.value < found.high < 0.4
     assert found.high - found.low < 0.3 * (a.interval.high - a.interval.low)
     with pytest.raises(ValueError, match="do not pair"):
-        difference(0.0, a.drawn, 0.0, a.drawn[:5])
+        difference(0.0, a.replicates, 0.0, a.replicates[:5])
 
 
 def test_unknown_ends_stay_unknown():
@@ -156,10 +156,10 @@ def test_weights_count_like_copies():
     fake, real = features(9, 4, 0.3), features(30, 4, seed=5)
     resampling = Resampling(texts_of(9), 40)
     copies = [np.repeat(fake, weights.astype(int), axis=0) for weights in resampling.weights()]
-    drawn = Frechet(real).estimate(fake, resampling, 40).drawn
+    drawn = Frechet(real).estimate(fake, resampling, 40).replicates
     np.testing.assert_allclose(drawn, [frechet_distance(rows, real) for rows in copies], rtol=1e-6)
     probabilities = np.exp(fake) / np.exp(fake).sum(1, keepdims=True)
-    drawn = inception_estimate(probabilities, resampling).drawn
+    drawn = inception_estimate(probabilities, resampling).replicates
     parts = [np.repeat(probabilities, w.astype(int), axis=0) for w in resampling.weights()]
     np.testing.assert_allclose(drawn, [st.inception_score(rows, 1).value for rows in parts])
 
@@ -169,8 +169,8 @@ def test_kernel_distance_equals_its_definition_and_pairs_no_image_with_itself():
     resampling = Resampling(texts_of(520), 60)
     estimate = kernel_estimate(fake, real, resampling)
     assert estimate.interval.value == pytest.approx(kernel_distance(fake, real))
-    assert estimate.drawn.mean() == pytest.approx(
-        estimate.interval.value, abs=3 * estimate.drawn.std() / 60**0.5
+    assert estimate.replicates.mean() == pytest.approx(
+        estimate.interval.value, abs=3 * estimate.replicates.std() / 60**0.5
     )
 
 
