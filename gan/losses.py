@@ -1,4 +1,5 @@
-"""The discriminator's loss over right and wrong captions; the terms of a pair: vq.losses.reconstruction."""
+"""The discriminator's loss over right and wrong captions, and the generator's against images of one caption that are
+alike; the terms of a pair: vq.losses.reconstruction."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,3 +26,24 @@ def fake_term(kind: AdversarialLoss, logits: Tensor) -> Tensor:
     if kind == "non_saturating":
         return F.softplus(logits.float()).mean()
     raise ValueError(f"unknown adversarial loss {kind!r}")
+
+
+COARSE_SIDE = 16  # of the images that `sameness` compares: composition and colour, no grain
+
+
+def sameness(images: Tensor, again: Tensor, real: Tensor, least: float) -> tuple[Tensor, Tensor]:
+    """By how much two images of one caption differ less than `least` times what real images differ by.
+
+    images, again (P, 3, S, S): pairs of one caption and different noise; real (B, 3, S, S). Differences are means of
+    absolute values at 16 x 16 pixels; real images are compared with their neighbours in the batch. A bounded form of
+    the diversity-sensitive loss (Yang et al. 2019, arXiv:1901.09024, equation 3).
+    -> mean of max(0, 1 - difference / (least * that of real images)), a scalar; mean difference over that of real ones.
+    """
+    between_real = coarse_difference(real, real.roll(1, 0)).mean().clamp(min=1e-3)
+    difference = coarse_difference(images, again) / between_real  # (P,)
+    return F.relu(1.0 - difference / least).mean(), difference.detach().mean()
+
+
+def coarse_difference(a: Tensor, b: Tensor) -> Tensor:
+    """(B, 3, S, S), twice -> (B,)"""
+    return F.adaptive_avg_pool2d(a.float() - b.float(), COARSE_SIDE).abs().mean((1, 2, 3))

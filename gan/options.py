@@ -58,6 +58,10 @@ class Options:
     d_augment: AugmentConfig = field(default_factory=AugmentConfig)
     loss: AdversarialLoss = "hinge"
     """hinge or non_saturating."""
+    sameness_weight: float = 0.0
+    """Weight of the term against images of one caption that are alike; 0: none. It generates half a batch more."""
+    least_difference: float = 0.5
+    """Two images of one caption are alike below this share of what real images differ by at 16 x 16 pixels."""
     ema_decay: float = 0.999
     """Decay of the moving average of weights that is saved; 0: none."""
     optim: OptimConfig = field(
@@ -92,6 +96,11 @@ class Options:
         for name in ("label_dropout", "caption_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), not {getattr(self, name)}")
+        if self.sameness_weight < 0 or not 0 < self.least_difference <= 2:
+            raise ValueError(
+                f"sameness_weight must not be negative and least_difference must lie in (0, 2], not "
+                f"{self.sameness_weight} and {self.least_difference}"
+            )
         for name in ("short_caption_share", "collapse_below"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], not {getattr(self, name)}")

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -40,6 +41,11 @@ class GanConfig:
     """Categories that the generator knows."""
     caption_dropout: float = 0.0
     """Share of captions hidden in training; 0: it never generated without a caption."""
+
+
+def with_first_map(config: dict[str, Any]) -> dict[str, Any]:
+    """The values of a GanConfig as they are written; checkpoints without `first_map` began from a constant."""
+    return config | {"generator": {"first_map": "constant"} | config["generator"]}
 
 
 class GanModel(nn.Module):
@@ -93,7 +99,7 @@ class TextToGan:
         """
         directory = best_step(Path(name).expanduser()) or checkpoint.resolve(name)
         values = checkpoint.read_config(directory, KIND)
-        config = from_mapping(GanConfig, values["model"], where=f"{directory}/config.json")
+        config = from_mapping(GanConfig, with_first_map(values["model"]), where=f"{directory}/config.json")
         if not (directory / FOLDER / "config.json").is_file():
             raise FileNotFoundError(f"{directory / FOLDER} holds no config.json: the checkpoint is not whole")
         model = build_model(config, directory / FOLDER)

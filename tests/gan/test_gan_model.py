@@ -81,6 +81,7 @@ def test_truncation_goes_from_the_mean_style_of_a_caption_to_that_of_the_noise(g
         ({"img_size": 100}, "img_size must be 32"),
         ({"z_dim": 2}, "z_dim"),
         ({"channels": 512}, "max_channels"),
+        ({"first_map": "none"}, "first_map must be latent or constant"),
     ],
 )
 def test_bad_sizes_are_refused(values, message):

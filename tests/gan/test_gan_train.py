@@ -1,5 +1,6 @@
 """Whole runs of gan.train on a handful of small images."""
 
+import json
 import os
 import re
 import signal
@@ -42,8 +43,8 @@ def test_a_run_logs_all_that_its_page_speaks_of(run_dir):
 
 
 def test_a_discriminator_learns_real_from_generated(train):
-    still = ("--optim.lr", "1e-9", "--discriminator.lr", "4e-3", "--discriminator.mismatch-weight", "0")
-    found = rows(train("still", *still, steps=16))
+    still = ("--optim.lr", "1e-9", "--discriminator.lr", "2e-3", "--discriminator.mismatch-weight", "0")
+    found = rows(train("still", *still, steps=40))
     gaps = [row["logits_real"] - row["logits_fake"] for row in found]
     assert gaps[-1] > 0.2 > 4 * abs(gaps[0]) and found[-1]["disc_loss"] < found[0]["disc_loss"]
 
@@ -64,18 +65,40 @@ def test_a_discriminator_learns_real_from_generated(train):
         ),
         ("--discriminator.features", "imagenet", "--discriminator.features-size", "64", "--labels", "off"),
         ("--ema-decay", "0", "--d-augment.mode", "off", "--discriminator.r1-weight", "0.1"),
+        ("--generator.first-map", "constant", "--sameness-weight", "1"),
     ],
-    ids=["r1", "non-saturating", "imagenet", "plain"],
+    ids=["r1", "non-saturating", "imagenet", "plain", "sameness"],
 )
 def test_every_variant_trains_and_generates(train, flags):
     run = train("variant", *flags, "--discriminator.mixed-channels", "8", steps=2)
     log = rows(run)
     assert ("r1" in log[0]) == any("r1-weight" in flag for flag in flags)
+    assert ("difference" in log[0]) == ("--sameness-weight" in flags)
     assert log[0]["augment_p"] == (0.5 if "fixed" in flags else 0.0)
     pipeline = TextToGan.from_pretrained(run, "cpu")
     assert len(pipeline(TEXTS[0], 2)) == 2 and bool(pipeline.config.labels) != (
         "off" in flags and "--labels" in flags
     )
+
+
+def test_images_of_a_caption_differ_more_with_the_term_against_sameness(train):
+    still = ("--discriminator.lr", "1e-9", "--discriminator.mismatch-weight", "0", "--least-difference", "2")
+    without, with_it = (
+        rows(train(f"weight{weight}", *still, "--sameness-weight", weight, steps=16))[-1]["difference"]
+        for weight in ("1e-6", "10")
+    )
+    assert with_it > 1.2 * without
+
+
+def test_a_run_from_before_there_was_a_choice_of_first_maps_goes_on(train, tmp_path):
+    constant = ("--generator.first-map", "constant")
+    run = train("older", *constant, steps=2)
+    step = checkpoint.step_directories(run)[-1]
+    config = read_json(step / "config.json")
+    assert config["model"]["generator"].pop("first_map") == "constant"
+    (step / "config.json").write_text(json.dumps(config))
+    assert TextToGan.from_pretrained(step, "cpu").config.generator.first_map == "constant"
+    assert rows(train("older", *constant, steps=4))[-1]["step"] == 4
 
 
 def test_a_rankers_text_tower_stays_as_it_is(ranker_dir, tmp_path):

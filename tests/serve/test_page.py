@@ -14,6 +14,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = [
     "--no-sandbox",
     "--disable-gpu",
+    "--disable-dev-shm-usage",  # 64 MiB in many containers, and a page that needs more hangs
     "--disable-quic",
     "--no-first-run",
     "--disable-background-networking",
@@ -48,7 +49,7 @@ def lines_page(browser, lines_service):
 def opened(browser, service):
     context = browser.new_context(locale="zh-CN", accept_downloads=True)
     page = context.new_page()
-    page.set_default_timeout(300_000)
+    page.set_default_timeout(100_000)
     problems = []
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
