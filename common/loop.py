@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from common import checkpoint
+from common.busy_machine import BusyMachine
 from common.distributed import World
 from common.files import read_json, write_json
 from common.lock import alone_in
@@ -230,6 +231,7 @@ class _Run:
     def train(self, batches: Callable[[int], Iterable[dict[str, Any]]]) -> dict[str, float]:
         config, start_step = self.config, self.step
         self.batches = iter(batches(self.samples))
+        machine = BusyMachine(alone=self.world.size == 1)
         self._restart_clock()
         while self.step < config.num_steps and not self.out_of_patience():
             fetched = time.perf_counter()
@@ -241,6 +243,8 @@ class _Run:
             started = time.perf_counter()
             if config.log_keys:
                 note_keys(config.run_dir, self.step, batch["key"], self.world)
+            if changed := machine.follow():
+                self.say(changed)
             torch.manual_seed((config.seed * 1_000_003 + self.step) * 131 + self.world.rank)
             metrics = self.task.train_step(batch, self.step)
             stop = self._agree(metrics, batch)

@@ -35,33 +35,33 @@ def matrix_shards(optimizer: Muon, zero: Any, stage: int, world: World) -> dict[
 def _part_of_a_row(matrices: list[Tensor], starts: list[int], size: int, world: World) -> Shard:
     """Elements rank * size to (rank + 1) * size of a row in which the matrices begin at `starts`."""
     first, last = world.rank * size, (world.rank + 1) * size
-    pieces, places = [], []
+    pieces, layouts = [], []
     for matrix, start in zip(matrices, starts, strict=True):
         begin, end = max(start, first), min(start + matrix.numel(), last)
         if begin < end:
             pieces.append(Piece(begin - start, end - begin, begin - first))
-            places.append((start, matrix.numel(), matrix.shape))
+            layouts.append((start, matrix.numel(), matrix.shape))
 
     def gather(flat: Tensor) -> list[Tensor]:
         row = _from_all(flat, world)
-        return [row[start : start + numel].view(shape) for start, numel, shape in places]
+        return [row[start : start + numel].view(shape) for start, numel, shape in layouts]
 
     return Shard(tuple(pieces), gather)
 
 
 def _parts_of_each(parameters: list[Any], world: World) -> Shard:
     """One part of every matrix after the other, each padded to what a process holds at most."""
-    pieces, places, at = [], [], 0
+    pieces, layouts, at = [], [], 0
     for parameter in parameters:
         size, numel = parameter.ds_tensor.numel(), parameter.ds_numel
         start = min(world.rank * size, numel)
         pieces.append(Piece(start, min(size, numel - start), at))
-        places.append((at, size, numel, parameter.ds_shape))
+        layouts.append((at, size, numel, parameter.ds_shape))
         at += size
 
     def gather(flat: Tensor) -> list[Tensor]:
         rows = _from_all(flat, world).view(world.size, -1)
-        return [rows[:, at : at + size].flatten()[:numel].view(shape) for at, size, numel, shape in places]
+        return [rows[:, at : at + size].flatten()[:numel].view(shape) for at, size, numel, shape in layouts]
 
     return Shard(tuple(pieces), gather)
 

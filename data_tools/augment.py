@@ -132,11 +132,11 @@ def drop_attributes(words: list[Word], share: float, rng: np.random.Generator) -
         return words
     kept: list[Word] = []
     skip_link = False
-    for place, word in enumerate(words):
+    for index, word in enumerate(words):
         if skip_link and word.text.startswith(_LINK):
             word = Word(word.text.removeprefix(_LINK), "")
         skip_link = False
-        if word.kind and word.kind != NOUN and _is_loose(words, place) and rng.random() < share:
+        if word.kind and word.kind != NOUN and _is_loose(words, index) and rng.random() < share:
             skip_link = True
             continue
         if word.text:
@@ -156,11 +156,11 @@ def _stripped(words: list[Word]) -> list[Word]:
     return [word for word in result if word.text]
 
 
-def _is_loose(words: list[Word], place: int) -> bool:
-    after = words[place + 1] if place + 1 < len(words) else None
-    before = words[place - 1] if place else None
-    if after and after.text == _LINK and place + 2 < len(words):
-        return bool(words[place + 2].kind)
+def _is_loose(words: list[Word], index: int) -> bool:
+    after = words[index + 1] if index + 1 < len(words) else None
+    before = words[index - 1] if index else None
+    if after and after.text == _LINK and index + 2 < len(words):
+        return bool(words[index + 2].kind)
     if after and after.kind:
         return True
     starts = before is None or before.text.endswith(" ")

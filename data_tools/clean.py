@@ -259,12 +259,12 @@ def preset_to_config(argv: Sequence[str]) -> list[str]:
         args += arg.split("=", 1) if arg.startswith("--rules=") else [arg]
     if "--rules" not in args:
         return args
-    place = args.index("--rules")
-    if place + 1 == len(args):
+    index = args.index("--rules")
+    if index + 1 == len(args):
         raise ValueError("--rules needs a name: shop, wukong, wukong-food, or a .yaml file")
     if any(arg == "--config" or arg.startswith("--config=") for arg in args):
         raise ValueError("--rules and --config both name a file of options: give one of them")
-    return [*args[:place], "--config", str(rules_path(args[place + 1])), *args[place + 2 :]]
+    return [*args[:index], "--config", str(rules_path(args[index + 1])), *args[index + 2 :]]
 
 
 @command

@@ -103,13 +103,13 @@ def first_twins(
     Images are taken in `order`; each is compared with those kept before it, so a chain of small changes does not
     drop its far end. `hashes` (N,) uint64, colours (N, 48) uint8.
     """
-    unique, place, counts = np.unique(hashes, return_inverse=True, return_counts=True)
+    unique, inverse, counts = np.unique(hashes, return_inverse=True, return_counts=True)
     starts, targets = _neighbours(unique, distance, workers)
     crowded = (counts > 1) | (np.diff(starts) > 0)
     kept: dict[int, list[int]] = {}
     twins = np.full(len(hashes), -1, np.int64)
-    for item in order[crowded[place[order]]]:
-        own = int(place[item])
+    for item in order[crowded[inverse[order]]]:
+        own = int(inverse[item])
         near = [k for h in (own, *targets[starts[own] : starts[own + 1]]) for k in kept.get(int(h), ())]
         close = _colour_distance(colours[near], colours[item]) <= max_colour if near else np.zeros(0, bool)
         if close.any():
@@ -137,8 +137,8 @@ def close_pairs(
     hashes: np.ndarray, colours: np.ndarray, distance: int, max_colour: int, workers: Workers = 0
 ) -> np.ndarray:
     """Pairs (P, 2) of images that are near in hash and colours; for images of which few share a hash."""
-    unique, place, counts = np.unique(hashes, return_inverse=True, return_counts=True)
-    members, starts = np.argsort(place, kind="stable"), np.cumsum(counts) - counts
+    unique, inverse, counts = np.unique(hashes, return_inverse=True, return_counts=True)
+    members, starts = np.argsort(inverse, kind="stable"), np.cumsum(counts) - counts
     shared = np.flatnonzero(counts > 1)
     equal = [
         np.stack([members[starts[own] + k] for k in np.triu_indices(counts[own], 1)], 1) for own in shared
@@ -160,21 +160,21 @@ def _alike(pairs: np.ndarray, colours: np.ndarray, max_colour: int) -> np.ndarra
 
 @dataclass(frozen=True)
 class Plan:
-    """What becomes of the images, by their place among the signatures."""
+    """What becomes of the images, by their index among the signatures."""
 
     dropped: dict[int, tuple[str, int]]
-    """Place -> (reason, place of the image that it is near to)."""
+    """Index -> (reason, index of the image that it is near to)."""
     groups: dict[int, int]
-    """Place -> place of the first of its group, for kept images that are not alone."""
+    """Index -> index of the first of its group, for kept images that are not alone."""
 
 
 def make_plan(signatures: np.ndarray, levels: np.ndarray, config: DedupConfig) -> Plan:
     """Decide on signatures (N,) of all sources; `levels` (N,) says how protected each is, AGAINST the most."""
     # a hundred thousand hashes are searched faster than processes start
     workers = config.work.workers(config.workers) if len(signatures) > FEW else 0
-    places = np.arange(len(signatures))
+    indices = np.arange(len(signatures))
     size = signatures["pixels"].astype(np.int64) * (config.keep == "largest")
-    order = np.lexsort((places, -size, -levels))
+    order = np.lexsort((indices, -size, -levels))
     order = order[signatures["sound"][order] == 1]
     hashes, colours = signatures["phash"], signatures["colours"]
     twins = first_twins(hashes, colours, order, config.distance, config.max_colour, workers)
@@ -209,19 +209,19 @@ class Decide:
 
     def __init__(self, plan: Plan, signatures: np.ndarray, names: list[str], sign: Sign):
         self.plan, self.names, self.sign = plan, names, sign
-        self.place = {int(row): place for place, row in enumerate(signatures["row"])}
+        self.index_of = {int(row): index for index, row in enumerate(signatures["row"])}
         self.unsound = {int(row) for row in signatures["row"][signatures["sound"] == 0]}
 
     def __call__(self, number: int, record: Record, _: Any) -> Record | Problem:
-        place = self.place[number]
+        index = self.index_of[number]
         if number in self.unsound:
             found = self.sign.check(record)
             return problem(record.where, record.key, "decoder_crashed") if found is record else found
-        if place in self.plan.dropped:
-            reason, twin = self.plan.dropped[place]
+        if index in self.plan.dropped:
+            reason, twin = self.plan.dropped[index]
             return Problem(record.where, record.key, reason, f"{REASONS[reason]} ({self.names[twin]})")
-        if place in self.plan.groups and "group" not in record.meta:
-            return replace(record, meta={**record.meta, "group": self.names[self.plan.groups[place]]})
+        if index in self.plan.groups and "group" not in record.meta:
+            return replace(record, meta={**record.meta, "group": self.names[self.plan.groups[index]]})
         return record
 
 

@@ -90,11 +90,11 @@ def hash_split(name: str, shares: Shares, seed: int = 0) -> str:
 
     The first split takes the upper end, so raising `val` in train/val moves samples from train to val alone.
     """
-    place = fraction(name, seed)
+    position = fraction(name, seed)
     names = list(shares)
     for split in reversed(names[1:]):
-        place -= shares[split]
-        if place < 0:
+        position -= shares[split]
+        if position < 0:
             return split
     return names[0]
 

@@ -127,19 +127,40 @@ def install_packages(folder, requirements, index=None):
         raise CannotInstall("pip could not install %s: %s" % (requirements, last_line(text)))
 
 
+def compile_imports(folder):
+    """Python keeps compiled what is imported here, which takes 1.5 s off each start: also where a later one may not
+    write (PYTHONDONTWRITEBYTECODE, a read-only environment). Compiling all that is installed would take minutes."""
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    python = os.path.join(os.path.abspath(folder), "bin", "python")
+    done = subprocess.run(
+        [python, "-c", "import generate, rerank, serve.app, serve.worker"],
+        cwd=root,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["nothing"]
+        raise CannotInstall("the packages are installed but cannot be imported: " + lines[-1])
+
+
 def install(folder, requirements, index=None):
     """index: where PyTorch without CUDA comes from; None: the usual one."""
     started = time.time()
     check_python()
     free = check_disk(folder, NEEDED_GB_CPU if index else NEEDED_GB)
-    say("[1/4] Python %d.%d, %.0f GB free" % (sys.version_info[0], sys.version_info[1], free))
-    say("[2/4] virtual environment %s" % folder)
+    say("[1/5] Python %d.%d, %.0f GB free" % (sys.version_info[0], sys.version_info[1], free))
+    say("[2/5] virtual environment %s" % folder)
     make_environment(folder)
-    say("[3/4] does the package index answer?")
+    say("[3/5] does the package index answer?")
     count = check_network(folder, requirements)
     size = "less than 1 GB" if index else "about 3 GB"
-    say("[4/4] %d packages, %s to download: 2 to 15 minutes" % (count, size))
+    say("[4/5] %d packages, %s to download: 2 to 15 minutes" % (count, size))
     install_packages(folder, without_cuda(folder, requirements) if index else requirements, index)
+    say("[5/5] first imports, compiled once")
+    compile_imports(folder)
     say("installed in %d:%02d minutes" % divmod(int(time.time() - started), 60))
 
 

@@ -138,13 +138,13 @@ def reconstruct_all(codec: Codec, images: ReferenceImages, options: Options, dev
     count = min(len(images), options.limit) if options.limit else len(images)
     facts, originals, reconstructions, noise = [], [], [], []
     with progress(total=count, desc="reconstructing", unit=" images") as bar:
-        for places, batch in _batches(images, count, options.batch_size):
+        for indices, batch in _batches(images, count, options.batch_size):
             pixels = torch.stack([to_tensor(image) for image in batch]).to(device)  # (B, 3, S, S)
             decoded = codec.reconstruct(pixels.contiguous(memory_format=torch.channels_last))
             shown = [to_image(row) for row in decoded]
             levels = torch.stack([to_tensor(image) for image in shown])
             noise += psnr(levels, pixels.cpu()).tolist()
-            facts += [images.facts(i) for i in places]
+            facts += [images.facts(i) for i in indices]
             originals += batch
             reconstructions += shown
             bar.update(len(batch))
@@ -158,18 +158,18 @@ def reconstruct_all(codec: Codec, images: ReferenceImages, options: Options, dev
 def _batches(
     images: ReferenceImages, count: int, batch_size: int
 ) -> Iterator[tuple[list[int], list[Image.Image]]]:
-    places, batch, lost = [], [], 0
+    indices, batch, lost = [], [], 0
     for i in range(count):
         try:
             batch.append(images.open(i))
-            places.append(i)
+            indices.append(i)
         except (CorruptSample, BadImage):
             lost += 1
         if len(batch) == batch_size:
-            yield places, batch
-            places, batch = [], []
+            yield indices, batch
+            indices, batch = [], []
     if batch:
-        yield places, batch
+        yield indices, batch
     if lost:
         say(f"left out {lost} of {count} images that cannot be read")
 

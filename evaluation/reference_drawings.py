@@ -18,7 +18,7 @@ class ReferenceDrawings:
 
     index: ShardIndex
     method: LineMethod
-    places: dict[str, int] = field(repr=False)
+    index_of: dict[str, int] = field(repr=False)
     """Place of the first image with a caption."""
 
     @classmethod
@@ -27,11 +27,11 @@ class ReferenceDrawings:
         if method not in get_args(LineMethod):
             raise ValueError(f"lines must be one of {', '.join(get_args(LineMethod))}, not {method!r}")
         index = ShardIndex.open(source, split).require(*IMAGE_SUFFIXES)
-        places: dict[str, int] = {}
+        index_of: dict[str, int] = {}
         for i in range(len(index)):
             text = pick_caption(index.read(i, ("txt",)).get("txt", b""), None)
-            places.setdefault(text, i)
-        return cls(index, method, places)
+            index_of.setdefault(text, i)
+        return cls(index, method, index_of)
 
     @property
     def identity(self) -> str:
@@ -40,12 +40,12 @@ class ReferenceDrawings:
 
     def complaint(self, text: str) -> str:
         """Why there is no drawing for a prompt, or ""."""
-        if text in self.places:
+        if text in self.index_of:
             return ""
         return f"no reference image has the caption {text!r}, so there is no drawing for it"
 
     def lines(self, text: str, size: int) -> np.ndarray:
         """(size, size) uint8, white on black. Raises CorruptSample where the image cannot be read."""
-        members = self.index.read(self.places[text], IMAGE_SUFFIXES)
+        members = self.index.read(self.index_of[text], IMAGE_SUFFIXES)
         data = next((members[s] for s in IMAGE_SUFFIXES if s in members), b"")
         return extract(resize_square(open_image(data), size), self.method)

@@ -152,9 +152,9 @@ def split_images(
     names: Sequence[str], images: Sequence[Image.Image], share: float
 ) -> tuple[list[Image.Image], list[Image.Image]]:
     """To fit and to test, by the hash of the name."""
-    places = np.argsort([hashlib.sha256(name.encode()).hexdigest() for name in names])
+    indices = np.argsort([hashlib.sha256(name.encode()).hexdigest() for name in names])
     count = max(1, round(share * len(names)))
-    return [images[i] for i in sorted(places[count:])], [images[i] for i in sorted(places[:count])]
+    return [images[i] for i in sorted(indices[count:])], [images[i] for i in sorted(indices[:count])]
 
 
 def judge_style(
@@ -194,8 +194,8 @@ def named_colors(
 
 def known_colors(photos: ReferenceImages, most: int = 1500) -> PixelColors | None:
     """From the photos whose colour is known, evenly spread; None where too few are."""
-    places = range(0, len(photos), max(1, len(photos) // most))
-    found = [(i, photos.facts(i).color) for i in places]
+    indices = range(0, len(photos), max(1, len(photos) // most))
+    found = [(i, photos.facts(i).color) for i in indices]
     found = [(i, color) for i, color in found if color]
     names = [color for _, color in found]
     if not PixelColors.enough(names):
@@ -207,12 +207,12 @@ def style_images(source: str, limit: int) -> tuple[list[str], list[Image.Image]]
     """Names and images, evenly spread, of a folder or of shards. Raises FileNotFoundError or ValueError."""
     if not Path(source).is_dir() or any(Path(source).glob("*.tar")):
         pictures = ReferenceImages.of_split(source, "train", SIDE)
-        places = range(0, len(pictures), max(1, len(pictures) // limit))
-        return [pictures.index.samples[i].key for i in places], [pictures.open(i) for i in places]
+        indices = range(0, len(pictures), max(1, len(pictures) // limit))
+        return [pictures.index.samples[i].key for i in indices], [pictures.open(i) for i in indices]
     folder = CaptionFolder.open(source, "skip")
-    places = range(0, len(folder), max(1, len(folder) // limit))
-    images = [decode(folder.read(i, ("png",))["png"]) for i in places]
-    return [folder.images[i] for i in places], images
+    indices = range(0, len(folder), max(1, len(folder) // limit))
+    images = [decode(folder.read(i, ("png",))["png"]) for i in indices]
+    return [folder.images[i] for i in indices], images
 
 
 @command

@@ -222,8 +222,8 @@ def validate(
         f"category_top{TOP}": (order[:, :TOP] == wanted[:, None]).any(1)[wanted >= 0],
     }
     if judge.words.colors:
-        places = {name: i for i, name in enumerate(judge.words.colors)}
-        colors = np.array([places.get(fact.known_color, -1) for fact in facts])
+        index_of = {name: i for i, name in enumerate(judge.words.colors)}
+        colors = np.array([index_of.get(fact.known_color, -1) for fact in facts])
         hits["color"] = (judge.color_probabilities(features).argmax(1) == colors)[colors >= 0]
     metrics: dict[str, float] = {}
     for name, found in hits.items():
@@ -278,10 +278,10 @@ def _train(
                     f"{data.images.side} px | {name} right {share[0]:.1%} [{share[1]:.1%}, {share[2]:.1%}] of "
                     f"{found[f'{name}_count']:.0f} real held-out images"
                 )
-        place = {
+        index_of = {
             fact.key: i for i, fact in enumerate(data.facts)
         }  # images that cannot be read have no features
-        shown = shown or [data.images.open(place[facts[i].key]) for i in np.flatnonzero(wrong)[:64]]
+        shown = shown or [data.images.open(index_of[facts[i].key]) for i in np.flatnonzero(wrong)[:64]]
         metrics = metrics or found
     with checkpoint.new_step_directory(options.run_dir, 1) as directory:
         save_judge(directory, network, heads, words, 1, metrics)

@@ -113,7 +113,7 @@ def _move(images: Tensor, gates: Tensor, amounts: Tensor) -> Tensor:
 def _cutout(images: Tensor, gate: Tensor, centre: Tensor) -> Tensor:
     """A grey square of a third of the side; `centre` (B, 2) in [0, 1) of the side."""
     side = images.shape[-1]
-    places = (torch.arange(side, device=images.device, dtype=images.dtype) + 0.5) / side
-    near = (places[None, None] - centre[:, :, None]).abs() < 1 / 6  # (B, 2, S)
+    positions = (torch.arange(side, device=images.device, dtype=images.dtype) + 0.5) / side
+    near = (positions[None, None] - centre[:, :, None]).abs() < 1 / 6  # (B, 2, S)
     hole = near[:, 0, :, None] & near[:, 1, None, :]
     return images * (1 - gate.view(-1, 1, 1) * hole)[:, None]

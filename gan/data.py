@@ -150,8 +150,8 @@ def find_labels(index: ShardIndex) -> tuple[tuple[str, ...], list[str]]:
 
     Fewer than two different ones tell nothing apart: then none.
     """
-    places = index.spread(LOOK_AT)
-    counts = Counter(label_of(index.read(i, ("json",))) for i in places)
+    indices = index.spread(LOOK_AT)
+    counts = Counter(label_of(index.read(i, ("json",))) for i in indices)
     missing = counts.pop("", 0)
     if not counts:
         return (), []
@@ -163,7 +163,7 @@ def find_labels(index: ShardIndex) -> tuple[tuple[str, ...], list[str]]:
     notes = []
     if missing:
         notes.append(
-            f"{missing} of {len(places)} samples looked at have no category: they train with captions alone"
+            f"{missing} of {len(indices)} samples looked at have no category: they train with captions alone"
         )
     if len(ordered) > MOST_LABELS:
         notes.append(

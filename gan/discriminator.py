@@ -263,9 +263,9 @@ class Discriminator(nn.Module):
         super().__init__()
         self.text = text
         width = config.condition_dim
-        places = list(zip(trunk.widths, trunk.sides, strict=True))
-        heads: list[nn.Module] = [ImageHead(*places[0], config.channels, width)]
-        heads += [FeatureHead(c, side, width) for c, side in places[1:]]
+        inputs = list(zip(trunk.widths, trunk.sides, strict=True))
+        heads: list[nn.Module] = [ImageHead(*inputs[0], config.channels, width)]
+        heads += [FeatureHead(c, side, width) for c, side in inputs[1:]]
         self.heads = nn.ModuleList(heads)
         self.null_text = nn.Parameter(torch.zeros(text.embed_dim))
         self.condition = nn.Linear(text.embed_dim, width * len(heads))

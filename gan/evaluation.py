@@ -41,7 +41,7 @@ class Evaluation:
         task.discriminator.eval()
         if self.real is None:
             self.real = self._spread(
-                lambda batch, places: self.features(batch["image"]), task.data.val, WIDTH
+                lambda batch, indices: self.features(batch["image"]), task.data.val, WIDTH
             )
         generated, logits_val, logits_fake = self._validation(model)
         logits_train = self._logits_of(task.data.train)
@@ -65,9 +65,9 @@ class Evaluation:
         task, z_dim = self.task, self.task.config.generator.z_dim
         noise = torch.randn(task.options.val_images, z_dim, generator=torch.Generator().manual_seed(SEED))
 
-        def compute(batch: dict[str, Any], places: Tensor) -> Tensor:
+        def compute(batch: dict[str, Any], indices: Tensor) -> Tensor:
             condition = task.conditions(batch["text"], batch["label"])
-            images = task.generate(model, noise[places], condition)
+            images = task.generate(model, noise[indices], condition)
             pair = [self.logits(x, condition)[:, None] for x in (batch["image"], images)]
             return torch.cat([self.features(images), *pair], dim=1)
 
@@ -75,7 +75,7 @@ class Evaluation:
         return rows[:, :-2], float(rows[:, -2].mean()), float(rows[:, -1].mean())
 
     def _logits_of(self, index: ShardIndex) -> float:
-        def compute(batch: dict[str, Any], places: Tensor) -> Tensor:
+        def compute(batch: dict[str, Any], indices: Tensor) -> Tensor:
             return self.logits(batch["image"], self.task.conditions(batch["text"], batch["label"]))[:, None]
 
         return float(self._spread(compute, index, 1).mean())
@@ -103,14 +103,14 @@ class Evaluation:
     def _spread(
         self, compute: Callable[[dict[str, Any], Tensor], Tensor], index: ShardIndex, width: int
     ) -> Tensor:
-        """`compute(batch, places)` -> (B, width) over the first images of `index`, batches dealt over processes ->
+        """`compute(batch, indices)` -> (B, width) over the first images of `index`, batches dealt over processes ->
         (N, width) on the CPU, the same on every process."""
         rows: list[Tensor] = []
-        for number, (batch, places) in enumerate(self._batches(index)):
+        for number, (batch, indices) in enumerate(self._batches(index)):
             if number % self.world.size == self.world.rank:
-                rows.append(compute(batch, places).float())
+                rows.append(compute(batch, indices).float())
             else:
-                rows.append(torch.zeros(len(places), width, device=self.world.device))
+                rows.append(torch.zeros(len(indices), width, device=self.world.device))
         return self.world.sum_(torch.cat(rows)).cpu()
 
     def _batches(self, index: ShardIndex) -> Iterator[tuple[dict[str, Any], Tensor]]:

@@ -28,23 +28,23 @@ CONV = Known("torch.nn.modules.conv.Conv2d", ("weight", "bias"))
 
 def why_changed(module: nn.Module, known: Known, where: str = "") -> str:
     """How `module` differs from `known`, in a few words; empty where it does not."""
-    place = f" ({where})" if where else ""
+    suffix = f" ({where})" if where else ""
     if not is_exactly(module, known.name):
-        return f"{type(module).__module__}.{type(module).__qualname__} is not {known.name}{place}"
+        return f"{type(module).__module__}.{type(module).__qualname__} is not {known.name}{suffix}"
     if is_touched(module):
-        return f"a hook on {type(module).__name__}{place}"
+        return f"a hook on {type(module).__name__}{suffix}"
     replaced = module.__dict__.get("forward")
     if replaced is not None and not hasattr(replaced, "kernel"):
-        return f"forward of a {type(module).__name__} is replaced{place}"
+        return f"forward of a {type(module).__name__} is replaced{suffix}"
     if module._compiled_call_impl is not None:
-        return f"torch.compile has this {type(module).__name__}{place}"
+        return f"torch.compile has this {type(module).__name__}{suffix}"
     own = {name for name, parameter in module._parameters.items() if parameter is not None}
     if own != set(known.parameters):
         other = ", ".join(sorted(own ^ set(known.parameters)))
-        return f"{type(module).__name__} has other parameters: {other}{place}"
+        return f"{type(module).__name__} has other parameters: {other}{suffix}"
     if set(module._modules) != set(known.children):
         other = ", ".join(sorted(set(module._modules) ^ set(known.children)))
-        return f"{type(module).__name__} has other layers: {other}{place}"
+        return f"{type(module).__name__} has other layers: {other}{suffix}"
     for name, child in known.children.items():
         if reason := why_changed(module._modules[name], child, f"{where}.{name}" if where else name):
             return reason

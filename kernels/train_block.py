@@ -172,10 +172,11 @@ _buffers = _Buffers()
 
 def _kept_sizes(s: _Shape) -> list[int]:
     """Bytes of what a forward pass keeps, in the order of `_Kept`, whole cache lines each."""
-    places = s.batch * s.length
+    positions = s.batch * s.length
     halves = ((s.heads + 2 * s.kv_heads) * s.head_dim, 2 * s.ffn, s.heads * s.head_dim, s.dim, s.dim)
     return [
-        -(-size // 64) * 64 for size in (*(2 * n * places for n in halves), 8 * places, 4 * s.heads * places)
+        -(-size // 64) * 64
+        for size in (*(2 * n * positions for n in halves), 8 * positions, 4 * s.heads * positions)
     ]
 
 
@@ -232,13 +233,13 @@ def call(function: Callable, *arguments: ctypes.Structure | ctypes.Array | Tenso
     """Of compiled code, with addresses of float32 tensors and of structures; one at a time, since packed weights are
     shared."""
 
-    def place(a) -> int:
+    def address_of(a) -> int:
         if isinstance(a, Tensor):
             return address(a, torch.float32)
         return a if isinstance(a, int) else ctypes.addressof(a)
 
     with _one_at_a_time:
-        function(*map(place, arguments), torch.get_num_threads())
+        function(*map(address_of, arguments), torch.get_num_threads())
 
 
 def run_block(block: nn.Module, x: Tensor, table: Tensor, bias: Tensor | None) -> Tensor:

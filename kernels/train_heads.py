@@ -154,10 +154,10 @@ def run_both(
     x: Tensor, norm: nn.Module, weights: Sequence[Tensor], text_len: int, text_mask: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """As `forward`, by compiled code."""
-    places = torch.arange(x.shape[0] * x.shape[1]).view(x.shape[:2])
-    rows = [places[:, text_len:].flatten()]
+    positions = torch.arange(x.shape[0] * x.shape[1]).view(x.shape[:2])
+    rows = [positions[:, text_len:].flatten()]
     if text_mask is not None:
-        rows.append(places[:, :text_len][text_mask])
+        rows.append(positions[:, :text_len][text_mask])
     image, *text = run_heads(x.flatten(0, 1), norm.weight, norm.eps, list(weights)[: len(rows)], rows)
     return image.view(len(x), -1, image.shape[1]), text[0] if text else None
 

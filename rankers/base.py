@@ -109,10 +109,10 @@ class TwoTowerRanker:
         keys = [content_hash(image) for image in images]
         rows = {key: self.cache.get(key) for key in dict.fromkeys(keys)}
         todo = [key for key, row in rows.items() if row is None]
-        place = {key: i for i, key in enumerate(keys)}
+        index_of = {key: i for i, key in enumerate(keys)}
         for start in range(0, len(todo), self.batch_size):
             part = todo[start : start + self.batch_size]
-            pixels = self.towers.preprocess([as_rgb(images[place[key]]) for key in part])
+            pixels = self.towers.preprocess([as_rgb(images[index_of[key]]) for key in part])
             features = unit(self.towers.encode_images(pixels))
             for key, row in zip(part, features, strict=True):
                 rows[key] = row

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> Calibration:
     index = ShardIndex.open(options.data, "val")
     pairs = load_pairs(index, AttributeConfig(), options.limit)
     names = scan_names(index, AttributeConfig())
-    lexicon = Lexicon(names.colors, names.kinds) if names.kinds else default_lexicon()
+    lexicon = Lexicon(names.colors, names.categories) if names.categories else default_lexicon()
     found = calibrate(ranker, pairs, lexicon, options.data)
     path = options.out or cache_path(ranker.name)
     found.save(path)

@@ -2,7 +2,7 @@
 
 A bare cosine says little (0.4 is a match for one ranker and a mismatch for another), so reports show the share of real
 matched pairs that score lower, and the margin over hard negatives: the same title with another colour or another
-kind of goods. `rankers.train` writes `calibration.json` beside the weights; rankers.calibrate makes one for any ranker.
+category. `rankers.train` writes `calibration.json` beside the weights; rankers.calibrate makes one for any ranker.
 """
 
 import functools
@@ -25,8 +25,9 @@ NUM_QUANTILES = 101
 class Lexicon:
     """Words that make hard negatives."""
 
+    EARLIER_NAMES: ClassVar = {"kinds": "categories"}
     colors: tuple[str, ...] = ()
-    kinds: tuple[str, ...] = ()
+    categories: tuple[str, ...] = ()
 
 
 @functools.cache
@@ -105,21 +106,21 @@ def cache_path(name: str) -> Path:
 
 
 def hard_negatives(text: str, lexicon: Lexicon) -> list[str]:
-    """The text with another colour, then with another kind of goods; [] where it names neither.
+    """The text with another colour, then with another category of goods; [] where it names neither.
 
-    The longest known word counts, and a colour inside the kind's name ("red grapefruit") is left alone.
+    The longest known word counts, and a colour inside the category's name ("red grapefruit") is left alone.
     """
-    kind = longest_word(text, lexicon.kinds)
-    start = text.find(kind) if kind else -1
-    outside = text if start < 0 else text[:start] + "\0" * len(kind) + text[start + len(kind) :]
+    category = longest_word(text, lexicon.categories)
+    start = text.find(category) if category else -1
+    outside = text if start < 0 else text[:start] + "\0" * len(category) + text[start + len(category) :]
     color = longest_word(outside, lexicon.colors)
     found = []
     if color:
         at = outside.find(color)
         found += [text[:at] + c + text[at + len(color) :] for c in lexicon.colors if c != color]
-    if kind:
-        others = (k for k in lexicon.kinds if k not in kind and kind not in k)
-        found += [text[:start] + k + text[start + len(kind) :] for k in others]
+    if category:
+        others = (k for k in lexicon.categories if k not in category and category not in k)
+        found += [text[:start] + k + text[start + len(category) :] for k in others]
     return found
 
 

@@ -4,7 +4,7 @@
         OFA-Sys/chinese-clip-vit-base-patch16 "brivl:brivl-with-roberta-base.pth?vocab=vocab.txt"
 
 Recall of text to image over distinct captions (an image counts when its caption is equal), with the chance level and
-95 % intervals by bootstrap over captions; kinds told right among all labels; colours told right among all colours.
+95 % intervals by bootstrap over captions; categories told right among all labels; colours told right among all colours.
 """
 
 import time
@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
         results[name] = measure(ranker, pairs, names.labels, names.colors)
     show(
         results,
-        f"{len(pairs.images)} images, {len(distinct)} captions, {len(names.labels)} kinds of {options.data}",
+        f"{len(pairs.images)} images, {len(distinct)} captions, {len(names.labels)} categories of {options.data}",
     )
     if options.out:
         with writing_file(options.out) as temporary:

@@ -39,9 +39,9 @@ class Ranked:
     mismatched_percentile: float | None
     """Share of real images with others' captions that score lower, in percent."""
     margin: float | None
-    """Score minus that of the best hard negative; None where the text names no known colour or kind."""
+    """Score minus that of the best hard negative; None where the text names no known colour or category."""
     hard_negative: str | None
-    """The text with another colour or kind that fits best."""
+    """The text with another colour or category that fits best."""
     passed: bool
     copy: str | None
     """The copy's name, for the best that pass."""
@@ -188,9 +188,9 @@ def _cell(out: Path, row: Ranked, side: int) -> Image.Image:
         image = Image.blend(image, Image.new("RGB", image.size, "white"), 0.7)
     cell = Image.new("RGB", (side, side + 16), "white")
     cell.paste(image, (0, 0))
-    place = "" if row.percentile is None else f"  p{row.percentile:.0f}"
+    suffix = "" if row.percentile is None else f"  p{row.percentile:.0f}"
     margin = "" if row.margin is None else f"  {row.margin:+.2f}"
-    ImageDraw.Draw(cell).text((3, side + 2), f"{row.rank}{place}{margin}", fill="black")
+    ImageDraw.Draw(cell).text((3, side + 2), f"{row.rank}{suffix}{margin}", fill="black")
     return cell
 
 

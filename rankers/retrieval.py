@@ -1,4 +1,4 @@
-"""How well a ranker finds images by their captions: recall over distinct captions, kinds and colours told right."""
+"""How well a ranker finds images by their captions: recall over captions; categories and colours told right."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

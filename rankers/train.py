@@ -192,11 +192,11 @@ class RankerTask:
         rows = torch.cat(
             [micro["text_ids"].flatten(0, 1), F.pad(label_ids, (0, length - label_ids.shape[1]))]
         )
-        texts, places = rows.unique(dim=0, return_inverse=True)  # (M, T) and (2B + K,)
+        texts, inverse = rows.unique(dim=0, return_inverse=True)  # (M, T) and (2B + K,)
         texts = texts[:, (texts != self.data.tokenizer.pad_id).any(0)]
         with autocast(self.world.device, self.options.precision):
             image, text, scale = model(micro["image"], texts)
-        read = text[places]
+        read = text[inverse]
         pairs = read[: 2 * count].view(count, 2, -1)  # (B, 2, D)
         return Features(image, pairs[:, 0], pairs[:, 1], read[2 * count :], scale)
 
@@ -258,7 +258,7 @@ class RankerTask:
         weights = self.training.saved_weights(state)
         save_ranker(directory, self.model.config, weights, self.data.towers, step)
         names = self.data.names
-        lexicon = Lexicon(names.colors, names.kinds) if names.kinds else default_lexicon()
+        lexicon = Lexicon(names.colors, names.categories) if names.categories else default_lexicon()
         fresh = self.evaluated is not None and self.evaluated[0] == step
         if not fresh:
             self.finished.load_state_dict(weights)
@@ -344,7 +344,7 @@ def describe(task: RankerTask) -> str:
     count = sum(p.numel() for p in task.model.parameters())
     return (
         f"{len(data.train)} images, {count / 1e6:.1f}M parameters, {len(names.captions)} distinct captions, "
-        f"{len(names.labels)} kinds, {len(names.colors)} colours, {data.tokenizer.vocab_size} word pieces"
+        f"{len(names.labels)} categories, {len(names.colors)} colours, {data.tokenizer.vocab_size} word pieces"
     )
 
 

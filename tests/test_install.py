@@ -52,9 +52,19 @@ def test_a_line_a_stage(place, capsys, monkeypatch):
     code, out, err = run(place, capsys, monkeypatch)
     assert code == 0 and not err
     lines = out.splitlines()
-    assert [line[:5] for line in lines if line.startswith("[")] == ["[1/4]", "[2/4]", "[3/4]", "[4/4]"]
+    assert [line[:5] for line in lines if line.startswith("[")] == [f"[{i}/5]" for i in range(1, 6)]
     assert any("torch, 755.1 MB" in line for line in lines) and "2 packages" in out and "einops," not in out
     assert lines[-1].startswith("installed in 0:0")
+
+
+def test_imports_are_compiled_even_where_python_is_told_to_write_nothing(place, capsys, monkeypatch):
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    answers(
+        place,
+        f'case "$*" in *generate*) echo "$* in $PWD, $PYTHONDONTWRITEBYTECODE." > {place}/said;; esac',
+    )
+    assert run(place, capsys, monkeypatch)[0] == 0
+    assert (place / "said").read_text() == f"-c import generate, rerank, serve.app, serve.worker in {ROOT}, .\n"
 
 
 @pytest.mark.parametrize(
@@ -72,6 +82,11 @@ def test_a_line_a_stage(place, capsys, monkeypatch):
             'case "$*" in *download*) exit 0;; esac; echo "ERROR: broken wheel"; exit 1',
             60e9,
             "ERROR: broken wheel",
+        ),
+        (
+            'case "$*" in *generate*) echo "Illegal instruction" >&2; exit 1;; esac',
+            60e9,
+            "cannot be imported: Illegal instruction",
         ),
     ],
 )

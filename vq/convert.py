@@ -109,19 +109,19 @@ def tokenizer_from_dalle_pytorch(weights: Weights, hparams: dict[str, Any] | Non
     down = [i for i in numbers if f"encoder.{i}.0.weight" in weights]
     blocks = [i for i in numbers if f"encoder.{i}.net.0.weight" in weights]
     renamed = {"quantizer.codebook.weight": weights["codebook.weight"]}
-    places = {f"encoder.{i}.0": f"encoder.down.{k}" for k, i in enumerate(down)}
-    places |= {f"encoder.{i}": f"encoder.blocks.{k}" for k, i in enumerate(blocks)}
-    places |= {f"encoder.{numbers[-1]}": "quantizer.proj"}
+    renames = {f"encoder.{i}.0": f"encoder.down.{k}" for k, i in enumerate(down)}
+    renames |= {f"encoder.{i}": f"encoder.blocks.{k}" for k, i in enumerate(blocks)}
+    renames |= {f"encoder.{numbers[-1]}": "quantizer.proj"}
     first = 1 if blocks else 0  # the decoder's 1x1 convolution before its residual blocks
-    places |= {"decoder.0": "decoder.conv_in"} if blocks else {}
-    places |= {f"decoder.{first + k}": f"decoder.blocks.{k}" for k in range(len(blocks))}
+    renames |= {"decoder.0": "decoder.conv_in"} if blocks else {}
+    renames |= {f"decoder.{first + k}": f"decoder.blocks.{k}" for k in range(len(blocks))}
     up = first + len(blocks)
-    places |= {f"decoder.{up + k}.0": f"decoder.up.{k}" for k in range(len(down))}
-    places |= {f"decoder.{up + len(down)}": "decoder.conv_out"}
+    renames |= {f"decoder.{up + k}.0": f"decoder.up.{k}" for k in range(len(down))}
+    renames |= {f"decoder.{up + len(down)}": "decoder.conv_out"}
     for name, tensor in weights.items():
-        for before in sorted(places, key=len, reverse=True):
+        for before in sorted(renames, key=len, reverse=True):
             if name.startswith(f"{before}."):
-                renamed[places[before] + name.removeprefix(before)] = tensor
+                renamed[renames[before] + name.removeprefix(before)] = tensor
                 break
         else:
             if name != "codebook.weight":
@@ -148,9 +148,9 @@ def _taming_config(weights: Weights, image_size: int, gumbel: bool, l2_normalize
     missing = [n for n in needed if n not in weights]
     if missing:
         raise ValueError(f"the weights lack {', '.join(missing)}")
-    places = [re.match(r"encoder\.down\.(\d+)\.block\.(\d+)\.", n) for n in weights]
-    levels = 1 + max(int(m[1]) for m in places if m)
-    blocks = 1 + max(int(m[2]) for m in places if m)
+    matches = [re.match(r"encoder\.down\.(\d+)\.block\.(\d+)\.", n) for n in weights]
+    levels = 1 + max(int(m[1]) for m in matches if m)
+    blocks = 1 + max(int(m[2]) for m in matches if m)
     channels = weights["encoder.conv_in.weight"].shape[0]
     if weights["encoder.conv_in.weight"].shape[1] != 3:
         raise ValueError(

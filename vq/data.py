@@ -85,9 +85,9 @@ def small_images(index: ShardIndex | ImageFolder, image_size: int, look_at: int 
 
     Looks at no more than `look_at` images, evenly spread.
     """
-    places = index.spread(look_at)
+    indices = index.spread(look_at)
     small = 0
-    for i in places:
+    for i in indices:
         members = index.read(i, IMAGE_SUFFIXES)
         try:
             image = open_image(next(iter(members.values()), b""))
@@ -97,6 +97,6 @@ def small_images(index: ShardIndex | ImageFolder, image_size: int, look_at: int 
     if not small:
         return ""
     return (
-        f"{small} of {len(places)} images looked at are smaller than {image_size} pixels and will be enlarged: "
+        f"{small} of {len(indices)} images looked at are smaller than {image_size} pixels and will be enlarged: "
         "leave them out when packing (--min-side) or train smaller"
     )

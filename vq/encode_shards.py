@@ -197,10 +197,10 @@ def roundtrip(tokenizer: ImageTokenizer, options: Options, world: World) -> floa
     """Decode a few stored codes, write them under their originals as roundtrip.png; returns the mean PSNR in dB."""
     source = ShardIndex.open(str(options.source), "train", options.remote).require(*IMAGE_SUFFIXES)
     tokens = ShardIndex.open(options.target, "train").require("ids.npy")
-    places = {s.key: i for i, s in enumerate(source.samples)}
+    index_of = {s.key: i for i, s in enumerate(source.samples)}
     originals, ids = [], []
     for i in np.linspace(0, len(tokens) - 1, min(options.check, len(tokens))).astype(int):
-        members = source.read(places[tokens.samples[i].key], IMAGE_SUFFIXES)
+        members = source.read(index_of[tokens.samples[i].key], IMAGE_SUFFIXES)
         originals.append(
             to_tensor(resize_square(open_image(next(iter(members.values()))), tokenizer.image_size))
         )

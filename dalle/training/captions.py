@@ -40,10 +40,10 @@ def insert_unknown(
         length = int((row != pad_id).sum())
         if uniform(name) >= share or not 2 <= length < len(row):
             continue
-        place = 1 + int(uniform(name + "/place") * (length - 1))
+        position = 1 + int(uniform(name + "/place") * (length - 1))
         piece = int(uniform(name + "/piece") * (vocab_size - 1))
-        row[place + 1 : length + 1] = row[place:length].clone()
-        row[place] = piece + (piece >= pad_id)
+        row[position + 1 : length + 1] = row[position:length].clone()
+        row[position] = piece + (piece >= pad_id)
     return text_ids
 
 

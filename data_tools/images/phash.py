@@ -177,8 +177,8 @@ def _band_values(hashes: np.ndarray, band: int, num_bands: int) -> np.ndarray:
     octets = hashes.view(np.uint8).reshape(-1, 8)  # (N, 8)
     table = np.zeros((8, 256), np.uint32)
     numbers = np.arange(256, dtype=np.uint32)
-    for place, bit in enumerate(range(band, HASH_BITS, num_bands)):
-        table[bit // 8] |= ((numbers >> np.uint32(bit % 8)) & np.uint32(1)) << np.uint32(place)
+    for position, bit in enumerate(range(band, HASH_BITS, num_bands)):
+        table[bit // 8] |= ((numbers >> np.uint32(bit % 8)) & np.uint32(1)) << np.uint32(position)
     values = np.zeros(len(hashes), np.uint32)
     for octet in range(8):
         values |= table[octet][octets[:, octet]]

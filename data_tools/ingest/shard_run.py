@@ -20,8 +20,9 @@ from data_tools.shards.image_shards import DATASET_FILE, ShardWriter
 from data_tools.shards.targets import DROPPED_FILE, JOB_FILE, JOURNAL, REPORT_FILE, Journal, Target
 
 BATCH = (
-    16  # records a work package: 200 kB of images, so that the hand-over costs less than a tenth of the work
+    16  # records a work package: 200 kB of images; its hand-over to a process is under a tenth of the work
 )
+CLUSTER_BATCH = 64  # the same on a cluster, whose tasks cost more each
 EXAMPLES = 3  # places that are named of each reason
 EARLIER_OPTIONS = {"picture": "image", "pictures": "images"}  # as the jobs of folders made before name them
 
@@ -149,13 +150,14 @@ class ShardRun:
                     yield Row(number, split, item, known=True, written=written)
 
     def _batches(self) -> Iterator[tuple[list[Row], list[Record]]]:
+        size = BATCH if isinstance(self.workers, int) else CLUSTER_BATCH
         rows: list[Row] = []
         records: list[Record] = []
         for row in self._rows():
             rows.append(row)
             if row.needs_work:
                 records.append(row.item)
-            if len(records) == BATCH or len(rows) == 4 * BATCH:
+            if len(records) == size or len(rows) == 4 * size:
                 yield rows, records
                 rows, records = [], []
         if rows:
@@ -253,8 +255,8 @@ def reason_lines(report: dict[str, Any], hints: Mapping[str, str]) -> list[str]:
     lines = []
     for reason, count in sorted(report["reasons"].items(), key=lambda item: -item[1]):
         named = report.get("examples", {}).get(reason, [])
-        places = ", ".join(named) + (" ..." if count > len(named) else "")
-        lines.append(f"  {count} x {reason}: {hints.get(reason, 'see ' + DROPPED_FILE)} [{places}]")
+        examples = ", ".join(named) + (" ..." if count > len(named) else "")
+        lines.append(f"  {count} x {reason}: {hints.get(reason, 'see ' + DROPPED_FILE)} [{examples}]")
     lines += [f"  {count} kept with {name}" for name, count in sorted(report.get("counts", {}).items())]
     return lines
 

@@ -81,11 +81,11 @@ def sign_source(
     meter, keys = Meter(total=source.num_bytes), []
     with path.open("ab") as file, progress(unit="B", unit_scale=True, desc="hashing") as bar:
         file.truncate(done * size)
-        for places, results in ordered_map(
+        for positions, results in ordered_map(
             Sign(limits), _batches(source, meter, done, keys), workers, _crashed
         ):
             block = np.frombuffer(b"".join(results), SIGNATURE).copy()
-            block["row"], block["part"] = places[:, 0], places[:, 1]
+            block["row"], block["part"] = positions[:, 0], positions[:, 1]
             file.write(block.tobytes())
             bar.total = meter.total
             bar.update(meter.done - bar.n)
@@ -96,7 +96,7 @@ def _batches(
     source: Source, meter: Meter, skip: int, keys: list[str]
 ) -> Iterator[tuple[np.ndarray, list[Record]]]:
     """(row and part of each record (n, 2), records), without the first `skip` records; `keys` gets all of them."""
-    row, places, records = 0, [], []
+    row, positions, records = 0, [], []
     for number, part in enumerate(part for part in source.parts if part.has_images):
         for item in source.read(part, meter):
             row += 1
@@ -106,10 +106,10 @@ def _batches(
             if skip:
                 skip -= 1
                 continue
-            places.append((row, number))
+            positions.append((row, number))
             records.append(item)
             if len(records) == BATCH:
-                yield np.array(places, np.uint64), records
-                places, records = [], []
+                yield np.array(positions, np.uint64), records
+                positions, records = [], []
     if records:
-        yield np.array(places, np.uint64), records
+        yield np.array(positions, np.uint64), records

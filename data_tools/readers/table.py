@@ -130,29 +130,29 @@ def split_row(text: str, delimiter: str) -> list[str] | None:
 
     Raises ValueError where something other than a separator follows a closing quote.
     """
-    fields, place = [], 0
+    fields, offset = [], 0
     while True:
-        if text[place : place + 1] != '"':
-            end = text.find(delimiter, place)
+        if text[offset : offset + 1] != '"':
+            end = text.find(delimiter, offset)
             if end < 0:
-                return [*fields, text[place:]]
-            fields.append(text[place:end])
-            place = end + 1
+                return [*fields, text[offset:]]
+            fields.append(text[offset:end])
+            offset = end + 1
             continue
-        quoted = _quoted(text, place + 1)
+        quoted = _quoted(text, offset + 1)
         if quoted is None:
             return None
-        field, place = quoted
+        field, offset = quoted
         fields.append(field)
-        if place == len(text):
+        if offset == len(text):
             return fields
-        if text[place] != delimiter:
-            raise ValueError(f"{text[place : place + 10]!r} follows a closing quote")
-        place += 1
+        if text[offset] != delimiter:
+            raise ValueError(f"{text[offset : offset + 10]!r} follows a closing quote")
+        offset += 1
 
 
 def _quoted(text: str, start: int) -> tuple[str, int] | None:
-    """The field from behind its opening quote on, and the place behind its closing one."""
+    """The field from behind its opening quote on, and the offset behind its closing one."""
     parts = []
     while (end := text.find('"', start)) >= 0:
         if text[end + 1 : end + 2] != '"':

@@ -36,13 +36,13 @@ def likeness(facts: Sequence[Facts], shown: int = 12) -> Likeness:
     marks = np.concatenate(
         [images["phash"][:, None].view(np.uint8).reshape(-1, 8), images["colours"]], axis=1
     )
-    _, first, place, counts = np.unique(
+    _, first, inverse, counts = np.unique(
         marks, axis=0, return_index=True, return_inverse=True, return_counts=True
     )
-    place = place.reshape(-1)
+    inverse = inverse.reshape(-1)
     pairs = first[close_pairs(images["phash"][first], images["colours"][first], NEAR, COLOURS)]
-    twins = np.flatnonzero(first[place] != np.arange(len(images)))
-    same = np.stack([first[place[twins]], twins], axis=1)
+    twins = np.flatnonzero(first[inverse] != np.arange(len(images)))
+    same = np.stack([first[inverse[twins]], twins], axis=1)
     away = distances(images["phash"][pairs[:, 0]], images["phash"][pairs[:, 1]])
     every = np.concatenate([same, pairs[np.argsort(away, kind="stable")]])
     nearest, seen = [], set()

@@ -45,8 +45,8 @@ def _text(x: float, y: float, text: str, anchor: str = "start", fill: str = INK)
 
 
 def _rect(x: float, y: float, width: float, height: float, fill: str, tip: str, stroke: str = "none") -> str:
-    place = f'x="{x:.1f}" y="{y:.1f}" width="{max(width, 0):.1f}" height="{max(height, 0):.1f}"'
-    return f'<rect {place} fill="{fill}" stroke="{stroke}"><title>{html.escape(tip)}</title></rect>'
+    geometry = f'x="{x:.1f}" y="{y:.1f}" width="{max(width, 0):.1f}" height="{max(height, 0):.1f}"'
+    return f'<rect {geometry} fill="{fill}" stroke="{stroke}"><title>{html.escape(tip)}</title></rect>'
 
 
 def _line(x1: float, y1: float, x2: float, y2: float, stroke: str) -> str:
@@ -145,15 +145,15 @@ def scatter(
     left, bottom = 48, 38
     size = side - left - 10
 
-    def place(value: float) -> float:
+    def to_pixels(value: float) -> float:
         return size * value / top
 
     body = [_line(left, 8 + size, left + size, 8 + size, SOFT), _line(left, 8, left, 8 + size, SOFT)]
     for tick in _ticks(0, top, 5):
-        body.append(_text(left + place(tick), 8 + size + 15, short(tick), "middle", SOFT))
-        body.append(_text(left - 4, 12 + size - place(tick), short(tick), "end", SOFT))
+        body.append(_text(left + to_pixels(tick), 8 + size + 15, short(tick), "middle", SOFT))
+        body.append(_text(left - 4, 12 + size - to_pixels(tick), short(tick), "end", SOFT))
     points = "".join(
-        f'<circle cx="{left + place(a):.1f}" cy="{8 + size - place(b):.1f}" r="2"/>'
+        f'<circle cx="{left + to_pixels(a):.1f}" cy="{8 + size - to_pixels(b):.1f}" r="2"/>'
         for a, b in sorted({(float(x[i]), float(y[i])) for i in pick})
     )
     body.append(f'<g fill="{FILL}" fill-opacity="0.35">{points}</g>')
@@ -210,12 +210,12 @@ def curves(
         body.append(_curve([(at(p[0], p[1]), at(p[0], p[2]), at(p[0], p[3]), p) for p in curve], name, i))
     body.append(_text(left + across / 2, height - 6, x_label, "middle"))
     body.append(_text(left + 6, top + 10, y_label))
-    legend, place = [], left
+    legend, x = [], left
     for i, (name, _) in enumerate(series):
-        legend.append(_rect(place, height + 6, 12, 12, SERIES[i % len(SERIES)], name))
-        legend.append(_text(place + 17, height + 16, name))
-        place += 17 + text_width(name) + 16
-    return _svg(max(width, place), height + 24, body + legend, f"{y_label} over {x_label}")
+        legend.append(_rect(x, height + 6, 12, 12, SERIES[i % len(SERIES)], name))
+        legend.append(_text(x + 17, height + 16, name))
+        x += 17 + text_width(name) + 16
+    return _svg(max(width, x), height + 24, body + legend, f"{y_label} over {x_label}")
 
 
 def _curve(points: Sequence[tuple], name: str, i: int) -> str:

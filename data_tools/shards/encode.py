@@ -67,12 +67,12 @@ def encode_shards(
     picklable where there is a cluster, whose nodes read the source and send whole shards back to this process.
     Returns {"images", "skipped", "shards_kept"} of this process. Raises FileNotFoundError without training shards.
     """
-    jobs = [(split, place) for split in ("train", "val") for place in source.find(split)]
+    jobs = [(split, location) for split in ("train", "val") for location in source.find(split)]
     if not any(split == "train" for split, _ in jobs):
         raise FileNotFoundError(
             f"no train-*.tar in {source.source}: make shards with `python -m data_tools.shard`"
         )
-    if len({source.name(place) for _, place in jobs}) < len(jobs):
+    if len({source.name(location) for _, location in jobs}) < len(jobs):
         raise ValueError(
             f"{source.source} names no splits, so it would validate on what it trains on: make shards of it with "
             "`python -m data_tools.shard SRC DST --val-share 0.1`"
@@ -83,21 +83,21 @@ def encode_shards(
         )
     counts = {"pictures": 0, "skipped": 0, "shards_kept": 0}
     todo = []
-    for split, place in jobs[world.rank :: world.size]:
-        name = source.name(place)
+    for split, location in jobs[world.rank :: world.size]:
+        name = source.name(location)
         if (target / name).is_file():
             ShardIndex.open(target / name, "").require(member)
             counts["shards_kept"] += 1
         else:
-            todo.append((split, place))
+            todo.append((split, location))
     one = EncodeShard(source, views, member, encode)
     if cluster:
         _encode_on(cluster, one, todo, target, counts)
     else:
-        for split, place in todo:
-            name = source.name(place)
+        for split, location in todo:
+            name = source.name(location)
             bar = progress(desc=name, unit="images", disable=not world.is_main)
-            one.write(split, place, target / name, counts, bar)
+            one.write(split, location, target / name, counts, bar)
             bar.close()
     world.barrier()
     if world.is_main:
@@ -117,19 +117,19 @@ class EncodeShard:
     encode: Encode
 
     def __call__(self, jobs: Sequence[tuple[str, Any]]) -> list[tuple[bytes, dict[str, int]]]:
-        """(split, place) of shards to the bytes of the encoded ones and their counts."""
+        """(split, location) of shards to the bytes of the encoded ones and their counts."""
         done = []
-        for split, place in jobs:
+        for split, location in jobs:
             counts = {"pictures": 0, "skipped": 0}
             with tempfile.TemporaryDirectory() as folder, tqdm(disable=True) as bar:
-                path = Path(folder) / self.source.name(place)
-                self.write(split, place, path, counts, bar)
+                path = Path(folder) / self.source.name(location)
+                self.write(split, location, path, counts, bar)
                 done.append((path.read_bytes(), counts))
         return done
 
-    def write(self, split: str, place: Any, target: Path, counts: dict[str, int], bar: tqdm) -> None:
+    def write(self, split: str, location: Any, target: Path, counts: dict[str, int], bar: tqdm) -> None:
         """One input shard -> one output shard, by way of a folder that is renamed from."""
-        index = ShardIndex.open(self.source.fetch(place), "").require(*IMAGE_SUFFIXES)
+        index = ShardIndex.open(self.source.fetch(location), "").require(*IMAGE_SUFFIXES)
         count = self.views.count if split == "train" else 1
         work = target.parent / f".work-{target.stem}"
         for stale in work.glob("*"):
@@ -164,9 +164,9 @@ def _encode_on(
 
     with progress(desc="encoding", unit="images") as bar:
         jobs = [(split, p.resolve() if isinstance(p, Path) else p) for split, p in todo]  # of any directory
-        for (_, place), results in cluster.ordered_map(one, ((job, [job]) for job in jobs), crashed):
+        for (_, location), results in cluster.ordered_map(one, ((job, [job]) for job in jobs), crashed):
             data, found = results[0]
-            with atomic_path(target / one.source.name(place)) as temporary:
+            with atomic_path(target / one.source.name(location)) as temporary:
                 temporary.write_bytes(data)
             for name, count in found.items():
                 counts[name] += count

@@ -61,11 +61,11 @@ def _only(index: ShardIndex, wanted: Callable[[Sample], bool]) -> ShardIndex:
 
 def _without(train: ShardIndex, val: ShardIndex) -> ShardIndex:
     """`train` less the samples that stand in `val` with the same key and the same bytes."""
-    places = {sample.key: i for i, sample in enumerate(val.samples)}
+    index_of = {sample.key: i for i, sample in enumerate(val.samples)}
     twice = {
         i
         for i, sample in enumerate(train.samples)
-        if sample.key in places and _are_equal(train, i, val, places[sample.key])
+        if sample.key in index_of and _are_equal(train, i, val, index_of[sample.key])
     }
     if not twice:
         return train

@@ -42,7 +42,7 @@ MOST_OPEN = 128  # files that a process holds open: limits of 1,024 are common
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample's place: its key, its shard's number, and its members by suffix (`webp`, `txt`, `ids.npy`)."""
+    """One sample's location: its key, its shard's number, and its members by suffix (`webp`, `txt`, `ids.npy`)."""
 
     key: str
     shard: int
@@ -76,8 +76,8 @@ class RemoteSamples(Sequence):
 
     def fetch(self, shard: int) -> Path | None:
         """Bring a shard here; its path, None for a local one. Raises ShardUnavailable."""
-        place = self.shards[shard]
-        return self.cache.fetch(place) if isinstance(place, RemoteShard) else None
+        location = self.shards[shard]
+        return self.cache.fetch(location) if isinstance(location, RemoteShard) else None
 
     def _of_shard(self, shard: int) -> Sequence[Sample]:
         if not isinstance(self.shards[shard], RemoteShard):
@@ -257,23 +257,23 @@ def _every_part(parts: Sequence[str], find: Callable[[str], list[Any]]) -> list[
 def _open_remote(parts: Sequence[str], split: str, options: RemoteOptions) -> ShardIndex:
     """Local and remote shards side by side; those of unknown size are fetched first."""
     cache = ShardCache(options)
-    places: list[Path | RemoteShard] = _every_part(
+    locations: list[Path | RemoteShard] = _every_part(
         parts, lambda part: list_shards(part, split, options) if is_remote(part) else find_shards(part, split)
     )
-    paths = [place.path if isinstance(place, RemoteShard) else place for place in places]
-    unknown = [p for p in places if isinstance(p, RemoteShard) and p.num_samples is None]
+    paths = [location.path if isinstance(location, RemoteShard) else location for location in locations]
+    unknown = [p for p in locations if isinstance(p, RemoteShard) and p.num_samples is None]
     _fetch_all(cache, unknown, options)
     shards: list[RemoteShard | Sequence[Sample]] = []
     problems = []
-    for number, (place, path) in enumerate(zip(places, paths, strict=True)):
-        known = isinstance(place, RemoteShard) and place.num_samples is not None
+    for number, (location, path) in enumerate(zip(locations, paths, strict=True)):
+        known = isinstance(location, RemoteShard) and location.num_samples is not None
         if known or not path.is_file():
-            shards.append(place if known else [])
+            shards.append(location if known else [])
             continue
         samples, problem = scan_tar(path, number)
         problems += [problem] if problem else []
-        remote = isinstance(place, RemoteShard)
-        shards.append(RemoteShard(place.url, path, len(samples)) if remote else samples)
+        remote = isinstance(location, RemoteShard)
+        shards.append(RemoteShard(location.url, path, len(samples)) if remote else samples)
     samples = RemoteSamples(shards, cache)
     if not len(samples):
         raise ValueError(
@@ -317,13 +317,13 @@ class ShardSource:
         except NoSuchSplit:
             return []
 
-    def name(self, place: Path | RemoteShard) -> str:
+    def name(self, location: Path | RemoteShard) -> str:
         """Of the tar."""
-        return place.path.name if isinstance(place, RemoteShard) else place.name
+        return location.path.name if isinstance(location, RemoteShard) else location.name
 
-    def fetch(self, place: Path | RemoteShard) -> Path:
+    def fetch(self, location: Path | RemoteShard) -> Path:
         """Where it lies on this disk. Raises ShardUnavailable after all retries."""
-        return self._cache.fetch(place) if isinstance(place, RemoteShard) else place
+        return self._cache.fetch(location) if isinstance(location, RemoteShard) else location
 
 
 def find_shards(source: str | Path, split: str = "train") -> list[Path]:

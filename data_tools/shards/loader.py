@@ -178,8 +178,8 @@ class _Samples(Dataset):
     def __init__(self, index: ShardIndex, decode: Callable[..., Batch], seed: int) -> None:
         self.index, self.decode, self.seed = index, decode, seed
 
-    def __getitem__(self, place: tuple[Any, ...]) -> tuple[Batch, list[Replacement]]:
-        epoch, i, *more = place
+    def __getitem__(self, index: tuple[Any, ...]) -> tuple[Batch, list[Replacement]]:
+        epoch, i, *more = index
         lost: list[Replacement] = []
         for _ in range(min(len(self.index), 64)):
             rng = np.random.Generator(np.random.Philox(key=[self.seed * 1_000_003 + epoch, i]))

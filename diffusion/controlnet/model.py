@@ -137,15 +137,15 @@ def _blocks(names: dict[str, Tensor]) -> list[tuple[int, int]]:
     """For every input block after the first: (down block, number of its resnet), or (down block, -1) for what halves
     the sides."""
     count = 1 + max(int(n.split(".")[1]) for n in names if n.startswith("input_blocks."))
-    places, block, resnet = [(0, 0)], 0, 0
+    positions, block, resnet = [(0, 0)], 0, 0
     for i in range(1, count):
         if f"input_blocks.{i}.0.op.weight" in names:
-            places.append((block, -1))
+            positions.append((block, -1))
             block, resnet = block + 1, 0
         else:
-            places.append((block, resnet))
+            positions.append((block, resnet))
             resnet += 1
-    return places
+    return positions
 
 
 def to_diffusers(name: str, blocks: Sequence[tuple[int, int]], last_hint: int) -> str:

@@ -71,18 +71,18 @@ class Buckets:
     def __init__(self, sizes: NDArray[np.integer], config: BucketConfig) -> None:
         self.sizes, self.config = np.asarray(sizes, dtype=np.int64), config
         self.shapes = config.all_shapes
-        place = {shape: i for i, shape in enumerate(self.shapes)}
+        index_of = {shape: i for i, shape in enumerate(self.shapes)}
         by_resolution = [
-            _nearest(self.sizes, [place[s] for s in config.shapes(r)], self.shapes)
+            _nearest(self.sizes, [index_of[s] for s in config.shapes(r)], self.shapes)
             for r in sorted(config.resolutions)
         ]
         self.choices = np.stack(by_resolution, axis=1)  # (N, R), LEFT_OUT where it would be enlarged
         self.fitting = (self.choices != LEFT_OUT).sum(
             1
         )  # (N,) resolutions that the image is large enough for
-        self._place_small(place)
+        self._place_small(index_of)
 
-    def _place_small(self, place: dict[tuple[int, int], int]) -> None:
+    def _place_small(self, index_of: dict[tuple[int, int], int]) -> None:
         """Images too small for every resolution: the largest smaller one that fits."""
         small = np.flatnonzero(self.fitting == 0)
         self.num_small = int((self.sizes[small].min(1) > 0).sum()) if len(small) else 0
@@ -90,7 +90,7 @@ class Buckets:
         for resolution in range(min(self.config.resolutions) - step, 0, -step):
             left = small[self.choices[small, 0] == LEFT_OUT]
             found = _nearest(
-                self.sizes[left], [place[s] for s in self.config.shapes(resolution)], self.shapes
+                self.sizes[left], [index_of[s] for s in self.config.shapes(resolution)], self.shapes
             )
             self.choices[left] = found[:, None]
 
@@ -173,7 +173,7 @@ class BucketOrder:
         assigned = self.buckets.assign(self.seed, epoch)[order]
         filled = []
         for bucket in np.unique(assigned[assigned != LEFT_OUT]).tolist():
-            at = np.flatnonzero(assigned == bucket)  # places in the order of the epoch
+            at = np.flatnonzero(assigned == bucket)  # indices in the order of the epoch
             rows = np.stack([np.full(len(at), epoch), order[at]], axis=1)
             before = waiting.get(bucket, np.empty((0, 2), dtype=np.int64))
             rows = np.concatenate([before, rows])

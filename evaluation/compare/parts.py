@@ -117,8 +117,8 @@ class Part:
     def choice(self, rows: NDArray, replicates: int) -> "Part":
         """Some of the images, as a part of its own."""
         texts = [self.texts[i] for i in rows]
-        whole, places = (self, rows) if self.whole is None else (self.whole, self.rows[rows])
-        return Part(texts, self.images, Resampling(texts, replicates), self.cache, places, whole)
+        whole, indices = (self, rows) if self.whole is None else (self.whole, self.rows[rows])
+        return Part(texts, self.images, Resampling(texts, replicates), self.cache, indices, whole)
 
 
 @dataclass(frozen=True)
@@ -205,16 +205,18 @@ class MeasureOptions:
 MOST_COLORED = 5000  # training images of known colour that name colours
 
 
-def pixel_colors_of(images: ReferenceImages, places: Sequence[int], cache: Path | None) -> PixelColors | None:
-    """What names colours in pixels, from those of `images` at `places` whose colour is known; None where too few
+def pixel_colors_of(
+    images: ReferenceImages, indices: Sequence[int], cache: Path | None
+) -> PixelColors | None:
+    """What names colours in pixels, from those of `images` at `indices` whose colour is known; None where too few
     are."""
-    found = [(int(place), images.facts(int(place)).color) for place in places]
-    found = [(place, color) for place, color in found if color]
+    found = [(int(index), images.facts(int(index)).color) for index in indices]
+    found = [(index, color) for index, color in found if color]
     found = found[:: max(1, -(-len(found) // MOST_COLORED))]
     colors = [color for _, color in found]
     if not PixelColors.enough(colors):
         return None
-    chosen = SomeImages(images, [place for place, _ in found])
+    chosen = SomeImages(images, [index for index, _ in found])
     part = Part(colors, chosen, Resampling(colors, 1), cache)
     return PixelColors(part.features(ColorHistogram()), colors)
 
@@ -244,8 +246,8 @@ class Bench:
         """What names colours in pixels, from training images of known colour; None where too few are known."""
         if self._colors is None and self.train is not None:
             images = self.reference.train
-            places = range(len(images)) if self.train.rows is None else self.train.rows
-            self._colors = pixel_colors_of(images, places, self.train.cache)
+            indices = range(len(images)) if self.train.rows is None else self.train.rows
+            self._colors = pixel_colors_of(images, indices, self.train.cache)
         return self._colors
 
     def train_like_generated(self) -> Part | None:

@@ -56,13 +56,13 @@ def metrics(
 def _recall(scores: np.ndarray, part: Part, distinct: list[str]) -> dict[str, tuple[Estimate | None, str]]:
     """Text to image over all images of the part: is one of its own among the first k."""
     relevant = caption_matches(part.texts, distinct)
-    place = {text: i for i, text in enumerate(distinct)}
+    index_of = {text: i for i, text in enumerate(distinct)}
     found = {}
     for k, hit in hits_at(torch.from_numpy(scores.copy()), relevant, KS).items():
         first = dict.fromkeys(part.texts)  # one value a text, at its first image
         values = np.full(len(part), np.nan)
         for text in first:
-            values[part.texts.index(text)] = float(hit[place[text]])
+            values[part.texts.index(text)] = float(hit[index_of[text]])
         estimate = mean_estimate(values, part.resampling, is_share=True)
         note = f"{len(distinct)} texts, each looking for its images among all {len(part)}"
         found[f"recall_at_{k}"] = (estimate, note)

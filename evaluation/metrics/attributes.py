@@ -30,7 +30,7 @@ class Slots:
     """The words of a title by slot: `category`, `color`, and classes of the word lists; a slot has one word at most."""
 
     words: dict[str, str]
-    places: dict[str, int]
+    starts: dict[str, int]
     """Where each word starts."""
 
 
@@ -64,13 +64,13 @@ class Lexicon:
 
     def parse(self, text: str) -> Slots:
         """The longest known word of each slot; the category goes first, so a colour inside its name is no colour."""
-        words, places, rest = {}, {}, text
+        words, starts, rest = {}, {}, text
         for slot in sorted(self.words, key=lambda s: (s != "category", s != "color", s)):
             word = max((w for w in self.words[slot] if w in rest), key=len, default="")
             if word:
-                words[slot], places[slot] = word, rest.index(word)
+                words[slot], starts[slot] = word, rest.index(word)
                 rest = rest.replace(word, "\0" * len(word), 1)
-        return Slots(words, places)
+        return Slots(words, starts)
 
     def negatives(self, text: str, slot: str, parsed: Slots | None = None) -> list[str]:
         """The text with other words in the slot, at most MOST_NEGATIVES, the same ones for the same text.
@@ -89,7 +89,7 @@ class Lexicon:
         ]
         if len(others) > MOST_NEGATIVES:
             others.sort(key=lambda other: hashlib.sha256(f"{text}\n{other}".encode()).digest())
-        start = parsed.places[slot]
+        start = parsed.starts[slot]
         return [text[:start] + other + text[start + len(word) :] for other in others[:MOST_NEGATIVES]]
 
 
@@ -119,13 +119,13 @@ def hard_negative_hits(
     if not negatives:
         return None
     distinct = sorted({text for own, others in negatives.items() for text in (own, *others)})
-    place = {text: i for i, text in enumerate(distinct)}
+    index_of = {text: i for i, text in enumerate(distinct)}
     features = ranker.text_features(distinct).numpy()  # (T, D)
     hits = np.full(len(texts), np.nan)
     for i, text in enumerate(texts):
         if text in negatives:
-            others = features[[place[other] for other in negatives[text]]]
-            hits[i] = float(features[place[text]] @ images[i] > (others @ images[i]).max())
+            others = features[[index_of[other] for other in negatives[text]]]
+            hits[i] = float(features[index_of[text]] @ images[i] > (others @ images[i]).max())
     return SlotHits(hits, _chance([len(negatives[text]) + 1 for text in texts if text in negatives]))
 
 

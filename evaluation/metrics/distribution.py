@@ -149,10 +149,10 @@ def diversity_values(features: NDArray, texts: Sequence[str]) -> Floats:
     rows = np.asarray(features, np.float64)
     rows = rows / np.clip(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12, None)
     values = np.full(len(rows), np.nan)
-    places: dict[str, list[int]] = {}
+    indices: dict[str, list[int]] = {}
     for i, text in enumerate(texts):
-        places.setdefault(text, []).append(i)
-    for group in places.values():
+        indices.setdefault(text, []).append(i)
+    for group in indices.values():
         if len(group) > 1:
             values[group] = mean_pair_distance(rows[group])
     return values

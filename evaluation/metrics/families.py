@@ -194,9 +194,9 @@ def _nearest_metrics(bench: Bench, nearest: Nearest) -> list[Metric]:
 
 
 def _pair(bench: Bench, nearest: Nearest, found: Neighbour) -> Pair:
-    place = found.row if bench.train.rows is None else int(bench.train.rows[found.row])
-    facts, distance = bench.reference.train.facts(place), found.distance
-    return Pair(found.sample, place, facts.key, facts.caption, distance, distance < nearest.threshold)
+    index = found.row if bench.train.rows is None else int(bench.train.rows[found.row])
+    facts, distance = bench.reference.train.facts(index), found.distance
+    return Pair(found.sample, index, facts.key, facts.caption, distance, distance < nearest.threshold)
 
 
 FAMILIES: tuple[Callable[[Bench], Family], ...] = (

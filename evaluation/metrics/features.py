@@ -107,19 +107,19 @@ class SampleImages:
 
 
 class SomeImages:
-    """Those at the given places of a sequence."""
+    """Those at the given indices of a sequence."""
 
-    def __init__(self, images: Images, places: Sequence[int]) -> None:
-        self.images, self.places = images, [int(place) for place in places]
+    def __init__(self, images: Images, indices: Sequence[int]) -> None:
+        self.images, self.indices = images, [int(index) for index in indices]
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.indices)
 
     def key(self, i: int) -> bytes:
-        return self.images.key(self.places[i])
+        return self.images.key(self.indices[i])
 
     def open(self, i: int) -> Image.Image:
-        return self.images.open(self.places[i])
+        return self.images.open(self.indices[i])
 
 
 class MirroredImages:
@@ -146,7 +146,7 @@ INPUT_SIZE = 160
 class JudgeNetwork:
     """The ImageNet network that evaluation alone uses, EfficientNet-Lite1, pooled for two purposes.
 
-    Columns `deep`: the final features averaged over places, which ImageNet's classes were read from; statistics and
+    Columns `deep`: the final features averaged over positions, which ImageNet's classes were read from; statistics and
     categories stand on them. Columns `shallow`: mean, deviation and centre-weighted mean of the first stages, where
     colour is not lost yet. Float32, so that features do not hang on the batch or on what the machine computes in.
     """
@@ -231,10 +231,10 @@ class Inception:
         by_size: dict[tuple[int, int], list[int]] = {}
         for i, image in enumerate(images):
             by_size.setdefault(image.size, []).append(i)
-        for places in by_size.values():
-            pixels = np.stack([np.asarray(as_rgb(images[i])) for i in places])
+        for indices in by_size.values():
+            pixels = np.stack([np.asarray(as_rgb(images[i])) for i in indices])
             batch = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()  # uint8 (B, 3, H, W)
-            rows |= dict(zip(places, self.network(batch.to(self.device))[0].cpu().numpy(), strict=True))
+            rows |= dict(zip(indices, self.network(batch.to(self.device))[0].cpu().numpy(), strict=True))
         return np.stack([rows[i] for i in range(len(images))])
 
     @torch.inference_mode()
@@ -350,7 +350,7 @@ def embed(
     batch_size: int = 64,
     cluster: RayCluster | None = None,
 ) -> tuple[Features, NDArray[np.int64]]:
-    """Features (M, D) of the readable images, and their places (M,) in `images`.
+    """Features (M, D) of the readable images, and their indices (M,) in `images`.
 
     Every batch is stored when it is done, so a run that was killed goes on there. `cluster`: batches of images are
     its tasks. Raises ValueError when none can be read.
@@ -363,8 +363,8 @@ def embed(
     todo = sorted(i for key, i in first.items() if key not in rows)
     with progress(total=len(todo), desc=f"features of {network.name}", unit=" images") as bar:
         batches = _readable(images, todo, batch_size)
-        for places, found in ordered_map(EmbedBatch(network), batches, cluster or 0, _crashed):
-            fresh = dict(zip([keys[i] for i in places], found[0], strict=True)) if places else {}
+        for indices, found in ordered_map(EmbedBatch(network), batches, cluster or 0, _crashed):
+            fresh = dict(zip([keys[i] for i in indices], found[0], strict=True)) if indices else {}
             if store and fresh:
                 store.put(fresh)
             rows |= fresh
@@ -394,11 +394,11 @@ def _readable(
 ) -> Iterator[tuple[list[int], list[list[Image.Image]]]]:
     """Places and the one batch of images at them; none where nothing can be read."""
     for start in range(0, len(todo), batch_size):
-        places, images = [], []
+        indices, images = [], []
         for i in todo[start : start + batch_size]:
             try:
                 images.append(source.open(i))
-                places.append(i)
+                indices.append(i)
             except (CorruptSample, BadImage):
                 continue
-        yield places, [images] if images else []
+        yield indices, [images] if images else []

@@ -34,7 +34,7 @@ class Nearest:
     distances: NDArray = field(repr=False)
     """(N,) of the samples."""
     rows: NDArray = field(repr=False)
-    """(N,) places of the training images."""
+    """(N,) indices of the training images."""
     threshold: float
     """Below it lies `quantile` of the real validation images."""
     quantile: float

@@ -93,9 +93,9 @@ def _histogram(image: Image.Image) -> NDArray:
     weight = _weight(rgb).reshape(-1)
     tones = np.sign(lab[:, 1:]) * np.sqrt(np.abs(lab[:, 1:]) / 80.0)  # -1 .. 1
     light = lab[:, :1] / 100 * (_LIGHT_CELLS - 1)
-    place = np.concatenate([light, (tones + 1) / 2 * (_TONE_CELLS - 1)], axis=1)
-    place = np.clip(place, 0, np.array([_LIGHT_CELLS, _TONE_CELLS, _TONE_CELLS]) - 1.001)
-    cell, part = np.floor(place).astype(np.int64), place % 1
+    position = np.concatenate([light, (tones + 1) / 2 * (_TONE_CELLS - 1)], axis=1)
+    position = np.clip(position, 0, np.array([_LIGHT_CELLS, _TONE_CELLS, _TONE_CELLS]) - 1.001)
+    cell, part = np.floor(position).astype(np.int64), position % 1
     size = _LIGHT_CELLS * _TONE_CELLS * _TONE_CELLS
     histogram = np.zeros(size)
     for corner in np.ndindex(2, 2, 2):

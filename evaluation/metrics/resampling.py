@@ -28,8 +28,8 @@ class Resampling:
             raise ValueError("no images to measure")
         self.texts, self.replicates, self.seed = list(texts), replicates, seed
         self.prompts = sorted(set(texts))  # the order of the images does not matter
-        place = {text: i for i, text in enumerate(self.prompts)}
-        self.prompt_of = np.array([place[text] for text in texts])
+        index_of = {text: i for i, text in enumerate(self.prompts)}
+        self.prompt_of = np.array([index_of[text] for text in texts])
         if len(self.prompts) == 1:
             self.unit_of, units = np.arange(len(texts)), len(texts)
         else:

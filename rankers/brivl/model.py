@@ -1,7 +1,7 @@
 """BriVL 1.0 (WenLan, arXiv 2103.06561): EfficientNet-B5 regions and a Chinese BERT, each through a small transformer.
 
 Written from the published layout of the weights, so that `BriVL-1.0-5500w.pth` and `brivl-with-roberta-base.pth` load
-under their own names. Regions are a grid or detector boxes; only their places matter.
+under their own names. Regions are a grid or detector boxes; only their positions matter.
 """
 
 from dataclasses import dataclass
@@ -49,7 +49,7 @@ class Head(nn.Module):
 
 
 class SetTransformer(nn.Module):
-    """`imgAtt`, `textAtt`: torch's post-norm encoder without places, then the mean over what is no padding."""
+    """`imgAtt`, `textAtt`: torch's post-norm encoder without positions, then the mean over what is no padding."""
 
     def __init__(self, width: int, config: BrivlConfig) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ def pool_regions(features: Tensor, boxes: Tensor) -> Tensor:
     point i of a side lies at W / (W - 1) * (x1 + (x2 - x1) (2 i + 1) / 8) - 1 / 2, zero outside the map.
     """
     height, width = features.shape[-2:]
-    steps = (2 * torch.arange(GRID, device=features.device) + 1) / (2 * GRID)  # (4,), float32 like the places
+    steps = (2 * torch.arange(GRID, device=features.device) + 1) / (2 * GRID)  # (4,), float32
     x1, y1, x2, y2 = boxes.float().unbind(-1)  # (B, R) each
     x = width / (width - 1) * (x1[..., None] + (x2 - x1)[..., None] * steps) - 0.5  # (B, R, 4)
     y = height / (height - 1) * (y1[..., None] + (y2 - y1)[..., None] * steps) - 0.5
@@ -155,7 +155,7 @@ def pool_regions(features: Tensor, boxes: Tensor) -> Tensor:
     return torch.einsum("bchw,brh,brw->brc", features, down.to(features.dtype), across.to(features.dtype))
 
 
-def bilinear_weights(places: Tensor, size: int) -> Tensor:
+def bilinear_weights(positions: Tensor, size: int) -> Tensor:
     """Weights of the `size` cells for a sample at each place; (...,) -> (..., size)."""
-    cells = torch.arange(size, device=places.device, dtype=places.dtype)
-    return (1 - (places[..., None] - cells).abs()).clamp(min=0)
+    cells = torch.arange(size, device=positions.device, dtype=positions.dtype)
+    return (1 - (positions[..., None] - cells).abs()).clamp(min=0)

@@ -95,8 +95,8 @@ def compute_views(
         file.truncate(done * row_bytes)
         bar.update(done)
         for start in range(done, total, BLOCK):
-            places = [divmod(n, len(index)) for n in range(start, min(total, start + BLOCK))]
-            images = [_image(index, i, augment, seed, view) for view, i in places]
+            positions = [divmod(n, len(index)) for n in range(start, min(total, start + BLOCK))]
+            images = [_image(index, i, augment, seed, view) for view, i in positions]
             kept = [n for n, image in enumerate(images) if image is not None]
             rows = np.full((len(images), dim), np.nan, np.float16)
             if kept:

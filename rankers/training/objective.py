@@ -1,7 +1,7 @@
 """The contrastive objective, and how its batch grows beyond what memory or one process holds.
 
 InfoNCE over images and captions (CLIP, arXiv 2103.00020, section 2.3), without the pairs that are true though not
-matched; captions with a wrong colour as further negatives; and the kind's name among all kinds' names.
+matched; captions with a wrong colour as further negatives; and the category's name among all categories' names.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,9 +22,9 @@ class LossWeights:
     """How much each part counts."""
 
     label_weight: float = 1.0
-    """Weight of naming the kind among all kinds of the data set; 0: off."""
+    """Weight of naming the category among all categories of the data set; 0: off."""
     label_smoothing: float = 0.1
-    """Probability spread over the other kinds' names."""
+    """Probability spread over the other categories' names."""
 
     def __post_init__(self) -> None:
         if self.label_weight < 0 or not 0 <= self.label_smoothing < 1:
@@ -33,7 +33,7 @@ class LossWeights:
 
 @dataclass(frozen=True)
 class Features:
-    """Unit vectors: images (B, D), captions (B, D), captions with a wrong colour (B, D), kinds (K, D); scale ()."""
+    """Unit vectors: images, captions, captions with a wrong colour, each (B, D), categories (K, D); scale ()."""
 
     image: Tensor
     caption: Tensor
@@ -119,7 +119,7 @@ def large_batch_step(
 
 
 def _leaves(kept: Sequence[Features]) -> Features:
-    """All micro-batches' features, cut off from their graphs; kinds and scale from the last."""
+    """All micro-batches' features, cut off from their graphs; categories and scale from the last."""
 
     def leaf(tensor: Tensor) -> Tensor:
         return tensor.detach().clone().requires_grad_()
@@ -132,7 +132,7 @@ def _surrogate(features: Features, leaves: Features, rows: slice, factor: float)
     """A scalar whose gradient in the weights is that of the loss.
 
     The engine divides by the number of micro-batches and averages over processes: rows belong to one of each, hence
-    `factor`; kinds and scale are seen by all.
+    `factor`; categories and scale are seen by all.
     """
     own = sum(
         (getattr(features, n) * getattr(leaves, n).grad[rows]).sum() for n in ("image", "caption", "twin")

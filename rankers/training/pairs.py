@@ -32,7 +32,7 @@ class AttributeConfig:
     """Which fields of the shards' JSON help; a field that a shard lacks is passed over."""
 
     label_field: str = "label_zh"
-    """The kind's name, an extra caption and the measure of `kind_accuracy`; empty: none."""
+    """The category's name, an extra caption and the measure of `kind_accuracy`; empty: none."""
     color_field: str = "color_zh"
     """The colour's name as it stands in the caption; empty: no captions with a wrong colour."""
     fact_fields: tuple[str, ...] = ()
@@ -45,7 +45,7 @@ class Vocabulary:
 
     captions: tuple[str, ...]
     labels: tuple[str, ...]
-    kinds: tuple[str, ...]
+    categories: tuple[str, ...]
     colors: tuple[str, ...]
 
 
@@ -56,23 +56,26 @@ MAX_LABELS = 2000
 def scan_names(index: ShardIndex, config: AttributeConfig) -> Vocabulary:
     """Captions, labels and colours of the first MAX_SCANNED samples.
 
-    `kinds` are the labels and the values of `item_zh`. Raises ValueError for more than MAX_LABELS labels.
+    `categories` are the labels and the values of `item_zh`. Raises ValueError for more than MAX_LABELS labels.
     """
-    captions, labels, kinds, colors = set(), set(), set(), set()
+    captions, labels, categories, colors = set(), set(), set(), set()
     for i in range(min(len(index), MAX_SCANNED)):
         members = index.read(i, ("txt", "json"))
         captions |= set(_lines(members.get("txt", b"")))
         meta = read_meta(members.get("json", b""))
         labels.add(value_of(meta, config.label_field))
-        kinds |= {value_of(meta, config.label_field), value_of(meta, "item_zh" if config.label_field else "")}
+        categories |= {
+            value_of(meta, config.label_field),
+            value_of(meta, "item_zh" if config.label_field else ""),
+        }
         colors.add(value_of(meta, config.color_field))
     labels -= {""}
     if len(labels) > MAX_LABELS:
         raise ValueError(
-            f"the field {config.label_field} has more than {MAX_LABELS} values, so it is no kind of goods: set "
+            f"the field {config.label_field} has more than {MAX_LABELS} values, so it is no category of goods: set "
             "--attributes.label-field to another field, or to an empty string"
         )
-    return Vocabulary(*(tuple(sorted(names - {""})) for names in (captions, labels, kinds, colors)))
+    return Vocabulary(*(tuple(sorted(names - {""})) for names in (captions, labels, categories, colors)))
 
 
 def _lines(data: bytes) -> list[str]:
@@ -191,7 +194,7 @@ class DecodePair:
     names: Vocabulary
     augment: CropAugment | None = None
     unk_insert: float = 0.0
-    """Chance of an unknown token at a random place of a caption."""
+    """Chance of an unknown token at a random position of a caption."""
     label_number: dict[str, int] = field(default_factory=dict)
     views: FeatureViews | None = None
     """Image features that take the place of the images."""
@@ -231,8 +234,8 @@ class DecodePair:
     def _ids(self, text: str, rng: np.random.Generator) -> list[int]:
         ids = self.tokenizer.ids(text)
         if self.unk_insert and rng.random() < self.unk_insert and len(ids) < self.tokenizer.max_text_len:
-            place = int(rng.integers(1, len(ids)))
-            ids = [*ids[:place], self.tokenizer.unk_id, *ids[place:]]
+            position = int(rng.integers(1, len(ids)))
+            ids = [*ids[:position], self.tokenizer.unk_id, *ids[position:]]
         return ids
 
 

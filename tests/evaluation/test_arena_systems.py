@@ -55,8 +55,8 @@ def test_a_drawing_of_the_reference_image_is_followed(follower_dir, shards):
     assert system.complaint(TEXT) == ""
     assert "no reference image has the caption" in system.complaint("一双黑色的鞋")
     found = list(system.generate([Request(TEXT, 0), Request(TEXT, 1)]))
-    place = system.drawings.places[TEXT]
-    data = system.drawings.index.read(place, ("png",))["png"]
+    index = system.drawings.index_of[TEXT]
+    data = system.drawings.index.read(index, ("png",))["png"]
     with Image.open(io.BytesIO(data)) as image:
         lines = canny(np.asarray(image.convert("RGB")))
     direct = system.pipeline(TEXT, 2, seed=3, top_k=5, line=LineControl(lines))
@@ -84,7 +84,7 @@ def test_the_first_image_of_a_caption_is_drawn(tmp_path):
         for i in range(3):
             writer.write(record(KINDS[i % 2], "红色", f"val{i}", i))
     drawings = ReferenceDrawings.open(str(tmp_path), "val", "contour")
-    assert drawings.places == {caption(KINDS[0], "红色"): 0, caption(KINDS[1], "红色"): 1}
+    assert drawings.index_of == {caption(KINDS[0], "红色"): 0, caption(KINDS[1], "红色"): 1}
     assert drawings.lines(caption(KINDS[1], "红色"), 64).shape == (64, 64)
 
 

@@ -34,7 +34,7 @@ def test_hard_negatives_swap_the_longest_colour_and_the_longest_kind():
     )
     assert hard_negatives("礼物", LEXICON) == []
     words = default_lexicon()
-    assert len(words.colors) > 20 and len(words.kinds) > 40 and hard_negatives("红色T恤", words)
+    assert len(words.colors) > 20 and len(words.categories) > 40 and hard_negatives("红色T恤", words)
 
 
 def test_quantiles_and_places():
@@ -63,7 +63,7 @@ def test_a_calibration_is_found_again(shards, ranker_dir, tmp_path, monkeypatch,
     assert Calibration.load(cache_path(str(ranker_dir))) == made
     assert "24 images" in capsys.readouterr().out
     again = load_ranker(ranker_dir).calibration
-    assert again == made and set(again.lexicon.kinds) == {"杯子", "鞋子", "帽子"}
+    assert again == made and set(again.lexicon.categories) == {"杯子", "鞋子", "帽子"}
 
 
 @pytest.mark.parametrize("arguments", [["--ranker", "none"], ["--data", "none"], ["--rankr", "x"]])

@@ -150,12 +150,12 @@ class ImageNetFeatures(nn.Module):
         return F.relu6(self.head(last))
 
     def pooled(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) in [-1, 1] -> float32 (B, 1280): `final` averaged over places."""
+        """(B, 3, S, S) in [-1, 1] -> float32 (B, 1280): `final` averaged over positions."""
         return self.final(self(images)[-1]).float().mean((2, 3))
 
 
 def pooled_statistics(stage: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Features (B, C, h, w) -> their mean, deviation and centre-weighted mean over places, float32 (B, C)."""
+    """Features (B, C, h, w) -> their mean, deviation and centre-weighted mean over positions, float32 (B, C)."""
     stage = stage.float()
     y, x = (torch.linspace(-1, 1, side, device=stage.device) for side in stage.shape[-2:])
     weight = torch.exp(-(y[:, None] ** 2 + x**2) / (2 * CENTRE_WIDTH**2))

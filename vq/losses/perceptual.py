@@ -120,7 +120,7 @@ def _network(config: FeatureConfig) -> nn.Module:
 
 
 class _UnitDistance(torch.autograd.Function):
-    """Features (B, C, h, w) twice, weights (C,) -> (B,): mean over places of sum_c w_c (a_c / |a| - b_c / |b|)^2.
+    """Features (B, C, h, w) twice, weights (C,) -> (B,): mean over positions of sum_c w_c (a_c / |a| - b_c / |b|)^2.
 
     The squared lengths have `floor` added, which keeps flat background from being blown up. Written out, since autograd
     would walk over these, the largest tensors of a training step, three times as often. Float32 throughout.
@@ -173,7 +173,7 @@ class PerceptualDistance(nn.Module):
 
     @torch.no_grad()
     def pooled(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) -> (B, D) float32: the last tap averaged over places, for a feature Frechet distance."""
+        """(B, 3, S, S) -> (B, D) float32: the last tap averaged over positions, for a feature Frechet distance."""
         return self.net(images)[-1].float().mean((2, 3))
 
     @torch.no_grad()

@@ -70,7 +70,7 @@ class ResnetBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """One head over all places."""
+    """One head over all positions."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

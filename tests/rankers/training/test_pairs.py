@@ -26,9 +26,9 @@ def tokenizer(tmp_path_factory) -> CaptionTokenizer:
 def test_names_of_the_shards(shards):
     names = scan_names(ShardIndex.open(shards), AttributeConfig())
     assert set(names.labels) == set(KINDS) and set(names.colors) == set(COLORS)
-    assert set(names.kinds) == set(KINDS) and len(names.captions) > 10
+    assert set(names.categories) == set(KINDS) and len(names.captions) > 10
     bare = scan_names(ShardIndex.open(shards), AttributeConfig(label_field="", color_field=""))
-    assert bare.labels == bare.colors == bare.kinds == ()
+    assert bare.labels == bare.colors == bare.categories == ()
 
 
 def test_a_sample_and_its_wrong_twin(shards, tokenizer):
