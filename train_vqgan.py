@@ -329,12 +329,12 @@ class TokenizerTask:
                     clamped = reconstruction.float().clamp(-1, 1)
                     metrics["perceptual_loss"] = self.perceptual(clamped, images).sum()
             metrics["psnr"] = psnr(reconstruction, images).sum()
-            metrics["pictures"] = torch.tensor(len(images))
+            metrics["images"] = torch.tensor(len(images))
             usage.add(quantized.ids)
             shifts.append(color_shift(reconstruction, images))
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0.0) + float(value)
-        count = sums.pop("pictures")
+        count = sums.pop("images")
         shift = torch.cat(shifts)
         metrics = {name: total / count for name, total in sums.items()}
         metrics |= {

@@ -131,11 +131,11 @@ def prepare_latents(options: Options, vae: nn.Module, source: str, world: World)
         options.autoencoder.image_size, options.stage_b.views, options.augment, options.stage_b.batch_size
     )
     counts = encode_latents(vae, ShardSource(source, options.remote), target, views, world, options.precision)
-    if world.is_main and counts["pictures"]:
+    if world.is_main and counts["images"]:
         hours = _hours(target / COSTS_FILE) + (time.perf_counter() - started) / 3600
         write_json(target / COSTS_FILE, {"training_hours": hours})
         say(
-            f"stage B: encoded {counts['pictures']} images into {target}, skipped {counts['skipped']} corrupt ones"
+            f"stage B: encoded {counts['images']} images into {target}, skipped {counts['skipped']} corrupt ones"
         )
     return target
 

@@ -206,9 +206,9 @@ def known_colors(photos: ReferenceImages, most: int = 1500) -> PixelColors | Non
 def style_images(source: str, limit: int) -> tuple[list[str], list[Image.Image]]:
     """Names and images, evenly spread, of a folder or of shards. Raises FileNotFoundError or ValueError."""
     if not Path(source).is_dir() or any(Path(source).glob("*.tar")):
-        pictures = ReferenceImages.of_split(source, "train", SIDE)
-        indices = range(0, len(pictures), max(1, len(pictures) // limit))
-        return [pictures.index.samples[i].key for i in indices], [pictures.open(i) for i in indices]
+        reference = ReferenceImages.of_split(source, "train", SIDE)
+        indices = range(0, len(reference), max(1, len(reference) // limit))
+        return [reference.index.samples[i].key for i in indices], [reference.open(i) for i in indices]
     folder = CaptionFolder.open(source, "skip")
     indices = range(0, len(folder), max(1, len(folder) // limit))
     images = [decode(folder.read(i, ("png",))["png"]) for i in indices]

@@ -36,7 +36,7 @@ class _Model(ctypes.Structure):
         ("layers", ctypes.POINTER(_Layer)),
         ("head", _Linear),
         ("image_embed", ctypes.c_void_p),
-        ("turns", ctypes.c_void_p),
+        ("rotary_tables", ctypes.c_void_p),
         *(
             (name, ctypes.c_int64)
             for name in (
@@ -121,8 +121,8 @@ class Gate(Linear):
     def __init__(self, gate_up: Tensor, dtype: torch.dtype) -> None:
         width = gate_up.shape[1]
         # 16 gates, their 16 factors, 16 gates ...
-        turns = gate_up.view(2, -1, GROUP // 2, width).transpose(0, 1)
-        super().__init__(turns.reshape(-1, width), dtype)
+        interleaved = gate_up.view(2, -1, GROUP // 2, width).transpose(0, 1)
+        super().__init__(interleaved.reshape(-1, width), dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
         y = torch.empty(len(x), self.struct.outputs // 2, dtype=torch.bfloat16)

@@ -205,9 +205,9 @@ class CompiledEncoder:
         latents = torch.empty(0)
         if not self._struct.codes:
             latents = torch.empty(batch, *grid, self._struct.latent_dim)
-        pictures = _Images(images.data_ptr(), (_integer * 4)(*images.stride()), batch, height, width)
+        view = _Images(images.data_ptr(), (_integer * 4)(*images.stride()), batch, height, width)
         compiler.load(SOURCE).encode(
-            ctypes.addressof(self._struct), ctypes.addressof(pictures), address(latents, torch.float32),
+            ctypes.addressof(self._struct), ctypes.addressof(view), address(latents, torch.float32),
             address(ids, torch.long), torch.get_num_threads(),
         )  # fmt: skip
         return latents, ids

@@ -64,7 +64,9 @@ def test_imports_are_compiled_even_where_python_is_told_to_write_nothing(place, 
         f'case "$*" in *generate*) echo "$* in $PWD, $PYTHONDONTWRITEBYTECODE." > {place}/said;; esac',
     )
     assert run(place, capsys, monkeypatch)[0] == 0
-    assert (place / "said").read_text() == f"-c import generate, rerank, serve.app, serve.worker in {ROOT}, .\n"
+    assert (
+        place / "said"
+    ).read_text() == f"-c import generate, rerank, serve.app, serve.worker in {ROOT}, .\n"
 
 
 @pytest.mark.parametrize(

@@ -234,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, int]:
             counts = encode_shards(tokenizer, options, world)
             if world.is_main:
                 kept = f", {counts['shards_kept']} shards were there already" if counts["shards_kept"] else ""
-                say(f"encoded {counts['pictures']} images, skipped {counts['skipped']} corrupt ones{kept}")
+                say(f"encoded {counts['images']} images, skipped {counts['skipped']} corrupt ones{kept}")
             if world.is_main and options.check:
                 metric = roundtrip(tokenizer, options, world)
                 say(f"stored codes decode back at {metric:.2f} dB: look at {options.target / ROUNDTRIP}")

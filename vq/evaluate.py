@@ -191,8 +191,8 @@ def _add(
     similar = ssim(levels(decoded), levels(images), data_range=255.0, reduction="none").view(-1).tolist()
     noise, on_goods = psnr(rounded, images).tolist(), psnr(rounded, images, border_mask(images)).tolist()
     for i, key in enumerate(batch["key"]):
-        pictures = to_image(images[i]), to_image(decoded[i])
-        row = Row(key, batch["text"][i], noise[i], on_goods[i], similar[i], distances[i], *pictures)
+        pair = to_image(images[i]), to_image(decoded[i])
+        row = Row(key, batch["text"][i], noise[i], on_goods[i], similar[i], distances[i], *pair)
         totals.rows.append(row)
 
 

@@ -76,7 +76,7 @@ class CpuKernelDecoder(FoldedDecoder):
         )
         layers = [Layer(b.qkv, b.out, b.gate, b.down) for b in self.blocks]
         self.step = Step(
-            self.sizes, layers, self.head, self.image_embed, self.turns, self.eps**2, self.head_eps**2
+            self.sizes, layers, self.head, self.image_embed, self.rotary_tables, self.eps**2, self.head_eps**2
         )
 
     @torch.inference_mode()

@@ -163,7 +163,9 @@ class FoldedDecoder:
             self.blocks = [fold_block(block, weights, linear, gate) for block in model.blocks]
             head = model.image_embed.weight if c.tie_image_head else model.image_head.weight
             self.head = head_type(fold(head, model.norm), self.compute_dtype)
-            self.turns = torch.stack([rotary_with_gains(block, model.rotary) for block in model.blocks])
+            self.rotary_tables = torch.stack(
+                [rotary_with_gains(block, model.rotary) for block in model.blocks]
+            )
         self.head_group = torch.tensor([0] * c.num_heads + [1] * c.num_kv_heads)
         self.eps, self.head_eps = (model.norm.eps * c.dim) ** 0.5, (model.norm.eps * c.head_dim) ** 0.5
 
@@ -181,11 +183,11 @@ class FoldedDecoder:
         visible = sequence.text_mask(text_ids, self.config.pad_id)
         bias = sequence.attention_bias(visible, n - text_len, self.compute_dtype)
         slices = sequence.input_rows(text_len, self.config.max_text_len, n - text_len)
-        turns = torch.cat([self.turns[:, :, s] for s in slices], 2)  # (layers, 2, n, 2, K)
-        turns = turns.index_select(3, self.head_group)  # (layers, 2, n, H + H_kv, K)
+        tables = torch.cat([self.rotary_tables[:, :, s] for s in slices], 2)  # (layers, 2, n, 2, K)
+        tables = tables.index_select(3, self.head_group)  # (layers, 2, n, H + H_kv, K)
         x = x.reshape(rows * n, -1)
         for layer, block in enumerate(self.blocks):
-            heads = self._heads(x, block, turns[layer].repeat(1, rows, 1, 1))
+            heads = self._heads(x, block, tables[layer].repeat(1, rows, 1, 1))
             q, k, v = (t.unflatten(0, (rows, n)).transpose(1, 2) for t in heads)  # (U, H or H_kv, n, K)
             cache.fill(layer, k[which], v[which])
             self._finish(x, self._attend(q, k, v, bias), block)

@@ -111,11 +111,11 @@ class PackedDecoder(FoldedDecoder):
         """As `Dalle.decode_step`: the token sampled at `position` (R,) -> logits (R, V) of the next."""
         num_image = self.config.num_image_tokens
         cache.move_to(position + cache.length - num_image + 1)
-        turns = self.turns[:, :, position - num_image].index_select(2, self.head_group)
+        tables = self.rotary_tables[:, :, position - num_image].index_select(2, self.head_group)
         x = self.image_embed[image_ids]  # (R, D)
         if cache.lines is not None:
             x = x + cache.lines[:, position + 1]
         for layer, block in enumerate(self.blocks):
-            q, k, v = self._heads(x, block, turns[layer])  # (R, H or H_kv, K)
+            q, k, v = self._heads(x, block, tables[layer])  # (R, H or H_kv, K)
             self._finish(x, cache.attend(layer, q, k, v).to(self.compute_dtype), block)
         return self._logits(x)

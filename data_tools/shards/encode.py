@@ -81,7 +81,7 @@ def encode_shards(
         raise ValueError(
             "--engine ray spreads the shards itself: start one process, without torchrun or deepspeed"
         )
-    counts = {"pictures": 0, "skipped": 0, "shards_kept": 0}
+    counts = {"images": 0, "skipped": 0, "shards_kept": 0}
     todo = []
     for split, location in jobs[world.rank :: world.size]:
         name = source.name(location)
@@ -120,7 +120,7 @@ class EncodeShard:
         """(split, location) of shards to the bytes of the encoded ones and their counts."""
         done = []
         for split, location in jobs:
-            counts = {"pictures": 0, "skipped": 0}
+            counts = {"images": 0, "skipped": 0}
             with tempfile.TemporaryDirectory() as folder, tqdm(disable=True) as bar:
                 path = Path(folder) / self.source.name(location)
                 self.write(split, location, path, counts, bar)
@@ -142,7 +142,7 @@ class EncodeShard:
                 for i, rows, lines in zip(samples, arrays, drawings, strict=True):
                     extra = {self.member: npy_bytes(rows)} | ({LINE_MEMBER: lines} if lines else {})
                     writer.write(_record(index, i, extra))
-                counts["pictures"] += len(samples)
+                counts["images"] += len(samples)
                 bar.update(len(samples))
         (work / f"{split}-00000.tar").rename(target)
         for leftover in work.glob("*"):
@@ -170,7 +170,7 @@ def _encode_on(
                 temporary.write_bytes(data)
             for name, count in found.items():
                 counts[name] += count
-            bar.update(found["pictures"])
+            bar.update(found["images"])
 
 
 def _image_batches(

@@ -38,7 +38,7 @@ struct Model {
     const Layer* layers;
     Linear head;
     const float* image_embed;  // (V, D)
-    const float* turns;        // (layers, 2, positions, 2, K): rotary tables with gains, of queries and of keys
+    const float* rotary_tables; // (layers, 2, positions, 2, K): with gains, of queries and of keys
     int64_t num_layers, dim, num_heads, num_kv_heads, head_dim, num_positions;
     float eps, head_eps;  // times D and K
 };
@@ -263,7 +263,7 @@ void attend_heads(const Model& m, const Cache& c, const Rows& rows, int64_t laye
         const int64_t row = task / m.num_kv_heads, head = task % m.num_kv_heads;
         const int64_t from_end = rows.position(row) - rows.num_image;
         const int64_t index = c.length + from_end + 1;  // of the cache
-        const float* plain = m.turns + ((layer * 2 + 1) * m.num_positions + from_end) * 2 * width;
+        const float* plain = m.rotary_tables + ((layer * 2 + 1) * m.num_positions + from_end) * 2 * width;
         const float* rolled = plain + m.num_positions * 2 * width;
         const float* heads = c.qkv + row * (m.num_heads + 2 * m.num_kv_heads) * width;
         Half* keys = c.keys + (layer * stored + task) * c.num_blocks * width * BLOCK;

@@ -31,11 +31,11 @@ Rows head_of(const Bf16* qkv, int64_t head, int64_t length, int64_t width) {
 }
 
 // Scores are binary logarithms.
-Turns query_turns(const Shape& s, const Weights& w, const Sequence& q, float unit) {
+Rotary query_rotary(const Shape& s, const Weights& w, const Sequence& q, float unit) {
     return {w.q_norm, q.cosine, q.sine, s.head_eps, unit / std::sqrt(static_cast<float>(s.head_dim))};
 }
 
-Turns key_turns(const Shape& s, const Weights& w, const Sequence& q, float unit) {
+Rotary key_rotary(const Shape& s, const Weights& w, const Sequence& q, float unit) {
     return {w.k_norm, q.cosine, q.sine, s.head_eps, unit};
 }
 
@@ -118,12 +118,12 @@ void attend_forward(const Shape& s, const Weights& w, const Sequence& q, HeadRoo
     for (int64_t head = 0; head < s.heads; head++) {
         const int64_t kv = head / shared;
         if (head % shared == 0) {
-            turn_rows(head_of(qkv, s.heads + kv, L, K), L, K, key_turns(s, w, q, 1), keys);
+            rotate_rows(head_of(qkv, s.heads + kv, L, K), L, K, key_rotary(s, w, q, 1), keys);
             pack_rows(in_rows(keys, K), L, K, room(r.by_rows, whole * K));
             const Rows values = head_of(qkv, s.heads + s.kv_heads + kv, L, K);
             pair_rows(values, L, whole / 2, K, room(r.by_pairs, whole * K), whole / 2);
         }
-        turn_rows(head_of(qkv, head, L, K), L, K, query_turns(s, w, q, LOG2_E), queries);
+        rotate_rows(head_of(qkv, head, L, K), L, K, query_rotary(s, w, q, LOG2_E), queries);
         for (int64_t begin = 0; begin < L; begin += BAND) {
             const int64_t rows = std::min(BAND, L - begin), width = whole_groups(begin + rows);
             Softmax softmax = {};
@@ -221,7 +221,7 @@ void attend_head_back(const Shape& s, const Weights& w, const Weights& by, const
     Bf16 *queries = room(r.queries, 2 * pairs * K), *weights = room(r.weights, BAND * whole);
     room(r.p_pairs, pairs * whole * 2), room(r.ds_pairs, pairs * whole * 2);
     const Rows raw = head_of(qkv, head, L, K);
-    turn_rows(raw, L, K, query_turns(s, w, q, LOG2_E), queries);
+    rotate_rows(raw, L, K, query_rotary(s, w, q, LOG2_E), queries);
     if (L % 2) std::fill_n(queries + L * K, K, 0);
     pair_rows(in_rows(queries, K), L, pairs, K, room(r.queries_paired, pairs * K * 2), pairs);
     std::array<Coming, 3> next = next_heads(s, q, head, qkv);
@@ -234,8 +234,8 @@ void attend_head_back(const Shape& s, const Weights& w, const Weights& by, const
                 back_tile<FEW>(std::min(FEW, (end - row + 1) / 2 * 2), r, {begin, row, group, K, width, pairs});
         near_product(weights, rows, width, even(begin + rows), r.keys_paired.data(), whole * GROUP, K / GROUP,
                      put_floats(dqueries, K));
-        unturn_rows(
-            raw, {begin, end}, K, query_turns(s, w, q, 1), [=](int64_t t) { return dqueries + (t - begin) * K; }, GROUP,
+        unrotate_rows(
+            raw, {begin, end}, K, query_rotary(s, w, q, 1), [=](int64_t t) { return dqueries + (t - begin) * K; }, GROUP,
             by.q_norm, dqkv + head * K, s.qkv());
     }
     add_outer<true>(r.p_pairs.data(), whole, r.given_paired.data(), K, pairs, r.dvalues.data());
@@ -250,7 +250,7 @@ void attend_backward(const Shape& s, const Weights& w, const Weights& by, const 
     for (int64_t kv = 0; kv < s.kv_heads; kv++) {
         const Rows raw = head_of(qkv, s.heads + kv, L, K);
         Bf16* keys = room(r.keys, L * K);
-        turn_rows(raw, L, K, key_turns(s, w, q, 1), keys);
+        rotate_rows(raw, L, K, key_rotary(s, w, q, 1), keys);
         pack_rows(in_rows(keys, K), L, K, room(r.by_rows, whole * K));
         pair_rows(in_rows(keys, K), L, whole / 2, K, room(r.keys_paired, whole * K), whole / 2);
         pack_rows(head_of(qkv, s.heads + s.kv_heads + kv, L, K), L, K, room(r.values_packed, whole * K));
@@ -262,8 +262,8 @@ void attend_backward(const Shape& s, const Weights& w, const Weights& by, const 
             attend_head_back(s, w, by, q, r, head, qkv, dqkv);
         }
         Bf16* to = dqkv + (s.heads + kv) * K;
-        unturn_rows(
-            raw, {0, L}, K, key_turns(s, w, q, LN_2), [=](int64_t t) { return dkeys + block_row(t); }, whole * GROUP,
+        unrotate_rows(
+            raw, {0, L}, K, key_rotary(s, w, q, LN_2), [=](int64_t t) { return dkeys + block_row(t); }, whole * GROUP,
             by.k_norm, to, s.qkv());
         for (int64_t t = 0; t < L; t++)
             for (int64_t k = 0; k < K; k += GROUP) {

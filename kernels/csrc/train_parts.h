@@ -181,7 +181,7 @@ Lanes by_gained(Lanes by, const float* weight, const float* gain, float* by_gain
     return mul(by, load(gain));
 }
 
-struct Turns {                          // norms and rotary positions of a kind of heads
+struct Rotary {                          // norms and rotary positions of a kind of heads
     const float *gain, *cosine, *sine;  // (K), (L, K), (L, K)
     float eps, factor;                  // of what is normed and turned
 };
@@ -196,52 +196,52 @@ void with_registers(int64_t width, const F& f) {
 }
 
 // Rows of a head normed and turned: raw (L, K) bfloat16 -> y (L, K) bfloat16
-void turn_rows(Rows raw, int64_t rows, int64_t width, const Turns& turns, Bf16* y) {
+void rotate_rows(Rows raw, int64_t rows, int64_t width, const Rotary& rotary, Bf16* y) {
     with_registers(width, [&](auto registers) {
         constexpr int N = registers, HALF = N / 2;
         for (int64_t t = 0; t < rows; t++) {
             Lanes x[N], squares = zeros();
 #pragma GCC unroll 8
             for (int i = 0; i < N; i++) x[i] = widen(raw.at(t, 16 * i)), squares = fmadd(x[i], x[i], squares);
-            const Lanes scale = fill(inverse_rms(squares, 16 * N, turns.eps) * turns.factor);
+            const Lanes scale = fill(inverse_rms(squares, 16 * N, rotary.eps) * rotary.factor);
 #pragma GCC unroll 8
             for (int i = 0; i < N; i++)
-                x[i] = mul(mul(x[i], scale), load(turns.gain + 16 * i));
+                x[i] = mul(mul(x[i], scale), load(rotary.gain + 16 * i));
 #pragma GCC unroll 8
             for (int i = 0; i < N; i++) {
                 const int64_t at = (t * N + i) * 16;
-                const Lanes straight = mul(x[i], load(turns.cosine + at));
-                const Lanes sine = load(turns.sine + at);
+                const Lanes straight = mul(x[i], load(rotary.cosine + at));
+                const Lanes sine = load(rotary.sine + at);
                 store_bf16(y + at, fmadd(x[(i + HALF) % N], sine, straight));
             }
         }
     });
 }
 
-// Back through `turn_rows`: dy (L, K) in float32, a row of it from `given(t)` on and its next 32 numbers `far` further;
+// Back through `rotate_rows`: dy (L, K) in float32, a row of it from `given(t)` on and its next 32 numbers `far` further;
 // raw's gradient goes to `draw`, rows `step` apart
 template <typename Given>
-void unturn_rows(Rows raw, Range rows, int64_t width, const Turns& turns, const Given& given, int64_t far,
+void unrotate_rows(Rows raw, Range rows, int64_t width, const Rotary& rotary, const Given& given, int64_t far,
                  float* by_gain, Bf16* draw, int64_t step) {
     with_registers(width, [&](auto registers) {
         constexpr int N = registers, HALF = N / 2;
         Lanes gain[N], by[N];
 #pragma GCC unroll 8
-        for (int i = 0; i < N; i++) gain[i] = load(turns.gain + 16 * i), by[i] = zeros();
+        for (int i = 0; i < N; i++) gain[i] = load(rotary.gain + 16 * i), by[i] = zeros();
         for (int64_t t = rows.begin; t < rows.end; t++) {
             const float* dy = given(t);
             Lanes x[N], back[N], squares = zeros(), sum = zeros();
 #pragma GCC unroll 8
             for (int i = 0; i < N; i++) x[i] = widen(raw.at(t, 16 * i)), squares = fmadd(x[i], x[i], squares);
-            const float scale = inverse_rms(squares, 16 * N, turns.eps);
+            const float scale = inverse_rms(squares, 16 * N, rotary.eps);
 #pragma GCC unroll 8
             for (int i = 0; i < N; i++) {
                 const int other = (i + HALF) % N;
                 const auto from = [&](int j) { return load(dy + j / 2 * far + j % 2 * 16); };
                 const auto at = [&](const float* table, int j) { return load(table + (t * N + j) * 16); };
-                back[i] = mul(from(i), at(turns.cosine, i));
-                back[i] = fmadd(from(other), at(turns.sine, other), back[i]);
-                back[i] = mul(back[i], fill(scale * turns.factor));
+                back[i] = mul(from(i), at(rotary.cosine, i));
+                back[i] = fmadd(from(other), at(rotary.sine, other), back[i]);
+                back[i] = mul(back[i], fill(scale * rotary.factor));
                 by[i] = fmadd(back[i], x[i], by[i]);
                 back[i] = mul(back[i], gain[i]);
                 sum = fmadd(back[i], x[i], sum);

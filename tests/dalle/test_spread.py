@@ -46,11 +46,11 @@ def test_token_shards_have_the_bytes_of_one_machine(engine_flags, tmp_path):
     sources = [str(tmp_path / "tokenizer"), str(tmp_path / "images")]
     whole = encode([*sources, str(tmp_path / "local"), *flags])
     spread = encode([*sources, str(tmp_path / "spread"), *flags, *flags_of(engine_flags, "work.")])
-    assert spread == whole == {"pictures": 56, "skipped": 0, "shards_kept": 0}
+    assert spread == whole == {"images": 56, "skipped": 0, "shards_kept": 0}
     assert tars(tmp_path / "spread") == tars(tmp_path / "local") and len(tars(tmp_path / "local")) == 6
     (tmp_path / "spread" / "train-00001.tar").unlink()
     again = encode([*sources, str(tmp_path / "spread"), *flags, *flags_of(engine_flags, "work.")])
-    assert again == {"pictures": 16, "skipped": 0, "shards_kept": 3}
+    assert again == {"images": 16, "skipped": 0, "shards_kept": 3}
     assert tars(tmp_path / "spread") == tars(tmp_path / "local")
 
 
