@@ -31,16 +31,16 @@ from PIL import Image
 
 from common.config import command, parse_options, to_mapping
 from common.files import sha256_file
-from common.image import resize_square
 from common.label import LabelOptions
 from common.log import say
 from common.out_directory import OutDirectory, Request
 from common.progress import progress
-from dalle import inpaint
+from common.square import resize_square
+from dalle import default_checkpoint, inpaint
 from dalle.engines import FastOptions
 from dalle.inpaint import Source
 from dalle.lines import LineControl
-from dalle.pipeline import TextToImage, default_checkpoint
+from dalle.pipeline import TextToImage
 from dalle.sampling import SamplingOptions
 from dalle.spread import GenerateBatches, generate_on
 from data_tools.engine import EngineOptions

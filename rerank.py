@@ -121,8 +121,9 @@ def common_origin(rows: Sequence[Row], out: Path) -> dict[str, Any]:
 
 
 def load_generator(options: Options, origin: dict[str, Any]) -> Any:
+    from dalle import default_checkpoint
     from dalle.engines import FastOptions
-    from dalle.pipeline import TextToImage, default_checkpoint
+    from dalle.pipeline import TextToImage
 
     checkpoint = options.checkpoint or default_checkpoint()
     off = origin["engine"] == "torch" and "off" in (

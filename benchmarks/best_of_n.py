@@ -24,7 +24,7 @@ from common.config import command, parse_options, to_mapping
 from common.files import ensure_writable_directory, write_json
 from common.log import say
 from common.tables import plain_console
-from dalle.pipeline import default_checkpoint
+from dalle import default_checkpoint
 from dalle.sampling import SamplingOptions
 from data_tools.shards.index import ShardIndex
 from data_tools.shards.loader import IMAGE_SUFFIXES

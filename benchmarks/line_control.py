@@ -23,8 +23,9 @@ from PIL import Image
 
 from common.config import command, parse_options
 from common.files import write_json
-from common.image import make_grid, resize_square
+from common.image import make_grid
 from common.progress import progress
+from common.square import resize_square
 from dalle import inpaint
 from dalle.lines import LineControl
 from dalle.pipeline import TextToImage

@@ -523,7 +523,7 @@ def main(argv: Sequence[str] | None = None) -> list[str]:
     """Fuzz and kill; returns what was wrong, and ends the process with 1 where something was."""
     options = parse_options(Options, argv, description=__doc__)
     os.environ.setdefault("NO_PROXY", "127.0.0.1")
-    from dalle.pipeline import default_checkpoint
+    from dalle import default_checkpoint
 
     checkpoint = str(Path(options.checkpoint or default_checkpoint()).resolve())
     with tempfile.TemporaryDirectory() as temporary:

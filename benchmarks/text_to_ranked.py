@@ -20,8 +20,9 @@ import tyro
 
 from common.config import command, parse_options
 from common.log import say
+from dalle import default_checkpoint
 from dalle.engines import FastOptions
-from dalle.pipeline import TextToImage, default_checkpoint
+from dalle.pipeline import TextToImage
 from dalle.sampling import SamplingOptions
 from rankers import default_ranker, load_ranker
 

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from common.config import command, parse_options
 from common.log import say
+from dalle import default_checkpoint
 from dalle.engines import FastOptions, prepare
 from dalle.model import Dalle
-from dalle.pipeline import GeneratedImage, TextToImage, default_checkpoint
+from dalle.pipeline import GeneratedImage, TextToImage
 from dalle.sampling import (
     NOISE_CHUNK,
     Generator,

@@ -30,16 +30,6 @@ def to_image(tensor: Tensor) -> Image.Image:
     return Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())
 
 
-def resize_square(image: Image.Image, size: int) -> Image.Image:
-    """Centre crop to a square, then resize to `size` pixels (Lanczos)."""
-    image = image if image.mode == "RGB" else image.convert("RGB")
-    side = min(image.size)
-    if image.width != image.height:
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        image = image.crop((left, top, left + side, top + side))
-    return image if side == size else image.resize((size, size), Image.Resampling.LANCZOS)
-
-
 def make_grid(images: Sequence[Image.Image], columns: int | None = None, gap: int = 2) -> Image.Image:
     """Images of one size on white, row by row; `columns` None: as square as it gets."""
     if not images:

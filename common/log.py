@@ -4,14 +4,16 @@ import json
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
-from common.distributed import World
 from common.files import atomic_path, naming_a_full_disk, split_lines
 from common.progress import is_quiet
+
+if TYPE_CHECKING:
+    from common.distributed import World
 
 
 def say(text: str) -> None:
@@ -48,7 +50,7 @@ class Window:
     def means(self) -> dict[str, float]:
         return {name: total / count for name, (total, count) in self.sums.items()}
 
-    def mean_over(self, world: World) -> dict[str, tuple[float, int]]:
+    def mean_over(self, world: "World") -> dict[str, tuple[float, int]]:
         """The sums averaged over processes: with them any number of processes goes on."""
         totals = world.mean({name: total for name, (total, _) in self.sums.items()})
         return {name: (totals[name], count) for name, (_, count) in self.sums.items()}
@@ -109,7 +111,7 @@ class MetricLog:
             self.wandb.finish()
 
 
-def note_keys(run_dir: Path, step: int, keys: Sequence[str], world: World) -> None:
+def note_keys(run_dir: Path, step: int, keys: Sequence[str], world: "World") -> None:
     """Which samples this process trained on at `step`; a step that is repeated after a kill stands twice."""
     path = run_dir / "keys" / f"{world.rank}_of_{world.size}.jsonl"
     path.parent.mkdir(exist_ok=True)

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from common.image import resize_square, to_tensor
+from common.image import to_tensor
+from common.square import resize_square
 from dalle.sampling import Canvas
 from data_tools.images.border import border_matte, is_plausible
 from vq.model import ImageTokenizer

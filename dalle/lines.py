@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-MOST_SCALE = 10.0
+from dalle.options import MOST_SCALE
+
 NUM_BLOCKS = 2  # residual blocks on the token grid: they see four tokens each way
 GROUPS = 8
 

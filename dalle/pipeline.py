@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from common import checkpoint
 from common.distributed import pick_device
-from common.files import read_json, shipped
+from common.files import read_json
 from common.image import to_image
 from common.out_directory import Request
 from dalle import model, sequence
@@ -36,7 +36,6 @@ from vq.model import ImageTokenizer
 if TYPE_CHECKING:
     from dalle.release import Card
 
-PRETRAINED = "pretrained/goods-128/generator"
 
 IMPORTED = "dalle_pytorch"  # the kind of checkpoints that dalle.convert writes
 
@@ -273,16 +272,3 @@ def load_generator(directory: Path) -> tuple[nn.Module, TextTokenizer, dict[str,
             f"has {text_tokenizer.vocab_size}: they do not belong together"
         )
     return generator, text_tokenizer, config
-
-
-def default_checkpoint(runs: Path = Path("runs"), pretrained: Path | None = None) -> Path:
-    """The generator trained last, else the one that ships. Raises FileNotFoundError naming the command to run."""
-    found = checkpoint.newest_run(model.KIND, runs)
-    if found:
-        return found
-    pretrained = pretrained or shipped(PRETRAINED)
-    if (pretrained / "config.json").is_file():
-        return pretrained
-    raise FileNotFoundError(
-        f"no generator was trained yet under {runs}/: run python train_dalle.py, or name one with --checkpoint DIR"
-    )

@@ -13,57 +13,21 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dalle.lines import LineFeatures
+from dalle.options import SamplingOptions, Schedule
 
 ROW_BLOCK = (
     8  # of unpacked products on CPUs: float32 ones differ for rows that are no multiple of 4, bfloat16 for 1
 )
 LEAST_TEMPERATURE = 1e-6  # colder is the likeliest token, and logits divided by it would leave float32
-MOST_GUIDANCE = 1000.0
 NOISE_CHUNK = 64  # positions whose noise is made at once; part of what a seed means
 JUDGED_CHUNK = 16  # positions whose likelihoods are computed at once: small operations cost too much
-
-Schedule = Literal["constant", "linear", "cosine"]
-
-
-@dataclass(frozen=True)
-class SamplingOptions:
-    """How a token is sampled from the model's logits."""
-
-    temperature: float = 1.0
-    """Divides the logits; 0 always takes the likeliest token."""
-    top_k: int = 0
-    """Keep the k likeliest tokens; 0 keeps all."""
-    top_p: float = 1.0
-    """Keep the likeliest tokens that together reach this probability; 1 keeps all."""
-    min_p: float = 0.0
-    """Drop tokens below this share of the likeliest one's probability; 0 keeps all."""
-    cfg_scale: float = 3.0
-    """Guidance: how far to go from the image without text (0) through the plain one (1) beyond it."""
-    cfg_schedule: Schedule = "constant"
-    """How guidance grows from 1 to cfg_scale over the positions of an image."""
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"temperature must be 0 or more, not {self.temperature}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be 0 (keep all) or more, not {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must lie in (0, 1], not {self.top_p}")
-        if not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p must lie in [0, 1], not {self.min_p}")
-        if not 0 <= self.cfg_scale <= MOST_GUIDANCE:
-            raise ValueError(f"cfg_scale must lie in [0, {MOST_GUIDANCE:.0f}], not {self.cfg_scale}")
-
-    @property
-    def is_guided(self) -> bool:
-        return self.cfg_scale != 1.0
 
 
 class Generator(Protocol):

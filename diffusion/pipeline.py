@@ -21,9 +21,10 @@ from torch import Tensor
 
 from common.distributed import pick_device
 from common.files import read_json, sha256_file
-from common.image import resize_square, to_image, to_tensor
+from common.image import to_image, to_tensor
 from common.out_directory import Request
 from common.precision import Precision, has_native_bf16
+from common.square import resize_square
 from diffusion.base import KIND, DiffusionBase, base_sha256, load_base
 from diffusion.objective import sample_generator
 from diffusion.sampling import SamplingOptions, make_scheduler, sample_latents

@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from common.image import resize_square
+from common.square import resize_square
 from data_tools.shards.captions import pick_caption
 from data_tools.shards.index import ShardIndex
 from data_tools.shards.loader import IMAGE_SUFFIXES, CorruptSample, open_image

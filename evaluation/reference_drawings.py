@@ -5,7 +5,7 @@ from typing import get_args
 
 import numpy as np
 
-from common.image import resize_square
+from common.square import resize_square
 from data_tools.images.line_drawings import LineMethod, extract
 from data_tools.shards.captions import pick_caption
 from data_tools.shards.index import ShardIndex

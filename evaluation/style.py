@@ -23,8 +23,9 @@ from torch import Tensor
 
 from common.config import command, parse_options
 from common.files import write_json
-from common.image import resize_square, to_tensor
+from common.image import to_tensor
 from common.log import say
+from common.square import resize_square
 from data_tools.images.decode import decode
 from diffusion.tuning.caption_folder import CaptionFolder
 from evaluation.metrics.pixel_colors import ColorHistogram, PixelColors

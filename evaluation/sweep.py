@@ -21,7 +21,7 @@ import yaml
 from common.config import command, parse_options, to_mapping
 from common.log import say
 from common.output import OutputDirectory
-from dalle.pipeline import default_checkpoint
+from dalle import default_checkpoint
 from dalle.sampling import SamplingOptions
 from evaluation.compare.arena_results import Difference
 from evaluation.compare.generating import Plan, caption_texts, common_texts, generate_into, prompt_texts

@@ -40,8 +40,8 @@ def load_ranker(name: str | Path, device: str = "auto", precision: str = "auto")
 def default_ranker(generator: str = "") -> Path:
     """The newest ranker trained here, else the one that ships; for images of the generator that ships (`generator`:
     the sha256 of what made them) the one beside it. Raises FileNotFoundError saying how to get one."""
-    from common.checkpoint import newest_run
     from common.files import shipped
+    from common.run_dir import newest_run
 
     if generator and generator == _shipped_generator():
         return shipped(DEFAULT_RANKER)

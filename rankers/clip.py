@@ -18,8 +18,8 @@ from torch import Tensor
 from common import checkpoint
 from common.bert_text import CaptionTokenizer
 from common.distributed import pick_device
-from common.image import resize_square
 from common.precision import autocast
+from common.square import resize_square
 from rankers.base import TwoTowerRanker
 from rankers.calibration import find_calibration
 from rankers.model import RankerModel, load_model

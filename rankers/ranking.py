@@ -12,13 +12,14 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from common.image import make_grid, resize_square
+from common.image import make_grid
 from common.image_list import RANKED, RANKING
 from common.label import joined_arguments
 from common.log import say
 from common.out_directory import COPY
 from common.output import OutputDirectory
 from common.progress import progress
+from common.square import resize_square
 from common.tables import plain_console, shortened
 from rankers.base import identities
 from rankers.calibration import Calibration, default_lexicon, hard_negatives

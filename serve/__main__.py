@@ -33,7 +33,7 @@ def start_fork_server() -> None:
 
 def make_dispatcher(options: "ServeOptions") -> "Dispatcher":
     """Raises FileNotFoundError when nothing was trained and nothing ships."""
-    from dalle.pipeline import default_checkpoint
+    from dalle import default_checkpoint
     from rankers import default_ranker
     from serve.dispatch import Dispatcher
     from serve.worker_options import WorkerOptions

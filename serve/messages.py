@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from common.label import LabelOptions
-from dalle.sampling import SamplingOptions
+from dalle.options import SamplingOptions
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.label import LabelOptions
-from dalle.engines import FastOptions
+from dalle.options import FastOptions
 from serve.keys import DEFAULT_DATABASE
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")

@@ -8,8 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from common.label import LabelMode
-from dalle.lines import MOST_SCALE
-from dalle.sampling import MOST_GUIDANCE, SamplingOptions, Schedule
+from dalle.options import MOST_GUIDANCE, MOST_SCALE, SamplingOptions, Schedule
 
 MAX_IMAGES, MAX_PROMPT_CHARS, MAX_PARTIAL_IMAGES = 16, 2000, 16
 MAX_CANDIDATES = 64  # images that are sampled for one request

@@ -9,7 +9,7 @@ import binascii
 import numpy as np
 from PIL import Image
 
-from common.image import resize_square
+from common.square import resize_square
 from data_tools.images.decode import BadImage, ImageLimits, decode, encode
 from data_tools.images.line_drawings import encode_lines, extract, fit_lines, read_drawing
 from serve.messages import LineDrawing, ModelInfo, SourceImage

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from dalle.engines import FastOptions
+from dalle.options import FastOptions
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common.image import resize_square, to_tensor
+from common.image import to_tensor
+from common.square import resize_square
 from data_tools.images.decode import DECODE_ERRORS
 from data_tools.shards.holdout import open_splits
 from data_tools.shards.index import ShardIndex

@@ -24,11 +24,12 @@ from torch import Tensor
 from common.config import command, parse_options
 from common.distributed import World, pick_device, start_world, stop_world
 from common.files import ensure_writable_directory, read_json, write_json
-from common.image import make_grid, resize_square, stack_rows, to_image, to_tensor
+from common.image import make_grid, stack_rows, to_image, to_tensor
 from common.lock import alone_in
 from common.log import say
 from common.output import RECORD, OutputDirectory
 from common.precision import Precision, autocast
+from common.square import resize_square
 from data_tools.augment import Chain, ImageAugment
 from data_tools.engine import EngineOptions
 from data_tools.images.crops import CropFlip

@@ -10,11 +10,8 @@ one a few codes of an image differ: what was taken stands in images.jsonl.
 """
 
 import copy
-from dataclasses import dataclass
-from typing import Annotated, Literal
 
 import torch
-import tyro
 from torch import nn
 
 from common.log import say
@@ -25,36 +22,12 @@ from dalle.engines.cuda_graph import CudaGraphDecoder
 from dalle.engines.eager import TorchDecoder
 from dalle.engines.packed import PackedDecoder
 from dalle.model import Dalle
+from dalle.options import Engine, FastOptions, WeightType
 from dalle.sampling import Generator
-from kernels import OFF, Kernels, accelerate
+from kernels import OFF, accelerate
 from kernels.compiler import level
 
-Engine = Literal["auto", "torch", "cpu_kernel", "cuda_graph", "packed", "plain", "native", "graph"]
-WeightType = Literal["auto", "float32", "bfloat16", "int8"]
-EARLIER_NAMES: dict[str, Engine] = {"plain": "torch", "native": "cpu_kernel", "graph": "cuda_graph"}
-
-
-@dataclass(frozen=True)
-class FastOptions:
-    """How to run the generator; the defaults are the fastest on the machine."""
-
-    engine: Engine = "auto"
-    """auto: cuda_graph on a CUDA GPU, torch on another; on a CPU cpu_kernel where it can run (AVX512-BF16 or AVX2, a
-    C++ compiler), else packed; torch on request. plain, native and graph are earlier names of torch, cpu_kernel and
-    cuda_graph."""
-    weights: WeightType = "auto"
-    """Numbers that weights and cache are kept in: auto takes bfloat16 where the machine or the engine computes in it.
-    int8 (weights alone, cpu_kernel and packed engines) is the fastest for one image at a time, and costs a little
-    accuracy."""
-    kernels: Annotated[Kernels, tyro.conf.arg(prefix_name=False)] = "auto"
-    """auto: compiled code and hand-written passes where they are faster; off: PyTorch alone."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "engine", EARLIER_NAMES.get(self.engine, self.engine))
-        if self.weights == "int8" and self.engine not in ("auto", "cpu_kernel", "packed"):
-            raise ValueError(f"int8 weights need the cpu_kernel or packed engine, not {self.engine}")
-        if self.kernels == "off" and self.engine == "cpu_kernel":
-            raise ValueError("--kernels off leaves out the cpu_kernel engine: choose torch or packed")
+__all__ = ["Engine", "FastOptions", "WeightType", "prepare", "resolve_options"]
 
 
 def resolve_options(model: nn.Module, options: FastOptions) -> FastOptions:

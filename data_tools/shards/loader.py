@@ -21,8 +21,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from common.distributed import World
-from common.image import from_levels, resize_square, to_levels
+from common.image import from_levels, to_levels
 from common.log import say
+from common.square import resize_square
 from data_tools.images.decode import BadImage
 from data_tools.images.decode import decode as decode_image
 from data_tools.images.line_drawings import LINE_MEMBER, decode_lines

@@ -14,8 +14,9 @@ from PIL import Image
 
 from common.distributed import World
 from common.files import atomic_path
-from common.image import resize_square, to_levels
+from common.image import to_levels
 from common.log import say
+from common.square import resize_square
 from data_tools.augment import Chain
 from data_tools.ingest.prepare import ImageOptions
 from data_tools.readers.base import ReaderOptions

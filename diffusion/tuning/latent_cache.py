@@ -16,9 +16,10 @@ from torch import nn
 
 from common.distributed import World
 from common.files import atomic_path
-from common.image import resize_square, to_tensor
+from common.image import to_tensor
 from common.precision import Precision
 from common.progress import progress
+from common.square import resize_square
 from data_tools.shards.captions import CaptionChoice
 from data_tools.shards.loader import Batch, CorruptSample
 from diffusion.scratch.latents import autoencoder_sha256, encode_moments

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from common.distributed import World
 from common.files import atomic_path
-from common.image import resize_square, to_image, to_tensor
+from common.image import to_image, to_tensor
 from common.log import say
+from common.square import resize_square
 from diffusion.base import DiffusionBase
 from diffusion.objective import NoiseSchedule, ObjectiveConfig, sample_generator, sample_noise
 from diffusion.sampling import SamplingOptions

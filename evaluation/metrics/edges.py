@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from common.image import resize_square
+from common.square import resize_square
 from data_tools.images.line_drawings import canny, fit_lines
 
 SIDE = 128

@@ -21,7 +21,8 @@ from PIL import Image
 
 from common.distributed import pick_device
 from common.files import sha256_file
-from common.image import resize_square, to_tensor
+from common.image import to_tensor
+from common.square import resize_square
 from data_tools.engine import RayCluster
 from data_tools.images.decode import BadImage
 from data_tools.images.phash import image_signature

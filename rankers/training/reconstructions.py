@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from common.image import resize_square, to_image, to_tensor
+from common.image import to_image, to_tensor
 from common.precision import Precision, autocast
+from common.square import resize_square
 from rankers.training.growing import at_size
 from vq.model import ImageTokenizer
 

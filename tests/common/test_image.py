@@ -5,7 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from common.image import make_grid, resize_square, stack_rows, to_image, to_tensor
+from common.image import make_grid, stack_rows, to_image, to_tensor
+from common.square import resize_square
 
 
 def test_to_image_inverts_to_tensor_at_every_level():

@@ -15,7 +15,7 @@ from small_checkpoint import CAPTIONS
 from common.checkpoint import resolve
 from common.label import open_labelled, read_labels, read_manifest
 from common.output import OutputDirectory
-from dalle.pipeline import default_checkpoint
+from dalle import default_checkpoint
 from generate import main, open_image, open_mask
 from serve.label import main as label_command
 

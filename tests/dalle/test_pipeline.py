@@ -7,8 +7,9 @@ from safetensors.torch import load_file, save_file
 from small_checkpoint import CAPTIONS, replace_weights
 
 from common.files import read_json
+from dalle import default_checkpoint
 from dalle.engines import FastOptions
-from dalle.pipeline import Request, TextToImage, default_checkpoint
+from dalle.pipeline import Request, TextToImage
 from dalle.sampling import SamplingOptions, log_likelihood
 from dalle.text_tokenizer import TextTokenizer
 

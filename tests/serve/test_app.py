@@ -15,8 +15,8 @@ import openai
 import pytest
 from PIL import Image, ImageDraw
 
-from common.image import resize_square
 from common.label import read_labels, read_manifest
+from common.square import resize_square
 from dalle import inpaint
 from dalle.engines import FastOptions
 from dalle.lines import LineControl

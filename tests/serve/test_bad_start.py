@@ -2,10 +2,15 @@
 
 import shutil
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from serve.__main__ import listen, main
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -46,6 +51,17 @@ def test_options_that_cannot_be(tmp_path, capsys, monkeypatch, flags, said):
     (tmp_path / "file").write_text("mine")
     assert said in refused(capsys, "--port", "0", "--checkpoint", "nowhere", *flags)
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_the_process_that_answers_imports_no_pytorch():
+    """Which takes longer than everything else of its start; models are the worker's."""
+    code = (
+        "import sys; from serve.__main__ import make_dispatcher; from serve.app import create_app; "
+        "from serve.options import ServeOptions; options = ServeOptions(open=True); "
+        "make_dispatcher(options); print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr
 
 
 def test_an_occupied_port(taken, capsys):

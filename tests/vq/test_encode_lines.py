@@ -6,7 +6,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from common.distributed import start_world
-from common.image import resize_square
+from common.square import resize_square
 from data_tools.augment import Chain, ImageAugment
 from data_tools.images.crops import CropFlip
 from data_tools.images.decode import encode
