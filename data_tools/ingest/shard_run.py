@@ -13,16 +13,12 @@ from typing import Any, NamedTuple
 
 from common.progress import progress
 from data_tools.ingest.records import Problem, Record, problem
-from data_tools.parallel import Work, Workers, ordered_map
+from data_tools.parallel import Work, Workers, batch_size, ordered_map
 from data_tools.readers.base import Meter, Part
 from data_tools.readers.detect import Source
 from data_tools.shards.image_shards import DATASET_FILE, ShardWriter
 from data_tools.shards.targets import DROPPED_FILE, JOB_FILE, JOURNAL, REPORT_FILE, Journal, Target
 
-BATCH = (
-    16  # records a work package: 200 kB of images; its hand-over to a process is under a tenth of the work
-)
-CLUSTER_BATCH = 64  # the same on a cluster, whose tasks cost more each
 EXAMPLES = 3  # places that are named of each reason
 EARLIER_OPTIONS = {"picture": "image", "pictures": "images"}  # as the jobs of folders made before name them
 
@@ -150,7 +146,7 @@ class ShardRun:
                     yield Row(number, split, item, known=True, written=written)
 
     def _batches(self) -> Iterator[tuple[list[Row], list[Record]]]:
-        size = BATCH if isinstance(self.workers, int) else CLUSTER_BATCH
+        size = batch_size(self.workers)
         rows: list[Row] = []
         records: list[Record] = []
         for row in self._rows():

@@ -11,11 +11,10 @@ from common.progress import progress
 from data_tools.images.decode import BadImage, ImageLimits, decode, image_size
 from data_tools.images.phash import image_signature
 from data_tools.ingest.records import Problem, Record, problem
-from data_tools.parallel import Workers, ordered_map
+from data_tools.parallel import Workers, batch_size, ordered_map
 from data_tools.readers.base import Meter
 from data_tools.readers.detect import Source
 
-BATCH = 16
 SIGNATURE = np.dtype(
     [
         ("row", "<u8"),  # number of the row in the source, from 1, problems of the reader counted
@@ -82,7 +81,7 @@ def sign_source(
     with path.open("ab") as file, progress(unit="B", unit_scale=True, desc="hashing") as bar:
         file.truncate(done * size)
         for positions, results in ordered_map(
-            Sign(limits), _batches(source, meter, done, keys), workers, _crashed
+            Sign(limits), _batches(source, meter, done, keys, batch_size(workers)), workers, _crashed
         ):
             block = np.frombuffer(b"".join(results), SIGNATURE).copy()
             block["row"], block["part"] = positions[:, 0], positions[:, 1]
@@ -93,9 +92,10 @@ def sign_source(
 
 
 def _batches(
-    source: Source, meter: Meter, skip: int, keys: list[str]
+    source: Source, meter: Meter, skip: int, keys: list[str], size: int
 ) -> Iterator[tuple[np.ndarray, list[Record]]]:
-    """(row and part of each record (n, 2), records), without the first `skip` records; `keys` gets all of them."""
+    """(row and part of each record (n, 2), records), `size` at a time, without the first `skip` records; `keys` gets all
+    of them."""
     row, positions, records = 0, [], []
     for number, part in enumerate(part for part in source.parts if part.has_images):
         for item in source.read(part, meter):
@@ -108,7 +108,7 @@ def _batches(
                 continue
             positions.append((row, number))
             records.append(item)
-            if len(records) == BATCH:
+            if len(records) == size:
                 yield np.array(positions, np.uint64), records
                 positions, records = [], []
     if records:
