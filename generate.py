@@ -30,11 +30,11 @@ import tyro
 from PIL import Image
 
 from common.config import command, parse_options, to_mapping
+from common.console.progress import progress
 from common.files import sha256_file
-from common.label import LabelOptions
 from common.log import say
-from common.out_directory import OutDirectory, Request
-from common.progress import progress
+from common.outputs.label import LabelOptions
+from common.outputs.out_directory import OutDirectory, Request
 from common.square import resize_square
 from dalle import default_checkpoint, inpaint
 from dalle.engines import FastOptions

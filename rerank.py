@@ -20,11 +20,11 @@ from typing import Any
 import tyro
 
 from common.config import command, from_mapping, parse_options
-from common.image_list import ORIGIN
-from common.label import LabelOptions
 from common.log import say
-from common.out_directory import OutDirectory, Request
-from common.output import OutputDirectory
+from common.outputs.image_list import ORIGIN
+from common.outputs.label import LabelOptions
+from common.outputs.out_directory import OutDirectory, Request
+from common.outputs.record import OutputDirectory
 from common.precision import Precision
 from rankers import default_ranker, load_ranker
 from rankers.outdir import Row, made_by, read_out_directory

@@ -21,9 +21,9 @@ import tyro
 
 from common.checkpoint import newest_run
 from common.config import command, parse_options, to_mapping
+from common.console.tables import plain_console
 from common.files import ensure_writable_directory, write_json
 from common.log import say
-from common.tables import plain_console
 from dalle import default_checkpoint
 from dalle.sampling import SamplingOptions
 from data_tools.shards.index import ShardIndex

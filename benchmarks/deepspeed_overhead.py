@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 
 from common.config import command, parse_options
-from common.deepspeed_engine import DeepSpeedConfig
 from common.distributed import World, batch_plan, pick_device
 from common.engine import make_engine
+from common.engines.deepspeed import DeepSpeedConfig
 from common.log import say
 from common.optim import OptimConfig, adamw
 from common.precision import autocast

@@ -19,10 +19,10 @@ import tyro
 from PIL import Image, ImageDraw, ImageFont
 
 from common.config import command, parse_options, read_mapping, to_mapping
+from common.console.progress import progress
+from common.console.tables import plain_console
 from common.files import atomic_path, ensure_writable_directory, write_json
 from common.log import say
-from common.progress import progress
-from common.tables import plain_console
 from dalle.pipeline import TextToImage
 from dalle.sampling import SamplingOptions
 from data_tools.synthetic.shards import COLORS, KINDS, prompt, render_sample

@@ -19,11 +19,11 @@ from typing import Literal
 
 import torch
 
-from common.bert_text import TextTowerConfig, write_text_tower
 from common.config import command, parse_options
 from common.distributed import pick_device
 from common.log import say
 from common.precision import autocast
+from common.text.bert_text import TextTowerConfig, write_text_tower
 from gan.model import GeneratorConfig
 from gan.pipeline import GanConfig, TextToGan, build_model
 from gan.text import open_tokenizer

@@ -32,11 +32,11 @@ import tyro
 
 from benchmarks import decode_speed, text_to_ranked, train_speed
 from common.config import command, parse_options
+from common.console.html import render
 from common.files import write_json
-from common.html import render
-from common.language import Words
 from common.log import say
-from common.output import OutputDirectory
+from common.outputs.record import OutputDirectory
+from common.text.language import Words
 from dalle.model import SIZES, SizeName
 from dalle.plan import train_flops
 

@@ -22,9 +22,9 @@ import numpy as np
 from PIL import Image
 
 from common.config import command, parse_options
+from common.console.progress import progress
 from common.files import write_json
 from common.image import make_grid
-from common.progress import progress
 from common.square import resize_square
 from dalle import inpaint
 from dalle.lines import LineControl

@@ -20,8 +20,8 @@ from typing import Literal
 import torch
 
 from common.config import command, parse_options
-from common.cpus import available_cpus
 from common.log import say
+from common.machine.cpus import available_cpus
 from common.optim import OptimConfig, adamw
 from common.precision import autocast
 from dalle import sequence

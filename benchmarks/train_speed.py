@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from benchmarks import peer
 from benchmarks.llama_baseline import LlamaBaseline
 from common.config import command, parse_options
-from common.deepspeed_engine import DeepSpeedConfig
 from common.distributed import World, batch_plan, pick_device
 from common.engine import make_engine
+from common.engines.deepspeed import DeepSpeedConfig
 from common.files import write_json
 from common.log import say
 from common.optim import OptimConfig, adamw

@@ -6,7 +6,7 @@ Knows torch and Pillow; knows nothing of models or of data.
 import os
 import sys
 
-from common.cpus import available_cpus, cgroup_quota
+from common.machine.cpus import available_cpus, cgroup_quota
 
 
 def _quiet_interrupt(kind: type[BaseException], error: BaseException, trace: object) -> None:

@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from common.console.progress import QUIET
+from common.console.terminal import make_streams_safe
 from common.files import DISK_FULL, shipped
-from common.progress import QUIET
-from common.terminal import make_streams_safe
 
 Options = TypeVar("Options")
 
@@ -37,7 +37,7 @@ def parse_options(
 
     Nested dataclasses become `--group.field`; `--flag` alone means `--flag True`. `--local_rank`, which the deepspeed
     launcher inserts, is dropped: processes read their rank from the environment.
-    `--quiet` is every command's: no progress bars and no messages, see common/progress.py.
+    `--quiet` is every command's: no progress bars and no messages, see common/console/progress.py.
     Raises ValueError or FileNotFoundError for a bad file, ValueError for a flag that is unknown or has a bad value.
     """
     import tyro

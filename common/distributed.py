@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from common.cpus import available_cpus
+from common.machine.cpus import available_cpus
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def _meet(rank: int, size: int, seconds: float) -> dist.Store:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise ValueError(
             f"the {size} processes of this run did not all meet at {address} within {seconds:.0f} seconds: check with "
-            "`python -m common.nodes HOSTFILE` that every node is up, and that it reaches that address"
+            "`python -m common.machine.nodes HOSTFILE` that every node is up, and that it reaches that address"
         ) from error
     store.set_timeout(timedelta(minutes=30))
     return store

@@ -8,9 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from common.deepspeed_engine import DeepSpeedConfig, DeepSpeedEngine
 from common.distributed import BatchPlan, World
-from common.plain_engine import PlainEngine
+from common.engines.deepspeed import DeepSpeedConfig, DeepSpeedEngine
+from common.engines.plain import PlainEngine
 
 EngineName = Literal["auto", "plain", "ddp", "deepspeed"]
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from common.console.progress import is_quiet
 from common.files import atomic_path, naming_a_full_disk, split_lines
-from common.progress import is_quiet
 
 if TYPE_CHECKING:
     from common.distributed import World

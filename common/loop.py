@@ -17,11 +17,11 @@ import torch
 from PIL import Image
 
 from common import checkpoint
-from common.busy_machine import BusyMachine
 from common.distributed import World
 from common.files import read_json, write_json
 from common.lock import alone_in
 from common.log import MetricLog, Window, clock, note_keys, say, short
+from common.machine.busy_machine import BusyMachine
 from common.run_dir import claim, point_best
 
 

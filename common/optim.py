@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from common.muon import Muon
+from common.engines.muon import Muon
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from common.deepspeed_engine import DeepSpeedConfig
 from common.distributed import BatchPlan, World
 from common.engine import EngineName, make_engine
+from common.engines.deepspeed import DeepSpeedConfig
 from common.optim import Ema, OptimConfig, make_optimizer
 
 

@@ -21,11 +21,11 @@ from torch import Tensor
 
 from common.checkpoint import new_step_directory, read_config, resolve, write_model
 from common.config import command, parse_options
+from common.console.progress import progress
 from common.distributed import pick_device
 from common.log import say
-from common.output import require_new
+from common.outputs.record import require_new
 from common.precision import autocast
-from common.progress import progress
 from dalle import sequence
 from dalle.losses import CrossEntropy, position_losses
 from dalle.model import KIND, Dalle, config_mapping

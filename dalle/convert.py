@@ -23,7 +23,7 @@ from common.checkpoint import resolve, write_model
 from common.config import command, parse_options, to_mapping
 from common.files import sha256_file
 from common.log import say
-from common.output import new_directory, require_new
+from common.outputs.record import new_directory, require_new
 from dalle.published.dalle_pytorch import KIND, BareTextTokenizer, DallePytorch, DallePytorchConfig
 from vq.convert import guess_kind, tokenizer_from_dalle_pytorch, tokenizer_from_taming
 from vq.model import ImageTokenizer

@@ -23,7 +23,7 @@ from common import checkpoint
 from common.distributed import pick_device
 from common.files import read_json
 from common.image import to_image
-from common.out_directory import Request
+from common.outputs.out_directory import Request
 from dalle import model, sequence
 from dalle.engines import FastOptions, prepare, resolve_options
 from dalle.inpaint import Source

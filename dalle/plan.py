@@ -17,11 +17,11 @@ from torch import nn
 
 from common import checkpoint
 from common.config import command, parse_options
-from common.deepspeed_engine import DeepSpeedConfig
 from common.distributed import batch_plan, pick_device
+from common.engines.deepspeed import DeepSpeedConfig
 from common.log import clock, say
 from common.loop import LoopConfig
-from common.memory import free_memory
+from common.machine.memory import free_memory
 from common.optim import make_optimizer
 from common.precision import Precision, autocast
 from dalle import sequence

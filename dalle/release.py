@@ -25,7 +25,7 @@ from common.compact import Precision, compact
 from common.config import command, parse_options
 from common.files import read_json, read_lines, sha256_file, write_json
 from common.log import say
-from common.output import new_directory, require_new
+from common.outputs.record import new_directory, require_new
 from vq.model import ImageTokenizer
 
 LEFT_OUT = ("training_state", "train_config.json")  # the latter may name somebody's folders

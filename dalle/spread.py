@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from common.out_directory import Request
+from common.outputs.out_directory import Request
 from dalle.engines import FastOptions
 from dalle.inpaint import Source
 from dalle.lines import LineControl

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from common.word_pieces import TransformersPieces, open_word_pieces
+from common.text.word_pieces import TransformersPieces, open_word_pieces
 
 SENTENCEPIECE_FILE = "sentencepiece.model"
 SENTENCEPIECE_NAMES = (SENTENCEPIECE_FILE, "spiece.model", "tokenizer.model")

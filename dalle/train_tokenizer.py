@@ -14,10 +14,10 @@ from typing import Annotated, Literal
 import tyro
 
 from common.config import command, parse_options
+from common.console.progress import progress
 from common.files import ensure_writable_directory, split_lines
 from common.log import say
-from common.output import new_directory, require_new
-from common.progress import progress
+from common.outputs.record import new_directory, require_new
 from dalle.text_tokenizer import TextTokenizer
 from data_tools.shards.index import ShardIndex
 

@@ -18,7 +18,7 @@ import tyro
 
 from common.config import command, parse_options
 from common.files import write_json
-from common.language import Language, Words, words_of
+from common.text.language import Language, Words, words_of
 from data_tools.ingest.shard_run import announce
 from data_tools.readers.base import ReaderOptions
 from data_tools.readers.detect import Source, open_source

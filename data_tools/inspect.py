@@ -19,10 +19,10 @@ from pathlib import Path
 import tyro
 
 from common.config import command, parse_options
-from common.html import data_url, render
-from common.language import Language, Words, words_of
-from common.output import require_replaceable, writing_file
-from common.progress import progress
+from common.console.html import data_url, render
+from common.console.progress import progress
+from common.outputs.record import require_replaceable, writing_file
+from common.text.language import Language, Words, words_of
 from data_tools.images.decode import SUFFIXES, BadImage, ImageLimits, decode, encode, image_size, resize
 from data_tools.ingest.records import HINTS, Problem, Record, problem
 from data_tools.readers.base import Meter, ReaderOptions

@@ -11,7 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 from typing import Any, Protocol
 
-from common.cpus import available_cpus
+from common.machine.cpus import available_cpus
 
 Work = Callable[[Sequence[Any]], list[Any]]
 

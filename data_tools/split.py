@@ -17,7 +17,7 @@ import tyro
 
 from common.config import command, parse_options
 from common.files import read_lines
-from common.output import require_replaceable, writing_file
+from common.outputs.record import require_replaceable, writing_file
 from data_tools.ingest.records import Record
 from data_tools.readers.base import ReaderOptions
 

@@ -18,10 +18,10 @@ from typing import Any, ClassVar
 import tyro
 
 from common.config import command, parse_options
+from common.console.progress import progress
 from common.files import write_json
-from common.language import Language, words_of
-from common.output import require_replaceable, writing_file
-from common.progress import progress
+from common.outputs.record import require_replaceable, writing_file
+from common.text.language import Language, words_of
 from data_tools.engine import EngineOptions
 from data_tools.images.decode import ImageLimits
 from data_tools.ingest.records import Problem, Record, problem

@@ -25,10 +25,10 @@ import tyro
 from PIL import Image
 
 from common.config import command, parse_options
-from common.image_list import LIST, image_name, read_list, read_ranking
-from common.label import kept_arguments
-from common.output import require_replaceable, writing_file
-from common.progress import progress
+from common.console.progress import progress
+from common.outputs.image_list import LIST, image_name, read_list, read_ranking
+from common.outputs.label import kept_arguments
+from common.outputs.record import require_replaceable, writing_file
 from data_tools.images.decode import BadImage, decode, encode, is_plain_rgb, open_plugin, resize, sniff
 from data_tools.readers.texts import read_texts
 

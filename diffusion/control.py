@@ -23,12 +23,12 @@ from PIL import Image
 
 from common import checkpoint
 from common.config import command, parse_options, to_mapping
+from common.console.progress import progress
 from common.files import read_json, sha256_file, write_json
-from common.label import LabelOptions, labelled
 from common.log import say
-from common.out_directory import OutDirectory, manifest_of
-from common.output import OutputDirectory
-from common.progress import progress
+from common.outputs.label import LabelOptions, labelled
+from common.outputs.out_directory import OutDirectory, manifest_of
+from common.outputs.record import OutputDirectory
 from data_tools.images.line_drawings import open_drawing, read_drawing, resize_lines
 from data_tools.ingest.records import Problem
 from data_tools.lines import drawing_of

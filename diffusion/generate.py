@@ -20,12 +20,12 @@ from typing import Annotated, Any
 import tyro
 
 from common.config import command, parse_options, to_mapping
+from common.console.progress import progress
 from common.files import sha256_file
-from common.label import LabelOptions
 from common.log import say
-from common.out_directory import OutDirectory, Request
+from common.outputs.label import LabelOptions
+from common.outputs.out_directory import OutDirectory, Request
 from common.precision import Precision
-from common.progress import progress
 from data_tools.images.decode import open_file
 from data_tools.prompts import Prompt, Unused, count_prompts, read_prompts, usable
 from diffusion.base import newest_base

@@ -22,7 +22,7 @@ from torch import Tensor
 from common.distributed import pick_device
 from common.files import read_json, sha256_file
 from common.image import to_image, to_tensor
-from common.out_directory import Request
+from common.outputs.out_directory import Request
 from common.precision import Precision, has_native_bf16
 from common.square import resize_square
 from diffusion.base import KIND, DiffusionBase, base_sha256, load_base

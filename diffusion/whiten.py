@@ -22,13 +22,13 @@ import tyro
 from PIL import Image
 
 from common.config import command, parse_options
+from common.console.progress import progress
 from common.files import atomic_path
 from common.image import make_grid
-from common.image_list import GRID, LIST, MAX_GRID, read_list
-from common.label import joined_arguments, keep_mark, kept_arguments
 from common.log import say
-from common.output import OutputDirectory
-from common.progress import progress
+from common.outputs.image_list import GRID, LIST, MAX_GRID, read_list
+from common.outputs.label import joined_arguments, keep_mark, kept_arguments
+from common.outputs.record import OutputDirectory
 from data_tools.images.decode import SUFFIXES, BadImage, decode, open_plugin, sniff
 from diffusion.white_background import Whitener, WhitenOptions
 

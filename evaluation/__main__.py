@@ -19,10 +19,10 @@ from typing import Any
 import tyro
 
 from common.config import command, parse_options, to_mapping
-from common.language import Language, words_of
+from common.console.tables import plain_console
 from common.log import say
-from common.output import OutputDirectory
-from common.tables import plain_console
+from common.outputs.record import OutputDirectory
+from common.text.language import Language, words_of
 from evaluation.metrics.compute import (
     Metric,
     measure_all,

@@ -24,12 +24,12 @@ from typing import Annotated, Any
 import tyro
 
 from common.config import command, parse_options
-from common.image_list import LIST
-from common.language import Language, words_of
+from common.console.tables import plain_console
 from common.log import say
-from common.memory import peak_memory
-from common.output import OutputDirectory
-from common.tables import plain_console
+from common.machine.memory import peak_memory
+from common.outputs.image_list import LIST
+from common.outputs.record import OutputDirectory
+from common.text.language import Language, words_of
 from dalle.sampling import SamplingOptions
 from evaluation.compare.arena_results import Difference, Match, SystemResult
 from evaluation.compare.choice import check_independent, curve, judged, score_images, scorer_of

@@ -15,7 +15,7 @@ import tyro
 
 from common.config import command, parse_options
 from common.files import read_json
-from common.language import Language, Words, words_of
+from common.text.language import Language, Words, words_of
 
 METRICS = "metrics.json"
 SHARES = ("category right", "colour right", "colour right, pixels", "all that is named right")

@@ -16,13 +16,13 @@ from pathlib import Path
 from PIL import Image
 
 from common.config import command, parse_options, read_mapping
+from common.console.programs import run_program
+from common.console.tables import plain_console
 from common.files import read_json, read_lines
-from common.image_list import read_list, read_ranking
-from common.language import Language, Words, words_of
 from common.log import clock, say
-from common.output import OutputDirectory
-from common.programs import run_program
-from common.tables import plain_console
+from common.outputs.image_list import read_list, read_ranking
+from common.outputs.record import OutputDirectory
+from common.text.language import Language, Words, words_of
 
 EMBEDDED = Path("data/synthetic")
 GENERATOR, RANKER = "pretrained/goods-128/generator", "pretrained/goods-128/ranker"

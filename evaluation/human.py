@@ -28,12 +28,12 @@ import tyro
 from PIL import Image
 
 from common.config import command, parse_options
+from common.console.tables import plain_console
 from common.files import ensure_writable_directory
-from common.image_list import LIST
-from common.language import Language
 from common.lock import locked
 from common.log import say
-from common.tables import plain_console
+from common.outputs.image_list import LIST
+from common.text.language import Language
 from evaluation.compare.generating import SYSTEMS
 from evaluation.compare.systems import SystemSpec
 from evaluation.metrics.statistics import Interval, wilson

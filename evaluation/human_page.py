@@ -6,8 +6,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from common.html import render
-from common.language import Language, Words, words_of
+from common.console.html import render
+from common.text.language import Language, Words, words_of
 
 MAX_BODY = 4096  # bytes of a choice
 MAX_NAME = 64  # characters of a rater's name

@@ -22,12 +22,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from common.config import command, parse_options, to_mapping
+from common.console.tables import plain_console
 from common.distributed import pick_device
 from common.image import stack_rows, to_image, to_tensor
 from common.log import say
-from common.output import OutputDirectory
+from common.outputs.record import OutputDirectory
 from common.precision import Precision
-from common.tables import plain_console
 from data_tools.images.decode import BadImage
 from data_tools.shards.loader import CorruptSample
 from evaluation.codecs import Codec, open_codec
@@ -133,7 +133,7 @@ class Pairs:
 
 def reconstruct_all(codec: Codec, images: ReferenceImages, options: Options, device: torch.device) -> Pairs:
     """Raises ValueError where no image can be read."""
-    from common.progress import progress
+    from common.console.progress import progress
 
     count = min(len(images), options.limit) if options.limit else len(images)
     facts, originals, reconstructions, noise = [], [], [], []

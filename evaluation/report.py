@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from common.console.html import data_url, image_url, macros, render
 from common.files import atomic_path
-from common.html import data_url, image_url, macros, render
-from common.language import Words
+from common.text.language import Words
 from evaluation.metrics.statistics import Interval
 from evaluation.sets import SampleSet
 

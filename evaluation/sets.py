@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from common.files import read_lines
-from common.image_list import LIST, SETTINGS, read_ranking
+from common.outputs.image_list import LIST, SETTINGS, read_ranking
 from data_tools.images.decode import SUFFIXES, BadImage, decode
 from rankers.outdir import Row, read_out_directory
 

@@ -20,7 +20,7 @@ import yaml
 
 from common.config import command, parse_options, to_mapping
 from common.log import say
-from common.output import OutputDirectory
+from common.outputs.record import OutputDirectory
 from dalle import default_checkpoint
 from dalle.sampling import SamplingOptions
 from evaluation.compare.arena_results import Difference

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 
 from common import checkpoint
-from common.bert_text import CaptionTokenizer, write_text_tower
 from common.distributed import World
 from common.files import atomic_directory, read_json, write_json
 from common.log import say
 from common.run_dir import claim
+from common.text.bert_text import CaptionTokenizer, write_text_tower
 from data_tools.shards.captions import CaptionChoice, pick_caption
 from data_tools.shards.holdout import open_splits
 from data_tools.shards.index import ShardIndex

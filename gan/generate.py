@@ -19,9 +19,9 @@ from typing import Annotated, Any
 import tyro
 
 from common.config import command, parse_options, to_mapping
-from common.label import LabelOptions
 from common.log import say
-from common.out_directory import OutDirectory, Request
+from common.outputs.label import LabelOptions
+from common.outputs.out_directory import OutDirectory, Request
 from diffusion.white_background import WhitenOptions, onto_white, require_whiten, whiten_origin
 from gan.pipeline import Generated, SamplingOptions, TextToGan, default_checkpoint
 

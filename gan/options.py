@@ -4,10 +4,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from common.bert_text import TextTowerConfig
 from common.loop import LoopConfig
 from common.optim import OptimConfig
 from common.precision import Precision
+from common.text.bert_text import TextTowerConfig
 from data_tools.images.crops import CropFlip
 from data_tools.shards.captions import FactCaptions
 from data_tools.shards.remote import RemoteOptions

@@ -17,13 +17,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from common import checkpoint
-from common.bert_text import CaptionTokenizer
 from common.config import from_mapping
 from common.distributed import pick_device
 from common.image import to_image
-from common.out_directory import Request
+from common.outputs.out_directory import Request
 from common.precision import autocast
 from common.run_dir import best_step
+from common.text.bert_text import CaptionTokenizer
 from gan.model import KIND, Generator, GeneratorConfig
 from gan.text import FOLDER, TextTower, is_known, open_tokenizer
 

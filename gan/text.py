@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import checkpoint
-from common.bert_text import CaptionTokenizer
 from common.files import atomic_directory
+from common.text.bert_text import CaptionTokenizer
 
 RANKER_KIND = "ranker"  # what rankers.train writes into config.json
 RANKER_PREFIX = "clip.text."
@@ -28,7 +28,7 @@ class TextTower(nn.Module):
     """BERT, the mean over its tokens, a linear layer: as open_clip builds the text tower of a ranker."""
 
     def __init__(self, folder: Path, embed_dim: int) -> None:
-        """`folder`: config.json and vocab.txt as common.bert_text writes them; the weights are random."""
+        """`folder`: config.json and vocab.txt as common.text.bert_text writes them; the weights are random."""
         from transformers import BertConfig, BertModel
 
         super().__init__()

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from common.bert_text import CaptionTokenizer
 from common.distributed import pick_device
 from common.files import read_json
+from common.text.bert_text import CaptionTokenizer
 from rankers.base import TwoTowerRanker
 from rankers.calibration import find_calibration
 from rankers.clip import RankerTowers

@@ -16,10 +16,10 @@ from PIL import Image
 from torch import Tensor
 
 from common import checkpoint
-from common.bert_text import CaptionTokenizer
 from common.distributed import pick_device
 from common.precision import autocast
 from common.square import resize_square
+from common.text.bert_text import CaptionTokenizer
 from rankers.base import TwoTowerRanker
 from rankers.calibration import find_calibration
 from rankers.model import RankerModel, load_model

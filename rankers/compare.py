@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from common.config import command, parse_options
+from common.console.tables import plain_console
 from common.files import write_json
 from common.log import say
-from common.output import require_replaceable, writing_file
-from common.tables import plain_console
+from common.outputs.record import require_replaceable, writing_file
 from data_tools.shards.index import ShardIndex
 from rankers import default_ranker, load_ranker
 from rankers.retrieval import (

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common import checkpoint
-from common.bert_text import CaptionTokenizer
 from common.config import from_mapping, to_mapping
+from common.text.bert_text import CaptionTokenizer
 from rankers.imagenet_tower import ImageNetTower
 from rankers.light_towers import LightClip, ResNet, read_bert, supports
 

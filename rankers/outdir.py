@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from common.image_list import LIST, read_list
+from common.outputs.image_list import LIST, read_list
 
 
 @dataclass(frozen=True)

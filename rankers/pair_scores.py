@@ -20,9 +20,9 @@ import tyro
 from PIL import Image
 
 from common.config import command, parse_options
+from common.console.progress import progress
 from common.lock import locked
 from common.log import say
-from common.progress import progress
 from data_tools.images.decode import BadImage, decode
 from data_tools.ingest.records import Record
 from data_tools.readers.base import Meter, ReaderOptions

@@ -12,15 +12,15 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
+from common.console.progress import progress
+from common.console.tables import plain_console, shortened
 from common.image import make_grid
-from common.image_list import RANKED, RANKING
-from common.label import joined_arguments
 from common.log import say
-from common.out_directory import COPY
-from common.output import OutputDirectory
-from common.progress import progress
+from common.outputs.image_list import RANKED, RANKING
+from common.outputs.label import joined_arguments
+from common.outputs.out_directory import COPY
+from common.outputs.record import OutputDirectory
 from common.square import resize_square
-from common.tables import plain_console, shortened
 from rankers.base import identities
 from rankers.calibration import Calibration, default_lexicon, hard_negatives
 from rankers.outdir import read_image, read_out_directory

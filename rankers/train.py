@@ -20,18 +20,18 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.bert_text import TextTowerConfig
 from common.config import command, parse_options, to_mapping
-from common.deepspeed_engine import DeepSpeedConfig
 from common.distributed import BatchPlan, World, batch_plan, start_world, stop_world
 from common.engine import EngineName
+from common.engines.deepspeed import DeepSpeedConfig
+from common.engines.plain import split_batch
 from common.image import make_grid
 from common.log import say
 from common.loop import LoopConfig, fit
 from common.optim import OptimConfig, learning_rate
-from common.plain_engine import split_batch
 from common.precision import Precision, autocast
 from common.square import resize_square
+from common.text.bert_text import TextTowerConfig
 from common.training_state import TrainingState, require_same_config
 from data_tools.shards.loader import train_batches
 from data_tools.shards.remote import RemoteOptions

@@ -16,8 +16,8 @@ import tyro
 from PIL import Image
 
 from common.config import command, parse_options
-from common.label import FoundLabel, open_labelled, pixels_code, read_labels, read_manifest
 from common.log import say
+from common.outputs.label import FoundLabel, open_labelled, pixels_code, read_labels, read_manifest
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from common.label import LabelOptions
+from common.outputs.label import LabelOptions
 from dalle.options import SamplingOptions
 
 

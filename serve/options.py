@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common.label import LabelOptions
+from common.outputs.label import LabelOptions
 from dalle.options import FastOptions
 from serve.keys import DEFAULT_DATABASE
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from common.label import LabelMode
+from common.outputs.label import LabelMode
 from dalle.options import MOST_GUIDANCE, MOST_SCALE, SamplingOptions, Schedule
 
 MAX_IMAGES, MAX_PROMPT_CHARS, MAX_PARTIAL_IMAGES = 16, 2000, 16

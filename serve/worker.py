@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from common.image import to_image
-from common.label import labelled
+from common.outputs.label import labelled
 from common.precision import autocast
 from dalle import inpaint
 from dalle.batching import ContinuousBatcher, Finished, Job

@@ -11,11 +11,11 @@ from PIL import Image
 
 import generate
 import rerank
-from common.bert_text import TextTowerConfig, write_text_tower
 from common.checkpoint import write_model
 from common.config import to_mapping
-from common.label import open_labelled, read_labels
-from common.output import OutputDirectory
+from common.outputs.label import open_labelled, read_labels
+from common.outputs.record import OutputDirectory
+from common.text.bert_text import TextTowerConfig, write_text_tower
 from dalle.model import Dalle, ModelOptions
 from dalle.text_tokenizer import TextTokenizer
 from rankers import load_ranker

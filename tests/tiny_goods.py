@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common.bert_text import TextTowerConfig, write_text_tower
+from common.text.bert_text import TextTowerConfig, write_text_tower
 from rankers.model import ModelConfig, RankerModel, save_ranker
 
 COLORS = {"红色": (210, 40, 40), "蓝色": (40, 80, 200), "绿色": (40, 150, 70), "黄色": (240, 210, 50)}

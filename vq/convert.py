@@ -24,7 +24,7 @@ from common import checkpoint
 from common.config import command, expand_home, read_mapping, to_mapping
 from common.files import sha256_file
 from common.log import say
-from common.output import new_directory, require_new
+from common.outputs.record import new_directory, require_new
 from vq.model import KIND, ImageTokenizer, TokenizerConfig
 from vq.published.dvae import DvaeConfig
 from vq.published.foreign import read_foreign, require_finite, tensors_of, unwrapped

@@ -27,7 +27,7 @@ from common.files import ensure_writable_directory, read_json, write_json
 from common.image import make_grid, stack_rows, to_image, to_tensor
 from common.lock import alone_in
 from common.log import say
-from common.output import RECORD, OutputDirectory
+from common.outputs.record import RECORD, OutputDirectory
 from common.precision import Precision, autocast
 from common.square import resize_square
 from data_tools.augment import Chain, ImageAugment

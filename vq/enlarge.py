@@ -19,7 +19,7 @@ from torch import Tensor
 
 from common.config import command, parse_options
 from common.log import say
-from common.output import new_directory, require_new
+from common.outputs.record import new_directory, require_new
 from vq.autoencoder import coarse_bands
 from vq.model import ImageTokenizer
 

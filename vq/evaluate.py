@@ -21,14 +21,14 @@ from PIL import Image
 from torch import Tensor
 
 from common.config import command, parse_options
+from common.console.html import image_url, render
 from common.distributed import pick_device
 from common.files import atomic_path
-from common.html import image_url, render
 from common.image import to_image
-from common.language import Words
 from common.log import say
-from common.output import OutputDirectory
+from common.outputs.record import OutputDirectory
 from common.precision import Precision, autocast
+from common.text.language import Words
 from data_tools.shards.loader import DecodeImage, eval_batches
 from kernels import Kernels, accelerate
 from vq.data import open_images
@@ -149,7 +149,7 @@ def _perceptual(options: Options, device: torch.device) -> PerceptualDistance | 
 
 
 def _batches(options: Options, image_size: int) -> Iterator[dict[str, Any]]:
-    from common.progress import progress
+    from common.console.progress import progress
 
     folder = options.data if options.folder else ""
     index = open_images(options.data, folder, options.split)

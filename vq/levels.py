@@ -14,7 +14,7 @@ import tyro
 
 from common.config import command, parse_options
 from common.log import say
-from common.output import new_directory, require_new
+from common.outputs.record import new_directory, require_new
 from vq.model import ImageTokenizer
 
 

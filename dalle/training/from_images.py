@@ -14,10 +14,10 @@ from typing import Any
 
 from common import checkpoint
 from common.config import parse_options, read_mapping, to_mapping
+from common.console.programs import run_program
 from common.distributed import World
 from common.files import read_json, write_json
 from common.log import say
-from common.programs import run_program
 from dalle.text_tokenizer import TextTokenizer
 from dalle.training.options import Options
 from data_tools.ingest.records import HINTS

@@ -8,8 +8,8 @@ import tyro
 
 from common import checkpoint
 from common.config import to_mapping
-from common.deepspeed_engine import DeepSpeedConfig
 from common.engine import EngineName
+from common.engines.deepspeed import DeepSpeedConfig
 from common.loop import LoopConfig
 from common.optim import OptimConfig
 from common.precision import Precision

@@ -33,8 +33,8 @@ from weakref import WeakValueDictionary
 import tyro
 
 from common.config import command, parse_options, to_mapping
+from common.console.progress import progress
 from common.files import atomic_path, read_json, write_json
-from common.progress import progress
 from data_tools.download.fetch import Fetcher, FetchOptions, Outcome, check_url
 from data_tools.download.spool import Spool, read_images, write_tar
 from data_tools.engine import EngineOptions, Tasks

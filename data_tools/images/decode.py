@@ -267,7 +267,7 @@ def encode(
     image: Image.Image, image_format: ImageFormat = "webp", quality: int = 90, **metadata: Any
 ) -> bytes:
     """The file's bytes, the same each time. `quality` 1-100; PNG is lossless and ignores it. `metadata`: what
-    `common.label` gives for the format."""
+    `common.outputs.label` gives for the format."""
     buffer = io.BytesIO()
     if image_format == "webp":
         image.save(buffer, "WEBP", quality=quality, method=4, **metadata)

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from common.progress import progress
+from common.console.progress import progress
 from data_tools.ingest.records import Problem, Record, problem
 from data_tools.parallel import Work, Workers, batch_size, ordered_map
 from data_tools.readers.base import Meter, Part

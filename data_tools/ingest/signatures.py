@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.progress import progress
+from common.console.progress import progress
 from data_tools.images.decode import BadImage, ImageLimits, decode, image_size
 from data_tools.images.phash import image_signature
 from data_tools.ingest.records import Problem, Record, problem
@@ -94,7 +94,7 @@ def sign_source(
 def _batches(
     source: Source, meter: Meter, skip: int, keys: list[str], size: int
 ) -> Iterator[tuple[np.ndarray, list[Record]]]:
-    """(row and part of each record (n, 2), records), `size` at a time, without the first `skip` records; `keys` gets all
+    """(row and part of each record (n, 2), records) by `size`, without the first `skip` records; `keys` gets all
     of them."""
     row, positions, records = 0, [], []
     for number, part in enumerate(part for part in source.parts if part.has_images):

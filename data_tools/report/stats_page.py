@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from common.html import data_url, render
-from common.language import Words
+from common.console.html import data_url, render
+from common.text.language import Words
 from data_tools.images.decode import BadImage, decode, encode, resize
 from data_tools.ingest.records import Record
 from data_tools.report import svg

@@ -22,11 +22,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from common.console.progress import progress
 from common.distributed import World
 from common.files import atomic_path, split_lines
 from common.image import to_image, to_tensor
 from common.log import say
-from common.progress import progress
 from common.square import resize_square
 from data_tools.engine import RayCluster
 from data_tools.images.line_drawings import LINE_MEMBER, decode_lines, encode_lines

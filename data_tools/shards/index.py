@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.progress import progress
+from common.console.progress import progress
 from data_tools.shards.remote import (
     NoSuchSplit,
     RemoteOptions,

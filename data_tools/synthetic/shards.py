@@ -26,9 +26,9 @@ import tyro
 from PIL import Image
 
 from common.config import command, parse_options
-from common.cpus import available_cpus
 from common.files import ensure_writable_directory, read_json, write_json
 from common.lock import locked
+from common.machine.cpus import available_cpus
 from data_tools.ingest.records import Record
 from data_tools.shards.image_shards import DATASET_FILE, ShardWriter
 from data_tools.synthetic.rendering import Background, Look, Pattern, render
@@ -273,7 +273,7 @@ def _expected_shards(options: SyntheticOptions) -> dict[str, int]:
 
 
 def _render_missing(options: SyntheticOptions) -> None:
-    from common.progress import progress
+    from common.console.progress import progress
 
     expected = _expected_shards(options)
     whole = {name: count for name, count in expected.items() if (options.dst / name).is_file()}

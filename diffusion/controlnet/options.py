@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common.deepspeed_engine import DeepSpeedConfig
 from common.engine import EngineName
+from common.engines.deepspeed import DeepSpeedConfig
 from common.loop import LoopConfig
 from common.optim import OptimConfig
 from common.precision import Precision

@@ -14,11 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from common.console.progress import progress
 from common.distributed import World
 from common.files import atomic_path
 from common.image import to_tensor
 from common.precision import Precision
-from common.progress import progress
 from common.square import resize_square
 from data_tools.shards.captions import CaptionChoice
 from data_tools.shards.loader import Batch, CorruptSample

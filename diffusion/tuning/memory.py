@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from common.distributed import BatchPlan, World
 from common.log import say
-from common.memory import free_memory
+from common.machine.memory import free_memory
 from diffusion.tuning.options import TuneOptions, TunePrecision
 from diffusion.tuning.step import autocast_for
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from common.deepspeed_engine import DeepSpeedConfig
 from common.engine import EngineName
+from common.engines.deepspeed import DeepSpeedConfig
 from common.loop import LoopConfig
 from common.optim import OptimConfig
 from data_tools.augment import ImageAugment, TextAugment

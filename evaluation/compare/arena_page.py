@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.language import Words, words_of
+from common.text.language import Words, words_of
 from data_tools.report import svg
 from evaluation import report
 from evaluation.arena_table import best_of, header_of, hours_notes, summary

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.language import Words, words_of
-from common.output import OutputDirectory
+from common.outputs.record import OutputDirectory
+from common.text.language import Words, words_of
 from data_tools.report.svg import SERIES
 from evaluation.compare.arena_results import Match
 

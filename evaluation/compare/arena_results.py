@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from common.config import to_mapping
-from common.language import Words
+from common.text.language import Words
 from evaluation.compare.choice import Curve
 from evaluation.compare.costs import Costs
 from evaluation.compare.systems import SystemSpec

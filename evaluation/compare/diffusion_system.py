@@ -14,7 +14,7 @@ from common.config import from_mapping, to_mapping
 from common.distributed import pick_device
 from common.files import read_json
 from common.image import to_image
-from common.out_directory import Request
+from common.outputs.out_directory import Request
 from diffusion.base import INDEX, base_sha256, quiet, unsupported_reason
 from diffusion.objective import sample_generator
 from diffusion.pipeline import DiffusionToImage, Prompting

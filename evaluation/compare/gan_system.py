@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from common.config import from_mapping, to_mapping
-from common.out_directory import Request
+from common.outputs.out_directory import Request
 from gan.pipeline import SamplingOptions, TextToGan
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from common.image_list import LIST, whole_lines
+from common.console.progress import progress
 from common.log import say
-from common.out_directory import OutDirectory, Request
-from common.progress import progress
+from common.outputs.image_list import LIST, whole_lines
+from common.outputs.out_directory import OutDirectory, Request
 from data_tools.prompts import read_prompts
 from data_tools.shards.captions import pick_caption
 from data_tools.shards.index import ShardIndex

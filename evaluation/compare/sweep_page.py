@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from common.config import to_mapping
-from common.tables import plain_console
+from common.console.tables import plain_console
 from data_tools.report import svg
 from evaluation import report
 from evaluation.compare.sweep_results import Stage, Sweep, Trial, mean_ranks, objective_metric

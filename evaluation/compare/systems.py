@@ -31,7 +31,7 @@ from PIL import Image
 from common import checkpoint
 from common.config import from_mapping, to_mapping
 from common.files import read_json, sha256_file
-from common.image_list import LIST
+from common.outputs.image_list import LIST
 from dalle import model
 from dalle.lines import LineControl
 from dalle.pipeline import Request, TextToImage
@@ -123,7 +123,7 @@ def _hours(text: str) -> float:
 
 @dataclass(frozen=True)
 class Generated:
-    """One image; what `common.out_directory.OutDirectory` writes of it."""
+    """One image; what `common.outputs.out_directory.OutDirectory` writes of it."""
 
     image: Image.Image
     text: str
@@ -144,7 +144,7 @@ class System(Protocol):
         ...
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Any]:
-        """One image a request, in order; see common.out_directory.Made."""
+        """One image a request, in order; see common.outputs.out_directory.Made."""
         ...
 
 

@@ -356,7 +356,7 @@ def embed(
     Every batch is stored when it is done, so a run that was killed goes on there. `cluster`: batches of images are
     its tasks. Raises ValueError when none can be read.
     """
-    from common.progress import progress
+    from common.console.progress import progress
 
     keys = [images.key(i) for i in range(len(images))]
     rows = store.get(list(dict.fromkeys(keys))) if store else {}

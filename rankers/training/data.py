@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from common import checkpoint
-from common.bert_text import CaptionTokenizer, write_text_tower
 from common.config import from_mapping
 from common.distributed import World
 from common.files import atomic_directory
 from common.log import say
 from common.run_dir import claim
+from common.text.bert_text import CaptionTokenizer, write_text_tower
 from data_tools.shards.holdout import open_splits
 from data_tools.shards.index import ShardIndex
 from data_tools.shards.loader import IMAGE_SUFFIXES

@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from common.bert_text import CaptionTokenizer, pad_rows
 from common.files import split_lines
 from common.image import to_tensor
 from common.square import resize_square
+from common.text.bert_text import CaptionTokenizer, pad_rows
 from data_tools.shards.captions import pick_caption
 from data_tools.shards.index import ShardIndex
 from data_tools.shards.loader import IMAGE_SUFFIXES, CorruptSample, open_image

@@ -9,9 +9,9 @@ from PIL import Image
 
 from benchmarks import demo_quality
 from benchmarks.demo_quality import Verdict, pairs, verdict_grid
-from common.bert_text import TextTowerConfig, write_text_tower
 from common.checkpoint import write_model
 from common.config import to_mapping
+from common.text.bert_text import TextTowerConfig, write_text_tower
 from dalle.model import KIND, Dalle, ModelOptions
 from dalle.pipeline import TextToImage
 from dalle.text_tokenizer import TextTokenizer

@@ -7,9 +7,9 @@ import torch
 from processes import difference, run, trace, training_state, weights
 from torch import nn
 
-from common.deepspeed_engine import DeepSpeedConfig
 from common.distributed import BatchPlan, World
 from common.engine import make_engine
+from common.engines.deepspeed import DeepSpeedConfig
 from common.optim import OptimConfig, adamw
 
 TOLERANCE = 2e-5  # twelve AdamW steps; sums are taken in another order

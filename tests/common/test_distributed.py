@@ -11,8 +11,8 @@ from torch import nn
 from common import precision
 from common.distributed import BatchPlan, World, batch_plan, pick_device, start_world, stop_world
 from common.engine import make_engine
+from common.engines.plain import split_batch
 from common.optim import OptimConfig, adamw
-from common.plain_engine import split_batch
 from common.precision import autocast, has_native_bf16
 
 ALONE = World(0, 1, 0, torch.device("cpu"), "none")

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from common.checkpoint import write_model
 from common.config import command, parse_options, to_mapping
-from common.deepspeed_engine import DeepSpeedConfig
 from common.distributed import World, batch_plan, start_world, stop_world
 from common.engine import EngineName
+from common.engines.deepspeed import DeepSpeedConfig
 from common.loop import LoopConfig, fit
 from common.optim import OptimConfig, learning_rate
 from common.training_state import TrainingState

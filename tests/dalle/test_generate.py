@@ -13,8 +13,8 @@ from PIL import Image
 from small_checkpoint import CAPTIONS
 
 from common.checkpoint import resolve
-from common.label import open_labelled, read_labels, read_manifest
-from common.output import OutputDirectory
+from common.outputs.label import open_labelled, read_labels, read_manifest
+from common.outputs.record import OutputDirectory
 from dalle import default_checkpoint
 from generate import main, open_image, open_mask
 from serve.label import main as label_command

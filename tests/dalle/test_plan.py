@@ -6,7 +6,7 @@ from tiny_data import write_image_shards
 from tiny_generator import tiny_config
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.deepspeed_engine import DeepSpeedConfig
+from common.engines.deepspeed import DeepSpeedConfig
 from common.loop import LoopConfig
 from dalle import plan, train_tokenizer
 from dalle.model import Dalle, ModelOptions

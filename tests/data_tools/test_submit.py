@@ -10,7 +10,7 @@ import pytest
 from make_sources import CAPTIONS, some_image
 from PIL import Image
 
-from common.label import LabelOptions, labelled, read_labels, read_manifest
+from common.outputs.label import LabelOptions, labelled, read_labels, read_manifest
 from data_tools.images.decode import decode, sniff
 from data_tools.readers.detect import open_source
 from data_tools.submit import main, read_ids, validate

@@ -8,8 +8,8 @@ from PIL import Image
 from tiny_base import tiny_base
 
 from common.files import read_json
-from common.label import open_labelled, read_labels, read_manifest
-from common.out_directory import OutDirectory
+from common.outputs.label import open_labelled, read_labels, read_manifest
+from common.outputs.out_directory import OutDirectory
 from data_tools import submit
 from diffusion import generate
 from diffusion.base import base_sha256, save_base

@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 from tiny_base import tiny_base
 
-from common.out_directory import Request
+from common.outputs.out_directory import Request
 from diffusion.base import save_base
 from diffusion.objective import sample_generator
 from diffusion.pipeline import DiffusionToImage, Identity, Prompting, Start

@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from common.label import LabelOptions, labelled, open_labelled, pixels_code, read_labels, read_manifest
+from common.outputs.label import (
+    LabelOptions,
+    labelled,
+    open_labelled,
+    pixels_code,
+    read_labels,
+    read_manifest,
+)
 from diffusion.whiten import main
 
 

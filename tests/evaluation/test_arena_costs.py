@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import save_file
 
 import evaluation
-from common.language import words_of
 from common.log import logged_hours
-from common.memory import peak_memory
-from common.output import OutputDirectory
+from common.machine.memory import peak_memory
+from common.outputs.record import OutputDirectory
+from common.text.language import words_of
 from evaluation.arena_table import main as table
 from evaluation.arena_table import to_markdown
 from evaluation.compare.arena_plots import Point, pareto, write_plots

@@ -14,11 +14,11 @@ from PIL import Image
 from reference_shards import caption
 from tiny_goods import COLORS, KINDS
 
-from common.bert_text import TextTowerConfig, write_text_tower
 from common.checkpoint import write_model
 from common.config import to_mapping
 from common.files import read_json
-from common.out_directory import Request
+from common.outputs.out_directory import Request
+from common.text.bert_text import TextTowerConfig, write_text_tower
 from dalle.lines import LineControl
 from dalle.model import KIND as GENERATOR
 from dalle.model import Dalle

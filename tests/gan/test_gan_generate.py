@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 from tiny_gan import TEXTS
 
-from common.label import open_labelled, read_labels, read_manifest
+from common.outputs.label import open_labelled, read_labels, read_manifest
 from diffusion.white_background import Whitener, WhitenOptions
 from gan.generate import main
 from gan.pipeline import TextToGan

@@ -9,7 +9,7 @@ from tiny_gan import TEXTS
 
 from common import checkpoint
 from common.files import sha256_file, write_json
-from common.out_directory import Request
+from common.outputs.out_directory import Request
 from common.run_dir import point_latest
 from gan.pipeline import BATCH, SamplingOptions, TextToGan, default_checkpoint
 

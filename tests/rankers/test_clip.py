@@ -11,8 +11,8 @@ from tiny_goods import draw
 from torch.nn import functional as F
 from transformers import BertTokenizer
 
-from common.bert_text import TextTowerConfig, write_text_tower
 from common.checkpoint import read_config, read_weights, save_weights, write_model
+from common.text.bert_text import TextTowerConfig, write_text_tower
 from rankers import load_ranker
 from rankers.chinese_clip import load_folder
 from rankers.model import IMAGE_TOWERS, KIND, RESNETS, TOWERS, ModelConfig, RankerModel

@@ -14,8 +14,8 @@ from test_ranker_reconstructions import write_tokenizer
 from test_ranker_train import arguments, losses
 from tiny_goods import draw
 
-from common.bert_text import TextTowerConfig, write_text_tower
 from common.checkpoint import read_weights
+from common.text.bert_text import TextTowerConfig, write_text_tower
 from data_tools.shards.index import ShardIndex
 from data_tools.shards.loader import CorruptSample
 from rankers import load_ranker

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from common.bert_text import CaptionTokenizer, TextTowerConfig, write_text_tower
+from common.text.bert_text import CaptionTokenizer, TextTowerConfig, write_text_tower
 from rankers.light_towers import LightClip
 from rankers.model import IMAGENET_TOWER, RESNETS, ModelConfig, RankerModel, build_light_clip
 

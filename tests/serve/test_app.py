@@ -15,7 +15,7 @@ import openai
 import pytest
 from PIL import Image, ImageDraw
 
-from common.label import read_labels, read_manifest
+from common.outputs.label import read_labels, read_manifest
 from common.square import resize_square
 from dalle import inpaint
 from dalle.engines import FastOptions

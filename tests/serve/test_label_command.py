@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.label import make_label, save_arguments
+from common.outputs.label import make_label, save_arguments
 from serve.label import main
 
 

@@ -13,7 +13,7 @@ from tiny_base import tiny_base
 from tiny_shards import write_image_shards
 
 from common.checkpoint import read_config
-from common.label import open_labelled, read_labels, read_manifest
+from common.outputs.label import open_labelled, read_labels, read_manifest
 from diffusion import control, train_controlnet
 from diffusion.base import load_base, save_base
 from diffusion.control import answer_id, read_pairs

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import torch
 
-from common.language import words_of
-from common.out_directory import Request
+from common.outputs.out_directory import Request
+from common.text.language import words_of
 from diffusion.base import save_base
 from diffusion.scratch.networks import AutoencoderConfig, TextConfig, UnetConfig
 from diffusion.scratch.unet_task import make_base_scheduler

@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from common.files import write_json
-from common.out_directory import OutDirectory
+from common.outputs.out_directory import OutDirectory
 from dalle.pipeline import Request
 from dalle.sampling import SamplingOptions
 from evaluation.compare import systems

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from common.distributed import World
-from common.plain_engine import PlainEngine
+from common.engines.plain import PlainEngine
 from rankers.training.objective import Features, LossWeights, large_batch_step, ranker_loss
 from rankers.training.pairs import describes, facts_of, number
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 from tiny_goods import COLORS, KINDS, draw
 
-from common.bert_text import CaptionTokenizer, TextTowerConfig, write_text_tower
+from common.text.bert_text import CaptionTokenizer, TextTowerConfig, write_text_tower
 from data_tools.shards.index import ShardIndex
 from data_tools.shards.loader import CorruptSample
 from rankers.training.pairs import (

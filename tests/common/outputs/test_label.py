@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.label import (
+from common.outputs.label import (
     LABEL_CHUNK,
     AigcLabel,
     LabelOptions,

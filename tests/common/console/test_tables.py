@@ -4,7 +4,7 @@ import io
 
 from rich.table import Table
 
-from common.tables import plain_console, shortened
+from common.console.tables import plain_console, shortened
 
 TITLE = "连衣裙 [/新款] [red]蓝[/red] :bag: [xl/xxl]"
 

@@ -18,9 +18,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from common.distributed import BatchPlan, World
-from common.muon import Muon
-from common.plain_engine import optimizer_name, require_optimizer, split_batch
-from common.zero_muon import matrix_shards
+from common.engines.muon import Muon
+from common.engines.plain import optimizer_name, require_optimizer, split_batch
+from common.engines.zero_muon import matrix_shards
 
 # Elements that travel at once. A GPU's links want 200 MB; on a CPU 20 MB stay warm, and save a tenth of a small step.
 BUCKET = {"cuda": 50_000_000, "cpu": 5_000_000}

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from common.distributed import World
-from common.muon import Muon, Piece, Shard
+from common.engines.muon import Muon, Piece, Shard
 
 
 def matrix_shards(optimizer: Muon, zero: Any, stage: int, world: World) -> dict[Tensor, Shard]:

@@ -6,7 +6,7 @@ from torch import nn
 
 from common.distributed import BatchPlan, World
 from common.engine import make_engine
-from common.muon import MOMENTUM, NEWTON_SCHULZ, ROUNDS, UPDATE_SIZE, Muon, orthogonalized
+from common.engines.muon import MOMENTUM, NEWTON_SCHULZ, ROUNDS, UPDATE_SIZE, Muon, orthogonalized
 from common.optim import OptimConfig, adamw, make_optimizer
 
 ALONE = World(0, 1, 0, torch.device("cpu"), "none")

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from jinja2 import nodes
 
-from common.html import environment, render
-from common.language import CHINESE, Words, is_chinese_locale, words_of
+from common.console.html import environment, render
+from common.text.language import CHINESE, Words, is_chinese_locale, words_of
 from data_tools.ingest.records import HINTS
 from data_tools.rules.lexicon import load_lexicon
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SOURCES = {
     "demo": ["evaluation/demo.py"],
     "inspect": ["data_tools/inspect.py", "data_tools/ingest/records.py", "data_tools/templates/inspect.html"],

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from common.image_list import LIST, RANKING, read_list, read_ranking, whole_lines
+from common.outputs.image_list import LIST, RANKING, read_list, read_ranking, whole_lines
 
 
 def test_whole_lines_end_at_a_cut_or_damaged_one(tmp_path):

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.bert_text import SPECIAL, CaptionTokenizer, TextTowerConfig, write_text_tower
+from common.text.bert_text import SPECIAL, CaptionTokenizer, TextTowerConfig, write_text_tower
 
 TEXTS = ["一件红色T恤", "可口可乐 Cola 500ml 瓶装", "一件红色T恤"]
 VOCAB = Path("../shared/models/chinese-roberta-wwm-ext")

@@ -12,9 +12,9 @@ from typing import Any
 
 from PIL import Image
 
-from common.language import Words
+from common.text.language import Words
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @functools.cache

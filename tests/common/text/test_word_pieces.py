@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from transformers import BertTokenizer
 
-from common.bert_text import CaptionTokenizer, TextTowerConfig, write_text_tower
-from common.word_pieces import CONFIG, open_word_pieces
+from common.text.bert_text import CaptionTokenizer, TextTowerConfig, write_text_tower
+from common.text.word_pieces import CONFIG, open_word_pieces
 from dalle.text_tokenizer import TextTokenizer
 
-SHIPPED = Path(__file__).parents[2] / "pretrained" / "goods-128"
+SHIPPED = Path(__file__).parents[3] / "pretrained" / "goods-128"
 TEXTS = [
     "一件红色的连衣裙",
     "Nike 运动鞋, size 42.5!  (黑/白)",

@@ -1,6 +1,6 @@
 """`images.jsonl`, one line an image with all that it depends on, and the `ranking.json` beside it: names and readers.
 
-`common/out_directory.py` writes the list, `rankers/ranking.py` the ranking.
+`common/outputs/out_directory.py` writes the list, `rankers/ranking.py` the ranking.
 """
 
 import json

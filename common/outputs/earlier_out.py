@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from common.image import make_grid
-from common.image_list import GRID, LIST, MAX_GRID, RANKED, RANKING, image_name
+from common.outputs.image_list import GRID, LIST, MAX_GRID, RANKED, RANKING, image_name
 
 LINE = frozenset(
     (

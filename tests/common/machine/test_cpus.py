@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from common import cpus
+from common.machine import cpus
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def write(folder: Path, **files: str) -> None:

@@ -6,11 +6,11 @@ import subprocess
 import sys
 import time
 
-from common.programs import run_program
+from common.console.programs import run_program
 
 PARENT = """
 import sys
-from common.programs import run_program
+from common.console.programs import run_program
 raise SystemExit(run_program(["-c", sys.argv[1]]))
 """
 SAVES = """

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from processes import command_env
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SAYING = """
 import sys
 from pathlib import Path

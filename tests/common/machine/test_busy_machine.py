@@ -8,8 +8,8 @@ import time
 import pytest
 import torch
 
-from common import busy_machine
-from common.busy_machine import BusyMachine, Usage, read_usage
+from common.machine import busy_machine
+from common.machine.busy_machine import BusyMachine, Usage, read_usage
 
 
 @pytest.fixture

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from common import progress as module
 from common.config import parse_options
+from common.console import progress as module
+from common.console.progress import QUIET, progress
 from common.log import say
-from common.progress import QUIET, progress
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 class Terminal(io.StringIO):
@@ -69,7 +69,7 @@ def test_quiet_is_every_commands(monkeypatch, capsys):
 def test_no_color_is_honoured(no_color):
     """By what draws tables, in a terminal."""
     code = (
-        "from rich.table import Table\nfrom common.tables import plain_console\n"
+        "from rich.table import Table\nfrom common.console.tables import plain_console\n"
         "t = Table(title='t'); t.add_column('c', style='red'); t.add_row('x'); plain_console().print(t)"
     )
     main, other = pty.openpty()

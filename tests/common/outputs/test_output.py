@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from common.output import (
+from common.outputs.record import (
     RECORD,
     OutputDirectory,
     new_directory,

@@ -2,7 +2,7 @@
 
 An image is renamed into place before its line is appended, so after a kill -9 every whole line has its image and the
 next run of the same command goes on behind the last of them. What is the user's in the directory stays (see
-common/output.py).
+common/outputs/record.py).
 """
 
 import errno
@@ -18,12 +18,12 @@ from typing import Any, Protocol
 from PIL import Image
 
 from common.config import to_mapping
-from common.earlier_out import earlier_files
 from common.files import DISK_FULL
 from common.image import make_grid
-from common.image_list import GRID, LIST, MAX_GRID, RANKED, RANKING, image_name, whole_lines
-from common.label import LabelOptions, joined_arguments, labelled
-from common.output import RECORD, OutputDirectory
+from common.outputs.earlier_out import earlier_files
+from common.outputs.image_list import GRID, LIST, MAX_GRID, RANKED, RANKING, image_name, whole_lines
+from common.outputs.label import LabelOptions, joined_arguments, labelled
+from common.outputs.record import RECORD, OutputDirectory
 
 COPY = re.compile(r"rank\d{2,}(_text\d{2,})?\.png")  # of the best, which rerank.py makes
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from common.files import read_lines, write_json
-from common.word_pieces import SPECIAL, TransformersPieces, open_word_pieces
+from common.text.word_pieces import SPECIAL, TransformersPieces, open_word_pieces
 
 TOKENIZER_CONFIG = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": 512}
 

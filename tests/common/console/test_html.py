@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from jinja2 import UndefinedError
 
-from common.html import ROOT, environment, macros, render
-from common.language import Words
+from common.console.html import ROOT, environment, macros, render
+from common.text.language import Words
 
 ENGLISH = Words({}, "en")
 

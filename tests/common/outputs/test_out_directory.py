@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from common.config import to_mapping
-from common.earlier_out import earlier_files
-from common.label import LabelOptions, open_labelled, read_labels, read_manifest
-from common.out_directory import OutDirectory, Request
-from common.output import RECORD
+from common.outputs.earlier_out import earlier_files
+from common.outputs.label import LabelOptions, open_labelled, read_labels, read_manifest
+from common.outputs.out_directory import OutDirectory, Request
+from common.outputs.record import RECORD
 
 ORIGIN = {"checkpoint": "c", "seed": 0, "sampling": {"top_k": 3}}
 

@@ -1,0 +1,1 @@
+"""What people see: the terminal, progress, tables, pages, other programs started from here."""

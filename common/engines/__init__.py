@@ -1,0 +1,1 @@
+"""What turns losses into updated weights: one process or several, DeepSpeed; Muon."""

@@ -1,0 +1,1 @@
+"""What this machine has: CPUs, memory, other nodes, and what others use of it."""
