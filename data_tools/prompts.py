@@ -1,4 +1,4 @@
-"""Files of prompts for generate.py and diffusion.generate, one a row, read as `data_tools.readers.texts` reads texts.
+"""Files of prompts for generate.py and diffusion.generate, one a row, read as data_tools.readers.formats.texts reads them.
 
 Text a line, CSV or TSV with or without a header, JSONL. Ids are names: they are kept as they stand and end up as `key`
 in images.jsonl.
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.log import say
-from data_tools.readers.texts import read_texts
+from data_tools.readers.formats.texts import read_texts
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from common.outputs.image_list import LIST, image_name, read_list, read_ranking
 from common.outputs.label import kept_arguments
 from common.outputs.record import require_replaceable, writing_file
 from data_tools.images.decode import BadImage, decode, encode, is_plain_rgb, open_plugin, resize, sniff
-from data_tools.readers.texts import read_texts
+from data_tools.readers.formats.texts import read_texts
 
 IMAGE_NAMES = ("{}.png", "{}.jpg", "{}.jpeg", "{}.webp", "{}/rank00.png", "{}/0000.png")
 MAX_COMPLAINTS = 20

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from common.files import read_json
-from data_tools.readers import folder as folder_reader
 from data_tools.readers.base import Part, iter_lines
 from data_tools.readers.finders import SPLITS, Folder
+from data_tools.readers.formats import folder as folder_reader
 from data_tools.readers.inventory import OWN_RESULT
 
 

@@ -9,17 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from data_tools.ingest.records import Problem, problem
-from data_tools.readers import (
-    chinese_clip,
-    easynlp,
-    ecommerce_t2i,
-    folder,
-    jsonl,
-    line_drawing,
-    parquet,
-    table,
-    webdataset,
-)
 from data_tools.readers.base import (
     Item,
     Meter,
@@ -32,6 +21,17 @@ from data_tools.readers.base import (
 from data_tools.readers.choice import Reading, choose
 from data_tools.readers.elsewhere import fetch_list, is_list, remote_parts
 from data_tools.readers.finders import FINDERS, SPLITS, Folder
+from data_tools.readers.formats import (
+    chinese_clip,
+    easynlp,
+    ecommerce_t2i,
+    folder,
+    jsonl,
+    line_drawing,
+    parquet,
+    table,
+    webdataset,
+)
 from data_tools.readers.inventory import Entry, Inventory, take_inventory
 from data_tools.readers.lists import unread_reason
 from data_tools.shards.remote import is_remote

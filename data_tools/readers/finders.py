@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from data_tools.readers import line_drawing, parquet
 from data_tools.readers.base import Part, ReaderOptions, iter_lines
 from data_tools.readers.column_names import has_known_columns, is_download_log, is_line_drawing
 from data_tools.readers.columns import looks_like_base64
+from data_tools.readers.formats import line_drawing, parquet
 from data_tools.readers.inventory import Inventory
 from data_tools.readers.lists import json_fields, table_fields
 

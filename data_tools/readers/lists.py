@@ -6,11 +6,11 @@ from pathlib import Path
 
 from data_tools.ingest.file_kinds import UTF16, what_is
 from data_tools.ingest.records import Problem
-from data_tools.readers import parquet
 from data_tools.readers.base import Line, Meter, ReaderOptions, decode_text, iter_lines
 from data_tools.readers.column_names import has_known_columns
+from data_tools.readers.formats import parquet
+from data_tools.readers.formats.table import find_delimiter, header, iter_rows
 from data_tools.readers.inventory import read_head
-from data_tools.readers.table import find_delimiter, header, iter_rows
 
 TEXT_LISTS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json")
 _FIRST_BYTES = 1 << 20

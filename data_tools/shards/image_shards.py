@@ -5,8 +5,8 @@ stand next to each other. `dataset.json` beside the tars counts the samples of e
 
 The package webdataset writes them. Its pipeline does not read them back: that streams, and can neither resume in
 mid-epoch nor on another number of processes, so training reads through `data_tools/shards/index.py`; and it drops
-what is not a plain member and reads members of any size, which `data_tools/readers/webdataset.py` has to count and
-to refuse.
+what is not a plain member and reads members of any size, which `data_tools/readers/formats/webdataset.py` has to count
+and to refuse.
 """
 
 import json

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from data_tools.readers.folder import pair
+from data_tools.readers.formats.folder import pair
 from data_tools.readers.inventory import take_inventory
 from data_tools.shards.index import Sample
 

@@ -19,8 +19,8 @@ from data_tools.inspect import main as inspect_main
 from data_tools.readers.base import ReaderOptions
 from data_tools.readers.column_names import CAPTIONS, KEYS, PATHS, find_column
 from data_tools.readers.detect import open_source
-from data_tools.readers.table import split_row
-from data_tools.readers.texts import read_texts
+from data_tools.readers.formats.table import split_row
+from data_tools.readers.formats.texts import read_texts
 from data_tools.shard import ShardConfig, shard
 from data_tools.submit import read_ids
 

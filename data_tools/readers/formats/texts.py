@@ -17,8 +17,8 @@ from data_tools.ingest.file_kinds import what_is
 from data_tools.ingest.records import Problem
 from data_tools.readers.base import Line, Meter, ReaderOptions, decode_text, iter_lines
 from data_tools.readers.column_names import CAPTIONS, KEYS, find_column, normal
+from data_tools.readers.formats.table import find_delimiter, iter_rows
 from data_tools.readers.inventory import read_head
-from data_tools.readers.table import find_delimiter, iter_rows
 
 OPTIONS = ReaderOptions()
 _KNOWN = {normal(name) for name in (*KEYS, *CAPTIONS)}

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from data_tools.images.decode import SUFFIXES, sniff
 from data_tools.ingest.records import Problem, problem
-from data_tools.readers import jsonl, parquet
 from data_tools.readers.base import (
     Item,
     Meter,
@@ -23,6 +22,7 @@ from data_tools.readers.base import (
     make_record,
     read_image_file,
 )
+from data_tools.readers.formats import jsonl, parquet
 from data_tools.readers.inventory import image_stems, is_image_file
 
 DRAWING_FOLDERS = (

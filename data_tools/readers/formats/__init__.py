@@ -1,0 +1,1 @@
+"""One module a source format, each a generator of records and problems."""
