@@ -1,4 +1,4 @@
-"""Files of prompts for generate.py and diffusion.generate, one a row, read as data_tools.readers.formats.texts reads them.
+"""Files of prompts for generate.py and diffusion.generate, one a row, as readers.formats.texts reads them.
 
 Text a line, CSV or TSV with or without a header, JSONL. Ids are names: they are kept as they stand and end up as `key`
 in images.jsonl.
