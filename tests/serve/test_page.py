@@ -23,7 +23,10 @@ FLAGS = [
 ]
 TEXT = "一件红色的连衣裙"
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine"),
+    pytest.mark.timeout(120),
+]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +52,7 @@ def lines_page(browser, lines_service):
 def opened(browser, service):
     context = browser.new_context(locale="zh-CN", accept_downloads=True)
     page = context.new_page()
-    page.set_default_timeout(100_000)
+    page.set_default_timeout(60_000)
     problems = []
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
