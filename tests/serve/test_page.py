@@ -3,6 +3,7 @@
 import base64
 import json
 import shutil
+import subprocess
 import zipfile
 from io import BytesIO
 from pathlib import Path
@@ -30,8 +31,19 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def browser():
+def browser(tmp_path_factory):
     playwright = pytest.importorskip("playwright.sync_api", reason="no Playwright on this machine")
+    command = [
+        CHROMIUM,
+        "--headless",
+        *FLAGS,
+        f"--user-data-dir={tmp_path_factory.mktemp('chromium')}",
+        "--dump-dom",
+    ]
+    try:
+        subprocess.run([*command, "about:blank"], check=True, capture_output=True, timeout=60)
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        pytest.skip(f"Chromium does not show an empty page here: {error}")
     with playwright.sync_playwright() as engine:
         browser = engine.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield browser
