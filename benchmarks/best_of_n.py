@@ -34,7 +34,7 @@ from evaluation.compare.generating import Plan, common_texts, generate_into, som
 from evaluation.compare.parts import Networks, generated_part, pixel_colors_of
 from evaluation.compare.systems import Setting, SystemSpec, open_system
 from evaluation.judges.goods import KIND, GoodsJudge
-from evaluation.metrics.attributes import Lexicon
+from evaluation.metrics.attributes import SlotWords
 from evaluation.metrics.compute import networks_note
 from evaluation.metrics.features import CACHE
 from evaluation.reference import Facts, ReferenceImages
@@ -92,7 +92,7 @@ class Options:
 
 
 def choose_prompts(
-    facts: Sequence[Facts], judge: Any, lexicon: Lexicon, count: int, seed: int, recolored: int = 0
+    facts: Sequence[Facts], judge: Any, lexicon: SlotWords, count: int, seed: int, recolored: int = 0
 ) -> list[str]:
     """Distinct captions whose category the judge knows: those that name a colour it knows, `recolored` times each with
     another colour, then captions without; at most `count`, 0 takes all. Raises ValueError where there are none."""
@@ -111,7 +111,7 @@ def choose_prompts(
 
 
 def _recolored(
-    colored: Sequence[str], taken: set[str], judge: Any, lexicon: Lexicon, rounds: int, seed: int
+    colored: Sequence[str], taken: set[str], judge: Any, lexicon: SlotWords, rounds: int, seed: int
 ) -> list[list[str]]:
     """Rounds of captions with another colour that the judge knows, none of them a caption."""
     rng = np.random.default_rng(seed)
@@ -146,7 +146,7 @@ def prepare(options: Options) -> tuple[Networks, Any, Options]:
 
 
 def measure(
-    options: Options, samples: SampleSet, networks: Networks, ranker: Any, lexicon: Lexicon
+    options: Options, samples: SampleSet, networks: Networks, ranker: Any, lexicon: SlotWords
 ) -> tuple[SampleSet, list[Curve]]:
     """The scored images, and the curve of each measure at widths 1, 2, 4 ... num_images."""
     part = generated_part(samples, options.replicates, options.seed, options.cache)
@@ -218,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> list[Curve]:
     ensure_writable_directory(options.out)
     images = ReferenceImages(index, 64, AttributeConfig())
     facts = [images.facts(i) for i in range(len(images))]
-    lexicon = Lexicon.of_reference(facts)
+    lexicon = SlotWords.of_reference(facts)
     how = (options.num_prompts, options.seed, options.recolored)
     texts = choose_prompts(facts, networks.judge, lexicon, *how)
     spec = SystemSpec("generator", options.checkpoint)

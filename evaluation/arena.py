@@ -44,7 +44,7 @@ from evaluation.compare.generating import (
 )
 from evaluation.compare.parts import generated_part, pixel_colors_of
 from evaluation.compare.systems import Setting, SystemSpec, open_system
-from evaluation.metrics.attributes import Lexicon
+from evaluation.metrics.attributes import SlotWords
 from evaluation.metrics.compute import (
     Networks,
     Reference,
@@ -190,7 +190,7 @@ def measure_system(
     part = generated_part(samples, options.measure.replicates, options.measure.seed, options.cache)
     train = reference.train
     measured = pixel_colors_of(train, range(len(train)), options.cache) if train else None
-    values = judged(networks, Lexicon.of_reference(reference.facts), part, measured)
+    values = judged(networks, SlotWords.of_reference(reference.facts), part, measured)
     if ranker is not None:
         samples = score_images(samples, ranker, part)
     scorer = scorer_of(samples, ranker)

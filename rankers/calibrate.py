@@ -12,7 +12,7 @@ from pathlib import Path
 from common.config import command, parse_options
 from data_tools.shards.index import ShardIndex
 from rankers import default_ranker, load_ranker
-from rankers.calibration import Calibration, Lexicon, cache_path, calibrate, default_lexicon
+from rankers.calibration import Calibration, NegativeWords, cache_path, calibrate, default_lexicon
 from rankers.retrieval import load_pairs
 from rankers.training.pairs import AttributeConfig, scan_names
 
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> Calibration:
     index = ShardIndex.open(options.data, "val")
     pairs = load_pairs(index, AttributeConfig(), options.limit)
     names = scan_names(index, AttributeConfig())
-    lexicon = Lexicon(names.colors, names.categories) if names.categories else default_lexicon()
+    lexicon = NegativeWords(names.colors, names.categories) if names.categories else default_lexicon()
     found = calibrate(ranker, pairs, lexicon, options.data)
     path = options.out or cache_path(ranker.name)
     found.save(path)

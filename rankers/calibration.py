@@ -22,7 +22,7 @@ NUM_QUANTILES = 101
 
 
 @dataclass(frozen=True)
-class Lexicon:
+class NegativeWords:
     """Words that make hard negatives."""
 
     EARLIER_NAMES: ClassVar = {"kinds": "categories"}
@@ -31,8 +31,10 @@ class Lexicon:
 
 
 @functools.cache
-def default_lexicon() -> Lexicon:
-    return from_mapping(Lexicon, read_json(Path(__file__).parent / "lexicon.json"), where="lexicon.json")
+def default_lexicon() -> NegativeWords:
+    return from_mapping(
+        NegativeWords, read_json(Path(__file__).parent / "lexicon.json"), where="lexicon.json"
+    )
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Calibration:
     """Scores of images with captions of others that are not true of them."""
     margin: tuple[float, ...]
     """Own caption minus the best hard negative; empty when the captions hold no known word."""
-    lexicon: Lexicon = field(default_factory=Lexicon)
+    lexicon: NegativeWords = field(default_factory=NegativeWords)
 
     def percentile(self, score: float) -> float:
         """Share of real matched pairs that score lower, in percent."""
@@ -105,7 +107,7 @@ def cache_path(name: str) -> Path:
 # --- hard negatives ------------------------------------------------------------------------------------------------
 
 
-def hard_negatives(text: str, lexicon: Lexicon) -> list[str]:
+def hard_negatives(text: str, lexicon: NegativeWords) -> list[str]:
     """The text with another colour, then with another category of goods; [] where it names neither.
 
     The longest known word counts, and a colour inside the category's name ("red grapefruit") is left alone.
@@ -141,7 +143,7 @@ def require_mismatches(pairs: Any, data: str) -> None:
 
 
 def calibrate(
-    ranker: Any, pairs: Any, lexicon: Lexicon, data: str, mismatched_each: int = 20, seed: int = 0
+    ranker: Any, pairs: Any, lexicon: NegativeWords, data: str, mismatched_each: int = 20, seed: int = 0
 ) -> Calibration:
     """From real images with captions (`rankers.retrieval.Pairs`) and a ranker that scores matrices.
 
@@ -166,7 +168,9 @@ def calibrate(
     )
 
 
-def _margins(ranker: Any, pairs: Any, lexicon: Lexicon, matched: np.ndarray, limit: int = 100) -> list[float]:
+def _margins(
+    ranker: Any, pairs: Any, lexicon: NegativeWords, matched: np.ndarray, limit: int = 100
+) -> list[float]:
     """Over the first `limit` images."""
     margins = []
     for i in range(min(limit, len(pairs.captions))):

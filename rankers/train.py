@@ -37,7 +37,7 @@ from data_tools.shards.loader import train_batches
 from data_tools.shards.remote import RemoteOptions
 from rankers.base import TwoTowerRanker
 from rankers.calibration import FILE as CALIBRATION
-from rankers.calibration import Lexicon, calibrate, default_lexicon
+from rankers.calibration import NegativeWords, calibrate, default_lexicon
 from rankers.clip import RankerTowers
 from rankers.model import IMAGENET_TOWER, RankerModel, save_ranker, takes_any_size
 from rankers.retrieval import Pairs, retrieval_metrics
@@ -259,7 +259,7 @@ class RankerTask:
         weights = self.training.saved_weights(state)
         save_ranker(directory, self.model.config, weights, self.data.towers, step)
         names = self.data.names
-        lexicon = Lexicon(names.colors, names.categories) if names.categories else default_lexicon()
+        lexicon = NegativeWords(names.colors, names.categories) if names.categories else default_lexicon()
         fresh = self.evaluated is not None and self.evaluated[0] == step
         if not fresh:
             self.finished.load_state_dict(weights)

@@ -19,7 +19,7 @@ from common.text.bert_text import TextTowerConfig, write_text_tower
 from dalle.model import Dalle, ModelOptions
 from dalle.text_tokenizer import TextTokenizer
 from rankers import load_ranker
-from rankers.calibration import Calibration, Lexicon, quantiles
+from rankers.calibration import Calibration, NegativeWords, quantiles
 from rankers.model import ModelConfig, RankerModel, save_ranker
 from vq.autoencoder import FastConfig
 from vq.model import ImageTokenizer, TokenizerConfig
@@ -64,7 +64,7 @@ def drawn(tmp_path_factory, generator_dir, ranker_dir) -> Path:
     images = [Image.open(out / f"{i:04d}.png") for i in range(6)]
     scores = load_ranker(ranker_dir).score(TEXTS[0], images).numpy()
     spread = np.linspace(scores.min() - 0.01, scores.max() + 0.01, 101)
-    lexicon = Lexicon(("红色", "蓝色", "绿色"), ("杯子", "鞋子", "帽子"))
+    lexicon = NegativeWords(("红色", "蓝色", "绿色"), ("杯子", "鞋子", "帽子"))
     table = quantiles(spread)
     Calibration(str(ranker_dir), "test", 6, table, quantiles(spread - 0.1), (), lexicon).save(
         ranker_dir / "calibration.json"

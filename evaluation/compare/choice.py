@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluation.compare.parts import Networks, Part
-from evaluation.metrics.attributes import Lexicon, SlotHits, judged_categories, judged_colors, pixel_colors
+from evaluation.metrics.attributes import SlotHits, SlotWords, judged_categories, judged_colors, pixel_colors
 from evaluation.metrics.features import RankerTower
 from evaluation.metrics.pixel_colors import ColorHistogram, PixelColors
 from evaluation.metrics.resampling import Resampling, difference, mean_estimate
@@ -83,7 +83,7 @@ def check_independent(ranker: Any, networks: Networks) -> None:
 
 
 def judged(
-    networks: Networks, lexicon: Lexicon, part: Part, measured: PixelColors | None = None
+    networks: Networks, lexicon: SlotWords, part: Part, measured: PixelColors | None = None
 ) -> dict[str, NDArray]:
     """(N,) values by name: whether category, colour, and all of these that a text names are right by the judge, and
     whether the pixels have the colour by `measured`.

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from common.log import say
 from evaluation.judges.goods import GoodsJudge
-from evaluation.metrics.attributes import Lexicon
+from evaluation.metrics.attributes import SlotWords
 from evaluation.metrics.features import (
     CACHE,
     FeatureColumns,
@@ -239,7 +239,7 @@ class Bench:
         self.train = real_part(reference.train, None, cache).readable(main) if reference.train else None
         rows = rows_like(self.real.texts, self.generated.texts, len(self.generated), options.seed)
         self.captioned = self.real.choice(rows, 1) if len(rows) else None
-        self.lexicon = Lexicon.of_reference(reference.facts)
+        self.lexicon = SlotWords.of_reference(reference.facts)
         self._colors: PixelColors | None = None
 
     def pixel_colors(self) -> PixelColors | None:

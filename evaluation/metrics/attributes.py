@@ -35,7 +35,7 @@ class Slots:
 
 
 @dataclass(frozen=True)
-class Lexicon:
+class SlotWords:
     """Words by slot, each slot with at least two, as the reference's captions use them."""
 
     words: dict[str, tuple[str, ...]]
@@ -43,7 +43,7 @@ class Lexicon:
     """Word for a category -> labels that it may mean."""
 
     @classmethod
-    def of_reference(cls, facts: Sequence[Facts]) -> "Lexicon":
+    def of_reference(cls, facts: Sequence[Facts]) -> "SlotWords":
         """From facts and captions; without facts from the captions alone, by the word lists."""
         meanings: dict[str, set[str]] = {}
         for fact in facts:
@@ -108,7 +108,7 @@ class SlotHits:
 
 
 def hard_negative_hits(
-    ranker: Any, lexicon: Lexicon, slot: str, texts: Sequence[str], images: NDArray
+    ranker: Any, lexicon: SlotWords, slot: str, texts: Sequence[str], images: NDArray
 ) -> SlotHits | None:
     """Whether the own title scores above every other filling of the slot, by a ranker with text features.
 
@@ -153,7 +153,7 @@ def _blind(known: int, meant: int, top: int) -> float:
 
 
 def judged_colors(
-    judge: GoodsJudge, lexicon: Lexicon, texts: Sequence[str], features: NDArray
+    judge: GoodsJudge, lexicon: SlotWords, texts: Sequence[str], features: NDArray
 ) -> SlotHits | None:
     """Whether the judge's first colour is the title's; None where it knows the colour of no title."""
     colors = judge.words.colors
@@ -163,14 +163,14 @@ def judged_colors(
 
 
 def pixel_colors(
-    measured: PixelColors, lexicon: Lexicon, texts: Sequence[str], histograms: NDArray
+    measured: PixelColors, lexicon: SlotWords, texts: Sequence[str], histograms: NDArray
 ) -> SlotHits | None:
     """Whether the pixels have the title's colour; None where no title names a colour that can be measured."""
     return _named_hits(lexicon, texts, measured.colors, measured.votes(histograms))
 
 
 def _named_hits(
-    lexicon: Lexicon, texts: Sequence[str], names: Sequence[str], scores: NDArray
+    lexicon: SlotWords, texts: Sequence[str], names: Sequence[str], scores: NDArray
 ) -> SlotHits | None:
     wanted = [lexicon.parse(text).words.get("color", "") for text in texts]
     known = [word in names for word in wanted]

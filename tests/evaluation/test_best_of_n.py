@@ -7,7 +7,7 @@ import pytest
 from benchmarks.best_of_n import choose_prompts, main, verdicts
 from evaluation.compare.choice import ALL_NAMED, Curve, Point
 from evaluation.judges.goods import GoodsJudge
-from evaluation.metrics.attributes import Lexicon
+from evaluation.metrics.attributes import SlotWords
 from evaluation.metrics.statistics import Interval
 from evaluation.reference import Facts
 
@@ -40,7 +40,7 @@ def test_prompts_with_colours_come_first(judge_dir):
     judge = GoodsJudge.from_pretrained(judge_dir, "cpu")
     captions = ["帽子", "一个红色的帽子", "汽车", "鞋子", "蓝色的鞋子", "帽子", ""]
     facts = [Facts(str(i), c, c[-2:], c[-5:-3] if "色" in c else "", c[-2:]) for i, c in enumerate(captions)]
-    lexicon = Lexicon({"category": ("帽子", "鞋子"), "color": ("红色", "蓝色")})
+    lexicon = SlotWords({"category": ("帽子", "鞋子"), "color": ("红色", "蓝色")})
     assert choose_prompts(facts, judge, lexicon, 0, 0) == ["一个红色的帽子", "蓝色的鞋子", "帽子", "鞋子"]
     assert choose_prompts(facts, judge, lexicon, 2, 0) == ["一个红色的帽子", "蓝色的鞋子"]
     assert len(choose_prompts(facts, judge, lexicon, 3, 0)) == 3

@@ -8,7 +8,7 @@ from rankers import load_ranker
 from rankers.calibrate import main
 from rankers.calibration import (
     Calibration,
-    Lexicon,
+    NegativeWords,
     cache_path,
     calibrate,
     default_lexicon,
@@ -19,7 +19,7 @@ from rankers.calibration import (
 from rankers.retrieval import load_pairs
 from rankers.training.pairs import AttributeConfig
 
-LEXICON = Lexicon(("红色", "酒红色", "蓝色"), ("连衣裙", "裙", "红西柚", "鞋子"))
+LEXICON = NegativeWords(("红色", "酒红色", "蓝色"), ("连衣裙", "裙", "红西柚", "鞋子"))
 
 
 def test_hard_negatives_swap_the_longest_colour_and_the_longest_kind():
@@ -50,7 +50,7 @@ def test_matched_pairs_stand_above_mismatched_ones_for_a_ranker_that_knows(shard
     from test_retrieval import Knowing
 
     pairs = load_pairs(ShardIndex.open(shards, "val"), AttributeConfig(fact_fields=("label_zh", "color_zh")))
-    lexicon = Lexicon(("红色", "蓝色", "绿色", "黄色"), ("杯子", "鞋子", "帽子"))
+    lexicon = NegativeWords(("红色", "蓝色", "绿色", "黄色"), ("杯子", "鞋子", "帽子"))
     found = calibrate(Knowing(pairs), pairs, lexicon, "val")
     assert found.num_images == 24 and min(found.margin) > 0
     assert found.matched[0] > found.mismatched[-1] - 1e-6

@@ -13,7 +13,7 @@ from data_tools.shards.index import ShardIndex
 from evaluation.judges.goods import GoodsJudge
 from evaluation.metrics.attributes import (
     MOST_NEGATIVES,
-    Lexicon,
+    SlotWords,
     hard_negative_hits,
     judged_categories,
     judged_colors,
@@ -41,7 +41,7 @@ GOODS = facts(
 
 
 def test_slots_are_what_the_reference_names():
-    lexicon = Lexicon.of_reference(GOODS)
+    lexicon = SlotWords.of_reference(GOODS)
     assert lexicon.words["color"] == ("红色", "蓝色")
     assert lexicon.words["category"] == tuple(sorted({"夹克", "西装", "外套", "红西柚", "长裤", "牛仔外套"}))
     assert lexicon.words["pattern"] == tuple(sorted({"条纹", "碎花"}))
@@ -49,14 +49,14 @@ def test_slots_are_what_the_reference_names():
 
 
 def test_a_colour_inside_the_kind_is_no_colour():
-    lexicon = Lexicon.of_reference([*GOODS, *facts(("红色西柚汁", "红色西柚汁", "", "红色西柚汁"))])
+    lexicon = SlotWords.of_reference([*GOODS, *facts(("红色西柚汁", "红色西柚汁", "", "红色西柚汁"))])
     assert lexicon.parse("一盒红色西柚汁").words == {"category": "红色西柚汁"}
     assert lexicon.parse("红色牛仔外套").words == {"category": "牛仔外套", "color": "红色"}
     assert lexicon.parse("什么也没有").words == {}
 
 
 def test_negatives_change_one_word_and_are_never_true():
-    lexicon = Lexicon.of_reference(GOODS)
+    lexicon = SlotWords.of_reference(GOODS)
     assert lexicon.negatives("一件红色外套", "color") == ["一件蓝色外套"]
     kinds = lexicon.negatives("一件红色外套", "category")
     assert set(kinds) == {
@@ -68,14 +68,14 @@ def test_negatives_change_one_word_and_are_never_true():
 
 
 def test_many_words_are_tried_in_a_fixed_choice():
-    lexicon = Lexicon({"category": tuple(f"第{i:03d}种" for i in range(100))})
+    lexicon = SlotWords({"category": tuple(f"第{i:03d}种" for i in range(100))})
     first = lexicon.negatives("一个第007种", "category")
     assert len(first) == MOST_NEGATIVES and first == lexicon.negatives("一个第007种", "category")
     assert first != [text.replace("X", "") for text in lexicon.negatives("两个第007种", "category")]
 
 
 def test_without_facts_the_word_lists_read_the_captions():
-    lexicon = Lexicon.of_reference(
+    lexicon = SlotWords.of_reference(
         facts(("红色连衣裙", "", "", ""), ("黑色衬衫 纯棉", "", "", ""), ("亚麻衬衫", "", "", ""))
     )
     assert lexicon.words["color"] == tuple(sorted({"红色", "黑色"}))
@@ -96,7 +96,7 @@ class Words:
 
 
 def test_hard_negatives_by_a_scorer_that_sees_colour_alone():
-    lexicon = Lexicon({"color": ("红色", "蓝色"), "category": ("外套", "长裤")})
+    lexicon = SlotWords({"color": ("红色", "蓝色"), "category": ("外套", "长裤")})
     images = np.array([[1.0, 0, 0, 0], [0, 1.0, 0, 0], [0, 0, 1.0, 0]])  # red, blue, a jacket
     texts = ["红色外套", "红色外套", "一件外套"]
     found = hard_negative_hits(Words(), lexicon, "color", texts, images)
@@ -112,7 +112,7 @@ def test_the_judges_heads_say_what_is_there(judge_dir, shards):
     pairs = [(kind, color) for kind in KINDS for color in COLORS]
     features = judge.features([draw(kind, color, 300) for kind, color in pairs])
     reference = ReferenceImages.of_split(str(shards), "val", 40)
-    lexicon = Lexicon.of_reference([reference.facts(i) for i in range(len(reference))])
+    lexicon = SlotWords.of_reference([reference.facts(i) for i in range(len(reference))])
     right = [caption(kind, color) for kind, color in pairs]
     wrong = [caption(KINDS[(KINDS.index(kind) + 1) % 3], color) for kind, color in pairs]
     kinds = judged_categories(judge, [*right, "一张桌子"], np.concatenate([features, features[:1]]))
@@ -139,7 +139,7 @@ def test_pixels_tell_colours_sharp_and_blurred():
     for shown in (held_out, blurred):
         named = measured.named(HISTOGRAMS.features(shown))
         assert np.mean([a == b for a, b in zip(named, expected, strict=True)]) > 0.95
-    lexicon = Lexicon({"color": tuple(COLORS)})
+    lexicon = SlotWords({"color": tuple(COLORS)})
     hits = pixel_colors(
         measured, lexicon, [f"{name}杯子" for name in expected], HISTOGRAMS.features(held_out)
     )
