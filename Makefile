@@ -13,6 +13,8 @@ RUN := $(VENV)/bin/python
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=34359738368
 export MALLOC_ARENA_MAX ?= 2
 export PATH := $(abspath $(VENV))/bin:$(PATH)
+# packages are installed without compiling them: what is imported is kept compiled, or each start compiles it again
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup demo test test-slow test-gpu lint bench bench-demo gpu-report arena serve clean
 
