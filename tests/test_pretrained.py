@@ -51,7 +51,7 @@ def test_a_fresh_clone_draws_and_ranks_goods(tmp_path, monkeypatch):
 def test_its_images_are_ranked_by_the_ranker_beside_it(tmp_path, monkeypatch):
     """Also where another was trained here, of other goods."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("common.checkpoint.newest_run", lambda kind, runs=None: Path(f"runs/a_newer_{kind}"))
+    monkeypatch.setattr("common.run_dir.newest_run", lambda kind, runs=None: Path(f"runs/a_newer_{kind}"))
     made = read_config(SHIPPED / "generator", "generator")["sha256"]
     assert default_ranker(made) == SHIPPED / "ranker"
     assert default_ranker() == default_ranker("of another") == Path("runs/a_newer_ranker")

@@ -71,7 +71,7 @@ def encode(world, *flags, run="run", target="tokens"):
 
 def test_view_zero_is_the_plain_image(world, capsys):
     counts = encode(world, "--views", "3")
-    assert counts == {"pictures": 10, "skipped": 1, "shards_kept": 0}
+    assert counts == {"images": 10, "skipped": 1, "shards_kept": 0}
     assert "train5" in capsys.readouterr().out
     tokenizer = ImageTokenizer.from_pretrained(world / "run")
     expected = {}

@@ -74,7 +74,7 @@ def test_folding_gives_unit_latents_that_decode_alike(vae):
 
 
 def test_shards_hold_the_moments_of_every_view(vae, images, tmp_path):
-    assert encode(vae, images, tmp_path)["pictures"] == 40
+    assert encode(vae, images, tmp_path)["images"] == 40
     index = ShardIndex.open(tmp_path, "train")
     views = read_latents(index.read(5)["latent.npy"])
     assert views.shape == (2, 8, 8, 8)
@@ -85,7 +85,7 @@ def test_shards_hold_the_moments_of_every_view(vae, images, tmp_path):
         batch["moments"], encode_moments(vae, pixels["image"], "fp32"), rtol=1e-2, atol=1e-2
     )
     assert read_latents(ShardIndex.open(tmp_path, "val").read(0)["latent.npy"]).shape[0] == 1
-    assert encode(vae, images, tmp_path) == {"pictures": 0, "skipped": 0, "shards_kept": 3}
+    assert encode(vae, images, tmp_path) == {"images": 0, "skipped": 0, "shards_kept": 3}
 
 
 def test_latents_of_another_autoencoder_or_of_other_views_are_refused(vae, images, tmp_path):
