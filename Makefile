@@ -31,7 +31,7 @@ test: setup
 	$(RUN) -m pytest -n auto --maxprocesses 8
 
 test-slow: setup
-	$(RUN) -m pytest -n auto --maxprocesses 2 -m 'slow and not gpu'
+	$(RUN) -m pytest -n auto --maxprocesses 2 --dist loadfile -m 'slow and not gpu'
 
 test-gpu: setup
 	$(RUN) -m pytest -m gpu

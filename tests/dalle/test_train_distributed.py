@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tarfile
@@ -19,7 +20,6 @@ from common.checkpoint import step_directories
 
 ROOT = Path(train_dalle.__file__).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", "29641"]
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +37,14 @@ def flags(made: Path, run_dir: Path, *more: str, steps: int = 6) -> list[str]:
         *("--model.dim", "16", "--model.num-layers", "2", "--model.num-heads", "2"),
         *("--optim.warmup-steps", "2", "--sample-images", "0", *more),
     ]
+
+
+def deepspeed() -> list[str]:
+    """Its launcher, at a port that no test beside this one uses."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(port)]
 
 
 def launch(launcher: list[str], arguments: list[str]) -> None:
@@ -143,7 +151,7 @@ def test_two_processes_killed_go_on_as_one(made, tmp_path):
 @pytest.mark.parametrize("stage", ["0", "1", "2", "3"])
 def test_deepspeed_zero_goes_on_as_one(stage, made, alone, tmp_path):
     more = ("--deepspeed.zero-stage", stage)
-    launch(DEEPSPEED, flags(made, tmp_path / "run", *more))
+    launch(deepspeed(), flags(made, tmp_path / "run", *more))
     assert_same_trace(tmp_path / "run", alone)
     shutil.rmtree(tmp_path / "run" / "step_00000006")
     train_dalle.main(flags(made, tmp_path / "run", *more))
@@ -155,5 +163,5 @@ def test_one_process_goes_on_under_zero_three_without_average(made, alone, tmp_p
     arguments = flags(made, tmp_path / "run", "--ema-decay", "0", "--loop.micro-batch-size", "2")
     train_dalle.main(arguments)
     shutil.rmtree(tmp_path / "run" / "step_00000006")
-    launch(DEEPSPEED, [*arguments, "--deepspeed.zero-stage", "3"])
+    launch(deepspeed(), [*arguments, "--deepspeed.zero-stage", "3"])
     assert_same_trace(tmp_path / "run", alone)
