@@ -169,6 +169,7 @@ class _Run:
         self.task, self.config, self.world, self.options = task, config, world, options
         self.batches: Iterator[dict[str, Any]] = iter(())
         self.stop: _StopFlag | None = None
+        self.machine = BusyMachine(alone=world.size == 1)
         self.log: MetricLog | None = None
         self.step = self.samples = 0
         # of all steps, over all starts; None where the run was begun by a version that did not count them
@@ -192,6 +193,7 @@ class _Run:
         if hasattr(self.batches, "close"):
             self.batches.close()
         self.stop.restore()
+        self.machine.restore()
         if self.log:
             self.log.close()
 
@@ -231,7 +233,6 @@ class _Run:
     def train(self, batches: Callable[[int], Iterable[dict[str, Any]]]) -> dict[str, float]:
         config, start_step = self.config, self.step
         self.batches = iter(batches(self.samples))
-        machine = BusyMachine(alone=self.world.size == 1)
         self._restart_clock()
         while self.step < config.num_steps and not self.out_of_patience():
             fetched = time.perf_counter()
@@ -243,7 +244,7 @@ class _Run:
             started = time.perf_counter()
             if config.log_keys:
                 note_keys(config.run_dir, self.step, batch["key"], self.world)
-            if changed := machine.follow():
+            if changed := self.machine.follow():
                 self.say(changed)
             torch.manual_seed((config.seed * 1_000_003 + self.step) * 131 + self.world.rank)
             metrics = self.task.train_step(batch, self.step)

@@ -1,8 +1,9 @@
 """Threads of a training on a machine that other processes use too.
 
 Threads of oneDNN wait for each other in a loop that never sleeps (the weight gradients of convolutions). Where another
-process has the core of one of them, all others spin through whole time slices: beside one busy process a ranker trained
-at a nineteenth of its speed on two threads. With as many threads as there are free CPUs it keeps about half of it.
+process has the core of one of them, all others spin through whole time slices: on two cores and two threads a ranker
+trained at a third of its speed beside one busy process, and at a seventeenth beside another training. With as many
+threads as there are free CPUs it keeps 85 % (docs/log/speed.md).
 
 The last bits of a result depend on the number of threads, so a number that the user set (OMP_NUM_THREADS) stays.
 """
@@ -31,7 +32,7 @@ class Usage(NamedTuple):
     """Used by this process and all below it."""
 
 
-def read_usage(pid: int | None = None, proc: Path = Path("/proc")) -> Usage | None:
+def read_usage(proc: Path = Path("/proc")) -> Usage | None:
     """Of Linux; None elsewhere."""
     try:
         ticks = [int(x) for x in (proc / "stat").read_text().partition("\n")[0].split()[1:9]]
@@ -40,7 +41,7 @@ def read_usage(pid: int | None = None, proc: Path = Path("/proc")) -> Usage | No
     except (OSError, ValueError, AttributeError):
         return None
     machine = (user + nice + system + irq + softirq + steal) / per_second
-    return Usage(time.monotonic(), machine, _of_tree(os.getpid() if pid is None else pid, proc) / per_second)
+    return Usage(time.monotonic(), machine, _of_tree(os.getpid(), proc) / per_second)
 
 
 def _of_tree(root: int, proc: Path) -> int:
@@ -53,9 +54,8 @@ def _of_tree(root: int, proc: Path) -> int:
             continue
         pid = int(path.parent.name)
         children.setdefault(int(fields[1]), []).append(pid)
-        used[pid] = sum(
-            map(int, fields[11:15])
-        )  # user and system, its own and of children that it waited for
+        # user and system, its own and of children that it waited for
+        used[pid] = sum(map(int, fields[11:15]))
     total, todo = 0, [root]
     while todo:
         pid = todo.pop()
@@ -70,6 +70,7 @@ class BusyMachine:
     def __init__(self, alone: bool = True, read: Callable[[], Usage | None] = read_usage) -> None:
         """`alone`: whether no other process works on the same step, since those share the CPUs among themselves."""
         self.most, self.cpus, self._read = torch.get_num_threads(), os.cpu_count() or 1, read
+        self._is_lowered = False
         self._last = read() if alone and self.most > 1 and "OMP_NUM_THREADS" not in os.environ else None
 
     def follow(self) -> str:
@@ -85,10 +86,16 @@ class BusyMachine:
         if threads == torch.get_num_threads():
             return ""
         torch.set_num_threads(threads)
+        self._is_lowered = threads < self.most
         return (
             f"note: other processes use {others:.1f} of {self.cpus} CPUs, so this one computes with {threads} "
             f"thread{'s' * (threads > 1)} from here on; OMP_NUM_THREADS sets a number that stays"
         )
+
+    def restore(self) -> None:
+        """The number of threads that it began with: the process may go on to something else."""
+        if self._is_lowered:
+            torch.set_num_threads(self.most)
 
     def threads(self, present: int, others: float) -> int:
         """How many threads to take, `present` now, while others use so many CPUs."""

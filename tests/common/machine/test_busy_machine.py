@@ -41,6 +41,14 @@ def test_threads_follow_what_others_use(two_threads, monkeypatch):
     assert found == [(2, False), (1, True), (1, False), (2, True), (1, True), (2, True)]
 
 
+def test_the_number_comes_back_at_the_end(two_threads, monkeypatch):
+    machine = following(monkeypatch, 2.0)
+    machine.follow()
+    assert torch.get_num_threads() == 1
+    machine.restore()
+    assert torch.get_num_threads() == 2
+
+
 def test_a_number_that_was_set_stays(two_threads, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     machine = following(monkeypatch, 2.0)
