@@ -156,6 +156,8 @@ def read_config(directory: Path, kind: str) -> dict[str, Any]:
         raise ValueError(f"{directory} holds a checkpoint of kind {found!r}, not {kind!r}")
     if config.get("format") != FORMAT:
         raise ValueError(f"{directory} has format {config.get('format')}; this version reads {FORMAT}")
+    if not isinstance(config.get("model"), dict):
+        raise ValueError(f"{path} does not say what the model is: the checkpoint is not whole")
     return config
 
 

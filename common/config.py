@@ -205,7 +205,10 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def from_mapping(cls: type[Options], values: dict[str, Any], where: str = "config") -> Options:
-    """A dataclass from nested mappings, recursively; unknown keys raise ValueError with the known ones."""
+    """A dataclass from nested mappings, recursively. Raises ValueError for what is no mapping, for unknown keys (it names
+    the known ones) and for missing ones without a default."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} must be a mapping, not {values!r}")
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     renamed = getattr(cls, "EARLIER_NAMES", {})  # of options, for one release
@@ -213,12 +216,14 @@ def from_mapping(cls: type[Options], values: dict[str, Any], where: str = "confi
     unknown = sorted(set(values) - set(fields))
     if unknown:
         raise ValueError(f"{where}: unknown option {', '.join(unknown)} (known: {', '.join(sorted(fields))})")
+    none = dataclasses.MISSING
+    needed = {name for name, f in fields.items() if f.default is none and f.default_factory is none}
+    if missing := sorted(needed - set(values)):
+        raise ValueError(f"{where} lacks {', '.join(missing)}")
     kwargs = {}
     for name, value in values.items():
         kind = hints[name]
         if dataclasses.is_dataclass(kind):
-            if not isinstance(value, dict):
-                raise ValueError(f"{where}: {name} must be a mapping, not {value!r}")
             kwargs[name] = from_mapping(kind, value, where=f"{where}: {name}")
         else:
             kwargs[name] = _coerce(kind, value, f"{where}: {name}")

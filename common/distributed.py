@@ -108,7 +108,7 @@ def _meet(rank: int, size: int, seconds: float) -> dist.Store:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise ValueError(
             f"the {size} processes of this run did not all meet at {address} within {seconds:.0f} seconds: check with "
-            "`python -m common.machine.nodes HOSTFILE` that every node is up, and that it reaches that address"
+            "`python -m common.nodes HOSTFILE` that every node is up, and that it reaches that address"
         ) from error
     store.set_timeout(timedelta(minutes=30))
     return store

@@ -166,11 +166,7 @@ def config_mapping(config: DalleConfig) -> dict[str, Any]:
 
 def read_model_config(directory: Path) -> DalleConfig:
     """Raises ValueError when the checkpoint is of another kind or its config is damaged."""
-    model: dict[str, Any] = read_config(directory, KIND).get("model", {})
-    try:
-        return from_mapping(DalleConfig, model, where=f"{directory}/config.json")
-    except TypeError as error:
-        raise ValueError(f"{directory}/config.json is damaged: {error}") from error
+    return from_mapping(DalleConfig, read_config(directory, KIND)["model"], where=f"{directory}/config.json")
 
 
 # name: (dim, num_layers, num_heads); the names give the size of the blocks, vocabularies come on top

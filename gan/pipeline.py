@@ -45,7 +45,10 @@ class GanConfig:
 
 def with_first_map(config: dict[str, Any]) -> dict[str, Any]:
     """The values of a GanConfig as they are written; checkpoints without `first_map` began from a constant."""
-    return config | {"generator": {"first_map": "constant"} | config["generator"]}
+    generator = config.get("generator")
+    return config | (
+        {"generator": {"first_map": "constant"} | generator} if isinstance(generator, dict) else {}
+    )
 
 
 class GanModel(nn.Module):

@@ -41,6 +41,10 @@ class GanTask:
     validation_metric = "frechet_distance"
 
     def __init__(self, options: Options, world: World, plan: BatchPlan, data: TrainData) -> None:
+        if options.sameness_weight and plan.micro_batch_size < 2:
+            raise ValueError(
+                "sameness_weight compares images of a micro-batch, which must hold at least 2, not 1"
+            )
         torch.manual_seed(options.loop.seed)
         self.options, self.world, self.plan, self.data = options, world, plan, data
         self.is_frozen = bool(options.text.ranker)
@@ -152,9 +156,9 @@ class GanTask:
         """The term against images of one caption that are alike, and what is logged of it: the first images of the
         micro-batch once more from the noise of the last."""
         options, device = self.options, self.world.device
-        pairs = len(images) // 2
-        if not options.sameness_weight or not pairs:
+        if not options.sameness_weight:
             return torch.zeros((), device=device), {}
+        pairs = len(images) // 2
         z, rows = micro["z"][-pairs:].to(device), (text, condition.labels, condition.has_text)
         again = self.generator(z, *(x[:pairs] for x in rows))
         loss, distance = sameness(images[:pairs], again, micro["image"].to(device), options.least_difference)

@@ -1,1 +1,1 @@
-"""What this machine has: CPUs, memory, other nodes, and what others use of it."""
+"""What this machine has: CPUs and memory, and what other processes use of it."""

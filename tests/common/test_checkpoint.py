@@ -79,6 +79,10 @@ def test_another_kind_or_format_is_named(tmp_path):
     path.write_text(path.read_text().replace('"format": 1', '"format": 9'))
     with pytest.raises(ValueError, match="has format 9; this version reads 1"):
         checkpoint.read_config(directory, "toy")
+    for model in ("", '"model": null, ', '"model": [], '):
+        path.write_text(f'{{"format": 1, {model}"kind": "toy"}}')
+        with pytest.raises(ValueError, match=r"config\.json does not say what the model is"):
+            checkpoint.read_config(directory, "toy")
     path.write_text("[]")
     with pytest.raises(ValueError, match="of kind None"):
         checkpoint.read_config(directory, "toy")

@@ -121,6 +121,20 @@ def test_a_mistake_in_the_file_is_named(tmp_path, text, message):
         parse_options(Options, ["--config", str(path)])
 
 
+@dataclass(frozen=True)
+class Stored:
+    width: int
+    depth: int = 1
+
+
+@pytest.mark.parametrize(
+    ("values", "message"), [({"depth": 2}, "c lacks width"), (None, "c must be a mapping, not None")]
+)
+def test_a_stored_mapping_that_is_not_whole_is_named(values, message):
+    with pytest.raises(ValueError, match=message):
+        from_mapping(Stored, values, where="c")
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no config file .*nothing\.yaml"):
         parse_options(Options, ["--config", str(tmp_path / "nothing.yaml")])

@@ -107,6 +107,11 @@ def test_damaged_checkpoints_are_named(run_dir, tmp_path):
     write_json(directory / "config.json", config | {"sha256": sha256_file(directory / "model.safetensors")})
     with pytest.raises(ValueError, match="not finite"):
         TextToGan.from_pretrained(directory, "cpu")(TEXTS[0])
+    for broken in (None, 3, {"text_dim": 16}, {"text_dim": 16, "generator": 3}):
+        write_json(directory / "config.json", config | {"model": broken})
+        with pytest.raises(ValueError, match=r"config\.json"):
+            TextToGan.from_pretrained(directory, "cpu")
+    write_json(directory / "config.json", config)
     shutil.rmtree(directory / "text")
     with pytest.raises(FileNotFoundError, match="text holds no config"):
         TextToGan.from_pretrained(directory, "cpu")

@@ -197,6 +197,8 @@ def test_early_stopping_keeps_the_best_checkpoint(train, monkeypatch, capsys):
         (("--text.ranker", "nowhere/at/all"), "text.ranker brings its own tower"),
         (("--optim.name", "muon"), "trains with optim.name adamw"),
         (("--loop.global-batch-size", "0"), "global_batch_size"),
+        (("--sameness-weight", "1", "--loop.micro-batch-size", "1"), "must hold at least 2"),
+        (("--least-difference", "0"), "least_difference must lie in (0, 2]"),
     ],
 )
 def test_bad_input_ends_in_one_sentence(train, capsys, flags, message):

@@ -1,6 +1,6 @@
 """Can a training start on every node of a hostfile? Asks each by ssh, before a launcher waits for one that is down.
 
-    python -m common.machine.nodes hostfile
+    python -m common.nodes hostfile
     deepspeed --hostfile hostfile train_dalle.py --config configs/large/dalle_3b.yaml
 
 A hostfile has a line a node, `worker-1 slots=8`, as DeepSpeed reads it. Each node must let you in by ssh without a

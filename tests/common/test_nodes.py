@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from common.machine.nodes import Node, main, read_hostfile
+from common.nodes import Node, main, read_hostfile
 
 SSH = """#!/bin/sh
 for last; do :; done
@@ -83,5 +83,5 @@ def test_a_bad_hostfile_is_named(text, said, tmp_path):
 
 
 def test_the_example_is_read():
-    path = Path(__file__).parents[3] / "configs" / "large" / "hostfile"
+    path = Path(__file__).parents[2] / "configs" / "large" / "hostfile"
     assert sum(node.slots for node in read_hostfile(path)) == 64
