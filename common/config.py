@@ -205,8 +205,8 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def from_mapping(cls: type[Options], values: dict[str, Any], where: str = "config") -> Options:
-    """A dataclass from nested mappings, recursively. Raises ValueError for what is no mapping, for unknown keys (it names
-    the known ones) and for missing ones without a default."""
+    """A dataclass from nested mappings, recursively. Raises ValueError for what is no mapping, for unknown keys (it
+    names the known ones) and for missing ones without a default."""
     if not isinstance(values, dict):
         raise ValueError(f"{where} must be a mapping, not {values!r}")
     hints = typing.get_type_hints(cls)
