@@ -115,8 +115,8 @@ class TrainData:
         for text in named:
             if not is_known(self.tokenizer, text):
                 raise ValueError(f"the text tower knows nothing of the caption {text!r} of --sample-texts")
-        texts = dict.fromkeys(text for text in captions(self.val, 1000) if is_known(self.tokenizer, text))
-        found = [(text, 0) for text in (tuple(named) or tuple(texts)[:count])]
+        texts = known_captions(self.val, self.tokenizer, 1000)
+        found = [(text, 0) for text in (tuple(named) or texts[:count])]
         found = found or [("", number) for number in range(1, len(self.labels) + 1)][:count]
         if not found:
             raise ValueError(
@@ -124,6 +124,11 @@ class TrainData:
                 "nothing to go by"
             )
         return found
+
+
+def known_captions(index: ShardIndex, tokenizer: CaptionTokenizer, limit: int) -> list[str]:
+    """Different captions of up to `limit` samples of which the tokenizer knows a word."""
+    return [text for text in dict.fromkeys(captions(index, limit)) if is_known(tokenizer, text)]
 
 
 def captions(index: ShardIndex, limit: int) -> list[str]:

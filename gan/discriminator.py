@@ -175,7 +175,8 @@ class LogitHead(nn.Module):
 
 
 class FeatureHead(nn.Module):
-    """Logits of one scale of frozen features: strided convolutions down to 4 x 4."""
+    """Logits of one scale of frozen features: strided convolutions down to 4 x 4, and how far samples differ there:
+    without that all images became one within a hundred steps."""
 
     def __init__(self, c_in: int, side: int, condition_dim: int) -> None:
         super().__init__()
@@ -189,16 +190,16 @@ class FeatureHead(nn.Module):
                 nn.LeakyReLU(SLOPE),
             ]
             width, side = out, -(-side // 2)
-        layers += [
-            spectral_norm(nn.Conv2d(width, width, 3, padding=1)),
+        self.layers = nn.Sequential(*layers)
+        self.last = nn.Sequential(
+            spectral_norm(nn.Conv2d(width + 1, width, 3, padding=1)),
             nn.GroupNorm(8, width),
             nn.LeakyReLU(SLOPE),
-        ]
-        self.layers = nn.Sequential(*layers)
+        )
         self.logits = LogitHead(width, condition_dim)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.logits(self.layers(x))
+        return self.logits(self.last(with_deviation(self.layers(x))))
 
 
 class DownBlock(nn.Module):
@@ -268,6 +269,7 @@ class Discriminator(nn.Module):
         heads += [FeatureHead(c, side, width) for c, side in inputs[1:]]
         self.heads = nn.ModuleList(heads)
         self.null_text = nn.Parameter(torch.zeros(text.embed_dim))
+        self.register_buffer("text_mean", torch.zeros(text.embed_dim))  # of the captions' vectors
         self.condition = nn.Linear(text.embed_dim, width * len(heads))
         self.labels = nn.Embedding(num_labels + 1, width * len(heads)) if num_labels else None
         if self.labels:
@@ -305,7 +307,7 @@ class Discriminator(nn.Module):
 
     def embed(self, text: Tensor, labels: Tensor, has_text: Tensor) -> Tensor:
         """Text vectors (B, W), categories (B,) -> (B, K, D) of about unit variance, K heads."""
-        text = torch.where(has_text[:, None], text, self.null_text)
+        text = torch.where(has_text[:, None], text - self.text_mean, self.null_text)
         found = self.condition(text).float()
         if self.labels is not None:
             found = found + self.labels(labels)

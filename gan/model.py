@@ -4,9 +4,10 @@ A style-based generator (Karras et al. 2020, StyleGAN2, arXiv:1912.04958) cut do
 a convolution and its output is demodulated, which equals modulated weights (equation 3 there) without a kernel a
 sample. The caption enters the mapping network and once more every style, as in StyleGAN-T (Sauer et al. 2023,
 arXiv:2301.09515, section 3.1). Convolutions stop at half the image's side: each resolution adds Haar bands of the next
-one (SWAGAN, Gal et al. 2021, arXiv:2102.06108). The smallest map is made of noise and caption, as in FastGAN (Liu et
-al. 2021, arXiv:2101.04775): from StyleGAN's learned constant all images of a caption became one within a thousand steps
-on ten thousand images. There is no noise beside z: an image is a function of z, caption and category.
+one (SWAGAN, Gal et al. 2021, arXiv:2102.06108). The smallest maps are made of noise and caption, as in FastGAN (Liu et
+al. 2021, arXiv:2101.04775), half of their variance always of noise: from StyleGAN's learned constant, or by layers that
+may learn one, all images became one within a thousand steps on ten thousand images. There is no noise beside z: an
+image is a function of z, caption and category.
 """
 
 from dataclasses import dataclass
@@ -38,8 +39,8 @@ class GeneratorConfig:
     """Channels of the smallest maps."""
     channels: int = 64
     """Channels of the largest maps, half the image's side; they double at each halving, up to max_channels."""
-    first_map: Literal["latent", "constant"] = "latent"
-    """What the 4 x 4 maps are: a linear map of the styles, or learned numbers that are the same in all images."""
+    first_map: Literal["noise", "constant"] = "noise"
+    """What the 4 x 4 maps are: of noise and caption in equal shares, or learned numbers, the same in all images."""
 
     def __post_init__(self) -> None:
         if self.img_size not in (32, 64, 128, 256, 512):
@@ -47,8 +48,8 @@ class GeneratorConfig:
         for name in ("z_dim", "style_dim", "max_channels", "channels"):
             if getattr(self, name) < 8:
                 raise ValueError(f"{name} must be at least 8, not {getattr(self, name)}")
-        if self.first_map not in ("latent", "constant"):
-            raise ValueError(f"first_map must be latent or constant, not {self.first_map!r}")
+        if self.first_map not in ("noise", "constant"):
+            raise ValueError(f"first_map must be noise or constant, not {self.first_map!r}")
         if self.channels > self.max_channels:
             raise ValueError(f"channels {self.channels} must not exceed max_channels {self.max_channels}")
 
@@ -77,6 +78,23 @@ class ScaledLinear(nn.Module):
         return F.linear(x, self.weight * self.weight.shape[1] ** -0.5, self.bias)
 
 
+class FirstMap(nn.Module):
+    """Noise and condition -> the smallest maps, each number of unit variance, half of it of the noise: rows of unit
+    length and no bias leave nothing that all images share."""
+
+    def __init__(self, z_dim: int, condition_dim: int, channels: int) -> None:
+        super().__init__()
+        count = channels * FIRST_SIDE**2
+        self.of_noise = nn.Parameter(torch.randn(count, z_dim))
+        self.of_condition = nn.Parameter(torch.randn(count, condition_dim))
+
+    def forward(self, z: Tensor, condition: Tensor) -> Tensor:
+        """z (B, Z) of unit variance, condition (B, D) of unit mean square -> (B, C, 4, 4)"""
+        noise = F.linear(z, F.normalize(self.of_noise, dim=1))
+        found = (noise + F.linear(condition, F.normalize(self.of_condition, dim=1))) * 0.5**0.5
+        return found.unflatten(1, (-1, FIRST_SIDE, FIRST_SIDE))
+
+
 class StyleConv(nn.Module):
     """Convolution whose input channels are scaled by a style, its output demodulated to unit variance."""
 
@@ -103,9 +121,10 @@ class ToBands(nn.Module):
     def __init__(self, c_in: int, style_dim: int) -> None:
         super().__init__()
         self.affine = ScaledLinear(style_dim, c_in, bias=1.0)
-        self.weight = nn.Parameter(torch.randn(12, c_in, 1, 1))
+        # Bands LL, LH, HL, HH of three colours each: the first starts soft, detail at nothing: no image starts as dots.
+        start = torch.tensor([0.3, 0.0, 0.0, 0.0]).repeat_interleave(3)
+        self.weight = nn.Parameter(torch.randn(12, c_in, 1, 1) * start.view(-1, 1, 1, 1))
         self.bias = nn.Parameter(torch.zeros(12))
-        # Detail starts small: bands LL, LH, HL, HH of three colours each.
         self.register_buffer(
             "gains", torch.tensor([0.5, 0.1, 0.1, 0.1]).repeat_interleave(3), persistent=False
         )
@@ -172,8 +191,10 @@ class Generator(nn.Module):
         self.label_embedding = nn.Embedding(num_labels + 1, 64) if num_labels else None
         self.mapping = Mapping(config, text_dim + (64 if num_labels else 0))
         first = config.width(FIRST_SIDE)
-        if config.first_map == "latent":
-            self.first = ScaledLinear(2 * config.style_dim, first * FIRST_SIDE**2)
+        if config.first_map == "noise":
+            self.first = FirstMap(config.z_dim, config.style_dim, first)
+            # of the captions' vectors: what they share would be the largest part of every condition
+            self.register_buffer("text_mean", torch.zeros(text_dim))
         else:
             self.constant = nn.Parameter(torch.randn(first, FIRST_SIDE, FIRST_SIDE))
         widths = [first, *(config.width(side) for side in config.sides)]
@@ -185,34 +206,37 @@ class Generator(nn.Module):
     def forward(self, z: Tensor, text: Tensor, labels: Tensor, has_text: Tensor) -> Tensor:
         """z (B, Z), text (B, D), labels (B,) long, has_text (B,) bool -> (B, 3, S, S) float32, about [-1, 1]."""
         w, c = self.mapping(z, self.condition(text, labels, has_text))
-        return self.synthesis(torch.cat([w, c], dim=1))
+        return self.synthesis(torch.cat([w, c, z], dim=1))
 
     def condition(self, text: Tensor, labels: Tensor, has_text: Tensor) -> Tensor:
         """(B, D) or (B, D + 64)"""
+        if self.config.first_map == "noise":
+            text = text - self.text_mean
         text = torch.where(has_text[:, None], text, self.null_text)
         if self.label_embedding is None:
             return text
         return torch.cat([text, self.label_embedding(labels)], dim=1)
 
     def truncated(self, z: Tensor, condition: Tensor, psi: float) -> Tensor:
-        """Styles (B, 2D) at `psi` of the way from the mean style of each condition to that of its z.
+        """What `synthesis` takes, at `psi` of the way from the mean of each condition to that of its z.
 
         StyleGAN-T's truncation: towards the centre of the caption, not of everything.
         """
         w, c = self.mapping(z, condition)
         if psi == 1:
-            return torch.cat([w, c], dim=1)
+            return torch.cat([w, c, z], dim=1)
         generator = torch.Generator().manual_seed(0)
         many = torch.randn(MEAN_SAMPLES, self.config.z_dim, generator=generator).to(z.device)
         rows = [self.mapping(many, row.expand(MEAN_SAMPLES, -1))[0].mean(0) for row in condition]
-        return torch.cat([torch.lerp(torch.stack(rows), w, psi), c], dim=1)
+        return torch.cat([torch.lerp(torch.stack(rows), w, psi), c, psi * z], dim=1)
 
-    def synthesis(self, style: Tensor) -> Tensor:
-        """(B, 2D) -> (B, 3, S, S) float32 in [-1.1, 1.1]"""
-        if self.config.first_map == "latent":
-            x = self.first(style).unflatten(1, (-1, FIRST_SIDE, FIRST_SIDE))
-        else:
-            x = self.constant.expand(len(style), -1, -1, -1)
+    def synthesis(self, latents: Tensor) -> Tensor:
+        """Styles of noise and condition together and of the condition alone, and the noise itself (B, 2D + Z)
+        -> (B, 3, S, S) float32 in [-1.1, 1.1]"""
+        width = self.config.style_dim
+        style, c, z = latents[:, : 2 * width], latents[:, width : 2 * width], latents[:, 2 * width :]
+        starts_from_noise = self.config.first_map == "noise"
+        x = self.first(z, c) if starts_from_noise else self.constant.expand(len(style), -1, -1, -1)
         x = x.contiguous(memory_format=torch.channels_last)
         image = None
         for block in self.blocks:

@@ -24,7 +24,7 @@ from common.precision import autocast
 from common.training_state import require_same_average, require_same_config
 from gan.augment import Strength, augment, uniform
 from gan.conditions import Condition
-from gan.data import TrainData
+from gan.data import TrainData, known_captions
 from gan.discriminator import Discriminator, make_trunk, others_of, r1_penalty
 from gan.evaluation import Evaluation
 from gan.losses import matching_aware_loss, sameness
@@ -62,6 +62,7 @@ class GanTask:
         discriminator = Discriminator(options.discriminator, self.trunk, self.text, len(data.labels))
         self.discriminator = discriminator.to(world.device, memory_format=torch.channels_last)
         self._train_mode()
+        self._center_texts()
         self.g = self._engine(self.generator, options.optim)
         d_optim = OptimConfig(
             lr=options.discriminator.lr,
@@ -75,6 +76,16 @@ class GanTask:
         self.strength = Strength(options.d_augment, plan.global_batch_size)
         self.samples = data.sample_conditions(options.sample_texts, 8)
         self.evaluation = Evaluation(self)
+
+    @torch.no_grad()
+    def _center_texts(self) -> None:
+        """Both networks read captions around the mean of the training captions, where the tower does not change."""
+        texts = known_captions(self.data.train, self.data.tokenizer, 2000) if self.is_frozen else []
+        if texts and self.config.generator.first_map == "noise":
+            ids = tokens_of(self.data.tokenizer, texts).to(self.world.device)
+            mean = torch.cat([self.text(part) for part in ids.split(100)]).mean(0)
+            self.generator.text_mean.copy_(mean)
+            self.discriminator.text_mean.copy_(mean)
 
     def _engine(self, model: torch.nn.Module, optim: OptimConfig) -> Any:
         clip = self.options.optim.grad_clip

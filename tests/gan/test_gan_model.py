@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gan.model import GAIN, SLOPE, Generator, GeneratorConfig, StyleConv
+from gan.model import GAIN, SLOPE, FirstMap, Generator, GeneratorConfig, StyleConv, unit
 
 CONFIG = GeneratorConfig(img_size=32, z_dim=16, style_dim=16, max_channels=16, channels=8)
 
@@ -81,9 +81,23 @@ def test_truncation_goes_from_the_mean_style_of_a_caption_to_that_of_the_noise(g
         ({"img_size": 100}, "img_size must be 32"),
         ({"z_dim": 2}, "z_dim"),
         ({"channels": 512}, "max_channels"),
-        ({"first_map": "none"}, "first_map must be latent or constant"),
+        ({"first_map": "none"}, "first_map must be noise or constant"),
     ],
 )
 def test_bad_sizes_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
         GeneratorConfig(**values)
+
+
+def test_the_first_maps_are_of_noise_by_half_and_of_nothing_that_all_images_share():
+    torch.manual_seed(0)
+    first, count = FirstMap(24, 16, 4), 4000
+    z, conditions = torch.randn(count, 24), unit(torch.randn(count, 16))
+    maps = first(z, conditions)
+    assert maps.shape == (count, 4, 4, 4)
+    torch.testing.assert_close(maps.mean(0), torch.zeros(4, 4, 4), atol=0.1, rtol=0)
+    torch.testing.assert_close(maps.std(0), torch.ones(4, 4, 4), atol=0.1, rtol=0)
+    of_one = first(z, conditions[:1].expand(count, -1))
+    torch.testing.assert_close(of_one.var(0), torch.full((4, 4, 4), 0.5), atol=0.06, rtol=0)
+    first.of_condition.data.mul_(100)  # training cannot drown the noise
+    torch.testing.assert_close(first(z, conditions), maps)

@@ -99,7 +99,7 @@ def test_damaged_checkpoints_are_named(run_dir, tmp_path):
     directory = tmp_path / "copy"
     shutil.copytree(run_dir / "step_00000004", directory)
     weights = load_file(directory / "model.safetensors")
-    name = "generator.first.weight"
+    name = "generator.first.of_noise"
     save_file(weights | {name: torch.full_like(weights[name], float("nan"))}, directory / "model.safetensors")
     with pytest.raises(ValueError, match="is not the file that was saved"):
         TextToGan.from_pretrained(directory, "cpu")

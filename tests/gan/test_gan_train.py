@@ -82,7 +82,16 @@ def test_every_variant_trains_and_generates(train, flags):
 
 
 def test_images_of_a_caption_differ_more_with_the_term_against_sameness(train):
-    still = ("--discriminator.lr", "1e-9", "--discriminator.mismatch-weight", "0", "--least-difference", "2")
+    still = (
+        "--optim.lr",
+        "1e-2",
+        "--discriminator.lr",
+        "1e-9",
+        "--discriminator.mismatch-weight",
+        "0",
+        "--least-difference",
+        "2",
+    )
     without, with_it = (
         rows(train(f"weight{weight}", *still, "--sameness-weight", weight, steps=16))[-1]["difference"]
         for weight in ("1e-6", "10")
