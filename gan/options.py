@@ -66,7 +66,7 @@ class Options:
     """Decay of the moving average of weights that is saved; 0: none."""
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(
-            lr=2e-3,
+            lr=5e-3,
             warmup_steps=0,
             schedule="constant",
             weight_decay=0.0,
