@@ -25,6 +25,7 @@ from vq.autoencoder import to_bands
 from vq.losses.imagenet_features import TRAINING_NETWORK, load_imagenet_features
 
 LAST_SIDE = 4  # of the logit maps
+MAX_BAND_SCALE = 30.0  # the faintest band is enlarged by so much more than the strongest at most
 TAPS = (
     2,
     3,
@@ -84,25 +85,44 @@ class Trunk(nn.Module):
     sides: tuple[int, ...]
     """Side of each input."""
 
+    def fit_scale(self, images: Tensor) -> None:
+        """The scale of Haar bands from real images (B, 3, S, S) in [-1, 1]."""
+        raise NotImplementedError
+
     def fixed_weights(self) -> dict[str, Tensor]:
-        """Random ones, which going on with a run needs again."""
-        return {}
+        """Random or measured ones, which going on with a run needs again."""
+        raise NotImplementedError
 
     def load_fixed_weights(self, weights: dict[str, Tensor]) -> None:
         """What `fixed_weights` gave."""
+        raise NotImplementedError
 
 
 class BandsTrunk(Trunk):
-    """Haar bands alone."""
+    """Haar bands alone, each of unit variance over real images: the finest are a tenth of the coarsest, and under
+    spectral normalization the heads would hardly see dots in them."""
 
     def __init__(self, img_size: int, haar_levels: int) -> None:
         super().__init__()
         self.haar_levels = haar_levels
         self.widths, self.sides = (3 * 4**haar_levels,), (img_size // 2**haar_levels,)
+        self.register_buffer("scale", torch.ones(self.widths[0], 1, 1))
+
+    @torch.no_grad()
+    def fit_scale(self, images: Tensor) -> None:
+        spread = to_bands(images, self.haar_levels).float().std((0, 2, 3)).view(-1, 1, 1)
+        self.scale.copy_(1 / torch.maximum(spread, spread.max().clamp(min=0.01) / MAX_BAND_SCALE))
+
+    def fixed_weights(self) -> dict[str, Tensor]:
+        return self.state_dict()
+
+    def load_fixed_weights(self, weights: dict[str, Tensor]) -> None:
+        if "scale" in weights:  # older runs go on with the scale of their images
+            self.scale.copy_(weights["scale"])
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, S, S) in [-1, 1] -> [(B, 3 * 4**levels, S / 2**levels, S / 2**levels)]"""
-        return [to_bands(images, self.haar_levels)]
+        return [to_bands(images, self.haar_levels) * self.scale]
 
 
 class ImageNetTrunk(Trunk):
@@ -123,12 +143,16 @@ class ImageNetTrunk(Trunk):
         self.down = nn.ModuleList(_fixed(b, a, 3, generator) for a, b in pairwise(widths))
         self.requires_grad_(False)
 
+    def fit_scale(self, images: Tensor) -> None:
+        self.bands.fit_scale(images)
+
     def fixed_weights(self) -> dict[str, Tensor]:
         return {name: t for name, t in self.state_dict().items() if not name.startswith("network.")}
 
     def load_fixed_weights(self, weights: dict[str, Tensor]) -> None:
         for name, tensor in self.fixed_weights().items():
-            tensor.copy_(weights[name])
+            if name in weights or not name.startswith("bands."):
+                tensor.copy_(weights[name])
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, S, S) in [-1, 1] -> bands, then maps (B, C_l, s_l, s_l), fine to coarse."""

@@ -34,6 +34,8 @@ from gan.pipeline import GanConfig, GanModel, build_model, with_first_map
 from gan.text import FOLDER, load_ranker_weights, ranker_text, tokens_of
 from vq.losses.reconstruction import generator_loss
 
+FIT_IMAGES = 256  # from which the variances of Haar bands are read
+
 
 class GanTask:
     """What `common.loop.fit` drives."""
@@ -58,6 +60,8 @@ class GanTask:
             self.model.text.requires_grad_(False)
         self.generator, self.text = self.model.generator, self.model.text
         self.trunk = make_trunk(options.discriminator, options.generator.img_size, options.loop.seed)
+        some = next(data.plain_batches(data.train, FIT_IMAGES, FIT_IMAGES))["image"]
+        self.trunk.fit_scale(some)
         self.trunk.to(world.device, memory_format=torch.channels_last)
         discriminator = Discriminator(options.discriminator, self.trunk, self.text, len(data.labels))
         self.discriminator = discriminator.to(world.device, memory_format=torch.channels_last)

