@@ -4,6 +4,7 @@ It loads, measures one full batch, says `Ready`, and then repeats: read what cam
 is complete. It knows nothing of HTTP or keys; when it ends, its requests end with it and the service starts another.
 """
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -71,6 +72,14 @@ def run_worker(connection: Connection, options: WorkerOptions) -> None:
     )  # Ctrl-C reaches the whole group: the service says when to end
     if options.threads:
         torch.set_num_threads(options.threads)
+    with contextlib.suppress(
+        EOFError, ConnectionError
+    ):  # the service is gone: killed, also while this one started
+        _answer(connection, options)
+
+
+def _answer(connection: Connection, options: WorkerOptions) -> None:
+    """Until it is told to stop. Raises EOFError or ConnectionError when the other end of the pipe is closed."""
     try:
         worker = Worker(connection.send, options)
     except (ValueError, OSError, ModuleNotFoundError) as error:
@@ -79,10 +88,7 @@ def run_worker(connection: Connection, options: WorkerOptions) -> None:
     connection.send(Ready(worker.info))
     while worker.is_running:
         while connection.poll(0 if worker.is_busy else IDLE_POLL):
-            try:
-                worker.receive(connection.recv())
-            except EOFError:  # the service is gone
-                return
+            worker.receive(connection.recv())
         worker.step()
 
 
