@@ -112,9 +112,9 @@ def systems_of(found: list[Found]) -> list[str]:
     base = next((f.name for f in found if f.kind == DIFFUSION), "")
     for one in found:
         if one.kind == GENERATOR:
-            follows = bool(read_json(one.directory / "config.json")["model"].get("line_factor"))
-            name = "ar+lines" if follows else "ar"
-            systems.setdefault(name, f"{one.name}?lines=canny" if follows else one.name)
+            systems.setdefault("ar", one.name)
+            if read_json(one.directory / "config.json")["model"].get("line_factor"):
+                systems.setdefault("ar+lines", f"{one.name}?lines=canny")
         elif one.kind == DIFFUSION:
             systems.setdefault("sd", one.name)
             vae = next((p for p in (Path(one.name) / "vae", one.directory / "vae") if p.is_dir()), None)

@@ -202,3 +202,9 @@ def test_the_comparison_of_what_ships_takes_what_was_trained_on_the_data(tmp_pat
     ]
     assert released.systems_of(released.checkpoints(True, runs, pretrained)) == [f"ar={runs}/demo_dalle"]
     assert released.systems_of([]) == []
+    follower = {"kind": "generator", "model": {"line_factor": 8}}
+    (pretrained / "goods" / "generator" / "config.json").write_text(json.dumps(follower))
+    assert released.systems_of(released.checkpoints(False, runs, pretrained))[:2] == [
+        f"ar={pretrained}/goods/generator",
+        f"ar+lines={pretrained}/goods/generator?lines=canny",
+    ], "one generator, without a drawing and with it"
