@@ -117,8 +117,7 @@ class BandsTrunk(Trunk):
         return self.state_dict()
 
     def load_fixed_weights(self, weights: dict[str, Tensor]) -> None:
-        if "scale" in weights:  # older runs go on with the scale of their images
-            self.scale.copy_(weights["scale"])
+        self.scale.copy_(weights["scale"])
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, S, S) in [-1, 1] -> [(B, 3 * 4**levels, S / 2**levels, S / 2**levels)]"""
@@ -151,8 +150,7 @@ class ImageNetTrunk(Trunk):
 
     def load_fixed_weights(self, weights: dict[str, Tensor]) -> None:
         for name, tensor in self.fixed_weights().items():
-            if name in weights or not name.startswith("bands."):
-                tensor.copy_(weights[name])
+            tensor.copy_(weights[name])
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, S, S) in [-1, 1] -> bands, then maps (B, C_l, s_l, s_l), fine to coarse."""

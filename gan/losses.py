@@ -36,8 +36,8 @@ def sameness(images: Tensor, again: Tensor, real: Tensor, least: float) -> tuple
 
     images, again (P, 3, S, S): pairs of one caption and different noise; real (B, 3, S, S). Differences are means of
     absolute values at 16 x 16 pixels, an even change of brightness or colour not counted, which is the cheapest way to
-    differ; real images are compared with their neighbours in the batch. A bounded form of
-    the diversity-sensitive loss (Yang et al. 2019, arXiv:1901.09024, equation 3).
+    differ; real images are compared with their neighbours in the batch. A bounded form of the diversity-sensitive loss
+    (Yang et al. 2019, arXiv:1901.09024, equation 3).
     -> mean of max(0, 1 - difference / (least * that of real images)), a scalar; mean difference over that of real ones.
     """
     between_real = coarse_difference(real, real.roll(1, 0)).mean().clamp(min=1e-3)

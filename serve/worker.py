@@ -72,9 +72,8 @@ def run_worker(connection: Connection, options: WorkerOptions) -> None:
     )  # Ctrl-C reaches the whole group: the service says when to end
     if options.threads:
         torch.set_num_threads(options.threads)
-    with contextlib.suppress(
-        EOFError, ConnectionError
-    ):  # the service is gone: killed, also while this one started
+    # the service is gone: it was killed, perhaps while this process started
+    with contextlib.suppress(EOFError, ConnectionError):
         _answer(connection, options)
 
 
