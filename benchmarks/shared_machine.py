@@ -5,8 +5,10 @@
 
 Goal on two cores: 8 images keep at least 40 % of the idle speed beside one busy process, 25 % beside two, and a step of
 training likewise. A fair scheduler leaves two threads that wait for each other 50 % beside one (the thread that shares
-its core is the slower one), and 50 % beside two. Threads that spin while they wait kept 2 %. Rounds alternate, and the
-fastest of each counts; on a machine that is not idle already the ratios say nothing.
+its core is the slower one), and 50 % beside two. Threads that spin while they wait kept 2 %. Steps of training take as
+many threads as the others leave, as trainings do (common/machine/busy_machine.py): each of their rounds begins with
+the seconds that this takes. Rounds alternate, and the fastest of each counts; on a machine that is not idle already
+the ratios say nothing.
 """
 
 import contextlib
@@ -21,6 +23,7 @@ import torch
 
 from common.config import command, parse_options
 from common.log import say
+from common.machine.busy_machine import LOOK_S, BusyMachine
 from common.machine.cpus import available_cpus
 from common.optim import OptimConfig, adamw
 from common.precision import autocast
@@ -32,6 +35,7 @@ from dalle.sampling import SamplingOptions, noise_generator, sample_ids
 from kernels import accelerate
 
 TEXT_VOCAB, TEXT_LEN, CODES, GRID = 8192, 32, 1024, 16
+SETTLE_S = 2.5 * LOOK_S  # two looks at the machine
 GOALS = {1: 0.40, 2: 0.25}  # share of the idle speed beside so many busy processes
 
 
@@ -105,17 +109,26 @@ def busy_processes(count: int) -> Iterator[None]:
             process.wait()
 
 
-def measure(work: Callable[[], object], options: Options) -> dict[int, float]:
+def measure(work: Callable[[], object], options: Options, machine: BusyMachine | None) -> dict[int, float]:
     """Seconds of the fastest round beside each number of busy processes; one round warms up."""
     work()
     best = dict.fromkeys(options.busy, float("inf"))
     for _ in range(options.rounds):
         for count in options.busy:
             with busy_processes(count):
+                if machine:
+                    settle(work, machine)
                 started = time.perf_counter()
                 work()
                 best[count] = min(best[count], time.perf_counter() - started)
     return best
+
+
+def settle(work: Callable[[], object], machine: BusyMachine) -> None:
+    until = time.perf_counter() + SETTLE_S
+    while time.perf_counter() < until:
+        work()
+        machine.follow()
 
 
 @command
@@ -125,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[int, float]]:
     say(f"{torch.get_num_threads()} threads on {available_cpus()} CPUs, {options.size}")
     makers, shares = {"sample": sampling, "train": training}, {}
     for name in options.work:
-        seconds = measure(makers[name](options), options)
+        seconds = measure(makers[name](options), options, BusyMachine() if name == "train" else None)
         idle = seconds[options.busy[0]]
         shares[name] = {count: idle / s for count, s in seconds.items()}
         for count, share in shares[name].items():

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.machine.one_thread import one_thread
 from dalle.lines import LineFeatures
 from dalle.options import SamplingOptions, Schedule
 
@@ -95,7 +96,8 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     if p == 1:
         return logits
     ordered, order = logits.sort(dim=-1, descending=True)
-    probability = ordered.softmax(-1)
+    with one_thread():
+        probability = ordered.softmax(-1)
     reached_before = probability.cumsum(-1) - probability >= p  # the sum without this token is enough
     dropped = torch.zeros_like(reached_before).scatter(-1, order, reached_before)
     return logits.masked_fill(dropped, -math.inf)
@@ -131,7 +133,8 @@ def gumbel_noise(generators: Sequence[torch.Generator], vocab_size: int, device:
     each. u comes in steps of 2^-24; half a step stands for 0, so that every number is finite.
     """
     drawn = [torch.rand(NOISE_CHUNK, vocab_size, generator=g) for g in generators]
-    noise = torch.stack(drawn, dim=1).clamp_(min=2.0**-25).log_().neg_().log_().neg_()
+    with one_thread():
+        noise = torch.stack(drawn, dim=1).clamp_(min=2.0**-25).log_().neg_().log_().neg_()
     if device.type == "cuda":  # from pinned memory, so that the copy waits for nothing
         return noise.pin_memory().to(device, non_blocking=True)
     return noise.to(device)
@@ -218,7 +221,8 @@ def _sample_codes(
 def token_likelihoods(logits: Tensor, ids: Tensor) -> Tensor:
     """log p of the sampled tokens: logits (n, R, V), ids (R, n) -> (R, n)"""
     chosen = logits.gather(-1, ids.t()[..., None])[..., 0]  # (n, R)
-    return (chosen - logits.logsumexp(-1)).t()
+    with one_thread():
+        return (chosen - logits.logsumexp(-1)).t()
 
 
 def _parts(
