@@ -3,7 +3,7 @@
     python -m benchmarks.line_control --generator runs/goods_128_lines --controlnet runs/goods_128_controlnet \\
         --judge runs/goods_128_judge
     python -m benchmarks.line_control --like --generator runs/goods_128_lines          # same product, five colours
-    python -m benchmarks.line_control --pairs ../shared/data/line_pairs/val --generator runs/line_pairs
+    python -m benchmarks.line_control --pairs ../shared/data/line_pairs/val/val_data.parquet --generator runs/line_pairs
 
 Held-out images of `--shards` give drawing (Canny at 128 pixels) and caption. Each system makes one image with the
 drawing and one without, of the same seed. Category by the judge's first guess where one is named; colour by the nearest

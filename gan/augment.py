@@ -68,7 +68,10 @@ class Strength:
         return {"p": self.p, "signs": self.signs}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.p, self.signs = float(state["p"]), list(state["signs"])
+        if (
+            self.config.mode == "ada"
+        ):  # else it is what the options say, also where they said otherwise before
+            self.p, self.signs = float(state["p"]), list(state["signs"])
 
 
 def uniform(batch_size: int, generator: torch.Generator) -> Tensor:

@@ -90,3 +90,12 @@ def test_fixed_and_off_stay_as_they_are():
 def test_bad_options_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
         AugmentConfig(**values)
+
+
+@pytest.mark.parametrize(
+    ("config", "p"), [(AugmentConfig(mode="off"), 0.0), (AugmentConfig(mode="fixed", p=0.3), 0.3)]
+)
+def test_a_run_that_goes_on_without_ada_takes_the_strength_of_its_options(config, p):
+    strength = Strength(config, 50)
+    strength.load_state({"p": 0.7, "signs": [1.0]})
+    assert strength.p == p
