@@ -12,6 +12,8 @@ the ratios say nothing.
 """
 
 import contextlib
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -35,6 +37,18 @@ from dalle.sampling import SamplingOptions, noise_generator, sample_ids
 from kernels import accelerate
 
 TEXT_VOCAB, TEXT_LEN, CODES, GRID = 8192, 32, 1024, 16
+BUSY = """
+import os
+child = os.fork()
+if child:
+    print(child, flush=True)
+    os._exit(0)
+os.close(1)
+os.close(2)
+while os.path.exists("/proc/{owner}"):
+    for _ in range(1_000_000):
+        pass
+"""
 SETTLE_S = 2.5 * LOOK_S  # two looks at the machine
 GOALS = {1: 0.40, 2: 0.25}  # share of the idle speed beside so many busy processes
 
@@ -99,14 +113,17 @@ def training(options: Options) -> Callable[[], object]:
 
 @contextlib.contextmanager
 def busy_processes(count: int) -> Iterator[None]:
-    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    """Processes of somebody else: not children of this one, which BusyMachine would take for a part of the training."""
+    code = BUSY.format(owner=os.getpid())
+    found = [
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True) for _ in range(count)
+    ]
     try:
         time.sleep(0.3 if count else 0)
         yield
     finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+        for process in found:
+            os.kill(int(process.stdout), signal.SIGKILL)
 
 
 def measure(work: Callable[[], object], options: Options, machine: BusyMachine | None) -> dict[int, float]:

@@ -10,7 +10,6 @@
 #include <immintrin.h>
 #include <linux/futex.h>
 #include <pthread.h>
-#include <sched.h>
 #include <signal.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -47,31 +46,19 @@ class Signal {  // a number that threads wait for to change
         if (sleepers.load()) futex(FUTEX_WAKE_PRIVATE, INT_MAX);
     }
 
-    // `spins`: how often to look at most, kept by the thread for its next wait of this kind. Whether it slept
-    bool wait_while(uint32_t value, int& spins) {
+    // `spins`: how often to look at most, kept by the thread for its next wait of this kind.
+    void wait_while(uint32_t value, int& spins) {
         for (int i = 0; i < spins; i++, _mm_pause())
             if (now() != value) {
                 spins = std::min(MOST_SPINS, spins * 2);
-                return false;
+                return;
             }
         spins = std::max(FEWEST_SPINS, spins / 4);
         sleepers.fetch_add(1);  // before the number is read again, so that `change` cannot miss it
         while (number.load() == value) futex(FUTEX_WAIT_PRIVATE, value);
         sleepers.fetch_sub(1);
-        return true;
     }
 };
-
-// Linux wakes a thread on the core of the one that woke it, if it thinks that the other is about to wait. A worker there
-// takes another of the cores that it may run on; the mask stays as it was.
-inline void leave_cpu(int cpu) {
-    cpu_set_t allowed, others;
-    if (sched_getcpu() != cpu || sched_getaffinity(0, sizeof allowed, &allowed)) return;
-    others = allowed;
-    CPU_CLR(cpu, &others);
-    if (!CPU_COUNT(&others) || sched_setaffinity(0, sizeof others, &others)) return;
-    sched_setaffinity(0, sizeof allowed, &allowed);
-}
 
 // The threads of one library. They are started when first needed, sleep between calls, and end with the process.
 class Team {
@@ -89,7 +76,6 @@ class Team {
     void (*function)(const void*, int, int) = nullptr;  // of the call at hand, as are the next two
     const void* context = nullptr;
     int size = 1;
-    int caller_cpu = -1;
 
     // Whether this thread is the last one of `all`: read before, since with the last one the next call may begin
     bool arrive(int all) {
@@ -102,9 +88,8 @@ class Team {
     void serve(Worker& worker, int thread) {
         int spins = MOST_SPINS;
         for (uint32_t seen = 0;; seen++) {
-            const bool slept = worker.called.wait_while(seen, spins);
+            worker.called.wait_while(seen, spins);
             const int all = size;
-            if (slept) leave_cpu(caller_cpu);
             function(context, thread, all);
             arrive(all);
         }
@@ -145,7 +130,6 @@ class Team {
         function = [](const void* self, int thread, int all) { (*static_cast<const Work*>(self))(thread, all); };
         context = &work;
         size = threads;
-        caller_cpu = sched_getcpu();
         for (int i = 0; i + 1 < threads; i++) workers[i]->called.change();
         work(0, threads);
         barrier();
