@@ -138,6 +138,8 @@ def measure(work: Callable[[], object], options: Options, machine: BusyMachine |
                 started = time.perf_counter()
                 work()
                 best[count] = min(best[count], time.perf_counter() - started)
+    if machine:
+        machine.restore()
     return best
 
 

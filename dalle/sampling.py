@@ -132,9 +132,9 @@ def gumbel_noise(generators: Sequence[torch.Generator], vocab_size: int, device:
     -log(-log(u)) of uniform numbers, five times as fast as PyTorch's exponential ones, which take two draws of doubles
     each. u comes in steps of 2^-24; half a step stands for 0, so that every number is finite.
     """
-    drawn = [torch.rand(NOISE_CHUNK, vocab_size, generator=g) for g in generators]
+    uniform = [torch.rand(NOISE_CHUNK, vocab_size, generator=g) for g in generators]
     with one_thread():
-        noise = torch.stack(drawn, dim=1).clamp_(min=2.0**-25).log_().neg_().log_().neg_()
+        noise = torch.stack(uniform, dim=1).clamp_(min=2.0**-25).log_().neg_().log_().neg_()
     if device.type == "cuda":  # from pinned memory, so that the copy waits for nothing
         return noise.pin_memory().to(device, non_blocking=True)
     return noise.to(device)
@@ -162,8 +162,8 @@ def sample_ids(
     likelihoods. Nothing in the loop waits for the device.
     """
     with torch.inference_mode():
-        drawn = _sample_codes(model, text_ids, null_ids, generators, options, canvas, lines)
-    return Sampled(*(None if t is None else t.clone() for t in drawn))  # clones may take part in training
+        sampled = _sample_codes(model, text_ids, null_ids, generators, options, canvas, lines)
+    return Sampled(*(None if t is None else t.clone() for t in sampled))  # clones may take part in training
 
 
 def _sample_codes(
@@ -201,11 +201,11 @@ def _sample_codes(
         logits = seen[n % JUDGED_CHUNK]  # (R, V) float32
         scale = guidance_scale(n, num_tokens, options.cfg_scale, options.cfg_schedule)
         guided = _guided(logits[: batch_size * len(parts)].chunk(len(parts)), scale, options, lines)
-        drawn = choose(guided, noise[n % NOISE_CHUNK], options)  # (B,)
+        sampled = choose(guided, noise[n % NOISE_CHUNK], options)  # (B,)
         if canvas:
-            drawn = torch.where(canvas.keep[:, n], ids[:, n], drawn)
-        ids[:, n] = drawn
-        row_ids = to_rows(drawn)
+            sampled = torch.where(canvas.keep[:, n], ids[:, n], sampled)
+        ids[:, n] = sampled
+        row_ids = to_rows(sampled)
         if n + 1 < num_tokens:
             logits = model.decode_step(row_ids, n, cache)
         if (n + 1) % JUDGED_CHUNK == 0 or n + 1 == num_tokens:

@@ -68,9 +68,7 @@ class Strength:
         return {"p": self.p, "signs": self.signs}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        if (
-            self.config.mode == "ada"
-        ):  # else it is what the options say, also where they said otherwise before
+        if self.config.mode == "ada":  # fixed and off take the options' p, whatever the run had before
             self.p, self.signs = float(state["p"]), list(state["signs"])
 
 

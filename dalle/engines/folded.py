@@ -9,6 +9,7 @@ a model's weights, so each compares itself once with the model's own code (`chan
 """
 
 import weakref
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -73,20 +74,20 @@ class FoldedBlock:
     down: Callable[[Tensor], Tensor]
 
 
-class FoldedDecoder:
+class FoldedDecoder(ABC):
     """What `new_cache`, `prefill` and `decode_step` of a `Dalle` on a CPU share; see `dalle.sampling.Generator`."""
 
     row_multiple, report = 1, OFF
 
     @staticmethod
+    @abstractmethod
     def require(weights: Weights) -> None:
         """Raises ValueError where the machine does not allow it."""
-        raise NotImplementedError
 
     @staticmethod
+    @abstractmethod
     def layer_types(weights: Weights) -> tuple[type, type, type]:
         """Of the products, of the gate, and of the head."""
-        raise NotImplementedError
 
     def __init__(self, model: Dalle, weights: Weights) -> None:
         """Raises ValueError where the machine does not allow it, or the model's code is no longer what is computed
@@ -145,9 +146,9 @@ class FoldedDecoder:
         )
 
     @staticmethod
+    @abstractmethod
     def compared_dtype() -> Weights:
         """In what `changed_reason` compares."""
-        raise NotImplementedError
 
     def _fold(self, model: Dalle, weights: Weights) -> None:
         c = self.config = model.config
