@@ -21,10 +21,10 @@ import common  # noqa: F401 (before torch: Ctrl-C meanwhile leaves no traceback)
 # isort: split
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from PIL import Image
@@ -35,21 +35,18 @@ from common.files import sha256_file
 from common.log import say
 from common.outputs.label import LabelOptions
 from common.outputs.out_directory import OutDirectory, Request
-from common.square import resize_square
-from dalle import default_checkpoint, inpaint
+from dalle import default_checkpoint
 from dalle.engines import FastOptions
 from dalle.inpaint import Source
 from dalle.lines import LineControl
 from dalle.pipeline import TextToImage
 from dalle.sampling import SamplingOptions
-from dalle.spread import GenerateBatches, generate_on
 from data_tools.engine import EngineOptions
-from data_tools.images.decode import open_file as open_image
-from data_tools.images.line_drawings import LineMethod, extract, open_drawing
-from data_tools.prompts import Prompt, Unused, count_prompts, read_prompts, usable
+from data_tools.images import LineMethod
 from diffusion.white_background import WhitenOptions, onto_white, require_whiten, whiten_origin
-from rankers import default_ranker, load_ranker
-from rankers.ranking import rank_directory, ranking_names, report, write_ranking
+
+if TYPE_CHECKING:
+    from data_tools.prompts import Unused
 
 NEEDED = (  # flags, and those of which they need one
     ("keep_rows", ("prime",)),
@@ -150,6 +147,8 @@ class Options:
 def open_mask(path: Path, image: Image.Image) -> Image.Image:
     """White where the image is to be redrawn. Raises ValueError for a mask of another shape, which would not lie on
     it."""
+    from data_tools.images.decode import open_file as open_image
+
     mask = open_image(path, background="black")
     if abs(mask.width * image.height - mask.height * image.width) > 0.02 * mask.height * image.width:
         sizes = f"{mask.width} x {mask.height}, the image {image.width} x {image.height}"
@@ -159,6 +158,9 @@ def open_mask(path: Path, image: Image.Image) -> Image.Image:
 
 def make_source(options: Options, pipeline: TextToImage) -> Source | None:
     """The image that new ones start from, if one was given."""
+    from dalle import inpaint
+    from data_tools.images.decode import open_file as open_image
+
     tokenizer = pipeline.image_tokenizer
     if options.prime:
         return inpaint.prime(tokenizer, open_image(options.prime), options.keep_rows)
@@ -187,6 +189,10 @@ def make_line(options: Options, pipeline: TextToImage) -> LineControl | None:
     )
     if path is None:
         return None
+    from common.square import resize_square
+    from data_tools.images.decode import open_file as open_image
+    from data_tools.images.line_drawings import extract, open_drawing
+
     if options.like:
         lines = extract(resize_square(open_image(path), size), options.like_method or "canny")
     else:
@@ -220,28 +226,45 @@ def origin(options: Options, pipeline: TextToImage) -> dict[str, Any]:
     }
 
 
+def requests_of_file(
+    options: Options, pipeline: TextToImage, out: OutDirectory
+) -> tuple[Iterator[Request], "Unused"]:
+    """What is not in `out` yet of the texts of a file, and what of the file is not generated, as it is read."""
+    from data_tools.prompts import Unused, read_prompts, usable
+
+    unused = Unused()
+    prompts = usable(read_prompts(options.prompts_file), lambda text: pipeline.encode_text(text)[1], unused)
+    requests = out.continue_from(
+        Request(p.text, i, p.key) for p in prompts for i in range(options.num_images)
+    )
+    if out.count:
+        say(f"{out.count} images stand in {out.path}: going on behind them")
+    if leftovers := out.num_leftovers():
+        say(f"note: {leftovers} images in {out.path} were generated otherwise and give way to new ones")
+    return requests, unused
+
+
+def num_texts_of(prompts_file: Path) -> int:
+    """Raises FileNotFoundError, or ValueError naming the line, before anything is generated."""
+    from data_tools.prompts import count_prompts
+
+    return count_prompts(prompts_file)
+
+
 def generate_all(options: Options, pipeline: TextToImage, out: OutDirectory, num_texts: int) -> int:
     """Generates and writes everything; returns the number of images generated now."""
-    source, line, unused = make_source(options, pipeline), make_line(options, pipeline), Unused()
+    source, line = make_source(options, pipeline), make_line(options, pipeline)
     if options.prompts_file:
-        prompts = usable(
-            read_prompts(options.prompts_file), lambda text: pipeline.encode_text(text)[1], unused
-        )
+        requests, unused = requests_of_file(options, pipeline, out)
     else:
-        prompts = iter([Prompt(options.text)])
-        note = pipeline.encode_text(options.text)[1]
-        if note:
+        requests, unused = (Request(options.text, i) for i in range(options.num_images)), None
+        if note := pipeline.encode_text(options.text)[1]:
             say(f"note: {note}")
-    requests = (Request(p.text, i, p.key) for p in prompts for i in range(options.num_images))
-    if options.prompts_file:
-        requests = out.continue_from(requests)
-    if options.prompts_file and out.count:
-        say(f"{out.count} images stand in {out.path}: going on behind them")
-    if options.prompts_file and (leftovers := out.num_leftovers()):
-        say(f"note: {leftovers} images in {out.path} were generated otherwise and give way to new ones")
     stood, total = out.count, num_texts * options.num_images
     how = (options.seed, options.sampling, options.negative)
     if cluster := options.work.cluster:
+        from dalle.spread import GenerateBatches, generate_on
+
         checkpoint = str(pipeline.directory.resolve())
         work = GenerateBatches(checkpoint, options.device, pipeline.fast, *how, source, line)
         images = generate_on(cluster, work, requests, options.batch_size)
@@ -250,7 +273,7 @@ def generate_all(options: Options, pipeline: TextToImage, out: OutDirectory, num
     images = onto_white(images, options.whiten, options.white)
     for image in progress(images, total=total, initial=stood, unit="image"):
         out.add(image)
-    if options.prompts_file:
+    if unused:
         unused.report(options.prompts_file)
     if not out.count:
         raise ValueError(f"{options.prompts_file} holds no text that can be generated")
@@ -260,11 +283,15 @@ def generate_all(options: Options, pipeline: TextToImage, out: OutDirectory, num
 
 def load_ranker_for(options: Options, pipeline: TextToImage) -> Any:
     """The ranker that rerank.py would take. Raises FileNotFoundError or ValueError before an image is made."""
+    from rankers import default_ranker, load_ranker
+
     return load_ranker(options.ranker or str(default_ranker(pipeline.sha256)), options.device)
 
 
 def rank_all(options: Options, ranker: Any, out: OutDirectory) -> None:
     """What rerank.py would do on the directory."""
+    from rankers.ranking import rank_directory, report, write_ranking
+
     texts = rank_directory(options.out_dir, ranker)
     write_ranking(out.files, ranker, texts)
     report(options.out_dir, ranker, texts)
@@ -274,10 +301,12 @@ def rank_all(options: Options, ranker: Any, out: OutDirectory) -> None:
 def main(argv: Sequence[str] | None = None) -> Path:
     """Generate; returns the out directory."""
     options = parse_options(Options, argv, description=__doc__)
-    num_texts = count_prompts(options.prompts_file) if options.prompts_file else 1
+    num_texts = num_texts_of(options.prompts_file) if options.prompts_file else 1
     with OutDirectory(options.out_dir, label=options.label) as out:
         out.require_ours(num_texts * options.num_images)
         if options.rank:
+            from rankers.ranking import ranking_names
+
             out.files.require_ours(ranking_names(num_texts, options.num_images))
         checkpoint = options.checkpoint or default_checkpoint()
         pipeline = TextToImage.from_pretrained(checkpoint, options.device, options.fast)

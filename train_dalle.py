@@ -39,10 +39,9 @@ from common.optim import learning_rate
 from common.precision import autocast
 from common.training_state import TrainingState, require_same_config
 from dalle import sequence
-from dalle.engines import FastOptions
 from dalle.losses import CrossEntropy, LossConfig, dalle_loss, position_losses
 from dalle.model import KIND, TRAINING_ONLY, Dalle, config_mapping
-from dalle.pipeline import TextToImage
+from dalle.options import FastOptions
 from dalle.plan import measure_peak_flops, train_flops
 from dalle.training import lines as line_training
 from dalle.training.captions import drop_captions, insert_unknown
@@ -234,6 +233,8 @@ class GeneratorTask:
             return {}
         images = {} if self.curve_bits is None else {"position_bits": heat_map(self.curve_bits)}
         if options.sample_images:
+            from dalle.pipeline import TextToImage
+
             fast = FastOptions(kernels=options.kernels)
             pipeline = TextToImage(self.finished, self.image_tokenizer, self.text_tokenizer, fast=fast)
             drawn = pipeline.generate(

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dalle.engines import CpuKernelDecoder, TorchDecoder
+from dalle.engines.cpu_kernel import CpuKernelDecoder
+from dalle.engines.eager import TorchDecoder
 from dalle.inpaint import Source
 from dalle.lines import LineControl, encode_control
 from dalle.model import Dalle

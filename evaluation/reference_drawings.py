@@ -6,7 +6,8 @@ from typing import get_args
 import numpy as np
 
 from common.square import resize_square
-from data_tools.images.line_drawings import LineMethod, extract
+from data_tools.images import LineMethod
+from data_tools.images.line_drawings import extract
 from data_tools.shards.captions import pick_caption
 from data_tools.shards.index import ShardIndex
 from data_tools.shards.loader import IMAGE_SUFFIXES, open_image

@@ -9,17 +9,15 @@ PyTorch, and the report says why.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from common.log import say
 from kernels import autograd, compiler, encode, train_block, train_heads
+from kernels.report import COMPILED, WRITTEN, Report, Taken
 from kernels.structure import Known, named, why_changed
-
-Kernels = Literal["auto", "off"]
-COMPILED, WRITTEN = "compiled code", "hand-written passes"
 
 
 @dataclass(frozen=True)
@@ -51,57 +49,14 @@ class Swapped:
         return self.compute(self.module, *inputs)
 
 
-@dataclass(frozen=True)
-class Taken:
-    """Modules of one class."""
-
-    name: str
-    made_by: str
-    count: int
-    """That a kernel computes."""
-    total: int
-    reasons: tuple[str, ...] = ()
-    """Why not the rest."""
-
-    def __str__(self) -> str:
-        why = f" ({'; '.join(self.reasons)})" if self.reasons else ""
-        return f"{self.count} of {self.total} {self.name} by {self.made_by}{why}"
-
-
-@dataclass(frozen=True)
-class Report:
-    """What `accelerate` took, for the log and for train_config.json."""
-
-    taken: tuple[Taken, ...] = ()
-    note: str = ""
-    """Why nothing was looked at."""
-
-    def __str__(self) -> str:
-        return f"kernels: {self.note or ', '.join(map(str, self.taken)) or 'no module is known'}"
-
-    def record(self) -> dict[str, str]:
-        """JSON-ready: what ran."""
-        if self.note:
-            return {"off": self.note}
-        return {"level": compiler.level()} | {t.name: str(t) for t in self.taken}
-
-
-OFF = Report(note="off: PyTorch computes everything")
-
-
-def accelerate(*modules: nn.Module, in_bf16: bool = True, insist: bool = False) -> Report:
-    """Let kernels compute what they know inside these modules, in place; a second time changes nothing.
-
-    in_bf16: whether it will be computed under `common.precision.autocast` in bf16; the compiled passes of training
-    compute in nothing else. insist: encode images by compiled code even where PyTorch is faster; raises ValueError
-    where it cannot.
-    """
+def accelerate(modules: tuple[nn.Module, ...], in_bf16: bool, insist: bool) -> Report:
+    """See `kernels.accelerate`."""
     device = next((p.device for module in modules for p in module.parameters()), torch.device("cpu"))
     if device.type != "cpu":
         return Report(note=f"for CPUs, the model is on {device}")
     parts = list(dict.fromkeys(part for module in modules for part in module.modules()))
     taken = [_swap(kernel, parts, in_bf16) for kernel in KERNELS] + [_swap_encoders(parts, in_bf16, insist)]
-    return Report(tuple(t for t in taken if t.total))
+    return Report(tuple(t for t in taken if t.total), level=compiler.level())
 
 
 def _swap(kernel: Kernel, parts: list[nn.Module], in_bf16: bool) -> Taken:

@@ -2,6 +2,7 @@
 
 import ast
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -173,3 +174,26 @@ def test_every_config_is_read_by_its_command(path: Path):
     module = importlib.import_module(CONFIG_SCRIPTS[stem])
     options = from_mapping(module.Options, yaml.safe_load(path.read_text("utf-8")), where=path.name)
     assert stem == "judge" or options.loop.num_steps > 0  # a judge is fitted, not trained in steps
+
+
+def imported_by(script: str) -> set[str]:
+    """The project's modules that are loaded once a script is imported, before it does anything."""
+    code = f"import sys, {script}; print(*sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return {name for name in found.stdout.split() if name.split(".")[0] in ALLOWED}
+
+
+@pytest.mark.parametrize(("script", "most"), [("generate", 58), ("train_dalle", 86)])
+def test_scripts_import_what_every_run_needs(script, most):
+    """What one flag needs is imported where the flag is read: rankers, files of prompts, compiled kernels, engines."""
+    found = imported_by(script)
+    assert {"common.config", "dalle.model", "vq.model", "kernels.report"} <= found
+    unneeded = (
+        "kernels.swap",
+        "rankers",
+        "data_tools.prompts",
+        "dalle.engines.packed",
+        "dalle.training.from_images",
+    )
+    assert not found & set(unneeded)
+    assert len(found) <= most, sorted(found)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from common.config import command, parse_options
 from common.distributed import World, pick_device, start_world, stop_world
-from common.files import ensure_writable_directory, read_json, write_json
+from common.files import ensure_writable_directory, write_json
 from common.image import make_grid, stack_rows, to_image, to_tensor
 from common.lock import alone_in
 from common.log import say
@@ -41,11 +41,11 @@ from data_tools.shards.line_views import LineSource
 from data_tools.shards.loader import IMAGE_SUFFIXES, open_image
 from data_tools.shards.remote import RemoteOptions
 from kernels import OFF, Kernels, Report, accelerate
-from vq.encoding import ImageEncoder
+from vq.encoding import TOKENIZER_FILE, ImageEncoder, require_tokenizer
 from vq.losses.reconstruction import psnr
 from vq.model import ImageTokenizer
 
-TOKENIZER_FILE, ROUNDTRIP = "tokenizer.json", "roundtrip.png"
+ROUNDTRIP = "roundtrip.png"
 
 
 @dataclass(frozen=True)
@@ -87,24 +87,6 @@ class Options:
                 raise ValueError(f"{name} must be at least {low}, not {getattr(self, name)}")
         if self.kernels == "off" and self.engine not in ("", "plain"):
             raise ValueError(f"--kernels off and --engine {self.engine} contradict each other")
-
-
-def require_tokenizer(folder: Path, sha256: str) -> dict[str, Any]:
-    """`tokenizer.json` of token shards. Raises ValueError when they were made by another tokenizer."""
-    path = folder / TOKENIZER_FILE
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{folder} holds no {TOKENIZER_FILE}: make token shards with vq.encode_shards"
-        )
-    made_by = read_json(path)
-    if not isinstance(made_by, dict):
-        raise ValueError(f"{path} is no description of token shards: encode the images again")
-    if made_by.get("sha256") != sha256:
-        raise ValueError(
-            f"the token shards in {folder} were made by the tokenizer {str(made_by.get('sha256'))[:12]}, not by "
-            f"{sha256[:12]}: encode the images again with `python -m vq.encode_shards` into another folder"
-        )
-    return made_by
 
 
 def encode_shards(tokenizer: ImageTokenizer, options: Options, world: World) -> dict[str, int]:

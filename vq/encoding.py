@@ -1,10 +1,16 @@
-"""Images to codes in batches, in the numbers that the machine computes fastest in."""
+"""Images to codes in batches, in the numbers that the machine computes fastest in; and whose codes a folder holds."""
+
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from common.files import read_json
 from common.precision import Precision, autocast
 from vq.model import ImageTokenizer
+
+TOKENIZER_FILE = "tokenizer.json"  # beside token shards
 
 
 class ImageEncoder:
@@ -21,3 +27,21 @@ class ImageEncoder:
         images = images.to(self.device, memory_format=torch.channels_last)
         with autocast(self.device, self.precision):
             return self.tokenizer.encode_ids(images)
+
+
+def require_tokenizer(folder: Path, sha256: str) -> dict[str, Any]:
+    """`tokenizer.json` of token shards. Raises ValueError when they were made by another tokenizer."""
+    path = folder / TOKENIZER_FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no {TOKENIZER_FILE}: make token shards with vq.encode_shards"
+        )
+    made_by = read_json(path)
+    if not isinstance(made_by, dict):
+        raise ValueError(f"{path} is no description of token shards: encode the images again")
+    if made_by.get("sha256") != sha256:
+        raise ValueError(
+            f"the token shards in {folder} were made by the tokenizer {str(made_by.get('sha256'))[:12]}, not by "
+            f"{sha256[:12]}: encode the images again with `python -m vq.encode_shards` into another folder"
+        )
+    return made_by

@@ -20,7 +20,6 @@ from PIL import Image
 from common.config import to_mapping
 from common.files import DISK_FULL
 from common.image import make_grid
-from common.outputs.earlier_out import earlier_files
 from common.outputs.image_list import GRID, LIST, MAX_GRID, RANKED, RANKING, image_name, whole_lines
 from common.outputs.label import LabelOptions, joined_arguments, labelled
 from common.outputs.record import RECORD, OutputDirectory
@@ -84,6 +83,8 @@ class OutDirectory:
         self._kept: int | None = 0
         try:
             if not (path / RECORD).exists():
+                from common.outputs.earlier_out import earlier_files
+
                 self.files.adopt(earlier_files(path))
         except BaseException:
             self.close()

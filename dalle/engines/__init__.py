@@ -6,7 +6,8 @@
     packed      packed.py: weights packed for the CPU, in 32, 16 or 8 bits, where there is no compiler
 
 Each gives the same bytes for the same seed on the same machine. One rounds otherwise than another, so under another
-one a few codes of an image differ: what was taken stands in images.jsonl.
+one a few codes of an image differ: what was taken stands in images.jsonl. The file of an engine is imported when it
+is taken.
 """
 
 import copy
@@ -16,16 +17,11 @@ from torch import nn
 
 from common.log import say
 from common.precision import has_native_bf16
-from dalle.engines import cpu_kernel, packed
-from dalle.engines.cpu_kernel import CpuKernelDecoder
-from dalle.engines.cuda_graph import CudaGraphDecoder
 from dalle.engines.eager import TorchDecoder
-from dalle.engines.packed import PackedDecoder
 from dalle.model import Dalle
 from dalle.options import Engine, FastOptions, WeightType
 from dalle.sampling import Generator
 from kernels import OFF, accelerate
-from kernels.compiler import level
 
 __all__ = ["Engine", "FastOptions", "WeightType", "prepare", "resolve_options"]
 
@@ -54,12 +50,18 @@ def prepare(model: nn.Module, options: FastOptions) -> Generator:
     if not isinstance(model, Dalle):
         return TorchDecoder(model)
     engine, dtype = options.engine, getattr(torch, options.weights)
-    if engine in ("cpu_kernel", "packed"):
-        if device.type != "cpu":
-            raise ValueError(
-                f"the {engine} engine is for CPUs, the model is on {device}: use torch or cuda_graph"
-            )
-        return (CpuKernelDecoder if engine == "cpu_kernel" else PackedDecoder)(model, dtype)
+    if engine in ("cpu_kernel", "packed") and device.type != "cpu":
+        raise ValueError(
+            f"the {engine} engine is for CPUs, the model is on {device}: use torch or cuda_graph"
+        )
+    if engine == "cpu_kernel":
+        from dalle.engines.cpu_kernel import CpuKernelDecoder
+
+        return CpuKernelDecoder(model, dtype)
+    if engine == "packed":
+        from dalle.engines.packed import PackedDecoder
+
+        return PackedDecoder(model, dtype)
     if engine == "torch":
         model = _as_type(model, dtype)
         report = OFF if options.kernels == "off" else accelerate(model)
@@ -67,18 +69,23 @@ def prepare(model: nn.Module, options: FastOptions) -> Generator:
     if engine == "cuda_graph":
         if device.type != "cuda":
             raise ValueError(f"CUDA graphs need a GPU, the model is on {device}")
+        from dalle.engines.cuda_graph import CudaGraphDecoder
+
         return CudaGraphDecoder(_as_type(model, dtype))
     raise ValueError(f"unknown engine {engine!r}")
 
 
 def _engine_of_cpu(model: Dalle, options: FastOptions) -> Engine:
+    from dalle.engines import cpu_kernel, packed
+    from kernels.compiler import level
+
     weights = options.weights
     if options.kernels == "auto" and weights != "float32" and cpu_kernel.fits(model.config) and level():
         if not (reason := cpu_kernel.unsupported_reason(model)):
             return "cpu_kernel"
         say(f"sampling up to seven times slower, without the compiled step: {reason}")
     dtype = torch.float32 if weights == "auto" else getattr(torch, weights)
-    if not packed.is_available(dtype) or PackedDecoder.changed_reason(model):
+    if not packed.is_available(dtype) or packed.PackedDecoder.changed_reason(model):
         return "torch"
     return "packed"
 

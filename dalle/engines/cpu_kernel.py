@@ -13,8 +13,9 @@ from dalle.engines.folded import FoldedDecoder, Weights
 from dalle.lines import no_lines
 from dalle.model import Dalle, DalleConfig
 from kernels import Report, decode
+from kernels.compiler import level
 from kernels.decode import Gate, Layer, Linear, RowCache, Sizes, Step, unavailable_reason
-from kernels.swap import COMPILED, Taken
+from kernels.report import COMPILED, Taken
 
 
 def fits(config: DalleConfig) -> bool:
@@ -42,7 +43,9 @@ class _RowsFrom:
 class CpuKernelDecoder(FoldedDecoder):
     """Steps in compiled code, for rows that stand at one position or each at its own."""
 
-    report = Report((Taken("decode steps", COMPILED, 1, 1),))
+    @property
+    def report(self) -> Report:
+        return Report((Taken("decode steps", COMPILED, 1, 1),), level=level())
 
     @staticmethod
     def require(weights: Weights) -> None:

@@ -32,7 +32,7 @@ from data_tools.shards.loader import (
     train_batches,
 )
 from data_tools.shards.remote import RemoteOptions, is_remote
-from vq.encode_shards import require_tokenizer
+from vq.encoding import require_tokenizer
 from vq.model import KIND as TOKENIZER_KIND
 from vq.model import ImageTokenizer
 

@@ -26,8 +26,9 @@ from data_tools.readers.detect import Source, open_source
 from data_tools.readers.inventory import take_inventory
 from data_tools.shard import ShardConfig, shard
 from data_tools.shards.image_shards import DATASET_FILE
-from vq.encode_shards import TOKENIZER_FILE, encode_shards
 from vq.encode_shards import Options as EncodeOptions
+from vq.encode_shards import encode_shards
+from vq.encoding import TOKENIZER_FILE
 from vq.model import KIND as TOKENIZER_KIND
 from vq.model import ImageTokenizer
 from vq.options import Options as TokenizerOptions

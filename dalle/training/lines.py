@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -13,10 +13,12 @@ from common.checkpoint import load_weights
 from common.image import make_grid
 from dalle.lines import LineControl
 from dalle.model import Dalle, read_model_config
-from dalle.pipeline import TextToImage
-from dalle.sampling import SamplingOptions
+from dalle.options import SamplingOptions
 from dalle.training.captions import keep_drawings
 from dalle.training.data import TrainData
+
+if TYPE_CHECKING:
+    from dalle.pipeline import TextToImage
 
 SHOWN = 4  # drawings of a sample grid
 
@@ -52,7 +54,7 @@ def load_init(model: Dalle, directory: Path) -> None:
 
 
 def sample_lines(
-    pipeline: TextToImage, data: TrainData, num_images: int, seed: int, options: SamplingOptions
+    pipeline: "TextToImage", data: TrainData, num_images: int, seed: int, options: SamplingOptions
 ) -> Image.Image:
     """A row for each of the first validation drawings: the drawing, then images of its caption that follow it."""
     batch = next(iter(data.val_batches(SHOWN, SHOWN)))
@@ -64,6 +66,6 @@ def sample_lines(
 
 
 def _images(
-    pipeline: TextToImage, text: str, count: int, seed: int, options: SamplingOptions, line: LineControl
+    pipeline: "TextToImage", text: str, count: int, seed: int, options: SamplingOptions, line: LineControl
 ) -> Sequence[Image.Image]:
     return [p.image for p in pipeline.generate([text], count, seed, options, line=line)]

@@ -15,7 +15,7 @@ from common.optim import OptimConfig
 from common.precision import Precision
 from dalle.losses import LossConfig
 from dalle.model import SIZES, TRAINING_ONLY, DalleConfig, ModelOptions, read_model_config
-from dalle.sampling import SamplingOptions
+from dalle.options import SamplingOptions
 from data_tools.augment import TextAugment
 from data_tools.images.crops import CropFlip
 from data_tools.ingest.prepare import ImageOptions

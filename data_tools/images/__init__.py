@@ -1,1 +1,6 @@
 """One image: decoding within limits, colour profiles, crops, borders, line drawings, perceptual hashes."""
+
+from typing import Literal
+
+LineMethod = Literal["canny", "xdog", "contour"]
+"""How lines are drawn (line_drawings.py). Here, so that options name them and import nothing else."""

@@ -12,10 +12,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
+from data_tools.images import LineMethod
 from data_tools.images.border import border_matte, is_plausible
 from data_tools.images.decode import BadImage, ImageLimits, decode, encode
 
-LineMethod = Literal["canny", "xdog", "contour"]
 LINE_MEMBER = "line.png"  # of a sample in a shard
 METHODS: tuple[LineMethod, ...] = ("canny", "xdog", "contour")
 Polarity = Literal["dark_on_light", "light_on_dark"]

@@ -11,9 +11,9 @@ from typing import Literal, Protocol
 import numpy as np
 from PIL import Image
 
-from diffusion.saliency.onnx import OnnxPreset, OnnxSaliency
-
 SaliencyName = Literal["border", "grabcut", "poolnet", "onnx"]
+OnnxPreset = Literal["auto", "u2net", "isnet", "birefnet"]
+"""What an ONNX file holds (onnx.py)."""
 
 
 class Saliency(Protocol):
@@ -45,5 +45,7 @@ def open_saliency(
 
         return PoolNetSaliency.open(weights, device)
     if name == "onnx":
+        from diffusion.saliency.onnx import OnnxSaliency
+
         return OnnxSaliency.open(weights, preset)
     raise ValueError(f"unknown method {name!r}: choose border, grabcut, poolnet or onnx")

@@ -6,12 +6,10 @@ Each preset is a side, what the levels become, and what the output is: U2-Net (Q
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from PIL import Image
-
-OnnxPreset = Literal["auto", "u2net", "isnet", "birefnet"]
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -49,7 +47,7 @@ class OnnxSaliency:
         self.size = (fixed[1], fixed[0]) if len(fixed) == 2 else (preset.side, preset.side)  # (W, H)
 
     @classmethod
-    def open(cls, path: Path, preset: OnnxPreset = "auto") -> "OnnxSaliency":
+    def open(cls, path: Path, preset: str = "auto") -> "OnnxSaliency":
         """Raises FileNotFoundError, ValueError for what is no such network, ModuleNotFoundError without onnxruntime."""
         if not path.is_file():
             raise FileNotFoundError(f"no ONNX file {path}")
@@ -84,7 +82,7 @@ class OnnxSaliency:
         return np.asarray(matte, np.float32).clip(0, 1)
 
 
-def preset_of(path: Path, preset: OnnxPreset) -> Preset:
+def preset_of(path: Path, preset: str) -> Preset:
     """By name, or by the file's name. Raises ValueError where the latter says nothing."""
     name = preset
     if preset == "auto":

@@ -2,16 +2,11 @@ import pytest
 import torch
 from small_checkpoint import enlarge_
 
-from dalle.engines import (
-    CpuKernelDecoder,
-    CudaGraphDecoder,
-    FastOptions,
-    PackedDecoder,
-    TorchDecoder,
-    packed,
-    prepare,
-)
-from dalle.engines.packed import Int8Linear
+from dalle.engines import FastOptions, packed, prepare
+from dalle.engines.cpu_kernel import CpuKernelDecoder
+from dalle.engines.cuda_graph import CudaGraphDecoder
+from dalle.engines.eager import TorchDecoder
+from dalle.engines.packed import Int8Linear, PackedDecoder
 from dalle.model import Block, Dalle, ModelOptions, SwiGLU
 from dalle.sampling import SamplingOptions, noise_generator, sample_ids
 from kernels import decode

@@ -8,7 +8,10 @@ import torch
 from tiny_generator import CODES, GRID, TEXT_LEN, VOCAB, tiny_config, tiny_ids, tiny_model
 
 from common.config import from_mapping, to_mapping
-from dalle.engines import CpuKernelDecoder, CudaGraphDecoder, PackedDecoder, TorchDecoder
+from dalle.engines.cpu_kernel import CpuKernelDecoder
+from dalle.engines.cuda_graph import CudaGraphDecoder
+from dalle.engines.eager import TorchDecoder
+from dalle.engines.packed import PackedDecoder
 from dalle.lines import LineControl, LineEncoder, LineFeatures, encode_control, to_drawing
 from dalle.model import Dalle, DalleConfig, ModelOptions, config_mapping
 from dalle.sampling import Canvas, SamplingOptions, noise_generator, sample_ids

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dalle import sequence
-from dalle.engines import TorchDecoder
+from dalle.engines.eager import TorchDecoder
 from dalle.model import Dalle
 from dalle.sampling import (
     NOISE_CHUNK,
