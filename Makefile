@@ -41,7 +41,7 @@ lint: setup
 	$(RUN) -m ruff check .
 
 bench-demo: setup
-	$(RUN) -m benchmarks.demo_quality
+	$(RUN) -m benchmarks.quality.demo
 
 bench: setup bench-demo
 	for name in train_speed decode_speed tokenizer_speed ranker_speed; do $(RUN) -m benchmarks.$$name || exit 1; done

@@ -7,7 +7,8 @@ import pytest
 
 import benchmarks
 
-NAMES = sorted(path.stem for path in Path(benchmarks.__path__[0]).glob("*.py") if path.stem != "__init__")
+FOLDER = Path(benchmarks.__path__[0])
+NAMES = sorted(".".join(path.relative_to(FOLDER).with_suffix("").parts) for path in FOLDER.rglob("*.py"))
 
 
 @pytest.mark.parametrize("name", NAMES)

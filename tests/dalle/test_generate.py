@@ -16,7 +16,8 @@ from common.checkpoint import resolve
 from common.outputs.label import open_labelled, read_labels, read_manifest
 from common.outputs.record import OutputDirectory
 from dalle import default_checkpoint
-from generate import main, open_image, open_mask
+from data_tools.images.decode import open_file as open_image
+from generate import main, open_mask
 from serve.label import main as label_command
 
 ROOT = Path(__file__).parent.parent.parent

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-from benchmarks.whiten import Options as MeasureOptions
-from benchmarks.whiten import measure
+from benchmarks.quality.whiten import Options as MeasureOptions
+from benchmarks.quality.whiten import measure
 from data_tools.images.border import background_light, border_matte
 from diffusion.saliency import open_saliency
 from diffusion.saliency.onnx import PRESETS, OnnxSaliency, preset_of

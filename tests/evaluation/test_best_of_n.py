@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks.best_of_n import choose_prompts, main, verdicts
+from benchmarks.quality.best_of_n import choose_prompts, main, verdicts
 from evaluation.compare.choice import ALL_NAMED, Curve, Point
 from evaluation.judges.goods import GoodsJudge
 from evaluation.metrics.attributes import SlotWords

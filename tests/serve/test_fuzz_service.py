@@ -1,11 +1,11 @@
-"""Requests that no honest client sends, and kills; the full counts are those of benchmarks/serve_fuzz.py."""
+"""Requests that no honest client sends, and kills; the full counts are those of benchmarks/service/fuzz.py."""
 
 import random
 
 import httpx
 import pytest
 
-from benchmarks.serve_fuzz import Fuzzer, Target, fuzz, main, problems_of
+from benchmarks.service.fuzz import Fuzzer, Target, fuzz, main, problems_of
 from serve.audit import AuditLog, verify
 
 TEXT = "一件红色的连衣裙"

@@ -10,8 +10,8 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1] / "dalle"))
 from small_checkpoint import CAPTIONS, write_generator
 
-from benchmarks import weights_quality
-from benchmarks.weights_quality import main, psnr, tokens_after
+from benchmarks.quality import weights as weights_quality
+from benchmarks.quality.weights import main, psnr, tokens_after
 from dalle.engines import FastOptions
 from dalle.pipeline import TextToImage
 from dalle.sampling import SamplingOptions

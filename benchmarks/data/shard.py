@@ -1,8 +1,8 @@
 """How near the data path is to its limit: TSV to shards, shards to batches, and memory against the number of rows.
 
-    python -m benchmarks.data_shard                       # a quarter of an hour on two cores
-    python -m benchmarks.data_shard --rows 500 --rounds 1 --memory-rows 200 2000
-    python -m benchmarks.data_shard --images ../shared/data/goods
+    python -m benchmarks.data.shard                       # a quarter of an hour on two cores
+    python -m benchmarks.data.shard --rows 500 --rounds 1 --memory-rows 200 2000
+    python -m benchmarks.data.shard --images ../shared/data/goods
 
 Each speed is a ratio to bare Pillow on the same images, in the same run and on as many processes, round by round in
 turn. Two ratios are printed: of wall time, which wants an idle machine, and of processor time, which does not.
@@ -34,7 +34,7 @@ from data_tools.ingest.records import Record
 from data_tools.parallel import cpu_count
 from data_tools.readers.detect import open_source
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 QUALITY, SIDE, BATCH_SIDE = 90, 256, 128
 
 # Runs the command as a user does, then says what it took: wall, processor seconds, peak of this and of any child.

@@ -1,7 +1,7 @@
 """How long does a training wait for shards on a slow, failing server? The goal is under 5 % of its time.
 
-    python -m benchmarks.slow_loading
-    python -m benchmarks.slow_loading --latency-ms 300 --error-share 0.2 --step-ms 20
+    python -m benchmarks.data.slow_loading
+    python -m benchmarks.data.slow_loading --latency-ms 300 --error-share 0.2 --step-ms 20
 
 A server of this process answers each request after `latency_ms`, and fails `error_share` of them: HTTP 503, a closed
 connection, or an answer that ends early. The training is a sleep of `step_ms` a batch; what is timed is how long its

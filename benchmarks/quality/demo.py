@@ -1,7 +1,7 @@
 """How often the demo makes what it was asked for: 10 categories x 10 colours, best of 4 after reranking.
 
-    python -m benchmarks.demo_quality                       # after make demo; also: make bench-demo
-    python -m benchmarks.demo_quality --num-images 8 --cfg-scale 4 --checkpoint runs/dalle
+    python -m benchmarks.quality.demo                       # after make demo; also: make bench-demo
+    python -m benchmarks.quality.demo --num-images 8 --cfg-scale 4 --checkpoint runs/dalle
 
 Every image is judged twice: evaluation.judges.goods, fitted to the training images, names the category, and the
 colour is measured in the pixels. The target is 90 % for each after reranking. Shares come with Wilson's 95 %

@@ -1,9 +1,10 @@
 """How well images follow drawings: edge F1, category, colour, seconds of generator and ControlNet in one table.
 
-    python -m benchmarks.line_control --generator runs/goods_128_lines --controlnet runs/goods_128_controlnet \\
+    python -m benchmarks.quality.line_control --generator runs/goods_128_lines --controlnet runs/goods_128_controlnet \\
         --judge runs/goods_128_judge
-    python -m benchmarks.line_control --like --generator runs/goods_128_lines          # same product, five colours
-    python -m benchmarks.line_control --pairs ../shared/data/line_pairs/val/val_data.parquet --generator runs/line_pairs
+    python -m benchmarks.quality.line_control --like --generator runs/goods_128_lines     # same product, five colours
+    python -m benchmarks.quality.line_control --generator runs/line_pairs \\
+        --pairs ../shared/data/line_pairs/val/val_data.parquet
 
 Held-out images of `--shards` give drawing (Canny at 128 pixels) and caption. Each system makes one image with the
 drawing and one without, of the same seed. Category by the judge's first guess where one is named; colour by the nearest

@@ -1,7 +1,7 @@
 """What the ranker is worth: best of 8 by it against random of 8, on category and colour by an independent judge.
 
-    python -m benchmarks.best_of_n                                # the newest generator, ranker and judge of runs/
-    python -m benchmarks.best_of_n --checkpoint runs/goods_128_dalle --ranker runs/goods_128_ranker \\
+    python -m benchmarks.quality.best_of_n                             # the newest generator, ranker and judge of runs/
+    python -m benchmarks.quality.best_of_n --checkpoint runs/goods_128_dalle --ranker runs/goods_128_ranker \\
         --judge runs/goods_128_judge --data ../shared/data/goods --num-prompts 300
 
 Prompts are distinct captions of the held-out split that name a category which the judge knows: those that name a colour

@@ -1,7 +1,7 @@
 """The service under requests that no honest client sends, and under kills.
 
-    python -m benchmarks.serve_fuzz                                       # 2,000 requests, 50 kills, minutes
-    python -m benchmarks.serve_fuzz --requests 10000 --kills 1000         # hours on two cores
+    python -m benchmarks.service.fuzz                                       # 2,000 requests, 50 kills, minutes
+    python -m benchmarks.service.fuzz --requests 10000 --kills 1000         # hours on two cores
 
 First requests of broken HTTP, JSON, images, headers and connections, from several clients at once. Then kills: of the
 model worker (SIGKILL), of clients in the middle of a request, now and then of the whole service, while others ask for
@@ -40,7 +40,7 @@ from common.log import say
 from serve.audit import verify
 from serve.keys import KeyStore, Limits, open_database
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TEXT = "一件红色的连衣裙"
 GENERATIONS, EDITS, VARIATIONS = (f"/v1/images/{name}" for name in ("generations", "edits", "variations"))
 ALLOWED_ERRORS = (503, 504)  # of 5xx: restarting or too many connections, and the deadline

@@ -3,8 +3,8 @@
     python -m vq.train_perceptual --data ../shared/data/goods
     python -m vq.train_perceptual --data ../shared/data/goods --loop.run-dir runs/perceptual_eval --loop.seed 1
     python -m vq.train_perceptual --data ../shared/data/goods --loop.run-dir runs/perceptual_caption --target caption
-    python -m benchmarks.tokenizer_ablation --data ../shared/data/goods --num-steps 600
-    python -m benchmarks.tokenizer_ablation --data DATA --rows base no_l2 adversary
+    python -m benchmarks.quality.tokenizer_ablation --data ../shared/data/goods --num-steps 600
+    python -m benchmarks.quality.tokenizer_ablation --data DATA --rows base no_l2 adversary
 
 Every row trains train_vqgan.py into a run directory of its own, so an interrupted table goes on where it stopped. The
 perceptual column is measured with a network of another seed than the one trained with. Writes table.md for docs/log/.

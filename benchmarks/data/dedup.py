@@ -1,8 +1,8 @@
 """Near duplicates among millions of hashes: seconds, memory, and recall against brute force and on planted copies.
 
-    python -m benchmarks.data_dedup
-    python -m benchmarks.data_dedup --count 10000000
-    python -m benchmarks.data_dedup --count 100000 --distance 8
+    python -m benchmarks.data.dedup
+    python -m benchmarks.data.dedup --count 10000000
+    python -m benchmarks.data.dedup --count 100000 --distance 8
 
 Limits (exit code 1 when missed): a million hashes in under 120 s and 2 GiB, ten million in under 600 s and 4 GiB;
 recall on 20,000 of them, and of the copies planted among all, at least 0.999.

@@ -1,7 +1,7 @@
 """Peak memory of clean, dedup, stats and download against the number of rows: what each row adds, in bytes.
 
-    python -m benchmarks.data_memory                               # half an hour on two cores
-    python -m benchmarks.data_memory --rows 1000 10000 --commands clean dedup
+    python -m benchmarks.data.memory                               # half an hour on two cores
+    python -m benchmarks.data.memory --rows 1000 10000 --commands clean dedup
 
 Each command runs as a user runs it, in its own process on synthetic rows (rendered images of 64 pixels, all different).
 No command holds images, so a row may add only what has to be known of every row: ids met before, hashes, lengths.

@@ -2,8 +2,8 @@
 
 from collections import Counter
 
-from benchmarks import slow_loading
-from benchmarks.slow_loading import Options, measure, slow_server, write_shards
+from benchmarks.data import slow_loading
+from benchmarks.data.slow_loading import Options, measure, slow_server, write_shards
 
 
 def test_every_sample_comes_once_from_a_server_that_fails(tmp_path, monkeypatch):

@@ -1,7 +1,7 @@
 """How fast do token shards become training batches on one core? The goal is 20,000 samples a second.
 
-    python -m benchmarks.token_loading
-    python -m benchmarks.token_loading --data data/goods_128_tokens
+    python -m benchmarks.data.token_loading
+    python -m benchmarks.data.token_loading --data data/goods_128_tokens
 
 Reads in the main process (num_workers 0) in the order of training, so that all the work is on one core, and counts
 processor time, which holds on a busy machine; wall time is printed beside it. Without --data the shards are made up:

@@ -1,7 +1,7 @@
 """How well and how fast `border` finds products: 200 synthetic ones with known masks on plain backgrounds.
 
-    python -m benchmarks.whiten                       # one core: taskset -c 0 python -m benchmarks.whiten
-    python -m benchmarks.whiten --background wood --method grabcut --num-images 50
+    python -m benchmarks.quality.whiten                               # one core: taskset -c 0 python -m ...
+    python -m benchmarks.quality.whiten --background wood --method grabcut --num-images 50
 
 IoU at a matte of a half; `white`: pixels without any product that are exactly 255 in the result; images/s by the
 process's own CPU time, so that other work on the core does not count.

@@ -1,7 +1,7 @@
 """What does Ray cost? `data_tools.shard` on the same images with the local engine and on a Ray cluster, in turn.
 
-    python -m benchmarks.ray_overhead                      # wants requirements-ray.txt
-    python -m benchmarks.ray_overhead --rows 2000 --rounds 1
+    python -m benchmarks.data.ray_overhead                      # wants requirements-ray.txt
+    python -m benchmarks.data.ray_overhead --rows 2000 --rounds 1
 
 Goal: at most 10 % more than the local engine on 10,000 images. Each round runs both commands whole, in processes of
 their own, and once each on a few rows, which is what starting takes. Ratios are of what is left without the start, and
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.data_shard import ROOT, SIDE, drawn_images, write_tsv
+from benchmarks.data.shard import ROOT, SIDE, drawn_images, write_tsv
 from common.config import command, parse_options
 from common.files import sha256_file
 from common.log import say

@@ -1,7 +1,7 @@
 """What 16-bit and 8-bit weights change: tokens, images and scores against float32, on the same prompts and seeds.
 
-    python -m benchmarks.weights_quality
-    python -m benchmarks.weights_quality --num-images 4 --contenders cpu_kernel_int8
+    python -m benchmarks.quality.weights
+    python -m benchmarks.quality.weights --num-images 4 --contenders cpu_kernel_int8
 
 Three comparisons with the torch engine in float32. Agreement: the share of tokens that are the same where both read the
 tokens of float32 (each position alone, the same noise). Own images: PSNR between the images that each samples for

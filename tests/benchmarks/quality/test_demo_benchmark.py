@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import demo_quality
-from benchmarks.demo_quality import Verdict, pairs, verdict_grid
+from benchmarks.quality import demo as demo_quality
+from benchmarks.quality.demo import Verdict, pairs, verdict_grid
 from common.checkpoint import write_model
 from common.config import to_mapping
 from common.text.bert_text import TextTowerConfig, write_text_tower

@@ -1,8 +1,8 @@
 """The service against the pipeline that it stands before, and under more load than it can take.
 
-    python -m benchmarks.serve_speed                          # the shipped model, two minutes of overload
-    python -m benchmarks.serve_speed --overload-minutes 10    # the target's time
-    python -m benchmarks.serve_speed --rounds 3 --overload-minutes 0.5 --queue 32     # does it run at all?
+    python -m benchmarks.service.speed                          # the shipped model, two minutes of overload
+    python -m benchmarks.service.speed --overload-minutes 10    # the target's time
+    python -m benchmarks.service.speed --rounds 3 --overload-minutes 0.5 --queue 32     # does it run at all?
 
 Prints: seconds from start to the first image (target: 3); seconds to 8 ranked images over HTTP and in process (target:
 1.25 times); images a second of 16 clients at once and of the pipeline's batches of 16 (target: 90 %); under four times
