@@ -133,7 +133,7 @@ def finished_images(config: SubmitConfig, images: dict[str, Path]) -> Iterator[t
         try:
             image = decode(data)
         except BadImage as error:
-            raise ValueError(f"{path} cannot be submitted: {error.reason} {error.what}") from error
+            raise ValueError(f"{path} cannot be submitted: {error}") from error
         if config.size:
             image = resize(image, "square", config.size)
         first = first or image.size
@@ -243,7 +243,7 @@ def _check_image(field: bytes) -> tuple[tuple[int, int] | None, str]:
     try:
         size = decode(data).size
     except BadImage as error:
-        return None, f"the image is bad: {error.reason} {error.what}"
+        return None, f"the image is bad: {error}"
     return size, "" if is_plain_rgb(data) else "the image is not RGB"
 
 

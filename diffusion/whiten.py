@@ -55,8 +55,7 @@ def whiten_file(source: Path, whitener: Whitener) -> tuple[Image.Image, str, dic
     try:
         found = whitener(decode(data))
     except BadImage as error:
-        reason = f"{error.reason.replace('_', ' ')} {error.what}".strip()
-        raise ValueError(f"{source} is no readable image: {reason}") from error
+        raise ValueError(f"{source} is no readable image: {error}") from error
     with open_plugin(data, sniff(data)) as file:
         image = keep_mark(file, found.image)
         arguments = kept_arguments(file, image, "PNG", whiten=whitener.origin() | {"note": found.note})

@@ -45,7 +45,7 @@ class Sample:
         try:
             return decode(self.path.read_bytes())
         except BadImage as error:
-            raise ValueError(f"{self.path} is no readable image: {_reason(error)}") from error
+            raise ValueError(f"{self.path} is no readable image: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -150,12 +150,8 @@ def _damage(path: Path) -> str:
     try:
         decode(path.read_bytes())
     except BadImage as error:
-        return _reason(error)
+        return str(error)
     return ""
-
-
-def _reason(error: BadImage) -> str:
-    return f"{error.reason}: {error.what}" if error.what else error.reason
 
 
 # --- what generate.py and rerank.py wrote --------------------------------------------------------------------------

@@ -35,8 +35,7 @@ def decoded(data: bytes, param: str, background: str = "white") -> Image.Image:
 
 
 def _unreadable(error: BadImage, param: str) -> ApiError:
-    reason = f"{error.reason.replace('_', ' ')} {error.what}".strip()
-    return ApiError(400, f"The image cannot be read: {reason}.", "invalid_image", param)
+    return ApiError(400, f"The image cannot be read: {error}.", "invalid_image", param)
 
 
 def to_vary(image: bytes, strength: float, model: ModelInfo) -> SourceImage:

@@ -67,7 +67,7 @@ class BadImage(ValueError):
 
     def __init__(self, reason: str, what: str = ""):
         assert reason in HINTS, reason
-        super().__init__(what)
+        super().__init__(": ".join(filter(None, (reason.replace("_", " "), what))))
         self.reason, self.what = reason, what
 
 
@@ -186,8 +186,7 @@ def open_file(path: Path, background: str = "white") -> Image.Image:
     try:
         return decode(path.read_bytes(), background=background)
     except BadImage as error:
-        reason = f"{error.reason.replace('_', ' ')} {error.what}".strip()
-        raise ValueError(f"{path} is no readable image: {reason}") from error
+        raise ValueError(f"{path} is no readable image: {error}") from error
 
 
 def _check_shape(size: tuple[int, int], limits: ImageLimits) -> None:

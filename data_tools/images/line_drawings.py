@@ -190,8 +190,7 @@ def open_drawing(data: bytes, size: int) -> tuple[np.ndarray, str]:
     try:
         drawing = read_drawing(data)
     except BadImage as error:
-        reason = f"{error.reason.replace('_', ' ')} {error.what}".strip()
-        raise ValueError(f"no readable image: {reason}") from error
+        raise ValueError(f"no readable image: {error}") from error
     height, width = drawing.lines.shape
     notes = [] if same_aspect((width, height), (1, 1)) else [f"{width} x {height}, so bars were added"]
     notes += ["its colours were left out"] if drawing.is_coloured else []

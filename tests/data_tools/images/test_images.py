@@ -9,9 +9,18 @@ import pytest
 from make_sources import encoded, some_image
 from PIL import Image
 
-from data_tools.images.decode import BadImage, ImageLimits, decode, encode, resize, sniff
+from data_tools.images.decode import BadImage, ImageLimits, decode, encode, open_file, resize, sniff
 
 RED = (200, 30, 40)
+
+
+def test_what_is_wrong_with_an_image_is_one_sentence(tmp_path):
+    (tmp_path / "notes.png").write_text("hello there")
+    with pytest.raises(ValueError) as error:
+        open_file(tmp_path / "notes.png")
+    reason = "not an image: the first bytes are b'hello th'"
+    assert str(error.value) == f"{tmp_path / 'notes.png'} is no readable image: {reason}"
+    assert str(BadImage("undecodable")) == "undecodable"
 
 
 def reason(data, **limits):
