@@ -26,6 +26,7 @@ XDOG_SIGMA, XDOG_RATIO, XDOG_SHARPNESS = 0.8, 1.6, 20.0
 XDOG_LEVEL, XDOG_SLOPE = 0.75, 2.5
 VISIBLE = 32  # levels: weaker strokes are none
 LEAST_SHARE, MOST_SHARE = 0.0005, 0.65  # of the pixels that are lines: an empty drawing, and no line drawing
+PAPER_SHARE = 0.6  # of the pixels that have about the median colour: it is the paper's
 MOST_STRETCH = 0.02  # difference of aspect between a drawing and its image that is passed over
 
 
@@ -109,14 +110,25 @@ def read_drawing(data: bytes, limits: ImageLimits | None = None) -> Drawing:
 
 
 def normalise(image: Image.Image) -> Drawing:
-    """RGB image -> its strokes. A mean above a half is dark on light; the purest channel counts."""
-    pixels = np.asarray(image.convert("RGB"))
+    """RGB image -> its strokes: how far a pixel is from the paper, in the channel where it is farthest.
+
+    The paper is white where the mean is above a half, else black; or the median colour, where most pixels are of about
+    that: grey, cream and blueprint paper, scans and photographs of paper.
+    """
+    pixels = np.asarray(image.convert("RGB")).astype(np.int16)
     is_dark_on_light = float(pixels.mean()) > 127.5
-    low, high = pixels.min(2), pixels.max(2)
-    is_coloured = bool(((high.astype(int) - low) > VISIBLE).mean() > LEAST_SHARE / 2)
-    if is_dark_on_light:
-        return Drawing(255 - low, "dark_on_light", is_coloured)
-    return Drawing(high, "light_on_dark", is_coloured)
+    step = max(1, max(pixels.shape) // 512)
+    some = pixels[::step, ::step]
+    paper = np.median(some, (0, 1)).astype(np.int16)
+    if (np.abs(some - paper).max(2) <= VISIBLE).mean() < PAPER_SHARE:
+        paper = np.full(3, 255 if is_dark_on_light else 0, np.int16)
+    farther = paper - pixels if is_dark_on_light else pixels - paper
+    most = (
+        int(paper.max()) if is_dark_on_light else 255 - int(paper.min())
+    )  # of the strongest stroke on such paper
+    lines = (farther.max(2).clip(0, most) * (255 / max(1, most))).round().astype(np.uint8)
+    is_coloured = bool(((pixels.max(2) - pixels.min(2)) > VISIBLE).mean() > LEAST_SHARE / 2)
+    return Drawing(lines, "dark_on_light" if is_dark_on_light else "light_on_dark", is_coloured)
 
 
 def require_lines(drawing: Drawing) -> Drawing:

@@ -110,6 +110,28 @@ class TestGivenDrawings:
         assert found.polarity == polarity and not found.is_coloured
         assert found.lines[24, 24] == 255 and found.lines[0, 0] == 0 and found.lines[48, 48] == 0
 
+    @pytest.mark.parametrize(
+        ("paper", "ink", "level"),
+        [
+            ("#ffeecc", "black", 255),  # cream
+            ("#b4b4b4", "#000000", 255),  # a photograph of paper in the shade
+            ("#fafafa", "#c8c8c8", 51),  # a pencil: 50 of 250 levels
+            ("#1e3c96", "white", 255),  # blueprint
+            ("#ffeecc", "#cc2200", 204),  # red on cream: 204 of 255 levels of green
+        ],
+    )
+    def test_paper_of_another_colour(self, paper, ink, level):
+        plain, found = normalise(drawing()).lines, normalise(drawing(paper=paper, ink=ink)).lines
+        assert np.array_equal(found, np.where(plain == 255, level, 0))
+
+    def test_uneven_paper_keeps_its_strokes(self):
+        shade = np.linspace(150, 190, 96)[None, :, None].repeat(96, 0).repeat(3, 2).astype(np.uint8)
+        strokes = np.asarray(drawing().convert("L"))[..., None] == 0
+        found = read_drawing(
+            encoded(Image.fromarray(np.where(strokes, 20, shade).astype(np.uint8)), "png")
+        ).lines
+        assert found[strokes[..., 0]].min() > 200 and found[~strokes[..., 0]].max() < 40
+
     def test_a_coloured_stroke_is_full_ink(self):
         found = normalise(drawing(ink=(255, 230, 0)))  # yellow: hardly darker than paper
         assert found.is_coloured and found.lines.max() == 255
