@@ -25,7 +25,7 @@ class SamplingOptions:
     """Keep the likeliest tokens that together reach this probability; 1 keeps all."""
     min_p: float = 0.0
     """Drop tokens below this share of the likeliest one's probability; 0 keeps all."""
-    cfg_scale: float = 3.0
+    cfg_scale: float = 4.5
     """Guidance: how far to go from the image without text (0) through the plain one (1) beyond it."""
     cfg_schedule: Schedule = "constant"
     """How guidance grows from 1 to cfg_scale over the positions of an image."""

@@ -44,7 +44,7 @@ class Options(MeasuringOptions):
     """Generator; empty: the one that was trained last."""
     prompts: Path | None = None
     """File of prompts, see data_tools/prompts.py; None: captions of the reference."""
-    cfg_scales: tuple[float, ...] = (1.0, 2.0, 3.0, 4.0, 6.0)
+    cfg_scales: tuple[float, ...] = (1.0, 2.0, 3.0, 4.5, 6.0)
     """Guidance to try."""
     temperatures: tuple[float, ...] = (0.9, 1.0)
     """Temperatures to try."""
