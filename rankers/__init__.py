@@ -14,6 +14,8 @@ from typing import Any
 import common  # noqa: F401 (before torch: Ctrl-C meanwhile leaves no traceback)
 
 DEFAULT_RANKER = "pretrained/goods-128/ranker"
+ITS_GENERATORS = ("pretrained/goods-128/generator", "pretrained/goods-256/generator")
+"""Whose images it was trained to order."""
 
 
 def load_ranker(name: str | Path, device: str = "auto", precision: str = "auto") -> Any:
@@ -39,11 +41,11 @@ def load_ranker(name: str | Path, device: str = "auto", precision: str = "auto")
 
 def default_ranker(generator: str = "") -> Path:
     """The newest ranker trained here, else the one that ships; for images of the generator that ships (`generator`:
-    the sha256 of what made them) the one beside it. Raises FileNotFoundError saying how to get one."""
+    the sha256 of what made them) the one that ships. Raises FileNotFoundError saying how to get one."""
     from common.files import shipped
     from common.run_dir import newest_run
 
-    if generator and generator == _shipped_generator():
+    if generator and generator in _shipped_generators():
         return shipped(DEFAULT_RANKER)
     found = newest_run("ranker")
     if found is None and (shipped(DEFAULT_RANKER) / "config.json").is_file():
@@ -56,15 +58,14 @@ def default_ranker(generator: str = "") -> Path:
     return found
 
 
-def _shipped_generator() -> str | None:
-    """The sha256 of the generator beside the ranker that ships; None where one of them is missing."""
+def _shipped_generators() -> set[str]:
+    """The sha256 of the generators that ship with the ranker; empty where it is missing."""
     from common.files import read_json, shipped
 
-    ranker = shipped(DEFAULT_RANKER)
-    config = ranker.parent / "generator/config.json"
-    if not (config.is_file() and (ranker / "config.json").is_file()):
-        return None
-    return read_json(config).get("sha256")
+    if not (shipped(DEFAULT_RANKER) / "config.json").is_file():
+        return set()
+    configs = (shipped(name) / "config.json" for name in ITS_GENERATORS)
+    return {read_json(config).get("sha256", "") for config in configs if config.is_file()}
 
 
 def _own(name: str, device: str, precision: str) -> Any:

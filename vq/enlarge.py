@@ -1,6 +1,6 @@
 """A tokenizer of images of S pixels -> one of 2 S pixels with the same codes, whose decoder is then trained.
 
-    python -m vq.enlarge runs/goods_128_vqgan_one runs/goods_256_start
+    python -m vq.enlarge pretrained/goods-128/generator/image_tokenizer runs/goods_256_start
     python train_vqgan.py --config configs/goods_256/vqgan_decoder.yaml      # --init runs/goods_256_start
 
 One more level of the Haar transform stands before the first and after the last convolution. The encoder reads the new
