@@ -36,7 +36,7 @@ def show(sweep: Sweep) -> None:
         if found.is_sure:
             value = found.value
             print(
-                f"{found.figure}: {value.value:+.4g} [{value.low:+.4g}, {value.high:+.4g}] against the defaults"
+                f"{found.metric}: {value.value:+.4g} [{value.low:+.4g}, {value.high:+.4g}] against the defaults"
             )
 
 

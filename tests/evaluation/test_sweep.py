@@ -1,11 +1,14 @@
 import json
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from dalle.sampling import SamplingOptions
+from evaluation.compare.arena_results import Difference
+from evaluation.compare.sweep_page import show
 from evaluation.compare.sweep_results import KNOBS, Trial, flags, mean_ranks, objective_metric, setting_name
 from evaluation.metrics.rows import Metric
 from evaluation.metrics.statistics import Interval
@@ -44,8 +47,8 @@ def test_what_decides_is_named():
 
 
 def quality(sampling: SamplingOptions) -> dict[str, Metric]:
-    """Best at cfg 4, top-p 0.9, temperature 0.9; top-k does nothing."""
-    value = abs(sampling.cfg_scale - 4) + abs(sampling.top_p - 0.9) + abs(sampling.temperature - 0.9)
+    """Best at cfg 2, top-p 0.9, temperature 0.9; top-k does nothing."""
+    value = abs(sampling.cfg_scale - 2) + abs(sampling.top_p - 0.9) + abs(sampling.temperature - 0.9)
     return {"frechet_distance[j]": metric("frechet_distance[j]", value, False)}
 
 
@@ -59,11 +62,11 @@ def test_the_search_finds_the_best_and_asks_once_a_setting(grid):
 
     stages = search(Options(grid=grid, objectives=("frechet_distance",)), evaluate)
     best = stages[-1].winner.sampling
-    assert best == SamplingOptions(cfg_scale=4, temperature=0.9, top_p=0.9)
+    assert best == SamplingOptions(cfg_scale=2, temperature=0.9, top_p=0.9)
     assert len(asked) == len(set(asked)) == (5 * 2 * 2 * 3 if grid == "full" else 5 + 1 + 1 + 2)
     assert [stage.knob for stage in stages] == ([""] if grid == "full" else list(KNOBS))
-    assert flags(best) == "--cfg-scale 4 --temperature 0.9 --top-k 0 --top-p 0.9"
-    assert setting_name(best) == "cfg4-t0.9-k0-p0.9"
+    assert flags(best) == "--cfg-scale 2 --temperature 0.9 --top-k 0 --top-p 0.9"
+    assert setting_name(best) == "cfg2-t0.9-k0-p0.9"
 
 
 def test_the_search_starts_at_values_that_were_given():
@@ -114,6 +117,13 @@ def test_a_whole_sweep(tmp_path, shards, judge_dir, generator_dir, capsys):
 
 def lines(folder):
     return [text for path in folder.glob("*/images.jsonl") for text in path.read_text("utf-8").splitlines()]
+
+
+def test_sure_differences_are_printed_by_the_name_of_their_metric(capsys):
+    sure = Difference("category_right[judge]", "default", "winner", Interval(0.1, 0.05, 0.2), True)
+    chance = replace(sure, metric="coverage", value=Interval(0.1, -0.05, 0.2))
+    show(SimpleNamespace(stages=[], differences=[sure, chance]))
+    assert capsys.readouterr().out == "category_right[judge]: +0.1 [+0.05, +0.2] against the defaults\n"
 
 
 def test_what_cannot_be_swept_is_refused(tmp_path, shards, judge_dir, generator_dir, ranker_dir, capsys):
