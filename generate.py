@@ -35,7 +35,7 @@ from common.files import sha256_file
 from common.log import say
 from common.outputs.label import LabelOptions
 from common.outputs.out_directory import OutDirectory, Request
-from dalle import default_checkpoint
+from dalle import default_checkpoint, inpaint
 from dalle.engines import FastOptions
 from dalle.inpaint import Source
 from dalle.lines import LineControl
@@ -158,26 +158,22 @@ def open_mask(path: Path, image: Image.Image) -> Image.Image:
 
 def make_source(options: Options, pipeline: TextToImage) -> Source | None:
     """The image that new ones start from, if one was given."""
-    from dalle import inpaint
+    path = options.prime or options.inpaint or options.vary or options.like
+    if path is None:
+        return None
     from data_tools.images.decode import open_file as open_image
 
-    tokenizer = pipeline.image_tokenizer
+    tokenizer, image = pipeline.image_tokenizer, open_image(path)
     if options.prime:
-        return inpaint.prime(tokenizer, open_image(options.prime), options.keep_rows)
+        return inpaint.prime(tokenizer, image, options.keep_rows)
     if options.inpaint:
-        image = open_image(options.inpaint)
         return inpaint.inpaint(tokenizer, image, open_mask(options.mask, image))
     if options.vary:
-        strength = 0.5 if options.strength is None else options.strength
-        return inpaint.vary(tokenizer, open_image(options.vary), strength)
-    if options.like:
-        source = inpaint.keep_background(tokenizer, open_image(options.like))
-        if source is None:
-            say(
-                f"note: {options.like} has no plain background that could be kept: all of the image is made anew"
-            )
-        return source
-    return None
+        return inpaint.vary(tokenizer, image, 0.5 if options.strength is None else options.strength)
+    source = inpaint.keep_background(tokenizer, image)
+    if source is None:
+        say(f"note: {path} has no plain background that could be kept: all of the image is made anew")
+    return source
 
 
 def make_line(options: Options, pipeline: TextToImage) -> LineControl | None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from common.image import to_tensor
 from common.square import resize_square
 from dalle.sampling import Canvas
+from data_tools.images.border import border_matte, is_plausible
 from vq.model import ImageTokenizer
 
 LEAST_COVER = 0.1  # of a pixel of a token: what the product covers less is background
@@ -79,8 +80,6 @@ def vary(tokenizer: ImageTokenizer, image: Image.Image, strength: float) -> Sour
 
 def keep_background(tokenizer: ImageTokenizer, image: Image.Image) -> Source | None:
     """Redraw the tokens that the product touches and keep the others; None where no plain background is found."""
-    from data_tools.images.border import border_matte, is_plausible
-
     size, factor = tokenizer.image_size, tokenizer.downsample_factor
     matte = border_matte(resize_square(image, size))
     if not is_plausible(matte):

@@ -16,6 +16,7 @@ from PIL import Image
 
 from common.files import sha256_file
 from common.log import say
+from data_tools.images.border import PLAUSIBLE
 from diffusion.saliency import OnnxPreset, Saliency, SaliencyName, open_saliency
 
 
@@ -72,8 +73,6 @@ class Whitener:
 
     def __call__(self, image: Image.Image) -> Whitened:
         """RGB image -> the same size."""
-        from data_tools.images.border import PLAUSIBLE
-
         image = image.convert("RGB")
         matte = refine(self.saliency.mask(image), self.options)
         share = float(matte.mean())

@@ -40,8 +40,8 @@ def load_ranker(name: str | Path, device: str = "auto", precision: str = "auto")
 
 
 def default_ranker(generator: str = "") -> Path:
-    """The newest ranker trained here, else the one that ships; for images of the generator that ships (`generator`:
-    the sha256 of what made them) the one that ships. Raises FileNotFoundError saying how to get one."""
+    """The newest ranker trained here, else the one that ships; always the latter for images of a generator that
+    ships (`generator`: the sha256 of what made them). Raises FileNotFoundError saying how to get one."""
     from common.files import shipped
     from common.run_dir import newest_run
 

@@ -3,4 +3,4 @@
 from typing import Literal
 
 LineMethod = Literal["canny", "xdog", "contour"]
-"""How lines are drawn (line_drawings.py). Here, so that options name them and import nothing else."""
+"""Methods of line extraction (line_drawings.py). Here, so that options name them and import nothing else."""

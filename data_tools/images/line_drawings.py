@@ -116,12 +116,12 @@ def normalise(image: Image.Image) -> Drawing:
     that: grey, cream and blueprint paper, scans and photographs of paper.
     """
     pixels = np.asarray(image.convert("RGB")).astype(np.int16)
-    is_dark_on_light = float(pixels.mean()) > 127.5
     step = max(1, max(pixels.shape) // 512)
     some = pixels[::step, ::step]
     paper = np.median(some, (0, 1)).astype(np.int16)
     if (np.abs(some - paper).max(2) <= VISIBLE).mean() < PAPER_SHARE:
-        paper = np.full(3, 255 if is_dark_on_light else 0, np.int16)
+        paper = np.full(3, 255 if pixels.mean() > 127.5 else 0, np.int16)
+    is_dark_on_light = bool(pixels.mean() <= paper.mean())
     farther = paper - pixels if is_dark_on_light else pixels - paper
     most = (
         int(paper.max()) if is_dark_on_light else 255 - int(paper.min())

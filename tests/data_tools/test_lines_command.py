@@ -117,6 +117,7 @@ class TestGivenDrawings:
             ("#b4b4b4", "#000000", 255),  # a photograph of paper in the shade
             ("#fafafa", "#c8c8c8", 51),  # a pencil: 50 of 250 levels
             ("#1e3c96", "white", 255),  # blueprint
+            ("#b4b4b4", "white", 255),  # chalk
             ("#ffeecc", "#cc2200", 204),  # red on cream: 204 of 255 levels of green
         ],
     )

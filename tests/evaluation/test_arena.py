@@ -6,7 +6,6 @@ import pytest
 from reference_shards import caption, write_out_dir
 from tiny_goods import COLORS, KINDS
 
-from dalle.sampling import SamplingOptions
 from evaluation.arena import join_systems, main
 
 TEXTS = [caption(kind, color) for kind in KINDS for color in COLORS]
@@ -79,7 +78,7 @@ def test_our_generator_against_itself_drawn_here_and_gone_on(tmp_path, shards, j
     match = main(line)
     assert match.texts == tuple(texts[:2]) and len(match.unusable) == 1
     a, b = (system.samples for system in match.systems)
-    assert a.settings["sampling"]["cfg_scale"] == SamplingOptions().cfg_scale
+    assert a.settings["sampling"]["cfg_scale"] == 4.5
     assert b.settings["sampling"]["top_k"] == 3
     assert [len(system.curves) > 0 for system in match.systems] == [True, True], "chosen by likelihoods"
     assert all(p.width <= 2 for system in match.systems for c in system.curves for p in c.points)
