@@ -7,7 +7,7 @@ again are all in the peak, as they would be on the device; workspaces of convolu
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_leaves
 from common.distributed import BatchPlan, World
 from common.log import say
 from common.machine.memory import free_memory
+from common.precision import has_native_bf16
 from diffusion.tuning.options import TuneOptions, TunePrecision
-from diffusion.tuning.step import autocast_for
 
 GIB = 2**30
 SLACK = 0.95  # of the free memory may be planned with: allocators round up
@@ -37,9 +37,10 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given:  # no view
                 self._add(tensor.untyped_storage())
         return out
 
@@ -74,6 +75,20 @@ def _become_fake_(module: nn.Module) -> None:
                 layer._parameters[name] = nn.Parameter(fake, value.requires_grad)
         for name, value in layer._buffers.items():
             layer._buffers[name] = None if value is None else torch.empty(value.shape, dtype=value.dtype)
+
+
+def computed_in(precision: TunePrecision, device: torch.device) -> TunePrecision:
+    """What a step on `device` computes in: bf16 where it is native and not turned off."""
+    if precision == "auto" or (precision == "bf16" and device.type == "cpu"):
+        return "bf16" if has_native_bf16(device) else "fp32"
+    return precision
+
+
+def _autocast_of_any_machine(precision: TunePrecision) -> AbstractContextManager:
+    """Casts as the device would, whatever this machine computes natively; `auto` is bf16."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast("cpu", torch.float16 if precision == "fp16" else torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -112,7 +127,7 @@ def step_peak(
     timesteps = torch.zeros(latent_shape[0], dtype=torch.long)
     with LiveBytes() as live:
         for _ in range(1 + accumulates):
-            with autocast_for(torch.device("cpu"), precision):
+            with _autocast_of_any_machine(precision):
                 prediction = unet(noisy, timesteps, hidden).sample
             (prediction.float() - noisy).square().mean().backward()
             del prediction
@@ -122,7 +137,7 @@ def step_peak(
 def encoding_peak(vae: nn.Module, image_shape: Sequence[int], precision: TunePrecision) -> float:
     """Bytes alive at the worst moment of encoding images (B, 3, H, W). To be called on fake tensors."""
     images = torch.randn(*image_shape)
-    with torch.no_grad(), LiveBytes() as live, autocast_for(torch.device("cpu"), precision):
+    with torch.no_grad(), LiveBytes() as live, _autocast_of_any_machine(precision):
         vae.encode(images)
         return float(live.peak)
 
@@ -195,7 +210,8 @@ def require_memory(task: Any, options: TuneOptions, plan: BatchPlan, data: Any, 
             parameter.requires_grad_(name in trained)
 
     networks = Networks(dict(base.unet.config), dict(base.vae.config), base.text_len, prepare)
-    sizes = (plan.micro_batch_size, side, options.precision, options.gradient_checkpointing)
+    precision = computed_in(options.precision, world.device)
+    sizes = (plan.micro_batch_size, side, precision, options.gradient_checkpointing)
     memory = plan_step(networks, *sizes, task.ema is not None, world.size, zero, plan.accumulation > 1)
     free = free_memory(str(world.device))
     if world.is_main:
