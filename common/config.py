@@ -137,12 +137,23 @@ def _boolean_flags(cls: type, prefix: str = "") -> Iterator[str]:
 
 
 def _complete_bare_flags(args: list[str], boolean: set[str]) -> list[str]:
-    result = []
-    for i, arg in enumerate(args):
+    """`--flag` alone is True; true and false may be written small, as in YAML."""
+    result: list[str] = []
+    expects_value = False
+    for arg, following in zip(args, [*args, ""][1:], strict=True):
+        name, equals, value = arg.partition("=")
+        is_flag = name.replace("_", "-") in boolean
+        if expects_value or (is_flag and equals):
+            value = arg if expects_value else value
+            arg = arg.removesuffix(value) + (_BOOLEANS.get(value.lower(), value))
         result.append(arg)
-        if arg.replace("_", "-") in boolean and args[i + 1 : i + 2] not in (["True"], ["False"]):
+        expects_value = is_flag and not equals and following.lower() in _BOOLEANS
+        if is_flag and not equals and not expects_value:
             result.append("True")
     return result
+
+
+_BOOLEANS = {"true": "True", "false": "False"}
 
 
 def _require_text(args: Sequence[str]) -> None:

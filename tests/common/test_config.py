@@ -93,6 +93,14 @@ def test_a_flag_alone_means_true(flags, tmp_path):
     assert not parse_options(Options, ["--resume", "False"]).resume
 
 
+@pytest.mark.parametrize(
+    "flags", [["--resume", "false"], ["--resume=false"], ["--resume=False"], ["--resume", "FALSE"]]
+)
+def test_false_may_be_written_small_as_in_yaml(flags):
+    assert not parse_options(Options, [*flags, "--steps", "3"]).resume
+    assert parse_options(Options, ["--resume", "true", "--folder", "true"]).folder == Path("true")
+
+
 @pytest.mark.parametrize("flag", [["--local_rank=1"], ["--local-rank", "1"], ["--local_rank", "1"]])
 def test_the_launchers_local_rank_is_ignored(flag):
     assert parse_options(Options, [*flag, "--steps", "3"]).steps == 3
