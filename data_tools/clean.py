@@ -28,7 +28,7 @@ from common.files import read_lines, sha256_file
 from data_tools.engine import EngineOptions
 from data_tools.images.decode import BadImage, ImageLimits, decode, image_size
 from data_tools.ingest.records import HINTS, Problem, Record, problem
-from data_tools.ingest.rewrite import Steps, print_report, rewrite
+from data_tools.ingest.rewrite import Steps, print_report, require_kept, rewrite
 from data_tools.ingest.shard_run import announce, say
 from data_tools.readers.base import KeyTable, ReaderOptions
 from data_tools.readers.detect import open_source
@@ -280,10 +280,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     report = clean(config)
     print_report(report, config.dst, REASONS)
     say(f"  {time.monotonic() - start:.1f} s")
-    if not report["kept"]:
-        raise ValueError(
-            f"no row of {config.src} was kept; the reasons are above and in {config.dst}/dropped.jsonl"
-        )
+    require_kept(report, config.src, config.dst)
     return report
 
 

@@ -34,7 +34,7 @@ from data_tools.images.line_drawings import (
 )
 from data_tools.ingest.prepare import ImageOptions, Prepare
 from data_tools.ingest.records import HINTS, Problem, Record, problem
-from data_tools.ingest.rewrite import Steps, print_report, rewrite
+from data_tools.ingest.rewrite import Steps, print_report, require_kept, rewrite
 from data_tools.ingest.shard_run import say
 from data_tools.readers.base import ReaderOptions
 from data_tools.readers.detect import open_source
@@ -189,10 +189,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     report = lines(config)
     print_report(report, config.dst, REASONS)
     say(f"  {time.monotonic() - start:.1f} s")
-    if not report["kept"]:
-        raise ValueError(
-            f"no row of {config.src} was kept; the reasons are above and in {config.dst}/dropped.jsonl"
-        )
+    require_kept(report, config.src, config.dst)
     return report
 
 

@@ -60,6 +60,12 @@ class _Rewriting(ShardRun):
         return {"counts": dict(self.journal.counts)}
 
 
+def require_kept(report: dict[str, Any], src: str, dst: str) -> None:
+    """Raises ValueError where nothing of `src` was kept."""
+    if not report["kept"]:
+        raise ValueError(f"no row of {src} was kept; the reasons are above and in {dst}/dropped.jsonl")
+
+
 def print_report(report: dict[str, Any], dst: str, hints: dict[str, str]) -> None:
     """Counts by reason, the most frequent first, each with what to do."""
     splits = ", ".join(f"{name} {count}" for name, count in sorted(report["splits"].items()))
