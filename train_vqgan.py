@@ -177,9 +177,10 @@ class TokenizerTask:
             self.model.quantizer.update_(self.world)
         self.training.update_average()
         if self.adversary:
-            pair = (batch["image"].to(self.world.device), torch.cat(reconstructions))
-            real, fake = (self._network_view(x, step) for x in pair)
-            totals |= self.adversary.train_step(real, fake, lr / self.options.optim.lr, step)
+            real, fake = self._view(batch["image"].to(self.world.device), step), torch.cat(reconstructions)
+            totals |= self.adversary.train_step(
+                real, self._view(fake, step), lr / self.options.optim.lr, step
+            )
         if self.model.quantizer.has_codebook and not self.options.freeze_codes:
             self._care_for_codebook(batch["image"], step + 1)
         return totals | {"lr": lr}
@@ -211,7 +212,7 @@ class TokenizerTask:
             loss = loss + options.grid_weight * repeated
         if self.perceptual:
             with autocast(self.world.device, self.options.precision):
-                views = (self._network_view(x, step) for x in (leaf, images))
+                views = (self._perceptual_view(x, step) for x in (leaf, images))
                 perceptual_loss = self.perceptual(*views).mean()
             metrics["perceptual_loss"] = float(perceptual_loss.detach())
             loss = loss + options.perceptual_weight * perceptual_loss
@@ -219,7 +220,7 @@ class TokenizerTask:
         (gradient,) = torch.autograd.grad(loss, leaf)
         if self.adversary:
             last_layer = self.model.decoder.last_layer
-            view = partial(self._network_view, step=step)
+            view = partial(self._view, step=step)
             extra, more = self.adversary.gradient(
                 reconstruction, leaf, images, gradient, last_layer, step, view
             )
@@ -227,12 +228,15 @@ class TokenizerTask:
             metrics |= more
         return gradient, metrics
 
-    def _network_view(self, images: Tensor, step: int) -> Tensor:
-        """What the perceptual network and the adversary see of `images` at this step."""
+    def _perceptual_view(self, images: Tensor, step: int) -> Tensor:
+        """`_view`, at the side that the perceptual network is given."""
         key = (self.options.loop.seed, step)
-        images = shrunk_or_cropped(images, self.options.loss.perceptual_side, key)
+        return self._view(shrunk_or_cropped(images, self.options.loss.perceptual_side, key), step)
+
+    def _view(self, images: Tensor, step: int) -> Tensor:
+        """What the perceptual network and the adversary see of `images` at this step."""
         smallest = max(SMALLEST_VIEW, self.options.adversary.discriminator.smallest_side)
-        return shifted(images, self.options.loss.jitter, smallest, key)
+        return shifted(images, self.options.loss.jitter, smallest, (self.options.loop.seed, step))
 
     def _announce(self, step: int) -> None:
         if not self.adversary:

@@ -11,7 +11,7 @@ from common.distributed import World
 from common.engine import make_engine
 from common.optim import OptimConfig, adamw
 from common.precision import Precision, autocast
-from vq.losses.discriminator import DiscriminatorConfig, build_discriminator
+from vq.losses.discriminator import DiscriminatorConfig, PatchDiscriminator
 from vq.losses.reconstruction import (
     AdversarialLoss,
     adaptive_weight,
@@ -78,17 +78,12 @@ class AdversaryConfig:
         return min(1.0, (step - self.counts_from + 1) / (self.ramp_steps + 1))
 
 
-def _mean(terms: list[Tensor]) -> Tensor:
-    """Of the heads of a discriminator, each of which counts alike."""
-    return torch.stack(terms).mean()
-
-
 class Adversary:
     """The discriminator with its optimizer."""
 
     def __init__(self, config: AdversaryConfig, world: World, plan: Any, precision: Precision) -> None:
         self.config, self.world, self.plan, self.precision = config, world, plan, precision
-        model = build_discriminator(config.discriminator)
+        model = PatchDiscriminator(config.discriminator)
         self.model = model.to(world.device, memory_format=torch.channels_last)
         optimizer = adamw(self.model, OptimConfig(lr=config.lr, beta1=0.5, beta2=0.9, weight_decay=0.0))
         self.engine = make_engine(self.model, optimizer, world, plan, grad_clip=1.0, name="plain")
@@ -115,7 +110,7 @@ class Adversary:
             return None, {}
         with autocast(self.world.device, self.precision):
             logits, features = self.model(view(leaf))
-        loss = gen_loss = _mean([generator_loss(self.config.loss, head) for head in logits])
+        loss = gen_loss = generator_loss(self.config.loss, logits)
         metrics = {"gen_loss": float(gen_loss.detach())}
         if self.config.feature_weight:
             with torch.no_grad(), autocast(self.world.device, self.precision):
@@ -146,15 +141,13 @@ class Adversary:
             pair = torch.cat([micro["real"], micro["fake"]]).to(memory_format=torch.channels_last)
             with autocast(self.world.device, self.precision):
                 logits, _ = self.engine.model(pair)
-            heads = [head.float().chunk(2) for head in logits]
-            loss = _mean([discriminator_loss(self.config.loss, real, fake) for real, fake in heads])
+            real, fake = logits.float().chunk(2)
+            loss = discriminator_loss(self.config.loss, real, fake)
             if self.config.lecam_weight and step > self.config.start_step:
-                averages = (self.real_average, self.fake_average)
-                regulariser = _mean([lecam_loss(real, fake, *averages) for real, fake in heads])
+                regulariser = lecam_loss(real, fake, self.real_average, self.fake_average)
                 loss = loss + self.config.lecam_weight * regulariser
             self.engine.backward(loss)
-            real_mean, fake_mean = (_mean([pair[i].mean() for pair in heads]) for i in (0, 1))
-            means = {"disc_loss": loss, "logits_real": real_mean, "logits_fake": fake_mean}
+            means = {"disc_loss": loss, "logits_real": real.mean(), "logits_fake": fake.mean()}
             for name, value in means.items():
                 sums[name] += float(value.detach()) / self.plan.accumulation
         self.engine.step()
