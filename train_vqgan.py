@@ -39,7 +39,7 @@ from common.precision import autocast
 from common.training_state import TrainingState
 from data_tools.augment import Chain
 from data_tools.shards.loader import DecodeImage, eval_batches, train_batches
-from data_tools.synthetic.shards import ensure_synthetic
+from data_tools.synthetic.shards import embedded_default, ensure_synthetic
 from vq.data import open_train_and_val, small_images, train_decoder
 from vq.losses.adversary import Adversary
 from vq.losses.foreground import pixel_weights
@@ -420,9 +420,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         say(
             "no --data given: training on the embedded default, product-like images rendered by data_tools.synthetic"
         )
-        ensure_synthetic(Path("data/synthetic"), image_size=model.image_size)
+        ensure_synthetic(embedded_default(model.image_size), image_size=model.image_size)
     world.barrier()
-    data = options.data or "data/synthetic"
+    data = options.data or str(embedded_default(model.image_size))
     plan = batch_plan(options.loop.global_batch_size, world.size, options.loop.micro_batch_size)
     train, val = open_train_and_val(data, options.image_folder, options.remote)
     if world.is_main:

@@ -31,7 +31,7 @@ from data_tools.shards.encode import Views
 from data_tools.shards.holdout import open_splits
 from data_tools.shards.index import ShardIndex, ShardSource
 from data_tools.shards.loader import IMAGE_SUFFIXES, DecodeImage, eval_batches, train_batches
-from data_tools.synthetic.shards import ensure_synthetic
+from data_tools.synthetic.shards import embedded_default, ensure_synthetic
 from diffusion.base import quiet
 from diffusion.scratch.autoencoder_task import KIND as AUTOENCODER_KIND
 from diffusion.scratch.autoencoder_task import AutoencoderTask, StageA
@@ -47,7 +47,6 @@ from diffusion.scratch.latents import (
 from diffusion.scratch.options import Options
 from diffusion.scratch.unet_task import StageC, UnetTask, describe
 
-SYNTHETIC = Path("data/synthetic")
 STATISTICS_IMAGES = 512  # that mean and deviation of the latents are taken of
 COSTS_FILE = "costs.json"
 MIN_COLOR_SLOPE = 0.8  # below it colours are washed out, and latents would keep them so
@@ -200,12 +199,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     try:
         options.text.load_tokenizer()  # what is missing is said before hours of stage A
         ensure_writable_directory(options.loop.run_dir)
-        source = options.data or str(SYNTHETIC)
+        size = options.autoencoder.image_size
+        source = options.data or str(embedded_default(size))
         if not options.data and world.is_main:
             say(
                 "no --data given: training on the embedded default, product-like images of data_tools.synthetic"
             )
-            ensure_synthetic(SYNTHETIC, image_size=options.autoencoder.image_size)
+            ensure_synthetic(embedded_default(size), image_size=size)
         world.barrier()
         if not (options.loop.run_dir / "vae").is_dir():
             train_autoencoder(options, source, world)

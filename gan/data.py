@@ -23,13 +23,12 @@ from data_tools.shards.captions import CaptionChoice, pick_caption
 from data_tools.shards.holdout import open_splits
 from data_tools.shards.index import ShardIndex
 from data_tools.shards.loader import IMAGE_SUFFIXES, DecodeImage, eval_batches, train_batches
-from data_tools.synthetic.shards import ensure_synthetic
+from data_tools.synthetic.shards import embedded_default, ensure_synthetic
 from gan.options import Options
 from gan.text import FOLDER, copy_text_folder, is_known, open_tokenizer, ranker_text
 from vq.data import small_images
 from vq.losses.labels import label_of
 
-SYNTHETIC = Path("data/synthetic")
 LABELS_FILE = "labels.json"
 MOST_LABELS = 512
 LOOK_AT = 20_000  # samples that captions and categories are learned from
@@ -72,9 +71,9 @@ class TrainData:
             say(
                 "no --data given: training on the embedded default, product-like images made by data_tools.synthetic"
             )
-            ensure_synthetic(SYNTHETIC, image_size=size)
+            ensure_synthetic(embedded_default(size), image_size=size)
         world.barrier()
-        source = options.data or str(SYNTHETIC)
+        source = options.data or str(embedded_default(size))
         train, val = (index.require(*IMAGE_SUFFIXES) for index in open_splits(source, options.remote))
         if len(val) < 2:
             raise ValueError(

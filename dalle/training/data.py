@@ -36,8 +36,6 @@ from vq.encoding import require_tokenizer
 from vq.model import KIND as TOKENIZER_KIND
 from vq.model import ImageTokenizer
 
-SYNTHETIC = Path("data/synthetic")
-
 
 @dataclass(frozen=True)
 class TrainData:
@@ -226,17 +224,18 @@ def require_tokenizers_of(init: str, data: TrainData, new_codes: bool = False) -
 
 def synthetic_tokens(tokenizer: ImageTokenizer, world: World) -> str:
     """The embedded default as token shards of `tokenizer`, made where it is missing."""
-    from data_tools.synthetic.shards import ensure_synthetic
+    from data_tools.synthetic.shards import embedded_default, ensure_synthetic
     from vq.encode_shards import Options, encode_shards
 
+    source = embedded_default(tokenizer.image_size)
     target = Path(f"data/synthetic_tokens_{tokenizer.codes_sha256[:8]}")
     if world.is_main:
         say(
             "no --data given: training on the embedded default, product-like images rendered by data_tools.synthetic"
         )
-        ensure_synthetic(SYNTHETIC, image_size=tokenizer.image_size)
+        ensure_synthetic(source, image_size=tokenizer.image_size)
     world.barrier()
-    encode_shards(tokenizer, Options("", SYNTHETIC, target, views=2), world)
+    encode_shards(tokenizer, Options("", source, target, views=2), world)
     return str(target)
 
 

@@ -42,6 +42,7 @@ __all__ = [
     "KINDS",
     "PATTERNS",
     "Sample",
+    "embedded_default",
     "ensure_synthetic",
     "prompt",
     "render_goods",
@@ -50,6 +51,7 @@ __all__ = [
     "write_caption",
 ]
 
+EMBEDDED = Path("data/synthetic")
 VAL_START = 1_000_000_000
 SAMPLES_PER_SHARD = 1000
 RECIPE_FILE = "synthetic.json"
@@ -191,6 +193,11 @@ def make_record(index: int, seed: int, image_size: int) -> Record:
         "ground": sample.background,
     }
     return Record(f"{index:010d}", buffer.getvalue(), "webp", (sample.caption,), meta, f"synthetic:{index}")
+
+
+def embedded_default(image_size: int) -> Path:
+    """Folder of the embedded default at that side in pixels: what one command renders is in no other one's way."""
+    return EMBEDDED if image_size == 64 else EMBEDDED.with_name(f"{EMBEDDED.name}_{image_size}")
 
 
 def ensure_synthetic(

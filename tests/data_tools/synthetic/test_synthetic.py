@@ -293,3 +293,14 @@ def test_a_file_in_place_of_the_folder_ends_with_code_2(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         synthetic.main([str(tmp_path / "data")])
     assert stop.value.code == 2 and "is a file" in capsys.readouterr().err
+
+
+def test_what_one_command_renders_is_in_no_other_ones_way(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for side in (16, 64, 16):
+        folder = synthetic.embedded_default(side)
+        synthetic.ensure_synthetic(folder, image_size=side, num_train=2, num_val=1)
+    made = {
+        p.name: json.loads((p / "synthetic.json").read_text())["image_size"] for p in Path("data").iterdir()
+    }
+    assert made == {"synthetic": 64, "synthetic_16": 16}
