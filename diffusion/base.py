@@ -7,6 +7,7 @@ the base that diffusion.train_base trains).
 
 import contextlib
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +28,11 @@ TEXT_CLASSES = {
     "BertModel": ("BertTokenizer", "BertTokenizerFast"),
 }
 SPARE_ROWS = 128  # an embedding may be padded to a multiple of this for speed
+
+if (
+    not torch.accelerator.is_available()
+):  # DeepSpeed, which diffusers and peft import, warns of a missing GPU otherwise
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 @dataclass(frozen=True)

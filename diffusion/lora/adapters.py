@@ -4,7 +4,6 @@ What is added to a weight W (out, in) is alpha / r * B A with A (r, in) and B (o
 training, taken out as layers for a file, loaded with weights, or merged into the base for good.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +18,6 @@ UNET_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
 CLIP_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 BERT_TARGETS = ("query", "key", "value", "dense")
 TRAINED = "default"  # peft's name of the adapter that is trained
-
-if not torch.accelerator.is_available():  # DeepSpeed, which peft imports, warns of a missing GPU otherwise
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 @dataclass(frozen=True)
