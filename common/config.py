@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from common.console.progress import QUIET
-from common.console.terminal import make_streams_safe
+from common.console.terminal import first_line, make_streams_safe
 from common.files import DISK_FULL, shipped
 
 Options = TypeVar("Options")
@@ -136,24 +136,29 @@ def _boolean_flags(cls: type, prefix: str = "") -> Iterator[str]:
             yield f"--{prefix}{name}".replace("_", "-")
 
 
+_BOOLEANS = {"true": "True", "false": "False"}
+
+
 def _complete_bare_flags(args: list[str], boolean: set[str]) -> list[str]:
     """`--flag` alone is True; true and false may be written small, as in YAML."""
     result: list[str] = []
-    expects_value = False
-    for arg, following in zip(args, [*args, ""][1:], strict=True):
-        name, equals, value = arg.partition("=")
-        is_flag = name.replace("_", "-") in boolean
-        if expects_value or (is_flag and equals):
-            value = arg if expects_value else value
-            arg = arg.removesuffix(value) + (_BOOLEANS.get(value.lower(), value))
-        result.append(arg)
-        expects_value = is_flag and not equals and following.lower() in _BOOLEANS
-        if is_flag and not equals and not expects_value:
+    for arg in args:
+        if result and _normal(result[-1]) in boolean:  # what follows is its value, or it stood alone
+            if arg.lower() in _BOOLEANS:
+                result.append(_BOOLEANS[arg.lower()])
+                continue
             result.append("True")
+        name, equals, value = arg.partition("=")
+        if equals and _normal(name) in boolean:
+            arg = f"{name}={_BOOLEANS.get(value.lower(), value)}"
+        result.append(arg)
+    if result and _normal(result[-1]) in boolean:
+        result.append("True")
     return result
 
 
-_BOOLEANS = {"true": "True", "false": "False"}
+def _normal(flag: str) -> str:
+    return flag.replace("_", "-")
 
 
 def _require_text(args: Sequence[str]) -> None:
@@ -209,7 +214,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
         values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (json.JSONDecodeError, yaml.YAMLError, UnicodeDecodeError) as error:
         kind = path.suffix[1:] or "yaml"
-        raise ValueError(f"{path} is not valid {kind}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path} is not valid {kind}: {first_line(error)}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a mapping of option names to values, not {type(values).__name__}")
     return values

@@ -23,6 +23,7 @@ from PIL import Image
 from common.checkpoint import read_weights, require_intact, resolve, save_weights
 from common.compact import Precision, compact
 from common.config import command, parse_options
+from common.console.terminal import first_line
 from common.files import read_json, read_lines, sha256_file, write_json
 from common.log import say
 from common.outputs.record import new_directory, require_new
@@ -228,7 +229,7 @@ def push_to_hub(directory: Path, repo_id: str, private: bool = True) -> str:
     except LocalTokenNotFoundError as error:
         raise ValueError("no hub token: log in with `hf auth login` first") from error
     except (HFValidationError, httpx2.HTTPError) as error:
-        raise ValueError(f"cannot push to {repo_id}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"cannot push to {repo_id}: {first_line(error)}") from error
 
 
 @command

@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from common.console.terminal import first_line
 from common.text.word_pieces import TransformersPieces, open_word_pieces
 
 SENTENCEPIECE_FILE = "sentencepiece.model"
@@ -170,9 +171,7 @@ def _load_transformers(name: str) -> Any:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError, TypeError) as error:
         if path.is_dir():
-            raise ValueError(
-                f"{path} holds a damaged text tokenizer: {str(error).splitlines()[0]}"
-            ) from error
+            raise ValueError(f"{path} holds a damaged text tokenizer: {first_line(error)}") from error
         raise FileNotFoundError(
             f"{name} is neither a folder with a text tokenizer nor a hub repository that can be reached"
         ) from error

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from common.console.terminal import first_line
 from common.log import say
 from data_tools.parallel import AHEAD, Work, Workers, cpu_count
 
@@ -110,7 +111,7 @@ class RayCluster:
         except Exception as error:  # Ray raises that very class where its processes do not start
             ray.shutdown()
             raise ValueError(
-                f"no Ray cluster at {self.address or 'this machine'}: {_first_line(error)}"
+                f"no Ray cluster at {self.address or 'this machine'}: {first_line(error)}"
             ) from error
         try:
             yield
@@ -165,7 +166,7 @@ class Tasks:
         except self._ray.exceptions.WorkerCrashedError:
             return crashed(element)
         except _lost(self._ray) as error:
-            raise OSError(f"the Ray cluster lost a task {RETRIES + 1} times: {_first_line(error)}") from error
+            raise OSError(f"the Ray cluster lost a task {RETRIES + 1} times: {first_line(error)}") from error
 
     def _get(self, task: Any) -> list[Any]:
         """Raises what the work raised."""
@@ -202,10 +203,6 @@ def _lost(ray: Any) -> tuple[type[BaseException], ...]:
     """What a task ends with whose process or node, or the node that held its result, died too often."""
     errors = ray.exceptions
     return (errors.WorkerCrashedError, errors.NodeDiedError, errors.ObjectLostError, errors.OutOfMemoryError)
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 _works: dict[str, Work] = {}  # of this process, the last one: what it has loaded stays for the next task

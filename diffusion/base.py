@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from common import checkpoint
+from common.console.terminal import first_line
 from common.files import read_json, sha256_file
 from diffusion.hub import download
 
@@ -29,9 +30,8 @@ TEXT_CLASSES = {
 }
 SPARE_ROWS = 128  # an embedding may be padded to a multiple of this for speed
 
-if (
-    not torch.accelerator.is_available()
-):  # DeepSpeed, which diffusers and peft import, warns of a missing GPU otherwise
+# DeepSpeed, which diffusers and peft import, warns of a missing GPU otherwise
+if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
@@ -249,7 +249,7 @@ def _load_part(directory: Path, part: str) -> Any:
         with quiet():
             return kind.from_pretrained(str(folder), local_files_only=True, **options)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"the {part} in {folder} cannot be loaded: {_first_line(error)}") from error
+        raise ValueError(f"the {part} in {folder} cannot be loaded: {first_line(error)}") from error
 
 
 def _weight_options(folder: Path, part: str) -> dict[str, Any]:
@@ -289,7 +289,7 @@ def _load_single_file(path: Path, config: str) -> dict[str, Any]:
         with quiet():
             pipeline = StableDiffusionPipeline.from_single_file(str(path), **options)
     except SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file: {_first_line(error)}") from error
+        raise ValueError(f"{path} is no safetensors file: {first_line(error)}") from error
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
         hint = (
             ""
@@ -300,15 +300,11 @@ def _load_single_file(path: Path, config: str) -> dict[str, Any]:
             )
         )
         raise ValueError(
-            f"{path} cannot be loaded as Stable Diffusion 1.x: {_first_line(error)}{hint}"
+            f"{path} cannot be loaded as Stable Diffusion 1.x: {first_line(error)}{hint}"
         ) from error
     parts = {part: getattr(pipeline, part) for part in PARTS}
     _require_scheduler(type(parts["scheduler"]).__name__, parts["scheduler"].config, path)
     return parts
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300].rstrip(".")
 
 
 @contextlib.contextmanager

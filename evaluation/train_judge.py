@@ -29,7 +29,7 @@ from common.log import say
 from data_tools.shards.holdout import open_splits
 from data_tools.shards.index import ShardIndex
 from data_tools.shards.loader import IMAGE_SUFFIXES
-from data_tools.synthetic.shards import ensure_synthetic
+from data_tools.synthetic.shards import EMBEDDED, ensure_synthetic
 from evaluation.judges.goods import GoodsJudge, JudgeHeads, Vocabulary, save_judge
 from evaluation.metrics.features import CACHE, INPUT_SIZE, FeatureStore, JudgeNetwork, embed
 from evaluation.metrics.statistics import wilson
@@ -37,7 +37,6 @@ from evaluation.reference import Facts, ReferenceImages
 from rankers.training.pairs import AttributeConfig
 from vq.losses.labels import LABEL_KEYS
 
-EMBEDDED = Path("data/synthetic")
 MAX_CATEGORIES = 5000
 TOP = 5
 

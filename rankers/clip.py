@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from common import checkpoint
+from common.console.terminal import first_line
 from common.distributed import pick_device
 from common.precision import autocast
 from common.square import resize_square
@@ -120,7 +121,7 @@ def published_ranker(name: str, device: str = "auto", precision: str = "auto") -
     except (OSError, RuntimeError) as error:  # open_clip wraps download errors in both
         raise FileNotFoundError(
             f"the weights of clip:{name} could not be read: {_where(model_name, tag, open_clip)} "
-            f"({_first_line(error)})"
+            f"({first_line(error)})"
         ) from error
     towers = OpenClipTowers(f"clip:{name}", model, transform, tokenizer, device, precision)
     return TwoTowerRanker(towers, find_calibration(towers.name))
@@ -158,7 +159,7 @@ def _from_file(model_name: str, path: Path) -> tuple[Any, Any]:
 def _misfit(error: BaseException) -> str:
     """What PyTorch says of the first name or shape, in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[1] if len(lines) > 1 else _first_line(error))[:160]
+    return (lines[1] if len(lines) > 1 else first_line(error))[:160]
 
 
 def _split_name(name: str, open_clip: Any) -> tuple[str, str]:
@@ -188,8 +189,3 @@ def _where(model: str, tag: str, open_clip: Any) -> str:
         return f"looked at {tag}"
     source = config.get("hf_hub") or config.get("url", "")
     return f"looked for {source.rstrip('/')} in {HF_HUB_CACHE} and on the hub"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

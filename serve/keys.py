@@ -36,6 +36,7 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from common.config import command, parse_options
+from common.console.terminal import first_line
 from common.log import say
 
 DEFAULT_DATABASE = "sqlite:///serve.db"
@@ -119,7 +120,7 @@ def open_database(url: str) -> Engine:
     except ModuleNotFoundError as error:
         raise ValueError(f"this database needs the package {error.name}: pip install {error.name}") from error
     except SQLAlchemyError as error:
-        said = str(getattr(error, "orig", error)).splitlines()[0]
+        said = first_line(getattr(error, "orig", error))
         raise ValueError(f"the database {engine.url!r} cannot be used: {said}") from error
     return engine
 

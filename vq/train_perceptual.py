@@ -29,7 +29,7 @@ from data_tools.images.crops import CropFlip
 from data_tools.shards.holdout import open_splits
 from data_tools.shards.index import ShardIndex
 from data_tools.shards.loader import IMAGE_SUFFIXES, DecodeImage, eval_batches, train_batches
-from data_tools.synthetic.shards import ensure_synthetic
+from data_tools.synthetic.shards import EMBEDDED, ensure_synthetic
 from vq.losses.labels import TargetKind, Targets, find_targets
 from vq.losses.perceptual import DEFAULT_DIRECTORY, FeatureConfig, FeatureNet, PerceptualDistance
 
@@ -182,9 +182,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         say(
             "no --data given: training on the embedded default, product-like images rendered by data_tools.synthetic"
         )
-        ensure_synthetic(Path("data/synthetic"))
+        ensure_synthetic(EMBEDDED)
     world.barrier()
-    data = options.data or "data/synthetic"
+    data = options.data or str(EMBEDDED)
     plan = batch_plan(options.loop.global_batch_size, world.size, options.loop.micro_batch_size)
     train, val = (index.require(*IMAGE_SUFFIXES) for index in open_splits(data))
     targets = find_targets(train, options.target)

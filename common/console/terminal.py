@@ -11,6 +11,11 @@ import sys
 from typing import Any, TextIO
 
 
+def first_line(error: BaseException, most: int = 300) -> str:
+    """What an error says, to stand inside a sentence: its first line, or its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:most].rstrip(".")
+
+
 class Unbreakable:
     """A text stream whose reader may leave: writing never raises."""
 

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from common.console.terminal import first_line
+
 CountTokens = Callable[[str], tuple[int, int]]
 """Caption -> (tokens, unknown tokens); begin and end marks are not counted."""
 _SENTENCEPIECE = ("sentencepiece.model", "spiece.model", "tokenizer.model")
@@ -54,9 +56,8 @@ def _transformers_counter(name: str) -> CountTokens:
         else:
             tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        what = str(error).splitlines()[0]
         raise FileNotFoundError(
-            f"{name} is no text tokenizer, neither a folder nor a hub id within reach: {what}"
+            f"{name} is no text tokenizer, neither a folder nor a hub id within reach: {first_line(error)}"
         ) from error
     unknown = tokenizer.unk_token_id
 

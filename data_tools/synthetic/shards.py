@@ -12,11 +12,7 @@ Nothing is downloaded; the images are CC0.
 import functools
 import hashlib
 import io
-import multiprocessing
-import os
-import signal
-import threading
-import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +24,8 @@ from PIL import Image
 from common.config import command, parse_options
 from common.files import ensure_writable_directory, read_json, write_json
 from common.lock import locked
-from common.machine.cpus import available_cpus
 from data_tools.ingest.records import Record
+from data_tools.parallel import BATCH, cpu_count, ordered_map
 from data_tools.shards.image_shards import DATASET_FILE, ShardWriter
 from data_tools.synthetic.rendering import Background, Look, Pattern, render
 from data_tools.synthetic.shapes import SHAPES
@@ -39,6 +35,7 @@ __all__ = [
     "BACKGROUNDS",
     "COLORS",
     "COLOR_RGB",
+    "EMBEDDED",
     "KINDS",
     "PATTERNS",
     "Sample",
@@ -74,7 +71,7 @@ class Sample:
 class SyntheticOptions:
     """Which images to draw, and where to."""
 
-    dst: tyro.conf.Positional[Path] = Path("data/synthetic")
+    dst: tyro.conf.Positional[Path] = EMBEDDED
     """Folder of the shards."""
     num_train: int = 8000
     """Images to train on."""
@@ -285,32 +282,28 @@ def _render_missing(options: SyntheticOptions) -> None:
     expected = _expected_shards(options)
     whole = {name: count for name, count in expected.items() if (options.dst / name).is_file()}
     total = options.num_train + options.num_val
-    workers = options.num_workers or available_cpus()
-    draw = functools.partial(make_record, seed=options.seed, image_size=options.image_size)
-    with (
-        progress(total=total, desc="rendering", unit=" images") as bar,
-        multiprocessing.Pool(workers, _set_up_worker, (os.getpid(),)) as pool,
-    ):
+    workers = options.num_workers or cpu_count()
+    draw = functools.partial(_draw, seed=options.seed, image_size=options.image_size)
+    with progress(total=total, desc="rendering", unit=" images") as bar:
         for split, first, count in _splits(options):
             kept = _leading(whole, split)
             done = sum(kept.values())
             bar.update(done)
+            missing = range(first + done, first + count)
+            batches = ((None, missing[i : i + BATCH]) for i in range(0, len(missing), BATCH))
             with ShardWriter(options.dst, split, SAMPLES_PER_SHARD, shards=kept) as writer:
-                for record in pool.imap(draw, range(first + done, first + count), chunksize=32):
-                    writer.write(record)
-                    bar.update()
+                for _, records in ordered_map(draw, batches, workers, _crashed):
+                    for record in records:
+                        writer.write(record)
+                    bar.update(len(records))
 
 
-def _set_up_worker(parent: int) -> None:
-    """Ctrl-C is the parent's to handle; a worker whose parent was killed ends too instead of waiting."""
+def _draw(indices: Sequence[int], seed: int, image_size: int) -> list[Record]:
+    return [make_record(index, seed, image_size) for index in indices]
 
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
-        os._exit(1)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=watch, daemon=True).start()
+def _crashed(index: int) -> Record:
+    raise RuntimeError(f"the process that rendered image {index} was killed, perhaps for want of memory")
 
 
 def _leading(whole: dict[str, int], split: str) -> dict[str, int]:

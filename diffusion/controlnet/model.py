@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from common.checkpoint import resolve
+from common.console.terminal import first_line
 from diffusion.base import DiffusionBase, quiet
 from diffusion.hub import download
 from vq.published.foreign import read_tensors
@@ -84,9 +85,7 @@ def _open_folder(folder: Path) -> nn.Module:
         with quiet():
             return ControlNetModel.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(
-            f"{folder} cannot be loaded as a ControlNet: {str(error).splitlines()[0][:200]}"
-        ) from error
+        raise ValueError(f"{folder} cannot be loaded as a ControlNet: {first_line(error)}") from error
 
 
 def require_same_shapes(weights: dict[str, Tensor], expected: dict[str, Tensor], where: Path) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from common.console.terminal import first_line
+
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -61,9 +63,7 @@ class OnnxSaliency:
         try:
             session = onnxruntime.InferenceSession(str(path), providers=onnxruntime.get_available_providers())
         except Exception as error:  # its own exception types share no base class
-            raise ValueError(
-                f"{path} is no readable ONNX file: {str(error).splitlines()[0][:160]}"
-            ) from error
+            raise ValueError(f"{path} is no readable ONNX file: {first_line(error)}") from error
         return cls(session, chosen)
 
     def mask(self, image: Image.Image) -> np.ndarray:

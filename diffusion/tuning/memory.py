@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_leaves
 from common.distributed import BatchPlan, World
 from common.log import say
 from common.machine.memory import free_memory
-from common.precision import has_native_bf16
 from diffusion.tuning.options import TuneOptions, TunePrecision
+from diffusion.tuning.step import computed_in
 
 GIB = 2**30
 SLACK = 0.95  # of the free memory may be planned with: allocators round up
@@ -75,13 +75,6 @@ def _become_fake_(module: nn.Module) -> None:
                 layer._parameters[name] = nn.Parameter(fake, value.requires_grad)
         for name, value in layer._buffers.items():
             layer._buffers[name] = None if value is None else torch.empty(value.shape, dtype=value.dtype)
-
-
-def computed_in(precision: TunePrecision, device: torch.device) -> TunePrecision:
-    """What a step on `device` computes in: bf16 where it is native and not turned off."""
-    if precision == "auto" or (precision == "bf16" and device.type == "cpu"):
-        return "bf16" if has_native_bf16(device) else "fp32"
-    return precision
 
 
 def _autocast_of_any_machine(precision: TunePrecision) -> AbstractContextManager:

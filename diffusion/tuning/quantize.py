@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from common.console.terminal import first_line
 from diffusion.tuning.options import TunePrecision
 from diffusion.tuning.step import autocast_for
 
@@ -65,9 +66,7 @@ def _usable_package(bits: int, device: torch.device) -> tuple[str, list[str]]:
         try:
             _try_layer(package, bits, device)
         except Exception as error:  # both raise what their compiled parts raise
-            reasons.append(
-                f"{package} does not run here ({(str(error) or type(error).__name__).splitlines()[0]})"
-            )
+            reasons.append(f"{package} does not run here ({first_line(error)})")
             continue
         return package, []
     return "", reasons

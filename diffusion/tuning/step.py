@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.precision import autocast
+from common.precision import autocast, has_native_bf16
 from data_tools.shards.captions import hides_caption
 from diffusion.objective import (
     NoiseSchedule,
@@ -31,6 +31,13 @@ def autocast_for(device: torch.device, precision: TunePrecision) -> contextlib.A
     if precision == "fp16":
         return torch.autocast(device.type, torch.float16)
     return autocast(device, precision)
+
+
+def computed_in(precision: TunePrecision, device: torch.device) -> TunePrecision:
+    """What `autocast_for` comes to on `device`: a CPU without bf16 computes these networks in float32."""
+    if precision == "auto" or (precision == "bf16" and device.type == "cpu"):
+        return "bf16" if has_native_bf16(device) else "fp32"
+    return precision
 
 
 def sample_keys(batch: dict[str, Any]) -> list[str]:

@@ -18,14 +18,12 @@ from common.text.bert_text import CaptionTokenizer, write_text_tower
 from data_tools.shards.holdout import open_splits
 from data_tools.shards.index import ShardIndex
 from data_tools.shards.loader import IMAGE_SUFFIXES
-from data_tools.synthetic.shards import ensure_synthetic
+from data_tools.synthetic.shards import EMBEDDED, ensure_synthetic
 from rankers.calibration import require_mismatches
 from rankers.chinese_clip import copy_towers, find_folder, load_folder, model_config
 from rankers.model import IMAGENET_TOWER, KIND, TOWERS, ModelConfig, RankerModel
 from rankers.retrieval import Pairs, load_pairs
 from rankers.training.pairs import Vocabulary, scan_names
-
-EMBEDDED = Path("data/synthetic")
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from torch.profiler import ProfilerActivity, profile
 from diffusion import plan
 from diffusion.lora.adapters import LoraOptions, add_adapter
 from diffusion.plan import SD15_UNET
-from diffusion.tuning.memory import GIB, LiveBytes, Networks, StepMemory, computed_in, plan_step, shortage
+from diffusion.tuning.memory import GIB, LiveBytes, Networks, StepMemory, plan_step, shortage
 from diffusion.tuning.options import TuneOptions
+from diffusion.tuning.step import computed_in
 
 UNET = {
     "sample_size": 16,
@@ -106,9 +107,8 @@ def test_live_bytes_of_a_sum_by_hand():
 def test_views_of_what_was_there_before_are_not_counted():
     weight = torch.ones(100, 50, requires_grad=True)
     with LiveBytes() as live:
-        y = (
-            torch.ones(10, 50) @ weight.t()
-        )  # 2,000 + 4,000 bytes; the transposed weight is no storage of its own
+        # 2,000 bytes that are saved for the backward pass and 4,000; the transposed weight is no storage of its own
+        y = torch.ones(10, 50) @ weight.t()
         assert live.now == live.peak == 6000
         del y
 
@@ -121,10 +121,8 @@ def test_a_plan_in_bf16_needs_less_on_every_machine(monkeypatch):
         half = plan_step(networks, 4, 64, "bf16", False)
         assert half.activations < 0.7 * single.activations and half.encoding < 0.7 * single.encoding
         assert computed_in("bf16", torch.device("cpu")) == ("bf16" if native else "fp32")
-        assert (
-            computed_in("bf16", torch.device("cuda")) == "bf16"
-            and computed_in("fp16", torch.device("cpu")) == "fp16"
-        )
+        assert computed_in("bf16", torch.device("cuda")) == "bf16"
+        assert computed_in("fp16", torch.device("cpu")) == "fp16"
 
 
 def test_checkpointing_and_lora_need_less():

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.console.terminal import first_line
 from common.files import require_content
 
 
@@ -98,11 +99,11 @@ def read_foreign(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except _READ_ERRORS as error:
         if not zipfile.is_zipfile(path) and not _looks_pickled(path):
-            raise ValueError(f"{path} is no torch file: {_first_line(error)}") from error
+            raise ValueError(f"{path} is no torch file: {first_line(error)}") from error
     try:
         return torch.load(path, map_location="cpu", weights_only=False, pickle_module=_RestrictedPickle)
     except _READ_ERRORS as error:
-        raise ValueError(f"{path} cannot be read as plain tensors: {_first_line(error)}") from error
+        raise ValueError(f"{path} cannot be read as plain tensors: {first_line(error)}") from error
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -158,13 +159,9 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(str(path))
     except SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file: {_first_line(error)}") from error
+        raise ValueError(f"{path} is no safetensors file: {first_line(error)}") from error
 
 
 def _looks_pickled(path: Path) -> bool:
     with path.open("rb") as file:
         return file.read(1) == b"\x80"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

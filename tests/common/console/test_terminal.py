@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from processes import command_env
 
+from common.console.terminal import first_line
+
 ROOT = Path(__file__).parents[3]
 SAYING = """
 import sys
@@ -128,3 +130,15 @@ def test_a_full_disk_is_told_with_what_to_free(tmp_path, capsys, monkeypatch):
         said = capsys.readouterr().err
         assert stopped.value.code == 2 and said.startswith(f"error: {words or 'disk full: '}")
         assert "MiB are free in" in said and "free some space there and run the same command again" in said
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ValueError("\n  no such thing.\nat line 3"), "no such thing"),
+        (RuntimeError(""), "RuntimeError"),
+        (ValueError("x" * 400), "x" * 300),
+    ],
+)
+def test_what_an_error_says_fits_into_a_sentence(error, said):
+    assert first_line(error) == said
