@@ -23,6 +23,7 @@ from common.log import clock, say
 from common.outputs.image_list import read_list, read_ranking
 from common.outputs.record import OutputDirectory
 from common.text.language import Language, Words, words_of
+from data_tools.rules.colors import find_color
 
 EMBEDDED = Path("data/synthetic")
 GENERATOR, RANKER = "pretrained/goods-128/generator", "pretrained/goods-128/ranker"
@@ -113,12 +114,12 @@ def ranking_quality(out: Path) -> str:
     text = read_list(out)[0][1]["text"]
     train = ReferenceImages.of_split(str(EMBEDDED), "train", 64, limit=COLORED)
     measured = pixel_colors_of(train, range(len(train)), None)
-    named = [color for color in measured.colors if color in text] if measured else []
+    named = find_color(text, measured.colors)[0] if measured else ""
     best = sorted(out.glob("rank*.png"))[:4]
     if not named or not best:
         return "no colour named"
     seen = measured.named(ColorHistogram().features([Image.open(path) for path in best]))
-    return f"{seen.count(named[0])} of the best {len(best)} are {named[0]}, measured in the pixels"
+    return f"{seen.count(named)} of the best {len(best)} are {named}, measured in the pixels"
 
 
 def run_dir(config: str) -> Path:

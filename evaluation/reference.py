@@ -9,6 +9,7 @@ from typing import Any
 from PIL import Image
 
 from common.square import resize_square
+from data_tools.rules.colors import find_color
 from data_tools.shards.captions import pick_caption
 from data_tools.shards.index import ShardIndex
 from data_tools.shards.loader import IMAGE_SUFFIXES, CorruptSample, open_image
@@ -81,7 +82,7 @@ class ReferenceImages:
             self.index.samples[i].key,
             caption,
             value_of(meta, self.attributes.label_field),
-            color if color in caption else "",
+            find_color(caption, [color])[0],
             value_of(meta, self.word_field),
             color,
         )

@@ -27,6 +27,7 @@ from common.image import to_tensor
 from common.log import say
 from common.square import resize_square
 from data_tools.images.decode import decode
+from data_tools.rules.colors import find_color
 from diffusion.tuning.caption_folder import CaptionFolder
 from evaluation.metrics.pixel_colors import ColorHistogram, PixelColors
 from evaluation.metrics.statistics import Interval, wilson
@@ -185,7 +186,7 @@ def named_colors(
     """Share with the colour of the text, of those whose text names one that can be measured; None without any."""
     if colors is None:
         return None
-    wanted = [max((c for c in colors.colors if c in text), key=len, default="") for text in texts]
+    wanted = [find_color(text, colors.colors)[0] for text in texts]
     known = [i for i, color in enumerate(wanted) if color]
     if not known:
         return None

@@ -15,6 +15,7 @@ import numpy as np
 
 from common.config import from_mapping, to_mapping
 from common.files import read_json, write_json
+from data_tools.rules.colors import find_color
 
 FILE = "calibration.json"
 CACHE = Path("runs/calibration")
@@ -115,10 +116,9 @@ def hard_negatives(text: str, lexicon: NegativeWords) -> list[str]:
     category = longest_word(text, lexicon.categories)
     start = text.find(category) if category else -1
     outside = text if start < 0 else text[:start] + "\0" * len(category) + text[start + len(category) :]
-    color = longest_word(outside, lexicon.colors)
+    color, at = find_color(outside, lexicon.colors)
     found = []
     if color:
-        at = outside.find(color)
         found += [text[:at] + c + text[at + len(color) :] for c in lexicon.colors if c != color]
     if category:
         others = (k for k in lexicon.categories if k not in category and category not in k)

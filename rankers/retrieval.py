@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from common.log import say
+from data_tools.rules.colors import find_color, with_color
 from data_tools.shards.captions import pick_caption
 from data_tools.shards.index import ShardIndex
 from data_tools.shards.loader import IMAGE_SUFFIXES, CorruptSample, open_image
@@ -51,8 +52,7 @@ def load_pairs(index: ShardIndex, config: AttributeConfig, limit: int = 1000) ->
         if not caption:
             skipped += 1
             continue
-        color = value_of(meta, config.color_field)
-        named = color if color and color in caption else ""
+        named = find_color(caption, [value_of(meta, config.color_field)])[0]
         facts = facts_of(meta, config.fact_fields)
         rows.append((image, caption, value_of(meta, config.label_field), named, facts))
     if skipped:
@@ -122,7 +122,7 @@ def _color_accuracy(ranker: Any, pairs: Pairs, rows: Sequence[int], colors: Sequ
     right = 0
     for i in rows:
         others = [c for c in colors if c != pairs.colors[i]]
-        texts = [pairs.captions[i].replace(pairs.colors[i], c, 1) for c in (pairs.colors[i], *others)]
+        texts = [with_color(pairs.captions[i], pairs.colors[i], c) for c in (pairs.colors[i], *others)]
         right += int(ranker.score_matrix(texts, [pairs.images[i]]).argmax() == 0)
     return right / len(rows)
 

@@ -26,6 +26,7 @@ from common.files import ensure_writable_directory, write_json
 from common.log import say
 from dalle import default_checkpoint
 from dalle.sampling import SamplingOptions
+from data_tools.rules.colors import with_color
 from data_tools.shards.index import ShardIndex
 from data_tools.shards.loader import IMAGE_SUFFIXES
 from evaluation import report
@@ -120,7 +121,7 @@ def _recolored(
         group = []
         for text in colored:
             own = lexicon.parse(text).words["color"]
-            found = [text.replace(own, color, 1) for color in judge.words.colors if color != own]
+            found = [with_color(text, own, color) for color in judge.words.colors if color != own]
             found = [other for other in found if other not in taken]
             if found:
                 group.append(found[int(rng.integers(len(found)))])

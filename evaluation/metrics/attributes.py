@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_tools.rules.colors import find_color
 from data_tools.rules.lexicon import load_lexicon
 from evaluation.judges.goods import GoodsJudge
 from evaluation.metrics.pixel_colors import PixelColors
@@ -66,10 +67,14 @@ class SlotWords:
         """The longest known word of each slot; the category goes first, so a colour inside its name is no colour."""
         words, starts, rest = {}, {}, text
         for slot in sorted(self.words, key=lambda s: (s != "category", s != "color", s)):
-            word = max((w for w in self.words[slot] if w in rest), key=len, default="")
+            if slot == "color":
+                word, start = find_color(rest, self.words[slot])
+            else:
+                word = max((w for w in self.words[slot] if w in rest), key=len, default="")
+                start = rest.find(word)
             if word:
-                words[slot], starts[slot] = word, rest.index(word)
-                rest = rest.replace(word, "\0" * len(word), 1)
+                words[slot], starts[slot] = word, start
+                rest = rest[:start] + "\0" * len(word) + rest[start + len(word) :]
         return Slots(words, starts)
 
     def negatives(self, text: str, slot: str, parsed: Slots | None = None) -> list[str]:

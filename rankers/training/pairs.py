@@ -20,6 +20,7 @@ from common.files import split_lines
 from common.image import to_tensor
 from common.square import resize_square
 from common.text.bert_text import CaptionTokenizer, pad_rows
+from data_tools.rules.colors import find_color, with_color
 from data_tools.shards.captions import pick_caption
 from data_tools.shards.index import ShardIndex
 from data_tools.shards.loader import IMAGE_SUFFIXES, CorruptSample, open_image
@@ -128,10 +129,10 @@ def swap_color(
 ) -> tuple[str, str] | None:
     """The caption with another colour, and that colour; None where the caption does not name its own."""
     others = [c for c in colors if c != color]
-    if not color or not others or color not in caption:
+    if not others or not find_color(caption, [color])[0]:
         return None
     other = others[int(rng.integers(len(others)))]
-    return caption.replace(color, other, 1), other
+    return with_color(caption, color, other), other
 
 
 @dataclass(frozen=True)
