@@ -57,7 +57,7 @@ def test_accumulation_gives_the_plain_run(stage, tmp_path, tokens, plain_run):
         ((3, 2), (1, 1)),
         pytest.param((1, 1), (3, 2), marks=pytest.mark.slow),
         ((None, 1), (2, 2)),
-        ((2, 2), (None, 1)),
+        pytest.param((2, 2), (None, 1), marks=pytest.mark.slow),
     ],
 )
 def test_a_run_goes_on_under_another_engine_and_number_of_processes(first, then, tmp_path, tokens, plain_run):
@@ -98,7 +98,9 @@ def test_muon_steps_whole_matrices(stage, size, tmp_path, tokens, muon_run):
     assert_same_muon_run(tmp_path / "run", muon_run)
 
 
-@pytest.mark.parametrize(("first", "then"), [((3, 2), (2, 2)), ((1, 2), (None, 1))])
+@pytest.mark.parametrize(
+    ("first", "then"), [pytest.param((3, 2), (2, 2), marks=pytest.mark.slow), ((1, 2), (None, 1))]
+)
 def test_muon_goes_on_under_another_engine(first, then, tmp_path, tokens):
     for (stage, size), steps in ((first, "7"), (then, "12")):
         flags = (*(zero(stage) if stage is not None else ()), *MUON, "--optim.schedule", "constant")

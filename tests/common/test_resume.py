@@ -43,7 +43,7 @@ def interrupt(started: Run, step: int) -> None:
     started.signal(signal.SIGINT)
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_ctrl_c_saves_and_says_how_to_go_on(size, tmp_path, tokens):
     launcher = "torchrun" if size > 1 else "none"
     whole = run(tmp_path / "whole", tokens, *DROPOUT, size=size, launcher=launcher)

@@ -122,7 +122,7 @@ def test_losses_of_both_stages_are_logged(whole):
     )
 
 
-@pytest.mark.parametrize("stage", ["autoencoder", "."])
+@pytest.mark.parametrize("stage", [pytest.param("autoencoder", marks=pytest.mark.slow), "."])
 def test_killed_at_any_step_a_run_goes_on_with_the_same_losses(stage, made, whole, tmp_path):
     """kill -9 once the stage has a checkpoint: the last steps of the first run come again."""
     run_dir = tmp_path / "run"

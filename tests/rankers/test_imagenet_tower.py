@@ -166,6 +166,7 @@ def test_views_that_cannot_be_end_with_code_2(package, shards, tmp_path, more, w
     assert stopped.value.code == 2 and words in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_training_on_views_goes_on_bit_for_bit(package, shards, tmp_path):
     more = (*LITE, "--views", "2")
     main(arguments(shards, tmp_path / "whole", 6, *more))

@@ -65,6 +65,7 @@ def test_images_of_another_size_pass_through_that_of_the_tokenizer(tokenizer):
     torch.testing.assert_close(to_tensor(decoded), made.of(to_tensor(image)[None])[0], atol=1 / 127, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_training_sees_them_and_goes_on_bit_for_bit(shards, tokenizer, tmp_path, monkeypatch):
     seen = []
     forward = train.RankerTask.forward

@@ -37,14 +37,40 @@ def write_folder(folder: Path, count: int) -> None:
         (folder / f"{i:03d}.txt").write_text(f"一个{list(COLORS)[i % len(COLORS)]}的圆盘", "utf-8")
 
 
+def write_desk(path: Path) -> None:
+    """120 images in goods/, one of them broken, and a small recipe."""
+    write_folder(path / "goods", 120)
+    (path / "goods" / "007.png").write_bytes(b"no image")
+    (path / "vqgan.yaml").write_text(VQGAN, "utf-8")
+
+
 @pytest.fixture
 def desk(tmp_path, monkeypatch) -> Path:
-    """A working directory with 120 images in goods/, one of them broken, and a small recipe."""
+    """A working directory in which nothing was trained."""
     monkeypatch.chdir(tmp_path)
-    write_folder(tmp_path / "goods", 120)
-    (tmp_path / "goods" / "007.png").write_bytes(b"no image")
-    (tmp_path / "vqgan.yaml").write_text(VQGAN, "utf-8")
+    write_desk(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory) -> Path:
+    """What one training leaves, moved away from where it was made."""
+    root = tmp_path_factory.mktemp("from_images")
+    write_desk(root / "desk")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root / "desk")
+        train_dalle.main(flags())
+    return (root / "desk").rename(root / "kept")
+
+
+@pytest.fixture
+def trained_desk(kept, monkeypatch) -> Path:
+    """A working directory after a training, at the same place for every test."""
+    path = kept.with_name("desk")
+    shutil.rmtree(path, ignore_errors=True)
+    shutil.copytree(kept, path, symlinks=True)
+    monkeypatch.chdir(path)
+    return path
 
 
 def flags(*more: str, data: str = "goods") -> list[str]:
@@ -74,26 +100,24 @@ def test_two_commands(desk, capsys):
     assert len(drawn) == 2
 
 
-def test_started_again_it_makes_only_what_is_missing(desk, capsys):
-    train_dalle.main(flags())
-    whole = read_weights(desk / "runs/mine/latest")
-    shutil.rmtree(desk / "runs/mine")
-    shutil.rmtree(desk / "data/goods_tokens")
+def test_started_again_it_makes_only_what_is_missing(trained_desk, capsys):
+    whole = read_weights(trained_desk / "runs/mine/latest")
+    shutil.rmtree(trained_desk / "runs/mine")
+    shutil.rmtree(trained_desk / "data/goods_tokens")
     capsys.readouterr()
     train_dalle.main(flags())
     out = capsys.readouterr()
     assert "data/goods_shards is complete already" in out.err
     assert "runs/goods_vqgan is complete already" in out.out
-    again = read_weights(desk / "runs/mine/latest")
+    again = read_weights(trained_desk / "runs/mine/latest")
     assert all((again[n] == whole[n]).all() for n in whole)
 
 
-def test_a_tokenizer_that_is_named_is_taken(desk, capsys):
-    train_dalle.main(flags())
-    shutil.move(desk / "runs/goods_vqgan", desk / "other")
-    shutil.rmtree(desk / "runs/mine")
+def test_a_tokenizer_that_is_named_is_taken(trained_desk):
+    shutil.move(trained_desk / "runs/goods_vqgan", trained_desk / "other")
+    shutil.rmtree(trained_desk / "runs/mine")
     train_dalle.main(flags("--image-tokenizer", "other"))
-    assert not (desk / "runs/goods_vqgan").exists()
+    assert not (trained_desk / "runs/goods_vqgan").exists()
 
 
 @pytest.mark.parametrize(
@@ -111,13 +135,12 @@ def test_too_few_images_are_refused(count, said, desk, capsys):
     assert said in capsys.readouterr().err
 
 
-def test_it_goes_on_after_images_were_added_changed_and_removed(desk, capsys):
-    train_dalle.main(flags())
-    (desk / "goods" / "new.png").write_bytes(some_image(500, 20))
-    (desk / "goods" / "new.txt").write_text("一个红色的圆盘", "utf-8")
-    (desk / "goods" / "003.png").unlink()
-    (desk / "goods" / "003.txt").unlink()
-    os.utime(desk / "goods" / "004.png", ns=(1, 1))
+def test_it_goes_on_after_images_were_added_changed_and_removed(trained_desk, capsys):
+    (trained_desk / "goods" / "new.png").write_bytes(some_image(500, 20))
+    (trained_desk / "goods" / "new.txt").write_text("一个红色的圆盘", "utf-8")
+    (trained_desk / "goods" / "003.png").unlink()
+    (trained_desk / "goods" / "003.txt").unlink()
+    os.utime(trained_desk / "goods" / "004.png", ns=(1, 1))
     capsys.readouterr()
     train_dalle.main(flags("--loop.num-steps", "6"))
     out = capsys.readouterr()
@@ -131,6 +154,7 @@ def test_it_goes_on_after_images_were_added_changed_and_removed(desk, capsys):
     assert "not what it was" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_two_folders_of_one_name_stay_apart(desk):
     """And the reader's options reach the reader: each hint can be followed."""
     write_folder(desk / "shop" / "goods", 120)
