@@ -44,32 +44,32 @@ def generator_dir(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ranker_dir(tmp_path_factory) -> Path:
-    """Random weights, with a calibration whose median is the median score of the images below."""
+def drawn(tmp_path_factory, generator_dir) -> Path:
+    """Six images of one text."""
+    out = tmp_path_factory.mktemp("drawn")
+    generate.main([TEXTS[0], "6", str(out), "--checkpoint", str(generator_dir), "--device", "cpu"])
+    return out
+
+
+@pytest.fixture(scope="module")
+def ranker_dir(tmp_path_factory, drawn) -> Path:
+    """Random weights, with a calibration whose median is the median score of the images of `drawn`."""
     folder = tmp_path_factory.mktemp("ranker")
     write_text_tower(folder / "t", TEXTS, TextTowerConfig(32, 1, 2, 16), None)
     torch.manual_seed(1)
     config = ModelConfig(image_tower="resnet-xs", embed_dim=16, image_size=32, max_text_len=16)
     model = RankerModel(config, folder / "t")
-    (folder / "checkpoint").mkdir()
-    save_ranker(folder / "checkpoint", config, model.state_dict(), folder / "t", 0)
-    return folder / "checkpoint"
-
-
-@pytest.fixture(scope="module")
-def drawn(tmp_path_factory, generator_dir, ranker_dir) -> Path:
-    """Six images of one text, and the ranker's calibration made from their scores."""
-    out = tmp_path_factory.mktemp("drawn")
-    generate.main([TEXTS[0], "6", str(out), "--checkpoint", str(generator_dir), "--device", "cpu"])
-    images = [Image.open(out / f"{i:04d}.png") for i in range(6)]
-    scores = load_ranker(ranker_dir).score(TEXTS[0], images).numpy()
+    directory = folder / "checkpoint"
+    directory.mkdir()
+    save_ranker(directory, config, model.state_dict(), folder / "t", 0)
+    images = [Image.open(drawn / f"{i:04d}.png") for i in range(6)]
+    scores = load_ranker(directory).score(TEXTS[0], images).numpy()
     spread = np.linspace(scores.min() - 0.01, scores.max() + 0.01, 101)
     lexicon = NegativeWords(("红色", "蓝色", "绿色"), ("杯子", "鞋子", "帽子"))
     table = quantiles(spread)
-    Calibration(str(ranker_dir), "test", 6, table, quantiles(spread - 0.1), (), lexicon).save(
-        ranker_dir / "calibration.json"
-    )
-    return out
+    calibration = Calibration(str(directory), "test", 6, table, quantiles(spread - 0.1), (), lexicon)
+    calibration.save(directory / "calibration.json")
+    return directory
 
 
 @pytest.fixture
