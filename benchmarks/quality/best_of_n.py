@@ -26,7 +26,6 @@ from common.files import ensure_writable_directory, write_json
 from common.log import say
 from dalle import default_checkpoint
 from dalle.sampling import SamplingOptions
-from data_tools.rules.colors import with_color
 from data_tools.shards.index import ShardIndex
 from data_tools.shards.loader import IMAGE_SUFFIXES
 from evaluation import report
@@ -120,8 +119,9 @@ def _recolored(
     for _ in range(rounds):
         group = []
         for text in colored:
-            own = lexicon.parse(text).words["color"]
-            found = [with_color(text, own, color) for color in judge.words.colors if color != own]
+            parsed = lexicon.parse(text)  # a colour inside the category's name stays
+            own, at = parsed.words["color"], parsed.starts["color"]
+            found = [text[:at] + c + text[at + len(own) :] for c in judge.words.colors if c != own]
             found = [other for other in found if other not in taken]
             if found:
                 group.append(found[int(rng.integers(len(found)))])

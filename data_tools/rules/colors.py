@@ -3,8 +3,10 @@
 import re
 from collections.abc import Sequence
 
-# what stands around the colour of a background
-BEFORE, AFTER = r"(?<!背景)(?<!背景为)(?<!背景是)(?<!背景色)", r"(?!的?(?:纯色)?背景)"
+
+def color_pattern(color: str) -> str:
+    """A regular expression that finds the colour where it is not a background's."""
+    return rf"(?<!背景)(?<!背景为)(?<!背景是)(?<!背景色){re.escape(color)}(?!的?(?:纯色)?背景)"
 
 
 def find_color(text: str, colors: Sequence[str]) -> tuple[str, int]:
@@ -12,9 +14,8 @@ def find_color(text: str, colors: Sequence[str]) -> tuple[str, int]:
 
     Of equally long ones the first in `colors`.
     """
-    for color in sorted(colors, key=len, reverse=True):
-        found = color and re.search(BEFORE + re.escape(color) + AFTER, text)
-        if found:
+    for color in sorted(filter(None, colors), key=len, reverse=True):
+        if found := re.search(color_pattern(color), text):
             return color, found.start()
     return "", -1
 

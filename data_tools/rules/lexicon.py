@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.config import read_mapping
-from data_tools.rules.colors import AFTER, BEFORE
+from data_tools.rules.colors import color_pattern
 
 LEXICON = Path(__file__).with_name("lexicon.yaml")
 
@@ -35,8 +35,7 @@ class Lexicon:
         self._known = re.compile("|".join(map(self._pattern, longest_first)) or r"(?!)")
 
     def _pattern(self, word: str) -> str:
-        is_color = self.kind_of[word] == "colour"
-        return f"{BEFORE}{re.escape(word)}{AFTER}" if is_color else re.escape(word)
+        return color_pattern(word) if self.kind_of[word] == "colour" else re.escape(word)
 
     def words(self, title: str) -> Iterator[Word]:
         """The title cut into known words and the text between; joined they are the title again."""
